@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Installs into .venv (or $VENV), then generates with the default cache beside the uncompressed one and measures a
+# small perplexity table. Arguments go to scripts/quickstart.py.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+setup_env
+python "$ROOT/scripts/quickstart.py" "$@"

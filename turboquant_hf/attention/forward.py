@@ -1,0 +1,55 @@
+"""The registered attention function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from turboquant_hf.attention.dense import dense_attention
+from turboquant_hf.cache import PackedHandle, TurboQuantLayer
+
+
+def turboquant_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | PackedHandle,
+    value: torch.Tensor | PackedHandle,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend, then let the cache encode what is old enough.
+
+    Args:
+        query: [B, Hq, q, D].
+        key, value: dense [B, H, T, D], or the handles that a `TurboQuantLayer` returned.
+        attention_mask: [B, 1, q, T] bool or additive, or None.
+
+    Returns:
+        ([B, q, Hq, D], None).
+    """
+    options = {"dropout": dropout, "scaling": scaling, **kwargs}
+    if not isinstance(key, PackedHandle):
+        return dense_attention(module, query, key, value, attention_mask, **options)
+    layer = key.layer
+    note_padding(layer, attention_mask, query.shape[2])
+    output = dense_attention(module, query, key.dense(), value.dense(), attention_mask, **options)
+    layer.observe(query)
+    layer.commit()
+    return output
+
+
+def note_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_length: int) -> None:
+    """Learn the left padding from a prompt's mask, where nobody has told the layer before its first encode."""
+    if attention_mask is None or q_length == 1 or layer.noted_starts is not None or layer.tiles[0].count:
+        return
+    starts = getattr(attention_mask, "_turboquant_starts", None)
+    if starts is None:
+        last = attention_mask[:, 0, -1]
+        visible = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+        hidden = (~visible).int().cumprod(dim=-1).sum(dim=-1)
+        starts = hidden.expand(layer.batch_size).tolist()
+        attention_mask._turboquant_starts = starts  # the same mask serves every layer: one wait for the device
+    layer.learn_padding(starts)

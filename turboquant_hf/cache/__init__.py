@@ -1,0 +1,16 @@
+"""Storage, the layer that transformers talks to, the cache, and its registration with `generate`."""
+
+from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.cache.handles import PackedHandle, PackedKeys, PackedValues
+from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.cache.registration import register_cache
+
+__all__ = [
+    "ATTENTION_NAME",
+    "PackedHandle",
+    "PackedKeys",
+    "PackedValues",
+    "TurboQuantCache",
+    "TurboQuantLayer",
+    "register_cache",
+]

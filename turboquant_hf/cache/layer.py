@@ -1,0 +1,332 @@
+"""One attention layer's cache behind transformers' layer protocol; the same class for every quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from turboquant_hf.cache.handles import PackedKeys, PackedValues
+from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
+from turboquant_hf.config import CachePreset
+from turboquant_hf.quantizers import Quantizer
+
+TAIL_SLACK = 16
+"""Tokens that one step may add (assisted decoding) without growing the tail."""
+
+
+class TurboQuantLayer(CacheLayerMixin):
+    """Sinks | packed tiles | tail, for one KV layer.
+
+    `update` appends; tiles are encoded in `commit`, which the registered attention calls after it has seen the
+    queries. Any other attention gets dense tensors from `update`, which commits at once.
+
+    Args:
+        preset: sizes and limits.
+        keys, values: this layer's quantizers.
+        returns_handles: asked at every `update`: does the live attention implementation read packed tiles?
+        starts: left padding by sequence, noted before the first update (see `note_padding`).
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = True
+
+    def __init__(
+        self,
+        preset: CachePreset,
+        keys: Quantizer,
+        values: Quantizer,
+        returns_handles: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.preset = preset
+        self.quantizers = (keys, values)
+        self._returns_handles = returns_handles
+        self.noted_starts: list[int] | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.tiles: tuple[TileStore, TileStore] | None = None
+        self.tail: TailBuffer | None = None
+        self.sinks: SinkBuffer | None = None
+        self.states: tuple[dict, dict] = ({}, {})
+        self._fitted = False
+        self._query_energy: torch.Tensor | None = None
+        self._query_tokens = 0
+
+    # ------------------------------------------------------------------ transformers' protocol: growing
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        value_states = key_states if value_states is None else value_states
+        for name, x in (("keys", key_states), ("values", value_states)):
+            if not x.is_floating_point() or x.dtype.itemsize not in (2, 4):
+                raise ValueError(
+                    f"{name}: dtype={x.dtype} is not supported; allowed: torch.float16, torch.bfloat16, torch.float32"
+                )
+        for quantizer, x in zip(self.quantizers, (key_states, value_states)):
+            quantizer.validate(x.shape[-1], self.preset.tile)
+        batch, heads = key_states.shape[:2]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.head_dims = (key_states.shape[-1], value_states.shape[-1])
+        self.tiles = tuple(
+            TileStore(q.layout(dim, self.preset.tile, self.dtype), batch, heads, self.device)
+            for q, dim in zip(self.quantizers, self.head_dims)
+        )
+        self.tail = TailBuffer(key_states, value_states, self.preset.recent_window + self.preset.tile + TAIL_SLACK)
+        starts = self.noted_starts if self.noted_starts is not None else [0] * batch
+        if len(starts) != batch:
+            raise ValueError(f"padding was noted for {len(starts)} sequences, but the batch has {batch}")
+        self.sinks = SinkBuffer(key_states, value_states, self.preset.sinks, starts)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append [B, H, T, D] keys and values; returns what attention reads, as handles or dense tensors."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        self.commit()
+        key_states, value_states = key_states.detach(), value_states.detach()
+        self.sinks.write(key_states, value_states, self.get_seq_length())
+        self.tail.append(key_states, value_states)
+        if self._returns_handles():
+            return PackedKeys(self), PackedValues(self)
+        dense = self.dense(0), self.dense(1)
+        self.commit()
+        return dense
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        expected = (self.batch_size, self.num_heads)
+        for name, x, dim in zip(("keys", "values"), (key_states, value_states), self.head_dims):
+            if x.dim() != 4 or x.shape[:2] != expected or x.shape[-1] != dim or x.dtype != self.dtype:
+                raise ValueError(
+                    f"{name}: {x.dtype} {list(x.shape)} does not continue this layer's {self.dtype} "
+                    f"[{expected[0]}, {expected[1]}, tokens, {dim}]"
+                )
+
+    # ------------------------------------------------------------------ encoding
+
+    def observe(self, query: torch.Tensor) -> None:
+        """Count the queries [B, Hq, q, D] of the newest q tokens into the statistics, until the first encode."""
+        if self._fitted or not self.quantizers[0].needs_statistics:
+            return
+        batch, heads, tokens, dim = query.shape
+        kv_heads = self.num_heads
+        if heads % kv_heads or dim != self.head_dims[0]:
+            return
+        weight = self._weight(self.get_seq_length() - tokens, tokens, sinks=False)
+        grouped = query.detach().float().reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
+        energy = (grouped.square() * weight[:, None, None, :, None]).sum(dim=(2, 3))
+        count = weight.sum(dim=1).clamp(min=0)[:, None, None] * (heads // kv_heads)
+        if self._query_energy is None:
+            self._query_energy, self._query_count = energy, count
+        else:
+            self._query_energy, self._query_count = self._query_energy + energy, self._query_count + count
+        self._query_tokens += tokens
+
+    def commit(self) -> None:
+        """Encode every tile that is full and older than the recent window, once enough tokens were seen."""
+        if not self.is_initialized:
+            return
+        tile = self.preset.tile
+        ready = max(self.tail.count - self.preset.recent_window, 0) // tile
+        if ready == 0 or not (self._fitted or self._seen_enough()):
+            return
+        stored = self.get_seq_length() - self.tail.count
+        fresh = [self._tiled(x[:, :, : ready * tile]) for x in self.tail.view()]
+        weight = self._weight(stored, ready * tile).unflatten(1, (ready, tile))
+        if not self._fitted:
+            self._fit(stored)
+        for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states):
+            store.append(quantizer.encode(x, state, weight))
+        self.tail.drop_front(ready * tile)
+
+    def _seen_enough(self) -> bool:
+        if not any(quantizer.needs_statistics for quantizer in self.quantizers):
+            return True
+        return self.get_seq_length() - min(self.sinks.first, default=0) >= self.preset.min_statistics
+
+    def _fit(self, stored: int) -> None:
+        """Freeze the statistics of all whole tiles in the tail, the recent window included."""
+        tile = self.preset.tile
+        whole = self.tail.count // tile
+        weight = self._weight(stored, whole * tile).unflatten(1, (whole, tile))
+        query_rms = None
+        if self._query_energy is not None and 2 * self._query_tokens >= self.get_seq_length():
+            query_rms = self._query_rms()
+        self.states = tuple(
+            quantizer.fit(self._tiled(x[:, :, : whole * tile]), weight, query_rms)
+            for quantizer, x in zip(self.quantizers, self.tail.view())
+        )
+        self._fitted, self._query_energy = True, None
+
+    def _query_rms(self) -> torch.Tensor:
+        pooled = self._query_energy.sum(0, keepdim=True) / self._query_count.sum(0, keepdim=True).clamp(min=1)
+        own = self._query_energy / self._query_count.clamp(min=1)
+        return torch.where(self._query_count > 0, own, pooled).sqrt()
+
+    def _weight(self, start: int, tokens: int, sinks: bool = True) -> torch.Tensor:
+        """[B, tokens] float32: 0 for padding (and for sinks, which are kept apart), 1 elsewhere."""
+        position = torch.arange(start, start + tokens, device=self.device)
+        skipped = self.sinks.starts + (self.preset.sinks if sinks else 0)
+        return (position >= skipped[:, None]).float()
+
+    def _tiled(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (-1, self.preset.tile))
+
+    # ------------------------------------------------------------------ reading
+
+    def dense(self, index: int) -> torch.Tensor:
+        """All keys (index 0) or values (1), [B, H, T, D] in the model's dtype; raw where nothing is packed."""
+        store, tail = self.tiles[index], self.tail.view()[index]
+        if store.count == 0:
+            return tail
+        packed = self._decode(index, 0, store.count)
+        dense = torch.cat([packed, tail], dim=2)
+        return self.sinks.overlay(dense, index, 0, packed.shape[2])
+
+    def _decode(self, index: int, start: int, stop: int) -> torch.Tensor:
+        quantizer, store, dim = self.quantizers[index], self.tiles[index], self.head_dims[index]
+        return quantizer.decode(store.view(start, stop), self.states[index], dim, self.dtype).flatten(2, 3)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Dense keys, decoded at every access."""
+        return self.dense(0) if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Dense values, decoded at every access."""
+        return self.dense(1) if self.is_initialized else None
+
+    def get_seq_length(self, *args) -> int:
+        return self.tiles[0].count * self.preset.tile + self.tail.count if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        # Upstream 5.0 passes the positions, later versions their number.
+        query_length = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def batch_size(self) -> int:
+        if not self.is_initialized:
+            raise AttributeError("batch_size is known after the first update")
+        return self.tail.arrays[0].shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of this layer."""
+        return self.tail.arrays[0].shape[1]
+
+    # ------------------------------------------------------------------ transformers' protocol: changing
+
+    def crop(self, tokens: int) -> None:
+        """Remove the newest -tokens tokens (tokens < 0), or keep the first `tokens` (> 0); 0 changes nothing.
+
+        A cut inside a packed tile decodes the rest of that tile into the tail.
+        """
+        length = self.get_seq_length()
+        keep = length if tokens == 0 else (tokens if tokens > 0 else max(length + tokens, 0))
+        if keep >= length:
+            return
+        if keep == 0:
+            self.reset()
+            return
+        self.commit()
+        whole, part = divmod(keep, self.preset.tile)
+        stored = self.tiles[0].count
+        if whole >= stored:
+            self.tail.crop(keep - stored * self.preset.tile)
+            return
+        cut = [self._decode(index, whole, whole + 1)[:, :, :part] for index in (0, 1)] if part else None
+        for store in self.tiles:
+            store.count = whole
+        self.tail.crop(0)
+        if cut is not None:
+            start = whole * self.preset.tile
+            self.tail.append(*(self.sinks.overlay(x.clone(), index, start, keep) for index, x in enumerate(cut)))
+
+    def reset(self) -> None:
+        """Forget everything, learned statistics and noted padding included."""
+        self.noted_starts = None
+        self._clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_batch(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def _map_batch(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        self.commit()
+        self._map(fn)
+        if self._query_energy is not None:
+            self._query_energy, self._query_count = fn(self._query_energy), fn(self._query_count)
+        self.noted_starts = list(self.sinks.first)
+
+    def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for part in (*self.tiles, self.tail, self.sinks):
+            part.map(fn)
+        self.states = tuple({name: fn(x) for name, x in state.items()} for state in self.states)
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        if self.is_initialized:
+            self.commit()
+            self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move everything back to the layer's device."""
+        if self.is_initialized and self.tail.arrays[0].device != self.device:
+            self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    def note_padding(self, starts: list[int]) -> None:
+        """Say where each sequence's real tokens begin, before anything is stored: one position a sequence."""
+        self.noted_starts = list(starts)
+
+    def learn_padding(self, starts: list[int]) -> None:
+        """The same for a layer that holds raw tokens already; nothing may be encoded yet."""
+        if starts == self.sinks.first:
+            return
+        self.sinks.set_starts(starts, self.device)
+        self.sinks.write(*self.tail.view(), position=0)
+
+    # ------------------------------------------------------------------ memory
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that hold this layer's tokens and what is needed to read them."""
+        if not self.is_initialized:
+            return 0
+        state = sum(x.numel() * x.itemsize for state in self.states for x in state.values())
+        return sum(part.nbytes for part in (*self.tiles, self.tail, self.sinks)) + state
+
+    @property
+    def spare_nbytes(self) -> int:
+        """Bytes allocated ahead for tokens to come."""
+        if not self.is_initialized:
+            return 0
+        return sum(part.spare_nbytes for part in (*self.tiles, self.tail))
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the same tokens in a 16-bit cache."""
+        if not self.is_initialized:
+            return 0
+        return 2 * self.batch_size * self.num_heads * self.get_seq_length() * sum(self.head_dims)
+
+    def __repr__(self) -> str:
+        names = "/".join(quantizer.name for quantizer in self.quantizers)
+        return f"{type(self).__name__}({names}, tokens={self.get_seq_length()})"

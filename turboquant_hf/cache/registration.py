@@ -1,0 +1,132 @@
+"""Teach `generate` the name "turboquant": transformers keeps no registry of cache implementations."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import configuration_utils
+from transformers.generation.utils import GenerationMixin
+from transformers.utils import logging
+
+from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.config import DEFAULT_PRESET, load_preset
+
+logger = logging.get_logger(__name__)
+
+CACHE_NAME = "turboquant"
+ATTENTION_CHOICES = ("auto", "keep")
+DEFAULT_ATTENTION = "sdpa"
+
+
+def register_cache() -> bool:
+    """Add the name and wrap the one method that builds caches. Idempotent.
+
+    Returns:
+        False when this version of transformers refuses the name; `past_key_values=` works all the same.
+    """
+    for table in ("ALL_CACHE_IMPLEMENTATIONS", "DYNAMIC_CACHE_IMPLEMENTATIONS"):
+        names = getattr(configuration_utils, table, None)
+        if names is not None and CACHE_NAME not in names:
+            setattr(configuration_utils, table, type(names)((*names, CACHE_NAME)))
+    original = GenerationMixin._prepare_cache_for_generation
+    if not hasattr(original, "_turboquant_original"):
+        GenerationMixin._prepare_cache_for_generation = _wrap(original)
+    try:
+        GenerationConfig(cache_implementation=CACHE_NAME).validate()
+    except ValueError as error:
+        logger.warning_once(
+            f'turboquant_hf: this transformers refuses cache_implementation="{CACHE_NAME}" ({error}); '
+            "pass past_key_values=TurboQuantCache(model.config) instead."
+        )
+        return False
+    return True
+
+
+def _wrap(original):
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def prepare(self, *args: Any, **kwargs: Any):
+        bound = signature.bind(self, *args, **kwargs).arguments
+        generation_config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
+        wanted = generation_config.cache_implementation == CACHE_NAME
+        given = model_kwargs.get("past_key_values")
+        if wanted and getattr(generation_config, "is_assistant", False):
+            # An assistant's cache is cropped at every step and is small: let transformers choose.
+            generation_config.cache_implementation = None
+            return original(self, *args, **kwargs)
+        if not wanted or given is not None:
+            result = original(self, *args, **kwargs)
+            if isinstance(given, TurboQuantCache):
+                given.note_padding(_prompt_mask(model_kwargs, given))
+            return result
+        preset, attention = _parse(generation_config.cache_config)
+        generation_config.cache_implementation = "dynamic"
+        try:
+            result = original(self, *args, **kwargs)
+        finally:
+            generation_config.cache_implementation = CACHE_NAME
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return result
+        if attention == "auto":
+            use_turboquant_attention(self)
+        model_kwargs["past_key_values"] = _convert(cache, self.config, preset, model_kwargs)
+        return result
+
+    prepare._turboquant_original = original
+    return prepare
+
+
+def _parse(cache_config: Any):
+    """(preset, attention choice) from generate's `cache_config`, which is left as it is."""
+    options = dict(cache_config) if cache_config else {}
+    attention = options.pop("attention", "auto")
+    if attention not in ATTENTION_CHOICES:
+        raise ValueError(
+            f"cache_config: attention={attention!r} is not supported; allowed: {', '.join(ATTENTION_CHOICES)}"
+        )
+    return load_preset(options.pop("preset", DEFAULT_PRESET), **options), attention
+
+
+def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> Any:
+    if isinstance(cache, EncoderDecoderCache):
+        cache.self_attention_cache = TurboQuantCache.from_dynamic(cache.self_attention_cache, config, preset)
+        return cache
+    if type(cache) is not DynamicCache:
+        logger.warning_once(
+            f"turboquant_hf: this model brings its own {type(cache).__name__}, which is kept: nothing is compressed."
+        )
+        return cache
+    packed = TurboQuantCache.from_dynamic(cache, config, preset)
+    if not packed.packed_layers:
+        logger.warning_once(
+            "turboquant_hf: this model has no full-attention layer with a growing cache: nothing is compressed."
+        )
+    packed.note_padding(_prompt_mask(model_kwargs, packed))
+    return packed
+
+
+def _prompt_mask(model_kwargs: dict, cache: TurboQuantCache):
+    """The prompt's 2D mask, where it speaks of left padding in an empty cache."""
+    mask = model_kwargs.get("attention_mask")
+    return None if "decoder_attention_mask" in model_kwargs or cache.get_seq_length() else mask
+
+
+def use_turboquant_attention(model: Any) -> bool:
+    """Switch a model from the default attention to the one that reads packed tiles; others are left alone."""
+    current = model.config.get_text_config(decoder=True)._attn_implementation
+    if current == ATTENTION_NAME:
+        return True
+    if current != DEFAULT_ATTENTION or not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(ATTENTION_NAME)
+    logger.warning_once(
+        f'turboquant_hf: switched the model\'s attention from "{current}" to "{ATTENTION_NAME}", which reads the packed '
+        'cache (dense tensors still go to SDPA). cache_config={"attention": "keep"} leaves it as it is.'
+    )
+    return model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME

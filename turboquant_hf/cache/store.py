@@ -1,0 +1,211 @@
+"""Storage of one layer: sinks, packed tiles, tail. Tensors and counts only; the layer above decides when.
+
+Positions are those of the padded batch: tile n holds positions [n * tile, (n + 1) * tile) of every sequence, the
+tail holds what follows the last tile. Sinks are a second copy of the first real tokens of each sequence; inside a
+tile their slots are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from turboquant_hf.quantizers import Field
+
+MIN_SPARE_TILES = 4
+SPARE_SHARE = 20
+GROWTH_TOKENS = 64
+"""Tiles grow by 1/20 of their number (and at least MIN_SPARE_TILES), so that spare capacity stays near 5 %."""
+
+
+class TileStore:
+    """Named arrays [B, H, capacity, *field.shape], filled up to `count` tiles."""
+
+    def __init__(self, fields: dict[str, Field], batch: int, heads: int, device: torch.device) -> None:
+        self.count = 0
+        self.arrays = {
+            name: torch.empty((batch, heads, 0, *field.shape), dtype=field.dtype, device=device)
+            for name, field in fields.items()
+        }
+
+    @property
+    def capacity(self) -> int:
+        return next(iter(self.arrays.values())).shape[2]
+
+    def append(self, packed: dict[str, torch.Tensor]) -> None:
+        """Copy new tiles behind the stored ones; the history is copied only when the capacity grows."""
+        added = next(iter(packed.values())).shape[2]
+        self.reserve(self.count + added)
+        for name, array in self.arrays.items():
+            array[:, :, self.count : self.count + added] = packed[name]
+        self.count += added
+
+    def reserve(self, tiles: int) -> None:
+        if tiles <= self.capacity:
+            return
+        capacity = tiles + max(MIN_SPARE_TILES, tiles // SPARE_SHARE)
+        for name, array in self.arrays.items():
+            grown = array.new_empty((*array.shape[:2], capacity, *array.shape[3:]))
+            grown[:, :, : self.count] = array[:, :, : self.count]
+            self.arrays[name] = grown
+
+    def view(self, start: int = 0, stop: int | None = None) -> dict[str, torch.Tensor]:
+        """Tiles [start, stop) without a copy; all stored tiles by default."""
+        stop = self.count if stop is None else stop
+        return {name: array[:, :, start:stop] for name, array in self.arrays.items()}
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every array by fn(array); fn may change the batch, never the other dimensions."""
+        self.arrays = {name: fn(array) for name, array in self.arrays.items()}
+
+    @property
+    def tile_nbytes(self) -> int:
+        """Bytes of one tile of all heads and sequences."""
+        return sum(array[:, :, :1].numel() * array.itemsize for array in self.arrays.values()) if self.capacity else 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.tile_nbytes
+
+    @property
+    def spare_nbytes(self) -> int:
+        return (self.capacity - self.count) * self.tile_nbytes
+
+
+class TailBuffer:
+    """The newest tokens, keys and values, [B, H, capacity, D] each, filled up to `count` tokens."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
+        self.count = 0
+        self.standard = capacity
+        self.arrays = tuple(x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in (keys, values))
+        self._borrowed = False
+
+    @property
+    def capacity(self) -> int:
+        return self.arrays[0].shape[2]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens. A long first block is kept as it is, without a copy, until `drop_front`."""
+        added = keys.shape[2]
+        if self.count == 0 and added > self.capacity:
+            self.arrays, self.count, self._borrowed = (keys, values), added, True
+            return
+        if self.count + added > self.capacity or self._borrowed:
+            self._resize(max(self.standard, -(-(self.count + added) // GROWTH_TOKENS) * GROWTH_TOKENS))
+        for array, new in zip(self.arrays, (keys, values)):
+            array[:, :, self.count : self.count + added] = new
+        self.count += added
+
+    def drop_front(self, tokens: int) -> None:
+        """Forget the oldest `tokens` and fall back to the standard capacity."""
+        rest = tuple(array[:, :, tokens : self.count] for array in self.arrays)
+        self.count -= tokens
+        if self._borrowed or self.capacity > max(self.standard, self.count) or tokens < self.count:
+            self._take(rest, max(self.standard, self.count))
+        else:
+            for array, part in zip(self.arrays, rest):
+                array[:, :, : self.count] = part
+
+    def crop(self, tokens: int) -> None:
+        self.count = tokens
+
+    def _resize(self, capacity: int) -> None:
+        self._take(tuple(array[:, :, : self.count] for array in self.arrays), capacity)
+
+    def _take(self, parts: tuple[torch.Tensor, ...], capacity: int) -> None:
+        grown = tuple(part.new_empty((*part.shape[:2], capacity, part.shape[3])) for part in parts)
+        for array, part in zip(grown, parts):
+            array[:, :, : self.count] = part
+        self.arrays, self._borrowed = grown, False
+
+    def view(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(array[:, :, : self.count] for array in self.arrays)
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.arrays, self._borrowed = tuple(fn(array) for array in self.arrays), False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(view.numel() * view.itemsize for view in self.view())
+
+    @property
+    def spare_nbytes(self) -> int:
+        return sum(array.numel() * array.itemsize for array in self.arrays) - self.nbytes
+
+
+class SinkBuffer:
+    """The first `size` real tokens of every sequence, keys and values, [B, H, size, D] each.
+
+    `starts` holds the position of each sequence's first real token (its left padding): a tensor [B] and the same
+    as a list, so that the host never waits for the device.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, size: int, starts: list[int]) -> None:
+        self.size = size
+        self.arrays = tuple(x.new_zeros((*x.shape[:2], size, x.shape[3])) for x in (keys, values))
+        self.set_starts(starts, keys.device)
+
+    def set_starts(self, starts: list[int], device: torch.device) -> None:
+        self.first = list(starts)
+        self.starts = torch.tensor(self.first, dtype=torch.int64, device=device)
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """Copy what of tokens [position, position + T) belongs to the sinks."""
+        stop = position + keys.shape[2]
+        if not self.size or position >= max(self.first, default=0) + self.size:
+            return
+        if len(set(self.first)) == 1:
+            low, high = max(position, self.first[0]), min(stop, self.first[0] + self.size)
+            if low < high:
+                for array, new in zip(self.arrays, (keys, values)):
+                    array[:, :, low - self.first[0] : high - self.first[0]] = new[:, :, low - position : high - position]
+            return
+        slots = self.positions() - position
+        inside = (slots >= 0) & (slots < keys.shape[2])
+        for index, new in enumerate((keys, values)):
+            picked = new.gather(2, _expand(slots.clamp(0, keys.shape[2] - 1), new))
+            self.arrays[index].copy_(torch.where(inside[:, None, :, None], picked, self.arrays[index]))
+
+    def positions(self) -> torch.Tensor:
+        """Positions of the sinks in the padded batch, [B, size]."""
+        return self.starts[:, None] + torch.arange(self.size, device=self.starts.device)
+
+    def overlay(self, dense: torch.Tensor, index: int, start: int, stop: int) -> torch.Tensor:
+        """Write the sinks over positions [start, stop) of dense [B, H, T, D], which holds positions from `start` on.
+
+        index 0 is keys, 1 values. Works in place and returns `dense`.
+        """
+        if not self.size or start == stop or start >= max(self.first, default=0) + self.size:
+            return dense
+        if len(set(self.first)) == 1:
+            low, high = max(self.first[0], start), min(self.first[0] + self.size, stop)
+            if low < high:
+                part = self.arrays[index][:, :, low - self.first[0] : high - self.first[0]]
+                dense[:, :, low - start : high - start] = part
+            return dense
+        # Slots outside repeat an edge position with the value that belongs there: scatter needs no mask.
+        where = self.positions().clamp(min=start, max=stop - 1)
+        source = where - self.starts[:, None]
+        inside = (source >= 0) & (source < self.size)
+        picked = self.arrays[index].gather(2, _expand(source.clamp(0, self.size - 1), dense))
+        where = _expand(where - start, dense)
+        return dense.scatter_(2, where, torch.where(inside[:, None, :, None], picked, dense.gather(2, where)))
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.arrays = tuple(fn(array) for array in self.arrays)
+        self.starts = fn(self.starts)
+        if len(set(self.first)) == 1:  # spares the host a wait for the device at every beam step
+            self.first = self.first[:1] * self.starts.shape[0]
+        else:
+            self.first = self.starts.tolist()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.numel() * array.itemsize for array in self.arrays) + self.starts.numel() * 8
+
+
+def _expand(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B, S] -> [B, H, S, D] for gather and scatter over the tokens of `like`."""
+    return index[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])

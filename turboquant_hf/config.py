@@ -1,0 +1,185 @@
+"""Presets: which quantizer serves keys and values, and what stays raw. Frozen dataclasses, read from YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from turboquant_hf.quantizers import QUANTIZERS, Quantizer
+from turboquant_hf.resources import config_path
+
+DEFAULT_PRESET = "k4v4"
+BOUNDARY_VALUES = QUANTIZERS["mse"](bits=8, codebook="uniform", scale="norm-corrected", channel_major=True)
+"""What a boundary layer keeps its values with: 8 bits, the error of a rounded half."""
+
+
+@dataclass(frozen=True)
+class LayerOverride:
+    """Quantizers of one KV layer, where they differ from the preset's; None keeps the preset's."""
+
+    keys: Quantizer | None = None
+    values: Quantizer | None = None
+
+
+@dataclass(frozen=True)
+class CachePreset:
+    """Everything that decides what a cache stores.
+
+    Attributes:
+        name: shown in reports.
+        keys, values: quantizers of the packed tiles.
+        tile: tokens a tile (a multiple of 8).
+        sinks: how many tokens at the start of each sequence stay in the model's dtype.
+        recent_window: how many of the newest tokens stay in the model's dtype, at least; up to `tile` - 1 more
+            wait there until their tile is full.
+        min_statistics: tokens seen before the first encode, for quantizers that measure their input.
+        boundary_layers: how many KV layers at each end keep their values at 8 bits.
+        sparse_v_threshold: a tile whose largest attention probability is below it is not read for values; 0 is off.
+        layers: overrides by KV-layer ordinal (compressed layers counted from 0; negative from the end).
+    """
+
+    name: str = "custom"
+    keys: Quantizer = field(default_factory=lambda: QUANTIZERS["conditioned"]())
+    values: Quantizer = field(
+        default_factory=lambda: QUANTIZERS["mse"](scale="norm-corrected", channel_major=True)
+    )
+    tile: int = 128
+    sinks: int = 4
+    recent_window: int = 128
+    min_statistics: int = 256
+    boundary_layers: int = 0
+    sparse_v_threshold: float = 0.0
+    layers: tuple[tuple[int, LayerOverride], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low in (("sinks", 0), ("recent_window", 0), ("min_statistics", 0), ("boundary_layers", 0)):
+            _check_whole(name, getattr(self, name), low)
+        _check_whole("tile", self.tile, 8)
+        if self.tile % 8:
+            raise ValueError(f"tile={self.tile} is not supported; allowed: multiples of 8")
+        if not isinstance(self.sparse_v_threshold, (int, float)) or not 0.0 <= self.sparse_v_threshold < 1.0:
+            raise ValueError(f"sparse_v_threshold={self.sparse_v_threshold!r} is not supported; allowed: [0, 1)")
+        for role in ("keys", "values"):
+            if not isinstance(getattr(self, role), Quantizer):
+                object.__setattr__(self, role, quantizer_from(getattr(self, role), role))
+        object.__setattr__(self, "layers", _layer_overrides(self.layers))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CachePreset:
+        """Build from plain data; ValueError names an unknown or impossible entry and what is allowed."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a preset is a mapping of fields, got {data!r}")
+        _check_keys("preset", data, {f.name for f in fields(cls)})
+        return cls(**data)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> CachePreset:
+        """Read a preset file; its name defaults to the file's."""
+        path = Path(path)
+        with path.open() as file:
+            data = yaml.safe_load(file)
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{path}: a preset file holds a mapping of fields, got {type(data).__name__}")
+        return cls.from_dict({"name": path.stem, **data})
+
+    def with_overrides(self, **overrides: Any) -> CachePreset:
+        """A copy with some fields replaced; `keys` and `values` may be plain data as in YAML."""
+        _check_keys("preset", overrides, {f.name for f in fields(self)})
+        return replace(self, **overrides)
+
+    def layer_quantizers(self, ordinal: int, num_layers: int) -> tuple[Quantizer, Quantizer]:
+        """Key and value quantizer of KV layer `ordinal` of `num_layers`: an override beats the boundary rule."""
+        keys, values = self.keys, self.values
+        if min(ordinal, num_layers - 1 - ordinal) < self.boundary_layers:
+            values = BOUNDARY_VALUES
+        for index, override in self.layers:
+            if index % num_layers == ordinal and -num_layers <= index < num_layers:
+                keys, values = override.keys or keys, override.values or values
+        return keys, values
+
+    def validate(self, head_dim: int) -> None:
+        """Raise ValueError where a quantizer of this preset cannot serve `head_dim`."""
+        quantizers = [self.keys, self.values]
+        quantizers += [q for _, override in self.layers for q in (override.keys, override.values) if q is not None]
+        for quantizer in quantizers:
+            quantizer.validate(head_dim, self.tile)
+
+
+def load_preset(preset: str | Path | Mapping[str, Any] | CachePreset, **overrides: Any) -> CachePreset:
+    """A preset by name, by YAML path, as plain data or as it is, with `overrides` applied.
+
+    Raises:
+        ValueError: for a name that is neither a shipped preset nor a file, listing the shipped ones.
+    """
+    if isinstance(preset, Mapping):
+        preset = CachePreset.from_dict(preset)
+    elif not isinstance(preset, CachePreset):
+        path = Path(preset)
+        if path.suffix not in (".yaml", ".yml"):
+            path = config_path("cache", f"{preset}.yaml")
+        if not path.is_file():
+            raise ValueError(
+                f"preset={str(preset)!r} is not supported; allowed: {', '.join(preset_names())}, or a path to a YAML file"
+            )
+        preset = CachePreset.from_yaml(path)
+    return preset.with_overrides(**overrides) if overrides else preset
+
+
+def preset_names() -> list[str]:
+    """The shipped presets."""
+    return sorted(path.stem for path in config_path("cache").glob("*.yaml"))
+
+
+def quantizer_from(data: str | Mapping[str, Any] | Quantizer, role: str) -> Quantizer:
+    """A quantizer from its name, or from {"quantizer": name, option: value, ...}; `role` is "keys" or "values"."""
+    if isinstance(data, Quantizer):
+        return data
+    if isinstance(data, str):
+        data = {"quantizer": data}
+    if not isinstance(data, Mapping) or "quantizer" not in data:
+        raise ValueError(f"{role}={data!r} is not supported; allowed: a mapping with 'quantizer' and its options")
+    options = {key: _frozen(value) for key, value in data.items() if key != "quantizer"}
+    if data["quantizer"] not in QUANTIZERS:
+        raise ValueError(
+            f"{role}: quantizer={data['quantizer']!r} is not supported; allowed: {', '.join(sorted(QUANTIZERS))}"
+        )
+    kind = QUANTIZERS[data["quantizer"]]
+    allowed = {f.name for f in fields(kind)}
+    _check_keys(f"{role} ({kind.name})", options, allowed)
+    if role == "values" and "channel_major" in allowed:
+        options.setdefault("channel_major", True)
+    return kind(**options)
+
+
+def _layer_overrides(data: Any) -> tuple[tuple[int, LayerOverride], ...]:
+    items = data.items() if isinstance(data, Mapping) else data
+    result = []
+    for index, override in items:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ValueError(f"layers: {index!r} is not supported; allowed: KV-layer ordinals (whole numbers)")
+        if not isinstance(override, LayerOverride):
+            if not isinstance(override, Mapping):
+                raise ValueError(f"layers: {index}: {override!r} is not supported; allowed: keys and values")
+            _check_keys(f"layers: {index}", override, {"keys", "values"})
+            override = LayerOverride(**{role: quantizer_from(value, role) for role, value in override.items()})
+        result.append((index, override))
+    return tuple(result)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _check_whole(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}={value!r} is not supported; allowed: whole numbers from {low}")
+
+
+def _check_keys(owner: str, data: Mapping[str, Any], allowed: set[str]) -> None:
+    for key in data:
+        if key not in allowed:
+            raise ValueError(f"{owner}: unknown field {key!r}={data[key]!r}; allowed: {', '.join(sorted(allowed))}")

@@ -1,0 +1,94 @@
+"""What every evaluation shares: options, texts, output folders, tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from turboquant_hf.config import CachePreset, load_preset
+from turboquant_hf.evaluation.models import load_text, packaged_text
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype, --output."""
+    parser.add_argument("--model", default="packaged", help="hub id, folder, GGUF file, or 'packaged' (SmolLM2-135M)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--output", type=Path, default=None, help="folder for config.yaml and metrics.json")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """--text and --dataset."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", nargs="+", metavar="FILE", help="text files; default: CPython's pydoc topics")
+    source.add_argument("--dataset", metavar="NAME", help="a `datasets` name, or NAME:CONFIG:SPLIT[:COLUMN]")
+
+
+def resolve_dtype(args: argparse.Namespace) -> str:
+    """The dtype asked for, or the device's usual one."""
+    return args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+
+
+def read_text(args: argparse.Namespace) -> tuple[str, str]:
+    """(name, text) of what --text or --dataset asks for."""
+    if args.text:
+        return " ".join(Path(path).name for path in args.text), load_text(args.text)
+    if args.dataset:
+        return args.dataset, _dataset_text(args.dataset)
+    return "pydoc_data.topics", packaged_text()
+
+
+def _dataset_text(name: str) -> str:
+    from datasets import load_dataset
+
+    path, config, split, column = (*name.split(":"), None, None, None)[:4]
+    rows = load_dataset(path, config or None, split=split or "test")
+    if column is None:
+        column = next((c for c, feature in rows.features.items() if getattr(feature, "dtype", "") == "string"), None)
+    if column not in rows.column_names:
+        raise ValueError(f"dataset={name!r}: no text column; allowed: NAME:CONFIG:SPLIT:COLUMN of {rows.column_names}")
+    return "\n".join(rows[column])
+
+
+def resolve_presets(names: Sequence[str], **overrides: Any) -> list[CachePreset]:
+    """Presets by name or YAML path, with the overrides that are not None."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return [load_preset(name, **given) for name in names]
+
+
+def average_bits(cache) -> tuple[float, float]:
+    """Bits per channel of keys and of values in packed tiles, averaged over the layers of a filled cache."""
+    layers = cache.packed_layers
+    bits = [
+        [q.bits_per_channel(dim, layer.preset.tile, layer.dtype) for q, dim in zip(layer.quantizers, layer.head_dims)]
+        for layer in layers
+    ]
+    keys, values = (sum(side) / len(layers) for side in zip(*bits))
+    return keys, values
+
+
+def write_run(output: Path | None, config: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """config.yaml and metrics.json of one run."""
+    if output is None:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def format_table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
+    """Plain text columns, numbers to the right."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,28 @@
+"""Building blocks in plain torch: rotations, codebooks, byte packing, the polar transform."""
+
+from __future__ import annotations
+
+from .codebook import Codebook, distortion, lloyd_max, nf4, uniform
+from .packing import pack, packed_size, planes, unpack
+from .polar import CircularCodebook, from_polar, polar_codebook, to_polar
+from .rotation import hadamard_matrix, has_hadamard, head_rotations, rotation_matrix
+
+__all__ = [
+    "CircularCodebook",
+    "Codebook",
+    "distortion",
+    "from_polar",
+    "hadamard_matrix",
+    "has_hadamard",
+    "head_rotations",
+    "lloyd_max",
+    "nf4",
+    "pack",
+    "packed_size",
+    "planes",
+    "polar_codebook",
+    "rotation_matrix",
+    "to_polar",
+    "uniform",
+    "unpack",
+]

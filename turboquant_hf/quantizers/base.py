@@ -1,0 +1,83 @@
+"""The interface of a quantizer: tiles in, named arrays out, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+
+State = dict[str, torch.Tensor]
+Packed = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array that a quantizer stores for every tile of a KV head: its shape per tile and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Quantizer(ABC):
+    """Encodes tiles of T consecutive tokens of every (sequence, KV head); a subclass's fields are its options.
+
+    Shapes: B sequences, H KV heads, N tiles, T tokens a tile, D channels a head. A quantizer holds no tensors:
+    what it learns from the first tiles is a `State` (every tensor led by B, so that batch operations are the same
+    for all), kept by the caller and frozen from then on.
+    """
+
+    name: ClassVar[str]
+    needs_statistics: ClassVar[bool] = False
+    """Whether `fit` is worth waiting for: nothing is encoded before enough tokens were seen."""
+
+    def validate(self, head_dim: int, tile: int) -> None:  # noqa: B027  (a hook with an empty default)
+        """Raise ValueError where this quantizer cannot serve heads of `head_dim` channels in tiles of `tile`."""
+
+    @abstractmethod
+    def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
+        """The arrays that `encode` returns, per tile and head, for input of `dtype`."""
+
+    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
+        """What to remember of the first tiles.
+
+        Args:
+            tiles: [B, H, N, T, D].
+            weight: [B, N, T], 1 for a token that counts and 0 for padding and sinks.
+            query_rms: [B, H, D] root mean square of the queries that read this head, or None when they are unknown.
+        """
+        return {}
+
+    @abstractmethod
+    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
+        """tiles [B, H, N, T, D] -> arrays [B, H, N, *field.shape] as `layout` says."""
+
+    @abstractmethod
+    def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """The inverse of `encode`, up to its error: [B, H, N, T, D] of `dtype`."""
+
+    def bits_per_channel(self, head_dim: int, tile: int, dtype: torch.dtype = torch.bfloat16) -> float:
+        """Bits stored per channel of a token, scales and means included."""
+        stored = sum(field.nbytes for field in self.layout(head_dim, tile, dtype).values())
+        return 8 * stored / (tile * head_dim)
+
+    def shared_nbytes(self, head_dim: int) -> int:
+        """Bytes of the matrices that all layers and caches share (rotations)."""
+        return 0
+
+
+def check_choice(owner: str, field: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{owner}: {field}={value!r} is not supported; allowed: {', '.join(map(str, allowed))}")
+
+
+def check_bits(owner: str, field: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{owner}: {field}={value!r} is not supported; allowed: whole numbers from {low} to {high}")

@@ -1,0 +1,156 @@
+"""What `mse`, `outlier` and `conditioned` share: a linear map per head, then a codebook and a scale per group."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from turboquant_hf.kernels.codes import SCALE_FORMATS, SCALE_RULES, CodeGroup, tile_bytes
+from turboquant_hf.kernels.encode import decode_tiles, encode_tiles
+from turboquant_hf.primitives import head_rotations, lloyd_max, rotation_matrix, uniform
+from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
+
+CODEBOOKS = {"lloyd-max": lloyd_max, "uniform": uniform}
+ROTATIONS = ("auto", "hadamard", "qr", "identity")
+
+
+@dataclass(frozen=True)
+class RotatedQuantizer(Quantizer):
+    """Rotate (by groups of channels), normalise to the sphere, round to a codebook, store one scale a group.
+
+    Attributes:
+        scale: which number is stored beside the codes; see `kernels.encode.reference`.
+        scale_format: "fp16", or "e4m4" (one byte).
+        codebook: "lloyd-max" for the exact sphere density in the rotated dimension, or "uniform".
+        rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
+        rounds: how many sign-and-Hadamard rounds.
+        seed: of the rotation; the same for all layers, so that they share one matrix.
+        per_head: a rotation of its own for each KV head.
+        channel_major: pack along the tokens of a tile, as the value side of the decode kernel wants it.
+    """
+
+    scale: str = "norm"
+    scale_format: str = "fp16"
+    codebook: str = "lloyd-max"
+    rotation: str = "auto"
+    rounds: int = 1
+    seed: int = 0
+    per_head: bool = False
+    channel_major: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self.name, "scale", self.scale, SCALE_RULES)
+        check_choice(self.name, "scale_format", self.scale_format, tuple(SCALE_FORMATS))
+        check_choice(self.name, "codebook", self.codebook, tuple(CODEBOOKS))
+        check_choice(self.name, "rotation", self.rotation, ROTATIONS)
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ValueError(f"{self.name}: rounds={self.rounds!r} is not supported; allowed: whole numbers from 1")
+
+    @abstractmethod
+    def group_sizes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
+        """(channels, bits) of every group; the channels add up to `head_dim`."""
+
+    def groups(self, head_dim: int) -> tuple[CodeGroup, ...]:
+        """The coded groups of a head of `head_dim` channels."""
+        make = CODEBOOKS[self.codebook]
+        return tuple(CodeGroup(size, make(bits, size)) for size, bits in self.group_sizes(head_dim))
+
+    def validate(self, head_dim: int, tile: int) -> None:
+        sizes = self.group_sizes(head_dim)
+        if any(size < 2 for size, _ in sizes):
+            raise ValueError(
+                f"{self.name}: head_dim={head_dim} gives groups of {[size for size, _ in sizes]} channels; "
+                "allowed: head dims in which every group has at least 2 channels"
+            )
+        block_rotation(sizes, self.rotation, self.rounds, self.seed, 1 if self.per_head else 0)
+
+    def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
+        groups = self.groups(head_dim)
+        return {
+            "codes": Field((tile_bytes(groups, tile, self.channel_major),), torch.uint8),
+            "scale": Field((len(groups), tile), SCALE_FORMATS[self.scale_format]),
+        }
+
+    def shared_nbytes(self, head_dim: int) -> int:
+        return head_dim * head_dim * 4
+
+    def rotation_of(self, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
+        """The block-diagonal rotation, float32 [D, D] ([H, D, D] when `per_head`), shared: do not write to it."""
+        heads = num_heads if self.per_head else 0
+        return _on_device(self.group_sizes(head_dim), self.rotation, self.rounds, self.seed, heads, str(device))
+
+    def transform(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
+        """[D, D] or [B or 1, H, D, D]: what takes a (centred) vector to the rotated domain."""
+        return self.rotation_of(head_dim, num_heads, device)
+
+    def inverse(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
+        """The inverse of `transform`. Its transpose takes a query to the rotated domain."""
+        return self.rotation_of(head_dim, num_heads, device).transpose(-1, -2)
+
+    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
+        if self.scale_format == "fp16":
+            return {}
+        w = weight[:, None, :, :, None].to(torch.float32)
+        energy = (tiles.float().square() * w).sum(dim=(2, 3, 4))
+        mean_square = energy / (w.sum(dim=(2, 3, 4)) * tiles.shape[-1]).clamp(min=1.0)
+        return {"gain": mean_square.sqrt().clamp(min=1e-12)}
+
+    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
+        head_dim, num_heads = tiles.shape[-1], tiles.shape[1]
+        return encode_tiles(
+            tiles,
+            self.transform(state, head_dim, num_heads, tiles.device),
+            self.groups(head_dim),
+            scale_rule=self.scale,
+            scale_format=self.scale_format,
+            gain=state.get("gain"),
+            channel_major=self.channel_major,
+        )
+
+    def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        num_heads, device = packed["codes"].shape[1], packed["codes"].device
+        x = decode_tiles(
+            packed,
+            self.inverse(state, head_dim, num_heads, device),
+            self.groups(head_dim),
+            gain=state.get("gain"),
+            channel_major=self.channel_major,
+        )
+        return x.to(dtype)
+
+
+def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Columns of the rotation moved so that its j-th input is channel order[j]: [B, H, D, D]."""
+    index = order.long().unsqueeze(-2).expand(*order.shape, order.shape[-1])
+    source = rotation.expand_as(index) if rotation.dim() == 2 else rotation[None].expand_as(index)
+    return torch.zeros_like(source).scatter(-1, index, source)
+
+
+@lru_cache(maxsize=64)
+def block_rotation(
+    sizes: tuple[tuple[int, int], ...], kind: str, rounds: int, seed: int, num_heads: int
+) -> torch.Tensor:
+    """Block-diagonal rotation on the CPU, [D, D], or [num_heads, D, D] when `num_heads` is not 0."""
+    blocks = []
+    for index, (size, _) in enumerate(sizes):
+        options = {"seed": seed + 1000 * index, "kind": kind, "rounds": rounds}
+        if num_heads:
+            blocks.append(head_rotations(num_heads, size, **options))
+        else:
+            blocks.append(rotation_matrix(size, **options)[None])
+    dim = sum(size for size, _ in sizes)
+    matrix = torch.zeros(blocks[0].shape[0], dim, dim)
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[-1]
+        matrix[:, start:stop, start:stop] = block
+        start = stop
+    return matrix if num_heads else matrix[0]
+
+
+@lru_cache(maxsize=64)
+def _on_device(sizes, kind: str, rounds: int, seed: int, num_heads: int, device: str) -> torch.Tensor:
+    return block_rotation(sizes, kind, rounds, seed, num_heads).to(device)
