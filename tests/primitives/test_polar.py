@@ -36,7 +36,7 @@ def test_to_polar_shapes_and_ranges(shape, levels):
 def test_from_polar_inverts_to_polar(numbers):
     x = torch.tensor(numbers, dtype=torch.float64)
     back = from_polar(*to_polar(x))
-    assert (back - x).abs().max() <= 1e-14 * x.norm()
+    assert (back - x).abs().max() <= 1e-13 * x.abs().max() + 1e-300
 
 
 def test_to_polar_pairs_neighbours():
@@ -72,7 +72,7 @@ def test_polar_codebook_levels_are_centroids_of_sampled_angles(level, bits):
 
 
 def test_polar_codebook_reaches_polarquants_error():
-    """Blocks of 16 with 4 + 2 + 2 + 2 bits a level and an exact radius: relative error .0320 at 3.875 bits."""
+    """Blocks of 16, 4 + 2 + 2 + 2 bits by level, exact radius: relative error .0320 at 3.875 bits."""
     x = gaussian(50_000, 16)
     radius, angles = to_polar(x)
     books = [polar_codebook(level, bits) for level, bits in enumerate((4, 2, 2, 2), 1)]

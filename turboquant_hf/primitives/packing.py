@@ -7,10 +7,10 @@ to `bits`, widest first; the widest plane holds the low-order bits of the code:
     planes 1    2    2+1    4    4+1    4+2    4+2+1    8
 
 n codes lie along the last axis, padded with zero codes to n8 = ceil(n / 8) * 8. A plane of width p takes
-P = n8 * p / 8 bytes. Its byte j holds, in bits [f * p, (f + 1) * p), the field of the code with index j + f * P,
-for f = 0 .. 8 / p - 1. So at 4 bits the low nibbles are the first half of the codes and the high nibbles the
-second half. The planes stand one after the other along the last axis: n8 * bits / 8 bytes in all. No field
-straddles two bytes.
+P = n8 * p / 8 bytes. Its byte j holds, in bits [f * p, (f + 1) * p), the field of the code with index
+j + f * P, for f = 0 .. 8 / p - 1. So at 4 bits the low nibbles are the first half of the codes and the high
+nibbles the second half. The planes stand one after the other along the last axis: n8 * bits / 8 bytes in all.
+No field straddles two bytes.
 
 A reader shifts and masks whole bytes and gets runs of neighbouring codes: nothing has to be interleaved.
 """

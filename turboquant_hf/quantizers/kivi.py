@@ -1,4 +1,4 @@
-"""KIVI (arXiv 2402.02750): min-max rounding, keys along the tokens of a channel, values along the channels."""
+"""KIVI (arXiv 2402.02750): min-max rounding, keys along a channel's tokens, values along the channels."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class KIVI(Quantizer):
         return self._rows(affine_decode(packed, length, self.bits, self.group)).to(dtype)
 
     def _without_outsiders(self, tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Padding and sinks replaced by their group's mean: stored elsewhere, they must not stretch its range."""
+        """Padding and sinks, never read from here, become their group's mean and stretch no range."""
         x = tiles.float().unflatten(-2, (-1, self.group))
         w = weight[:, None, :, :, None].float().unflatten(-2, (-1, self.group))
         mean = (x * w).sum(dim=-2, keepdim=True) / w.sum(dim=-2, keepdim=True).clamp(min=1.0)

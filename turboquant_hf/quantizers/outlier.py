@@ -1,4 +1,4 @@
-"""Outlier split of TurboQuant's experiments (arXiv 2504.19874, section 4.3): more bits for strong channels."""
+"""Outlier split of TurboQuant's experiments (arXiv 2504.19874, section 4.3): strong channels at more bits."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SKETCH_SEED = 500_000
 
 @dataclass(frozen=True)
 class Prod(Quantizer):
-    """Any linear estimate of q.k is the product of q with one vector: here the first stage's plus the sketch's.
+    """Any linear estimate of q.k is q times one vector: here the first stage's plus the sketch's.
 
     Attributes:
         bits: width of a code and its sign together, 2 to 8 (at 1 bit nothing but the sketch is left: `qjl`).

@@ -70,11 +70,11 @@ def sketch_decode(signs: torch.Tensor, norm: torch.Tensor, sketch: torch.Tensor)
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def sketch_matrix(kind: str, rows: int, dim: int, seed: int, device: str) -> torch.Tensor:
-    """S, float32 [rows, dim], scaled so that norm(x) * S^T sign(S x) has the mean x. Shared: do not write to it.
+    """S, float32 [rows, dim]: norm(x) S^T sign(S x) has the mean x. Shared: do not write to it.
 
     For rows s of any rotation-invariant law, E[s sign(s.u)] = E|s.u| u for a unit vector u. Gaussian rows of
     unit variance have E|s.u| = sqrt(2 / pi), which is the paper's factor sqrt(pi / 2) / m. Rows of random
-    rotations have unit norm and E|s.u| = Gamma(dim / 2) / (sqrt(pi) Gamma((dim + 1) / 2)); with m = dim of them
+    rotations have unit norm and E|s.u| = Gamma(dim / 2) / (sqrt(pi) Gamma((dim + 1) / 2)); with dim of them
     the relative error is near pi / 2 - 1, against pi / 2 for Gaussian rows. More rows take several rotations.
     """
     if kind == "orthogonal":

@@ -78,7 +78,7 @@ class RotatedQuantizer(Quantizer):
         return head_dim * head_dim * 4
 
     def rotation_of(self, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
-        """The block-diagonal rotation, float32 [D, D] ([H, D, D] when `per_head`), shared: do not write to it."""
+        """The block-diagonal rotation, float32 [D, D] ([1, H, D, D] when `per_head`), shared: do not write to it."""
         heads = num_heads if self.per_head else 0
         return _on_device(self.group_sizes(head_dim), self.rotation, self.rounds, self.seed, heads, str(device))
 
@@ -125,7 +125,7 @@ class RotatedQuantizer(Quantizer):
 def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Columns of the rotation moved so that its j-th input is channel order[j]: [B, H, D, D]."""
     index = order.long().unsqueeze(-2).expand(*order.shape, order.shape[-1])
-    source = rotation.expand_as(index) if rotation.dim() == 2 else rotation[None].expand_as(index)
+    source = rotation.expand_as(index)
     return torch.zeros_like(source).scatter(-1, index, source)
 
 
@@ -133,7 +133,7 @@ def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def block_rotation(
     sizes: tuple[tuple[int, int], ...], kind: str, rounds: int, seed: int, num_heads: int
 ) -> torch.Tensor:
-    """Block-diagonal rotation on the CPU, [D, D], or [num_heads, D, D] when `num_heads` is not 0."""
+    """Block-diagonal rotation on the CPU, [D, D], or [1, num_heads, D, D] when `num_heads` is not 0."""
     blocks = []
     for index, (size, _) in enumerate(sizes):
         options = {"seed": seed + 1000 * index, "kind": kind, "rounds": rounds}
@@ -148,7 +148,7 @@ def block_rotation(
         stop = start + block.shape[-1]
         matrix[:, start:stop, start:stop] = block
         start = stop
-    return matrix if num_heads else matrix[0]
+    return matrix[None] if num_heads else matrix[0]
 
 
 @lru_cache(maxsize=64)

@@ -87,8 +87,8 @@ def affine_layout(rows: int, length: int, bits: int, group: int) -> dict[str, Fi
 def affine_encode(rows: torch.Tensor, bits: int, group: int) -> Packed:
     """Min-max rounding of groups along the last axis: x ~ zero + scale * code.
 
-    rows: [..., L], any float dtype -> codes uint8 [..., packed_size(L, bits)], scale and zero fp16 [..., G]. The
-    codes are chosen for the stored, already rounded scale and zero.
+    rows: [..., L], any float dtype -> codes uint8 [..., packed_size(L, bits)], scale and zero fp16 [..., G].
+    The codes are chosen for the stored, already rounded scale and zero.
     """
     x = in_groups(rows.float(), group)
     low, high = x.aminmax(dim=-1)
@@ -106,7 +106,7 @@ def affine_decode(packed: Packed, length: int, bits: int, group: int) -> torch.T
 
 
 def in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
-    """[..., L] -> [..., G, group]; the last group is filled up with its last value, which moves no extreme."""
+    """[..., L] -> [..., G, group]; the last group is filled up with its last value: no extreme moves."""
     missing = -x.shape[-1] % group
     padded = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], dim=-1)
     return padded.unflatten(-1, (-1, group))
