@@ -39,6 +39,8 @@ class CachePreset:
         min_statistics: tokens seen before the first encode, for quantizers that measure their input.
         boundary_layers: how many KV layers at each end keep their values at 8 bits.
         sparse_v_threshold: a tile whose largest attention probability is below it is not read for values; 0 is off.
+        encode_first: encode new tokens before they are attended to, where they fill tiles, instead of after. Nothing
+            outside the recent window is then read raw: worse answers, for measuring the quantizers alone.
         layers: overrides by KV-layer ordinal (compressed layers counted from 0; negative from the end).
     """
 
@@ -53,6 +55,7 @@ class CachePreset:
     min_statistics: int = 256
     boundary_layers: int = 0
     sparse_v_threshold: float = 0.0
+    encode_first: bool = False
     layers: tuple[tuple[int, LayerOverride], ...] = ()
 
     def __post_init__(self) -> None:

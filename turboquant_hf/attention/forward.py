@@ -35,8 +35,10 @@ def turboquant_attention_forward(
         return dense_attention(module, query, key, value, attention_mask, **options)
     layer = key.layer
     note_padding(layer, attention_mask, query.shape[2])
-    output = dense_attention(module, query, key.dense(), value.dense(), attention_mask, **options)
     layer.observe(query)
+    if layer.preset.encode_first:
+        layer.commit()
+    output = dense_attention(module, query, key.dense(), value.dense(), attention_mask, **options)
     layer.commit()
     return output
 

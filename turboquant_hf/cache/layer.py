@@ -93,6 +93,8 @@ class TurboQuantLayer(CacheLayerMixin):
         self.tail.append(key_states, value_states)
         if self._returns_handles():
             return PackedKeys(self), PackedValues(self)
+        if self.preset.encode_first:
+            self.commit()
         dense = self.dense(0), self.dense(1)
         self.commit()
         return dense

@@ -1,4 +1,4 @@
-"""How a vector of `head_dim` channels is cut into coded groups, and how scales become bytes.
+"""How a vector of `head_dim` channels is cut into coded groups, and what a tile of them takes.
 
 These are the only descriptions that kernels share with their callers; kernels never see a configuration.
 """
@@ -12,18 +12,18 @@ import torch
 from turboquant_hf.primitives import Codebook, packed_size
 
 SCALE_RULES = ("norm", "norm-corrected", "mse", "unbiased")
-SCALE_FORMATS = {"fp16": torch.float16, "e4m4": torch.uint8}
-
-# An e4m4 byte, shifted left by six, is the bit pattern of a half in [0, 2); 64 moves the range to [0, 128).
-_E4M4_SHIFT, _E4M4_UNIT = 6, 64.0
 
 
 @dataclass(frozen=True)
 class CodeGroup:
-    """`size` consecutive rotated channels that share one codebook and one scale per token."""
+    """`size` consecutive rotated channels that share one codebook.
+
+    A decoded channel is gain * codebook level * the token's scale.
+    """
 
     size: int
     codebook: Codebook
+    gain: float = 1.0
 
     @property
     def bits(self) -> int:
@@ -41,20 +41,6 @@ def tile_bytes(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) ->
     return tile * sum(packed_size(group.size, group.bits) for group in groups)
 
 
-def store_scale(scale: torch.Tensor, scale_format: str) -> torch.Tensor:
-    """Round non-negative float32 scales to their stored form (`fp16`, or `e4m4`: 4 exponent and 4 mantissa bits).
-
-    `e4m4` covers [2**-12, 126] with a relative error of at most 2**-5 above 2**-8; larger scales saturate. NaN
-    has no e4m4 pattern and saturates too, so the `fp16` format is the one for unchecked input.
-    """
-    if scale_format == "fp16":
-        return scale.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
-    bits = (scale / _E4M4_UNIT).clamp(0.0, 1.96875).to(torch.float16).view(torch.int16).to(torch.int32)
-    return ((bits + (1 << (_E4M4_SHIFT - 1))) >> _E4M4_SHIFT).clamp(max=255).to(torch.uint8)
-
-
-def load_scale(stored: torch.Tensor) -> torch.Tensor:
-    """The float32 scales behind `store_scale`'s result; the dtype tells the format."""
-    if stored.dtype == torch.uint8:
-        return (stored.to(torch.int16) << _E4M4_SHIFT).view(torch.float16).float() * _E4M4_UNIT
-    return stored.float()
+def store_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as they are stored, fp16; what does not fit saturates."""
+    return scale.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)

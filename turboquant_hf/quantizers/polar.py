@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from turboquant_hf.kernels.codes import load_scale, store_scale
+from turboquant_hf.kernels.codes import store_scale
 from turboquant_hf.primitives import (
     from_polar,
     pack,
@@ -70,7 +70,7 @@ class Polar(Quantizer):
         for level, (angles, bits) in enumerate(zip(levels, LEVEL_BITS, strict=True), start=1):
             codes = polar_codebook(level, bits).encode(angles).flatten(-2)
             rows.append(pack(codes.transpose(-1, -2), bits).flatten(-2))
-        return {"angles": torch.cat(rows, dim=-1), "radius": store_scale(radius, "fp16")}
+        return {"angles": torch.cat(rows, dim=-1), "radius": store_scale(radius)}
 
     def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         tile, blocks = packed["radius"].shape[-2:]
@@ -79,7 +79,7 @@ class Polar(Quantizer):
         for level, (rows, bits) in enumerate(zip(parts, LEVEL_BITS, strict=True), start=1):
             codes = unpack(rows.unflatten(-1, (-1, packed_size(tile, bits))), bits, tile).transpose(-1, -2)
             levels.append(polar_codebook(level, bits).decode(codes).unflatten(-1, (blocks, -1)))
-        rotated = from_polar(load_scale(packed["radius"]), levels).flatten(-2)
+        rotated = from_polar(packed["radius"].float(), levels).flatten(-2)
         return (rotated @ self.rotation_of(head_dim, rotated.device)).to(dtype)
 
 

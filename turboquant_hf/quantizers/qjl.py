@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from turboquant_hf.kernels.codes import load_scale, store_scale
+from turboquant_hf.kernels.codes import store_scale
 from turboquant_hf.primitives import Codebook, head_rotations, pack, packed_size, unpack
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_bits, check_choice
 
@@ -59,12 +59,12 @@ class QJL(Quantizer):
 
 def sketch_encode(x: torch.Tensor, sketch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x float32 [..., D], sketch [m, D] -> packed signs uint8 [..., packed_size(m, 1)], fp16 norms [...]."""
-    return pack(SIGNS.encode(x @ sketch.T), 1), store_scale(x.norm(dim=-1), "fp16")
+    return pack(SIGNS.encode(x @ sketch.T), 1), store_scale(x.norm(dim=-1))
 
 
 def sketch_decode(signs: torch.Tensor, norm: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
     """The float32 [..., D] whose product with any q is the estimate of q.x."""
-    return (SIGNS.decode(unpack(signs, 1, len(sketch))) @ sketch) * load_scale(norm).unsqueeze(-1)
+    return (SIGNS.decode(unpack(signs, 1, len(sketch))) @ sketch) * norm.float().unsqueeze(-1)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from turboquant_hf.kernels.codes import SCALE_FORMATS, SCALE_RULES, CodeGroup, tile_bytes
+from turboquant_hf.kernels.codes import SCALE_RULES, CodeGroup, tile_bytes
 from turboquant_hf.kernels.encode import decode_tiles, encode_tiles
 from turboquant_hf.primitives import head_rotations, lloyd_max, rotation_matrix, uniform
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
@@ -23,7 +23,6 @@ class RotatedQuantizer(Quantizer):
 
     Attributes:
         scale: which number is stored beside the codes; see `kernels.encode.reference`.
-        scale_format: "fp16", or "e4m4" (one byte).
         codebook: "lloyd-max" for the exact sphere density in the rotated dimension, or "uniform".
         rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
         rounds: how many sign-and-Hadamard rounds.
@@ -33,7 +32,6 @@ class RotatedQuantizer(Quantizer):
     """
 
     scale: str = "norm"
-    scale_format: str = "fp16"
     codebook: str = "lloyd-max"
     rotation: str = "auto"
     rounds: int = 1
@@ -43,7 +41,6 @@ class RotatedQuantizer(Quantizer):
 
     def __post_init__(self) -> None:
         check_choice(self.name, "scale", self.scale, SCALE_RULES)
-        check_choice(self.name, "scale_format", self.scale_format, tuple(SCALE_FORMATS))
         check_choice(self.name, "codebook", self.codebook, tuple(CODEBOOKS))
         check_choice(self.name, "rotation", self.rotation, ROTATIONS)
         if not isinstance(self.rounds, int) or self.rounds < 1:
@@ -71,7 +68,7 @@ class RotatedQuantizer(Quantizer):
         groups = self.groups(head_dim)
         return {
             "codes": Field((tile_bytes(groups, tile, self.channel_major),), torch.uint8),
-            "scale": Field((len(groups), tile), SCALE_FORMATS[self.scale_format]),
+            "scale": Field((len(groups), tile), torch.float16),
         }
 
     def shared_nbytes(self, head_dim: int) -> int:
@@ -90,14 +87,6 @@ class RotatedQuantizer(Quantizer):
         """The inverse of `transform`. Its transpose takes a query to the rotated domain."""
         return self.rotation_of(head_dim, num_heads, device).transpose(-1, -2)
 
-    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
-        if self.scale_format == "fp16":
-            return {}
-        w = weight[:, None, :, :, None].to(torch.float32)
-        energy = (tiles.float().square() * w).sum(dim=(2, 3, 4))
-        mean_square = energy / (w.sum(dim=(2, 3, 4)) * tiles.shape[-1]).clamp(min=1.0)
-        return {"gain": mean_square.sqrt().clamp(min=1e-12)}
-
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
         head_dim, num_heads = tiles.shape[-1], tiles.shape[1]
         return encode_tiles(
@@ -105,8 +94,6 @@ class RotatedQuantizer(Quantizer):
             self.transform(state, head_dim, num_heads, tiles.device),
             self.groups(head_dim),
             scale_rule=self.scale,
-            scale_format=self.scale_format,
-            gain=state.get("gain"),
             channel_major=self.channel_major,
         )
 
@@ -116,7 +103,6 @@ class RotatedQuantizer(Quantizer):
             packed,
             self.inverse(state, head_dim, num_heads, device),
             self.groups(head_dim),
-            gain=state.get("gain"),
             channel_major=self.channel_major,
         )
         return x.to(dtype)
@@ -130,6 +116,7 @@ def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def block_rotation(
     sizes: tuple[tuple[int, int], ...], kind: str, rounds: int, seed: int, num_heads: int
 ) -> torch.Tensor:
@@ -152,5 +139,6 @@ def block_rotation(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _on_device(sizes, kind: str, rounds: int, seed: int, num_heads: int, device: str) -> torch.Tensor:
     return block_rotation(sizes, kind, rounds, seed, num_heads).to(device)

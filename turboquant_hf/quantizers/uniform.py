@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from turboquant_hf.kernels.codes import load_scale, store_scale
+from turboquant_hf.kernels.codes import store_scale
 from turboquant_hf.primitives import Codebook, nf4, pack, packed_size, unpack
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_bits, check_choice
 
@@ -50,8 +50,8 @@ class Uniform(Quantizer):
         if self.codebook == "affine":
             return affine_encode(tiles, self.bits, self.group)
         x = in_groups(tiles.float(), self.group)
-        scale = store_scale(x.abs().amax(dim=-1), "fp16")
-        codes = self._levels().encode(x / load_scale(scale).clamp(min=1e-30).unsqueeze(-1))
+        scale = store_scale(x.abs().amax(dim=-1))
+        codes = self._levels().encode(x / scale.float().clamp(min=1e-30).unsqueeze(-1))
         return {"codes": pack(codes.flatten(-2)[..., : tiles.shape[-1]], self.bits), "scale": scale}
 
     def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -93,7 +93,7 @@ def affine_encode(rows: torch.Tensor, bits: int, group: int) -> Packed:
     x = in_groups(rows.float(), group)
     low, high = x.aminmax(dim=-1)
     zero = low.clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
-    scale = store_scale((high - zero.float()).clamp(min=0.0) / (2**bits - 1), "fp16")
+    scale = store_scale((high - zero.float()).clamp(min=0.0) / (2**bits - 1))
     step = scale.float().clamp(min=1e-30).unsqueeze(-1)
     codes = ((x - zero.float().unsqueeze(-1)) / step).round().clamp(0, 2**bits - 1).to(torch.uint8)
     return {"codes": pack(codes.flatten(-2)[..., : rows.shape[-1]], bits), "scale": scale, "zero": zero}
