@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 CASES = [
     ("conditioned", {}),
-    ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "shared_scale": False}),
+    ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "scale_format": "e3m5"}),
     ("conditioned", {"widths": ((0.125, 4), (0.625, 2), (0.25, 1)), "channel_major": True}),
     ("conditioned", {"center": False, "balance": "key"}),
     ("conditioned", {"balance": "none", "bits": 3}),
@@ -309,7 +309,7 @@ def test_any_width_and_head_dim_round_trips(name, bits, head_dim, tile, dtype):
     ("name", "options", "head_dim", "bits"),
     [
         ("conditioned", {}, 128, 4 + 2 * 0.125),
-        ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "shared_scale": False}, 128, 3 + 0.25 + 0.125),
+        ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "scale_format": "e3m5"}, 128, 3 + 0.125 + 0.125),
         ("kivi", {}, 128, 4 + 1),
         ("kivi", {"axis": "token"}, 80, 4 + 32 * 3 / 80),
         ("mse", {}, 128, 4 + 0.125),

@@ -12,18 +12,16 @@ import torch
 from turboquant_hf.primitives import Codebook, packed_size
 
 SCALE_RULES = ("norm", "norm-corrected", "mse", "unbiased")
+SCALE_FORMATS = {"fp16": (0, 1.0), "e4m4": (6, 64.0), "e3m5": (5, 2.0**11)}
+"""name -> (left shift that makes a stored byte the pattern of a half, factor on that half)."""
 
 
 @dataclass(frozen=True)
 class CodeGroup:
-    """`size` consecutive rotated channels that share one codebook.
-
-    A decoded channel is gain * codebook level * the token's scale.
-    """
+    """`size` consecutive rotated channels that share one codebook and one scale per token."""
 
     size: int
     codebook: Codebook
-    gain: float = 1.0
 
     @property
     def bits(self) -> int:
@@ -41,6 +39,23 @@ def tile_bytes(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) ->
     return tile * sum(packed_size(group.size, group.bits) for group in groups)
 
 
-def store_scale(scale: torch.Tensor) -> torch.Tensor:
-    """Scales as they are stored, fp16; what does not fit saturates."""
-    return scale.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+def store_scale(scale: torch.Tensor, scale_format: str = "fp16") -> torch.Tensor:
+    """Non-negative float32 scales in their stored form; what does not fit saturates.
+
+    One-byte formats are the high bits of a half's pattern: "e4m4" covers [2**-12, 126] with a relative error of at
+    most 1/32 above 2**-8, "e3m5" [2**-8, 15.75] with at most 1/64 above 2**-3. They expect scales near 1. NaN has
+    no pattern in them and saturates; fp16 keeps it.
+    """
+    if scale_format == "fp16":
+        return scale.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+    shift, unit = SCALE_FORMATS[scale_format]
+    bits = (scale / unit).clamp(0.0, 65504.0).to(torch.float16).view(torch.int16).to(torch.int32)
+    return ((bits + (1 << (shift - 1))) >> shift).clamp(max=255).to(torch.uint8)
+
+
+def load_scale(stored: torch.Tensor, scale_format: str = "fp16") -> torch.Tensor:
+    """The float32 scales behind `store_scale`'s result."""
+    if scale_format == "fp16":
+        return stored.float()
+    shift, unit = SCALE_FORMATS[scale_format]
+    return (stored.to(torch.int16) << shift).view(torch.float16).float() * unit

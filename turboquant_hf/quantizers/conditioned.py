@@ -13,11 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.encode import encode_tiles, tile_mean
-from turboquant_hf.primitives import distortion
 from turboquant_hf.quantizers.base import Field, Packed, State, check_bits, check_choice
-from turboquant_hf.quantizers.rotated import CODEBOOKS, RotatedQuantizer, sorted_columns
+from turboquant_hf.quantizers.rotated import RotatedQuantizer, sorted_columns
 
 BALANCES = ("query", "key", "none")
 PRIOR_TOKENS = 256
@@ -30,7 +28,6 @@ class Conditioned(RotatedQuantizer):
 
     Attributes:
         widths: ((fraction of the channels, bits), ...); fractions add up to 1, the most important channels first.
-        shared_scale: one scale a token for all groups, whose energies are then made equal by the balance.
         center: keep the mean of every tile (fp16) and code the rest.
         balance: "query" (falls back to "key" while no queries are known), "key" (s_i = rms(k_i)^-1/2) or "none".
     """
@@ -39,7 +36,6 @@ class Conditioned(RotatedQuantizer):
     needs_statistics: ClassVar[bool] = True
     scale: str = "unbiased"
     widths: tuple[tuple[float, int], ...] = ((1.0, 4),)
-    shared_scale: bool = True
     center: bool = True
     balance: str = "query"
 
@@ -61,19 +57,8 @@ class Conditioned(RotatedQuantizer):
             edges.append(round(share * head_dim))
         return tuple((stop - start, bits) for start, stop, (_, bits) in zip(edges, edges[1:], self.widths, strict=False))
 
-    def groups(self, head_dim: int) -> tuple[CodeGroup, ...]:
-        if not self.shared_scale:
-            return super().groups(head_dim)
-        make = CODEBOOKS[self.codebook]
-        books = [(size, make(bits, head_dim)) for size, bits in self.group_sizes(head_dim)]
-        # A centroid codebook shrinks a vector by its distortion, and each width by its own.
-        unbiased = self.scale == "unbiased"
-        return tuple(CodeGroup(n, book, 1 / (1 - distortion(book, head_dim)) if unbiased else 1.0) for n, book in books)
-
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
         fields = super().layout(head_dim, tile, dtype)
-        if self.shared_scale:
-            fields["scale"] = Field((1, tile), torch.float16)
         return {**fields, "mean": Field((head_dim,), torch.float16)} if self.center else fields
 
     def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
@@ -94,9 +79,9 @@ class Conditioned(RotatedQuantizer):
         order = importance.argsort(dim=-1, descending=True, stable=True)
         if len(self.widths) == 1:
             order = torch.arange(tiles.shape[-1], device=tiles.device).expand_as(order).contiguous()
-        # Unit energy after balancing, in all or in each group: stored scales stay near 1 whatever the model's units.
+        # Unit energy in each group after balancing: stored scales stay near 1 whatever the model's units.
         energy = (balance * key_rms).square().gather(-1, order)
-        sizes = [size for size, _ in self.group_sizes(tiles.shape[-1])] if self.shared_scale else [tiles.shape[-1]]
+        sizes = [size for size, _ in self.group_sizes(tiles.shape[-1])]
         level = torch.cat([part.mean(-1, keepdim=True).expand_as(part) for part in energy.split(sizes, -1)], dim=-1)
         balance = balance * torch.empty_like(level).scatter(-1, order, level.rsqrt())
         return {"balance": balance, "order": order.to(torch.int16)}
@@ -117,7 +102,7 @@ class Conditioned(RotatedQuantizer):
             self.transform(state, head_dim, num_heads, tiles.device),
             self.groups(head_dim),
             scale_rule=self.scale,
-            shared_scale=self.shared_scale,
+            scale_format=self.scale_format,
             mean=mean,
             channel_major=self.channel_major,
         )

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from turboquant_hf.kernels.codes import SCALE_RULES, CodeGroup, tile_bytes
+from turboquant_hf.kernels.codes import SCALE_FORMATS, SCALE_RULES, CodeGroup, tile_bytes
 from turboquant_hf.kernels.encode import decode_tiles, encode_tiles
 from turboquant_hf.primitives import head_rotations, lloyd_max, rotation_matrix, uniform
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
@@ -23,6 +23,7 @@ class RotatedQuantizer(Quantizer):
 
     Attributes:
         scale: which number is stored beside the codes; see `kernels.encode.reference`.
+        scale_format: "fp16", or one byte: "e4m4" or "e3m5" (`kernels.codes.store_scale`).
         codebook: "lloyd-max" for the exact sphere density in the rotated dimension, or "uniform".
         rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
         rounds: how many sign-and-Hadamard rounds.
@@ -32,6 +33,7 @@ class RotatedQuantizer(Quantizer):
     """
 
     scale: str = "norm"
+    scale_format: str = "fp16"
     codebook: str = "lloyd-max"
     rotation: str = "auto"
     rounds: int = 1
@@ -41,6 +43,7 @@ class RotatedQuantizer(Quantizer):
 
     def __post_init__(self) -> None:
         check_choice(self.name, "scale", self.scale, SCALE_RULES)
+        check_choice(self.name, "scale_format", self.scale_format, tuple(SCALE_FORMATS))
         check_choice(self.name, "codebook", self.codebook, tuple(CODEBOOKS))
         check_choice(self.name, "rotation", self.rotation, ROTATIONS)
         if not isinstance(self.rounds, int) or self.rounds < 1:
@@ -68,7 +71,7 @@ class RotatedQuantizer(Quantizer):
         groups = self.groups(head_dim)
         return {
             "codes": Field((tile_bytes(groups, tile, self.channel_major),), torch.uint8),
-            "scale": Field((len(groups), tile), torch.float16),
+            "scale": Field((len(groups), tile), torch.float16 if self.scale_format == "fp16" else torch.uint8),
         }
 
     def shared_nbytes(self, head_dim: int) -> int:
@@ -87,6 +90,9 @@ class RotatedQuantizer(Quantizer):
         """The inverse of `transform`. Its transpose takes a query to the rotated domain."""
         return self.rotation_of(head_dim, num_heads, device).transpose(-1, -2)
 
+    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
+        return {} if self.scale_format == "fp16" else {"gain": typical_scale(tiles, weight)}
+
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
         head_dim, num_heads = tiles.shape[-1], tiles.shape[1]
         return encode_tiles(
@@ -94,6 +100,8 @@ class RotatedQuantizer(Quantizer):
             self.transform(state, head_dim, num_heads, tiles.device),
             self.groups(head_dim),
             scale_rule=self.scale,
+            scale_format=self.scale_format,
+            gain=state.get("gain"),
             channel_major=self.channel_major,
         )
 
@@ -103,6 +111,8 @@ class RotatedQuantizer(Quantizer):
             packed,
             self.inverse(state, head_dim, num_heads, device),
             self.groups(head_dim),
+            scale_format=self.scale_format,
+            gain=state.get("gain"),
             channel_major=self.channel_major,
         )
         return x.to(dtype)
@@ -113,6 +123,13 @@ def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     index = order.long().unsqueeze(-2).expand(*order.shape, order.shape[-1])
     source = rotation.expand_as(index)
     return torch.zeros_like(source).scatter(-1, index, source)
+
+
+def typical_scale(tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Root mean square of a head's elements over the tokens that count: tiles [B, H, N, T, D] -> [B, H], above 0."""
+    w = weight[:, None, :, :, None].float()
+    energy = (tiles.float().square() * w).sum(dim=(2, 3, 4))
+    return (energy / (w.sum(dim=(2, 3, 4)) * tiles.shape[-1]).clamp(min=1.0)).sqrt().clamp(min=1e-12)
 
 
 @lru_cache(maxsize=64)

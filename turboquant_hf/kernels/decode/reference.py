@@ -19,12 +19,14 @@ class PackedSide:
 
     Attributes:
         codes: uint8 [B, H, N, bytes].
-        scale: fp16 [B, H, N, G or 1, T].
+        scale: [B, H, N, G, T], stored as `scale_format` says and divided by `gain`.
         groups: how y is cut.
         rotation: float32 [D, D] or [1, H, D, D].
         order: int16 [B, H, D], or None for the identity.
         balance: float32 [B, H, D], or None for ones.
         mean: fp16 [B, H, N, D], or None for zeros.
+        scale_format: see `kernels.codes.store_scale`.
+        gain: float32 [B, H], or None for ones.
     """
 
     codes: torch.Tensor
@@ -34,6 +36,8 @@ class PackedSide:
     order: torch.Tensor | None = None
     balance: torch.Tensor | None = None
     mean: torch.Tensor | None = None
+    scale_format: str = "fp16"
+    gain: torch.Tensor | None = None
 
     def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
         """q' with q.x = q'.y + q.mean: query [B, H, M, D] -> float32 [B, H, M, D]."""
@@ -53,7 +57,15 @@ class PackedSide:
 
     def rotated(self, channel_major: bool) -> torch.Tensor:
         """y of every token, float32 [B, H, N * T, D]."""
-        return decode_rotated(self.codes, self.scale, self.groups, channel_major=channel_major).flatten(2, 3)
+        y = decode_rotated(
+            self.codes,
+            self.scale,
+            self.groups,
+            scale_format=self.scale_format,
+            gain=self.gain,
+            channel_major=channel_major,
+        )
+        return y.flatten(2, 3)
 
 
 @dataclass(frozen=True)

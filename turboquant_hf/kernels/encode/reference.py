@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turboquant_hf.kernels.codes import CodeGroup, store_scale
+from turboquant_hf.kernels.codes import CodeGroup, load_scale, store_scale
 from turboquant_hf.primitives import pack, packed_size, unpack
 
 
@@ -25,7 +25,8 @@ def encode_tiles(
     groups: tuple[CodeGroup, ...],
     *,
     scale_rule: str,
-    shared_scale: bool = False,
+    scale_format: str = "fp16",
+    gain: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
     channel_major: bool = False,
 ) -> dict[str, torch.Tensor]:
@@ -37,11 +38,12 @@ def encode_tiles(
         groups: how y is cut; sizes add up to D.
         scale_rule: "norm" |y| / sqrt(size), "norm-corrected" |y| / |c|, "mse" <y, c> / <c, c>, or "unbiased"
             |y|^2 / <y, c> (EDEN, RaBitQ), for the codebook vector c of a group.
-        shared_scale: one scale for the whole vector instead of one a group.
+        scale_format: see `kernels.codes.store_scale`.
+        gain: float32 [B, H], what scales are divided by before they are stored.
         mean: [B, H, N, D], subtracted before the transform.
 
     Returns:
-        {"codes": uint8 [B, H, N, bytes], "scale": fp16 [B, H, N, G or 1, T]}.
+        {"codes": uint8 [B, H, N, bytes], "scale": [B, H, N, G, T]}.
     """
     v = x.float()
     if mean is not None:
@@ -49,23 +51,20 @@ def encode_tiles(
     matrix = transform if transform.dim() == 2 else transform.unsqueeze(2)
     y = v @ matrix.float().transpose(-1, -2)
 
-    sizes = [group.size for group in groups]
-    norm = y.norm(dim=-1, keepdim=True) / y.shape[-1] ** 0.5
-    rows, vectors = [], []
-    for group, part in zip(groups, y.split(sizes, dim=-1), strict=True):
-        unit = norm if shared_scale else part.norm(dim=-1, keepdim=True) / group.size**0.5
+    rows, scales = [], []
+    for group, part in zip(groups, y.split([group.size for group in groups], dim=-1), strict=True):
+        unit = part.norm(dim=-1, keepdim=True) / group.size**0.5
         codes = group.codebook.encode(part / unit.clamp(min=1e-30))
-        vectors.append(group.codebook.decode(codes) * group.gain)
+        scales.append(_scale(part, group.codebook.decode(codes), scale_rule))
         rows.append(pack(codes.transpose(-1, -2) if channel_major else codes, group.bits))
     if channel_major:
         packed = torch.cat([row.flatten(-2) for row in rows], dim=-1)
     else:
         packed = torch.cat(rows, dim=-1).flatten(-2)
-    if shared_scale:
-        scales = [_scale(y, torch.cat(vectors, dim=-1), scale_rule)]
-    else:
-        scales = [_scale(part, c, scale_rule) for part, c in zip(y.split(sizes, dim=-1), vectors, strict=True)]
-    return {"codes": packed, "scale": store_scale(torch.stack(scales, dim=-2))}
+    scale = torch.stack(scales, dim=-2)
+    if gain is not None:
+        scale = scale / gain[:, :, None, None, None]
+    return {"codes": packed, "scale": store_scale(scale, scale_format)}
 
 
 def _scale(y: torch.Tensor, code: torch.Tensor, rule: str) -> torch.Tensor:
@@ -81,11 +80,19 @@ def _scale(y: torch.Tensor, code: torch.Tensor, rule: str) -> torch.Tensor:
 
 
 def decode_rotated(
-    codes: torch.Tensor, scale: torch.Tensor, groups: tuple[CodeGroup, ...], *, channel_major: bool = False
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    groups: tuple[CodeGroup, ...],
+    *,
+    scale_format: str = "fp16",
+    gain: torch.Tensor | None = None,
+    channel_major: bool = False,
 ) -> torch.Tensor:
-    """The scaled codebook vectors, still rotated: float32 [B, H, N, T, D]. Arguments as `encode_tiles` returns them."""
+    """The scaled codebook vectors, still rotated: float32 [B, H, N, T, D]. Arguments as in `encode_tiles`."""
     tile = scale.shape[-1]
-    factor = scale.float().expand(*scale.shape[:-2], len(groups), tile)
+    factor = load_scale(scale, scale_format)
+    if gain is not None:
+        factor = factor * gain[:, :, None, None, None]
     parts, start = [], 0
     lead = codes.shape[:-1]
     row_bytes = codes.shape[-1] // tile
@@ -100,7 +107,7 @@ def decode_rotated(
             rows = codes.reshape(*lead, tile, row_bytes)[..., start : start + width]
             unpacked = unpack(rows, group.bits, group.size)
             start += width
-        parts.append(group.codebook.decode(unpacked) * (group.gain * factor[..., index, :, None]))
+        parts.append(group.codebook.decode(unpacked) * factor[..., index, :, None])
     return torch.cat(parts, dim=-1)
 
 
@@ -109,13 +116,17 @@ def decode_tiles(
     inverse: torch.Tensor,
     groups: tuple[CodeGroup, ...],
     *,
+    scale_format: str = "fp16",
+    gain: torch.Tensor | None = None,
     channel_major: bool = False,
 ) -> torch.Tensor:
     """Undo `encode_tiles`: x = inverse @ y + mean (where `packed` has a "mean"), float32 [B, H, N, T, D].
 
     inverse: [D, D] or [B or 1, H, D, D], the inverse of `encode_tiles`' transform.
     """
-    y = decode_rotated(packed["codes"], packed["scale"], groups, channel_major=channel_major)
+    y = decode_rotated(
+        packed["codes"], packed["scale"], groups, scale_format=scale_format, gain=gain, channel_major=channel_major
+    )
     matrix = inverse if inverse.dim() == 2 else inverse.unsqueeze(2)
     x = y @ matrix.float().transpose(-1, -2)
     if "mean" in packed:
