@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant_hf.primitives import Codebook, distortion, lloyd_max, nf4, uniform
+from turboquant_hf.primitives import Codebook, distortion, lloyd_max, polynomial, nf4, uniform
 
 # Relative squared error on the unit sphere by bits 1..5, from independent integration and simulation.
 THEORY = {
@@ -218,3 +218,14 @@ def test_codebooks_ignore_the_default_device_and_dtype(make):
             assert distortion(expected, 78) > 0
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128, None])
+@pytest.mark.parametrize(("bits", "excess"), [(1, 1e-9), (2, 1e-9), (3, 0.0025), (4, 0.0205), (5, 0.0125)])
+def test_polynomial_levels_follow_their_coefficients_and_stay_near_lloyd_max(bits, excess, dim):
+    codebook = polynomial(bits, dim)
+    x = 2 * torch.arange(2**bits, dtype=torch.float64) + 1 - 2**bits
+    computed = sum(a * x ** (2 * i + 1) for i, a in enumerate(codebook.coefficients))
+    assert torch.allclose(computed, torch.tensor(codebook.levels, dtype=torch.float64), atol=1e-6)
+    ratio = distortion(codebook, dim) / distortion(lloyd_max(bits, dim), dim)
+    assert 1 - 1e-9 <= ratio <= 1 + excess

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .codebook import Codebook, distortion, lloyd_max, nf4, uniform
+from .codebook import Codebook, distortion, lloyd_max, nf4, polynomial, uniform
 from .packing import pack, packed_size, planes, unpack
 from .polar import CircularCodebook, from_polar, polar_codebook, to_polar
 from .rotation import hadamard_matrix, has_hadamard, head_rotations, rotation_matrix
@@ -17,6 +17,7 @@ __all__ = [
     "head_rotations",
     "lloyd_max",
     "nf4",
+    "polynomial",
     "pack",
     "packed_size",
     "planes",

@@ -29,6 +29,8 @@ class Codebook:
     Args:
         levels: 2**bits increasing numbers, bits from 1 to 8.
         name: for messages and tables.
+        coefficients: (a, b, ...) where the levels are the odd polynomial a x + b x^3 + ... of x = 2 code + 1 -
+            2**bits, so that a kernel computes them instead of looking them up; empty where they are not.
 
     Attributes:
         thresholds: the 2**bits - 1 midpoints between neighbouring levels.
@@ -38,6 +40,7 @@ class Codebook:
 
     levels: tuple[float, ...]
     name: str
+    coefficients: tuple[float, ...] = ()
     thresholds: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,7 +117,40 @@ def uniform(bits: int, dim: int | None = None) -> Codebook:
             high = right
         else:
             low = left
-    return Codebook(tuple((grid * (low + high) / 2).tolist()), f"uniform(bits={bits}, dim={dim})")
+    step = (low + high) / 2
+    return Codebook(tuple((grid * step).tolist()), f"uniform(bits={bits}, dim={dim})", (step / 2,))
+
+
+@lru_cache(maxsize=512)
+@torch.inference_mode(False)
+def polynomial(bits: int, dim: int | None = None) -> Codebook:
+    """The best codebook for `lloyd_max`'s density whose levels are an odd polynomial of the centred code.
+
+    Degree 3 up to 4 bits, 5 from there: three or four multiply-adds decode two codes at a time, no table. Against
+    Lloyd-Max the error is the same at 1 and 2 bits, 0.2 % larger at 3, 2 % at 4 and 1 % at 5. Lloyd's iteration
+    with the centroids replaced by their weighted least-squares fit.
+
+    Args and errors: as in `lloyd_max`.
+    """
+    density = _density(dim)
+    _check_bits(bits)
+    half = 2 ** (bits - 1)
+    x = 2 * torch.arange(half, dtype=torch.float64, device="cpu") + 1
+    terms = min(half, 2 if bits <= 4 else 3)
+    powers = torch.stack([(x / (2 * half)) ** (2 * i + 1) for i in range(terms)], dim=1)
+    levels = lloyd_max_levels(density, bits)[half:]
+    for _ in range(4000):
+        edges = torch.nn.functional.pad((levels[:-1] + levels[1:]) / 2, (1, 1))
+        edges[-1] = math.inf
+        mass, first = (tail[:-1] - tail[1:] for tail in density.tails(edges))
+        root = mass.sqrt()[:, None]
+        fit = torch.linalg.lstsq(powers * root, (first / mass)[:, None] * root).solution[:, 0]
+        moved, levels = levels, powers @ fit
+        if float((levels - moved).abs().max()) < 1e-10:
+            break
+    coefficients = tuple(float(c) / (2 * half) ** (2 * i + 1) for i, c in enumerate(fit))
+    both = torch.cat([-levels.flip(0), levels])
+    return Codebook(tuple(both.tolist()), f"polynomial(bits={bits}, dim={dim})", coefficients)
 
 
 def nf4() -> Codebook:

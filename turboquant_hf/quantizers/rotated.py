@@ -10,10 +10,10 @@ import torch
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, SCALE_RULES, CodeGroup, tile_bytes
 from turboquant_hf.kernels.encode import decode_tiles, encode_tiles
-from turboquant_hf.primitives import head_rotations, lloyd_max, rotation_matrix, uniform
+from turboquant_hf.primitives import head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
 
-CODEBOOKS = {"lloyd-max": lloyd_max, "uniform": uniform}
+CODEBOOKS = {"lloyd-max": lloyd_max, "polynomial": polynomial, "uniform": uniform}
 ROTATIONS = ("auto", "hadamard", "qr", "identity")
 
 
@@ -24,7 +24,8 @@ class RotatedQuantizer(Quantizer):
     Attributes:
         scale: which number is stored beside the codes; see `kernels.encode.reference`.
         scale_format: "fp16", or one byte: "e4m4" or "e3m5" (`kernels.codes.store_scale`).
-        codebook: "lloyd-max" for the exact sphere density in the rotated dimension, or "uniform".
+        codebook: "lloyd-max" for the exact sphere density in the rotated dimension, "polynomial" (nearly as good and
+            computed from the code) or "uniform".
         rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
         rounds: how many sign-and-Hadamard rounds.
         seed: of the rotation; the same for all layers, so that they share one matrix.
