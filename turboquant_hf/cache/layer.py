@@ -10,10 +10,33 @@ from transformers.cache_utils import CacheLayerMixin
 from turboquant_hf.cache.handles import PackedKeys, PackedValues
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
-from turboquant_hf.quantizers import Quantizer
+from turboquant_hf.quantizers import QUANTIZERS, Quantizer
 
+LOSSLESS = QUANTIZERS["lossless"]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NO_TRAINING = "a packed cache keeps no gradients and serves no training: pass use_cache=False, or use torch.no_grad()"
 TAIL_SLACK = 16
 """Tokens that one step may add (assisted decoding) without growing the tail."""
+
+
+def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """Stored scales are clamped, which would make a plausible number of an infinity; a NaN comes out as a NaN."""
+    return x if isinstance(quantizer, LOSSLESS) else torch.where(x.isinf(), torch.nan, x)
+
+
+class _RefuseBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, source):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(NO_TRAINING)
+
+
+def refuse_backward(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """x as it is, tied to the graph of `source`: `backward` then says why it cannot work, instead of losing terms."""
+    return _RefuseBackward.apply(x, source)
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -62,10 +85,17 @@ class TurboQuantLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         value_states = key_states if value_states is None else value_states
         for name, x in (("keys", key_states), ("values", value_states)):
-            if not x.is_floating_point() or x.dtype.itemsize not in (2, 4):
+            if x.dtype not in DTYPES:
                 raise ValueError(
-                    f"{name}: dtype={x.dtype} is not supported; allowed: torch.float16, torch.bfloat16, torch.float32"
+                    f"{name}: dtype={x.dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}"
                 )
+            if x.dim() != 4:
+                raise ValueError(f"{name}: shape={list(x.shape)} is not supported; allowed: [B, H, tokens, D]")
+        if key_states.shape[:3] != value_states.shape[:3] or key_states.dtype != value_states.dtype:
+            raise ValueError(
+                f"values: {value_states.dtype} {list(value_states.shape)} do not belong to keys "
+                f"{key_states.dtype} {list(key_states.shape)}: only the last dimension may differ"
+            )
         for quantizer, x in zip(self.quantizers, (key_states, value_states)):
             quantizer.validate(x.shape[-1], self.preset.tile)
         batch, heads = key_states.shape[:2]
@@ -88,7 +118,7 @@ class TurboQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self.commit()
-        key_states, value_states = key_states.detach(), value_states.detach()
+        source, key_states, value_states = key_states, key_states.detach(), value_states.detach()
         self.sinks.write(key_states, value_states, self.get_seq_length())
         self.tail.append(key_states, value_states)
         if self._returns_handles():
@@ -97,15 +127,15 @@ class TurboQuantLayer(CacheLayerMixin):
             self.commit()
         dense = self.dense(0), self.dense(1)
         self.commit()
-        return dense
+        return tuple(refuse_backward(x, source) for x in dense) if source.requires_grad else dense
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        expected = (self.batch_size, self.num_heads)
+        leading = (self.batch_size, self.num_heads, key_states.shape[-2] if key_states.dim() > 1 else 0)
         for name, x, dim in zip(("keys", "values"), (key_states, value_states), self.head_dims):
-            if x.dim() != 4 or x.shape[:2] != expected or x.shape[-1] != dim or x.dtype != self.dtype:
+            if x.shape != (*leading, dim) or x.dtype != self.dtype or x.device != self.device:
                 raise ValueError(
-                    f"{name}: {x.dtype} {list(x.shape)} does not continue this layer's {self.dtype} "
-                    f"[{expected[0]}, {expected[1]}, tokens, {dim}]"
+                    f"{name}: {x.dtype} {list(x.shape)} on {x.device} does not continue this layer's {self.dtype} "
+                    f"{[*leading, dim]} on {self.device}"
                 )
 
     # ------------------------------------------------------------------ encoding
@@ -135,6 +165,7 @@ class TurboQuantLayer(CacheLayerMixin):
         tile = self.preset.tile
         ready = max(self.tail.count - self.preset.recent_window, 0) // tile
         if ready == 0 or not (self._fitted or self._seen_enough()):
+            self.tail.own()
             return
         stored = self.get_seq_length() - self.tail.count
         fresh = [self._tiled(x[:, :, : ready * tile]) for x in self.tail.view()]
@@ -142,7 +173,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if not self._fitted:
             self._fit(stored)
         for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states):
-            store.append(quantizer.encode(x, state, weight))
+            store.append(quantizer.encode(_nan_for_inf(x, quantizer), state, weight))
         self.tail.drop_front(ready * tile)
 
     def _seen_enough(self) -> bool:
@@ -271,6 +302,8 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def _map_batch(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not self.is_initialized:
+            if self.noted_starts is not None:
+                self.noted_starts = fn(torch.tensor(self.noted_starts)).tolist()
             return
         self.commit()
         self._map(fn)
@@ -312,7 +345,10 @@ class TurboQuantLayer(CacheLayerMixin):
         """Bytes that hold this layer's tokens and what is needed to read them."""
         if not self.is_initialized:
             return 0
-        state = sum(x.numel() * x.itemsize for state in self.states for x in state.values())
+        learned = [x for state in self.states for x in state.values()]
+        if self._query_energy is not None:
+            learned += [self._query_energy, self._query_count]
+        state = sum(x.numel() * x.itemsize for x in learned)
         return sum(part.nbytes for part in (*self.tiles, self.tail, self.sinks)) + state
 
     @property

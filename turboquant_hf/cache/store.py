@@ -99,14 +99,18 @@ class TailBuffer:
         self.count += added
 
     def drop_front(self, tokens: int) -> None:
-        """Forget the oldest `tokens` and fall back to the standard capacity."""
+        """Forget the oldest `tokens` and fall back to the standard capacity.
+
+        The rest moves to new arrays: views of the old ones may be what attention is about to read.
+        """
         rest = tuple(array[:, :, tokens : self.count] for array in self.arrays)
         self.count -= tokens
-        if self._borrowed or self.capacity > max(self.standard, self.count) or tokens < self.count:
-            self._take(rest, max(self.standard, self.count))
-        else:
-            for array, part in zip(self.arrays, rest):
-                array[:, :, : self.count] = part
+        self._take(rest, max(self.standard, self.count))
+
+    def own(self) -> None:
+        """Copy a block that was kept as the model gave it: it may be a view into something larger."""
+        if self._borrowed:
+            self._resize(max(self.standard, self.count))
 
     def crop(self, tokens: int) -> None:
         self.count = tokens
@@ -154,7 +158,7 @@ class SinkBuffer:
     def write(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
         """Copy what of tokens [position, position + T) belongs to the sinks."""
         stop = position + keys.shape[2]
-        if not self.size or position >= max(self.first, default=0) + self.size:
+        if not self.size or position == stop or position >= max(self.first, default=0) + self.size:
             return
         if len(set(self.first)) == 1:
             low, high = max(position, self.first[0]), min(stop, self.first[0] + self.size)

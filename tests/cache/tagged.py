@@ -1,0 +1,36 @@
+"""A lossless quantizer that makes every mix-up visible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from turboquant_hf.quantizers import QUANTIZERS
+from turboquant_hf.quantizers.base import Packed, State
+
+Lossless = QUANTIZERS["lossless"]
+
+
+@dataclass(frozen=True)
+class Tagged(Lossless):
+    """Stores the bytes of a token XOR its sequence's and head's tag; tokens without weight become garbage.
+
+    A state of the wrong sequence, a sink that is not laid over its tile, or a padded position that is taken for a
+    real one then decode to something else.
+    """
+
+    name: ClassVar[str] = "tagged"
+    needs_statistics: ClassVar[bool] = True
+
+    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
+        first = tiles.contiguous().view(torch.uint8)
+        return {"tag": first.flatten(2)[:, :, -97:].to(torch.int64).sum(-1).to(torch.uint8) | 1}
+
+    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
+        raw = super().encode(tiles, state)["raw"] ^ state["tag"][:, :, None, None, None]
+        return {"raw": torch.where(weight[:, None, :, :, None] > 0, raw, torch.full_like(raw, 0x5A))}
+
+    def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return super().decode({"raw": packed["raw"] ^ state["tag"][:, :, None, None, None]}, state, head_dim, dtype)

@@ -1,0 +1,369 @@
+"""One layer: what an append costs, what the protocol promises, what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.cache.tagged import Lossless, Tagged
+from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.config import CachePreset, load_preset
+
+
+class Counting(Lossless):
+    """Counts the tiles that it encodes, in a list that the test owns."""
+
+    counted: list[int] = []
+
+    def encode(self, tiles, state, weight=None):
+        Counting.counted.append(tiles.shape[2])
+        return super().encode(tiles, state, weight)
+
+
+def make_layer(keys=None, values=None, handles=False, **options) -> TurboQuantLayer:
+    options = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 0, **options}
+    preset = CachePreset(keys=keys or Lossless(), values=values or Lossless(), **options)
+    return TurboQuantLayer(preset, preset.keys, preset.values, lambda: handles)
+
+
+def preset_layer(name, handles=False, **overrides) -> TurboQuantLayer:
+    preset = load_preset(name, **{"recent_window": 0, "min_statistics": 0, **overrides})
+    return TurboQuantLayer(preset, preset.keys, preset.values, lambda: handles)
+
+
+def states(tokens, batch=1, heads=2, dim=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, heads, tokens, dim, generator=generator).to(dtype) for _ in range(2))
+
+
+def test_every_tile_is_encoded_once():
+    Counting.counted.clear()
+    layer = make_layer(keys=Counting())
+    for keys, values in [states(50), *(states(1, seed=seed) for seed in range(200))]:
+        layer.update(keys, values)
+    assert sum(Counting.counted) == layer.tiles[0].count == (250 - 8) // 8
+    assert len(Counting.counted) == 1 + layer.tiles[0].count - (50 - 8) // 8
+
+
+def test_appending_a_token_copies_no_history():
+    layer = make_layer()
+    layer.update(*states(800))
+    moved = 0
+    for seed in range(400):
+        capacity = [store.capacity for store in layer.tiles]
+        pointers = [x.data_ptr() for store in layer.tiles for x in store.arrays.values()]
+        layer.update(*states(1, seed=seed))
+        if [store.capacity for store in layer.tiles] == capacity:
+            assert [x.data_ptr() for store in layer.tiles for x in store.arrays.values()] == pointers
+        else:
+            moved += 1
+    assert moved <= 400 / 8 / 4, "grows by several tiles at a time"
+
+
+def test_growth_is_geometric():
+    layer = make_layer(tile=8, recent_window=0)
+    layer.update(*states(8 * 1000))
+    moves, capacity = 0, layer.tiles[0].capacity
+    for _ in range(250):
+        layer.update(*states(8))
+        moves += layer.tiles[0].capacity != capacity
+        capacity = layer.tiles[0].capacity
+    assert moves <= 5
+
+
+def test_appending_a_token_keeps_the_tail_in_place():
+    layer = make_layer()
+    layer.update(*states(50))
+    pointers = [x.data_ptr() for x in layer.tail.arrays]
+    layer.update(*states(1))
+    assert [x.data_ptr() for x in layer.tail.arrays] == pointers
+
+
+def test_what_update_returned_survives_the_commit():
+    """The tail's front leaves for a tile while attention has yet to read the dense view of it."""
+    layer = make_layer(recent_window=8, tile=8)
+    expected = []
+    for seed in range(40):
+        keys, values = states(1, seed=seed)
+        expected.append(keys.clone())
+        dense, _ = layer.update(keys, values)
+        assert torch.equal(dense, torch.cat(expected, dim=2)), seed
+
+
+def test_what_the_model_passes_is_not_kept_or_changed():
+    """Keys may be a view of a fused projection; a block that waits for its statistics must not keep that alive."""
+    layer = make_layer(keys=Tagged(), min_statistics=500, recent_window=0)
+    fused = torch.randn(1, 2, 100, 48)
+    keys, values = fused[..., :16], fused[..., 16:32]
+    before = fused.clone()
+    layer.update(keys, values)
+    layer.update(*states(3))
+    assert torch.equal(fused, before)
+    assert all(x.untyped_storage().data_ptr() != fused.untyped_storage().data_ptr() for x in layer.tail.arrays)
+    fused.zero_()
+    assert torch.equal(layer.keys[:, :, :100], before[..., :16])
+
+
+def test_handles_know_their_shape_without_decoding():
+    layer = make_layer(handles=True)
+    keys, _ = layer.update(*states(30, batch=3))
+    layer.dense = None
+    assert keys.shape == keys.size() == (3, 2, 30, 16)
+    assert keys.size(2) == 30 and keys.shape[-2] == 30 and keys.dim() == keys.ndim == 4 and len(keys) == 3
+    assert keys.dtype == torch.float32 and keys.device.type == "cpu"
+    assert keys.to(torch.float32) is keys and keys.to("cpu") is keys
+    assert "[3, 2, 30, 16]" in repr(keys)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x[:, :, 3:5],
+        lambda x: x @ torch.ones(16, 2),
+        lambda x: torch.ones(2, 30) @ x,
+        lambda x: x * 2 + x - 1,
+        lambda x: 1 - x / 3,
+        lambda x: x.transpose(2, 3),
+        lambda x: torch.cat([x, x], dim=2),
+        lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+        lambda x: x.to(torch.float64),
+        lambda x: x.repeat_interleave(2, dim=1),
+        lambda x: torch.einsum("bhtd,bhsd->bhts", x, x),
+    ],
+    ids=str,
+)
+def test_handles_are_tensors_to_code_that_does_not_know_them(use):
+    layer = make_layer(handles=True)
+    x = states(30)
+    keys, _ = layer.update(*x)
+    layer.commit()
+    assert layer.tiles[0].count
+    assert torch.equal(use(keys), use(x[0]))
+
+
+def test_an_old_handle_ends_where_it_was_made():
+    layer = make_layer(handles=True)
+    x = states(30)
+    keys, _ = layer.update(*x)
+    layer.update(*states(20, seed=1))
+    assert keys.shape[2] == 30 and torch.equal(keys.dense(), x[0])
+
+
+def test_nothing_is_encoded_before_enough_tokens_were_seen():
+    layer = make_layer(keys=Tagged(), min_statistics=64)
+    layer.note_padding([20, 40])
+    layer.update(*states(83, batch=2))
+    assert layer.tiles[0].count == 0, "the longest sequence has 63 real tokens"
+    layer.update(*states(1, batch=2))
+    assert layer.tiles[0].count == (84 - 8) // 8
+
+
+def test_statistics_are_frozen_at_the_first_encode():
+    layer = preset_layer("k4v4", tile=16, min_statistics=64)
+    layer.update(*states(64))
+    first = copy.deepcopy(layer.states)
+    layer.update(*(100 * x for x in states(200, seed=1)))
+    for before, after in zip(first, layer.states):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_queries_reach_the_first_fit():
+    """A channel that queries never read gets no balance: with queries the state differs from without."""
+    plain, seen = (preset_layer("k4v4", handles=True, tile=16, min_statistics=64) for _ in range(2))
+    for layer in (plain, seen):
+        layer.update(*states(64))
+    seen.observe(torch.randn(1, 4, 64, 16) * torch.linspace(0.1, 4, 16))
+    for layer in (plain, seen):
+        layer.commit()
+    assert not torch.allclose(plain.states[0]["balance"], seen.states[0]["balance"], rtol=0.05)
+
+
+def test_padding_is_in_no_statistic():
+    layers = [preset_layer("k4v4", handles=True, tile=16, min_statistics=16) for _ in range(2)]
+    x, query = states(80), torch.randn(1, 4, 80, 16)
+    for layer, filler in zip(layers, (0.0, 1000.0)):
+        layer.note_padding([32])
+        layer.update(*(torch.cat([torch.full_like(y[:, :, :32], filler), y], dim=2) for y in x))
+        layer.observe(torch.cat([torch.full_like(query[:, :, :32], filler), query], dim=2))
+        layer.commit()
+    for index in (0, 1):
+        torch.testing.assert_close(layers[0].dense(index)[:, :, 32:], layers[1].dense(index)[:, :, 32:])
+
+
+def test_learned_padding_equals_noted_padding():
+    x = states(60, batch=2)
+    noted, learned = make_layer(handles=True), make_layer(handles=True)
+    noted.note_padding([0, 17])
+    for layer in (noted, learned):
+        layer.update(*x)
+    learned.learn_padding([0, 17])
+    for name in ("first", "starts"):
+        assert str(getattr(noted.sinks, name)) == str(getattr(learned.sinks, name))
+    for a, b in zip(noted.sinks.arrays, learned.sinks.arrays):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tokens", [30, 200], ids=["tail", "tiles"])
+def test_crop_to_an_absolute_length(tokens):
+    """The legacy meaning of a positive number; one larger than the cache changes nothing."""
+    layer = make_layer()
+    x = states(tokens)
+    layer.update(*x)
+    layer.crop(tokens + 5)
+    assert layer.get_seq_length() == tokens
+    layer.crop(21)
+    assert torch.equal(layer.keys, x[0][:, :, :21]) and torch.equal(layer.values, x[1][:, :, :21])
+
+
+def test_crop_inside_a_tile_brings_its_rest_back_to_the_tail():
+    layer = make_layer(recent_window=0)
+    x = states(40)
+    layer.update(*x)
+    assert layer.tiles[0].count == 5 and layer.tail.count == 0
+    layer.crop(-3)
+    assert layer.tiles[0].count == 4 and layer.tail.count == 5
+    layer.update(x[0][:, :, 37:], x[1][:, :, 37:])
+    assert torch.equal(layer.keys, x[0])
+
+
+def test_crop_to_nothing_serves_another_batch():
+    layer = make_layer()
+    layer.update(*states(40))
+    layer.crop(-40)
+    assert layer.get_seq_length() == 0
+    layer.update(*states(40, batch=3))
+    assert layer.batch_size == 3
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_every_operation_serves_an_empty_batch(batch):
+    layer = make_layer()
+    x = states(40, batch=batch)
+    layer.update(*x)
+    layer.update(*states(0, batch=batch))
+    layer.reorder_cache(torch.arange(batch))
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.arange(2 * batch))
+    layer.crop(-1)
+    assert layer.keys.shape == (2 * batch, 2, 39, 16)
+    assert layer.nbytes >= 0
+
+
+@pytest.mark.parametrize("name", ["k4v4", "k3v3", "k2v2"])
+def test_an_empty_batch_is_encoded_too(name):
+    layer = preset_layer(name, tile=16, handles=True)
+    layer.update(*states(40, batch=0))
+    layer.observe(torch.empty(0, 4, 40, 16))
+    layer.commit()
+    assert layer.keys.shape == (0, 2, 40, 16)
+
+
+def test_early_initialization_comes_before_any_token():
+    layer = make_layer()
+    layer.lazy_initialization(torch.zeros(2, 2, 0, 16), torch.zeros(2, 2, 0, 16))
+    assert layer.get_seq_length() == 0 and layer.get_mask_sizes(7) == (7, 0)
+    x = states(40, batch=2)
+    assert torch.equal(layer.update(*x)[0], x[0])
+
+
+def test_operations_before_the_first_update_change_nothing():
+    layer = make_layer()
+    layer.note_padding([0, 3])
+    for change in (
+        lambda: layer.crop(-3),
+        lambda: layer.crop(0),
+        lambda: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda: layer.batch_repeat_interleave(2),
+        lambda: layer.offload(),
+        lambda: layer.prefetch(),
+        lambda: layer.commit(),
+    ):
+        change()
+    assert layer.get_seq_length() == 0 and layer.keys is None and layer.values is None
+    layer.update(*states(20, batch=4))
+    assert layer.sinks.first == [3, 3, 0, 0], "padding noted ahead follows its sequences"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn, torch.bool, torch.complex64], ids=str)
+def test_other_dtypes_are_named(dtype):
+    keys = torch.zeros(1, 2, 8, 16).to(dtype)
+    with pytest.raises(ValueError, match=f"keys: dtype={dtype}.*allowed: torch.float16, torch.bfloat16, torch.float32"):
+        make_layer().update(keys, keys)
+
+
+@pytest.mark.parametrize(
+    ("shape", "value_shape"),
+    [
+        ((2, 8, 16), (2, 8, 16)),
+        ((1, 2, 8, 16), (2, 8, 16)),
+        ((1, 2, 8, 16), (1, 2, 7, 16)),
+        ((1, 2, 8, 16), (1, 4, 8, 16)),
+        ((), ()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_wrong_shapes_are_named_and_nothing_is_lost(shape, value_shape, first):
+    layer = make_layer()
+    if not first:
+        layer.update(*states(20))
+    length = layer.get_seq_length()
+    with pytest.raises(ValueError, match="keys|values"):
+        layer.update(torch.zeros(shape), torch.zeros(value_shape))
+    assert layer.get_seq_length() == length
+    layer.update(*states(3))
+    assert layer.get_seq_length() == length + 3
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch": 2}, {"heads": 4}, {"dim": 8}, {"dtype": torch.bfloat16}], ids=lambda change: str(*change)
+)
+def test_a_later_block_must_continue_the_first(change):
+    layer = make_layer()
+    layer.update(*states(20))
+    with pytest.raises(ValueError, match="does not continue"):
+        layer.update(*states(3, **change))
+    assert layer.get_seq_length() == 20
+
+
+def test_padding_of_another_batch_is_named():
+    layer = make_layer()
+    layer.note_padding([0, 1, 2])
+    with pytest.raises(ValueError, match="3 sequences.*batch has 1"):
+        layer.update(*states(20))
+
+
+def test_backward_through_a_packed_cache_is_refused():
+    layer = make_layer()
+    keys, values = (x.requires_grad_() for x in states(40))
+    dense, _ = layer.update(keys, values)
+    assert torch.equal(dense, keys)
+    with pytest.raises(RuntimeError, match="keeps no gradients.*use_cache=False"):
+        dense.sum().backward()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["lossless", "k4v4", "k2v2", "k8v4", "paper-mse-4", "paper-prod-3", "paper-2.5", "kivi-4", "int8", "nf4", "polar-4"]
+    + ["qjl-3", "turbo4"],
+)
+def test_bad_numbers_come_out_as_bad_numbers(name, bad):
+    """NaN or inf in a token: what is decoded for it is not finite either, never a plausible number."""
+    preset = load_preset(name)
+    layer = preset_layer(name, tile=128, sinks=0, min_statistics=128, boundary_layers=0)
+    x = states(256, dim=64)
+    clean = [y.clone() for y in x]
+    for y in x:
+        y[0, 1, 200, 7] = bad
+    layer.update(*(y[:, :, :128] for y in x))
+    layer.update(*(y[:, :, 128:] for y in x))
+    assert layer.tiles[0].count == 2
+    for index, role in enumerate(("keys", "values")):
+        got = layer.dense(index)
+        assert not got[0, 1, 200].isfinite().all(), f"{preset.name} {role}"
+        assert got[0, 0].isfinite().all(), f"{preset.name} {role}: another head"
+        assert got[0, 1, :128].isfinite().all(), f"{preset.name} {role}: another tile"
+        assert clean[index].isfinite().all()

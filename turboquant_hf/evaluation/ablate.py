@@ -1,0 +1,119 @@
+"""Each ingredient on and off, by KL against the uncompressed model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from turboquant_hf.cache import ATTENTION_NAME
+from turboquant_hf.config import CachePreset, load_preset
+from turboquant_hf.evaluation import common, perplexity
+from turboquant_hf.evaluation.models import load_model
+from turboquant_hf.resources import config_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model_arguments(parser)
+    common.add_text_arguments(parser)
+    parser.add_argument("--variants", type=Path, default=config_path("eval", "ablate.yaml"), help="YAML: section -> name -> change")
+    parser.add_argument("--section", action="append", metavar="NAME", help="only sections that begin so; repeatable")
+    parser.add_argument("--context", type=int, default=768, help="tokens a window")
+    parser.add_argument("--windows", type=int, default=1, help="how many windows, spread over the text")
+    parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print one table, write metrics.json and ablate.png; 0 when done."""
+    variants = read_variants(args.variants, args.section)
+    model, tokenizer = load_model(
+        args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
+    )
+    text_name, text = common.read_text(args)
+    windows = perplexity.cut_windows(tokenizer(text, return_tensors="pt").input_ids[0], args.context, args.windows)
+    # Rows of different sections are often the same preset under two names.
+    unique = list(dict.fromkeys(replace(preset, name="") for _, _, preset in variants))
+    baseline, measured = perplexity.measure(model, windows, unique, chunk=args.chunk)
+    by_preset = dict(zip(unique, measured))
+    results = []
+    for section, name, preset in variants:
+        found = by_preset[replace(preset, name="")]
+        bits = (found["key_bits"] + found["value_bits"]) / 2
+        results.append({**found, "preset": f"{section}: {name}", "section": section, "variant": name, "bits": bits})
+    columns = ("preset", "kl", "perplexity", "top1", "key_bits", "value_bits", "compression_ratio")
+    print(common.format_table([[r[c] for c in columns] for r in results], columns))
+    metrics = {
+        "tool": "ablate", "model": args.model, "text": text_name, "context": args.context, "windows": len(windows),
+        "baseline": {"perplexity": baseline}, "results": results,
+    }  # fmt: skip
+    common.write_run(args.output, {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, metrics)
+    if args.output is not None:
+        plot(results, args.output / "ablate.png")
+    return 0
+
+
+def read_variants(path: Path, sections: Sequence[str] | None = None) -> list[tuple[str, str, CachePreset]]:
+    """(section, name, preset) of every row asked for.
+
+    Raises:
+        ValueError: for a section that is not in the file, or a row without a base or with an unknown field.
+    """
+    with path.open() as file:
+        data = yaml.safe_load(file)
+    chosen = [s for s in data if not sections or any(s.startswith(wanted) for wanted in sections)]
+    if not chosen:
+        raise ValueError(f"section={sections!r} is not supported; allowed: {', '.join(data)}")
+    return [(s, name, variant(change)) for s in chosen for name, change in data[s].items()]
+
+
+def variant(change: Mapping[str, Any]) -> CachePreset:
+    """The base preset with nothing raw but its sinks, then changed."""
+    change = dict(change)
+    if "base" not in change:
+        raise ValueError(f"variant {change!r} is not supported; allowed: a mapping with 'base' and fields of a preset")
+    preset = load_preset(change.pop("base"), recent_window=0, encode_first=True)
+    for role in ("keys", "values"):
+        options = change.get(role)
+        if isinstance(options, Mapping) and "quantizer" not in options:
+            try:
+                change[role] = replace(getattr(preset, role), **options)
+            except TypeError as error:
+                raise ValueError(f"variant: {role}={options!r} is not supported: {error}") from None
+    return preset.with_overrides(**change)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in both coordinates (smaller is better), by the first coordinate."""
+    front, best = [], float("inf")
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[index][1] < best:
+            front.append(index)
+            best = points[index][1]
+    return front
+
+
+def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """KL against real bits per channel (mean of keys and values), with the Pareto front."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axis = figure.subplots()
+    points = [(row["bits"], row["kl"]) for row in results]
+    for index, section in enumerate(dict.fromkeys(row["section"] for row in results)):
+        chosen = [p for p, row in zip(points, results) if row["section"] == section]
+        axis.scatter(*zip(*chosen), s=36, marker="os^vDPX*"[index % 8], color=f"C{index % 10}", label=section, alpha=0.8)
+    front = pareto_front(points)
+    axis.plot(*zip(*(points[i] for i in front)), color="0.3", linewidth=1, label="Pareto front", zorder=0)
+    for place, i in enumerate(front):
+        axis.annotate(
+            results[i]["variant"] if results[i]["section"] == "widths" else results[i]["preset"], points[i],
+            textcoords="offset points", xytext=(-6, -12 - 9 * (place % 2)), ha="right", fontsize=7,
+        )  # fmt: skip
+    axis.set(yscale="log", xlabel="real bits per channel, mean of keys and values", ylabel="KL to the uncompressed model")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
