@@ -108,7 +108,7 @@ def load_vectors(path: Path) -> torch.Tensor:
 def capture(model, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(queries, keys, values) of every compressed layer as attention sees them, [heads, T, D] each, sinks left out.
 
-    The queries of a group of heads are laid end to end, so that they have as many heads as the keys.
+    The model's attention implementation is "turboquant", which shows its queries to the cache. The queries of a group of heads are laid end to end, so that they have as many heads as the keys.
     """
     cache = TurboQuantCache(model.config, load_preset("lossless", recent_window=tokens.shape[1]))
     seen: dict[int, torch.Tensor] = {}
