@@ -14,6 +14,38 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.perplexity",
         "perplexity, KL and top-1 agreement with the uncompressed model, read through the cache",
     ),
+    "presets": (
+        "turboquant_hf.evaluation.presets",
+        "real bits per channel and expected compression of the shipped presets",
+    ),
+    "distortion": (
+        "turboquant_hf.evaluation.distortion",
+        "error of every quantizer beside the theory, on synthetic vectors, a file or a model's keys and values",
+    ),
+    "neighbours": (
+        "turboquant_hf.evaluation.neighbours",
+        "nearest-neighbour recall and indexing time beside product quantization and RaBitQ",
+    ),
+    "qjl-lesson": (
+        "turboquant_hf.evaluation.qjl_lesson",
+        "prod against mse at equal bits: bias, variance, softmax, perplexity",
+    ),
+    "baselines": (
+        "turboquant_hf.evaluation.baselines",
+        "published methods and other libraries' caches in the same perplexity/KL harness",
+    ),
+    "ablate": (
+        "turboquant_hf.evaluation.ablate",
+        "each ingredient of the presets on and off, and the width grid, by KL",
+    ),
+    "allocate": (
+        "turboquant_hf.evaluation.allocate",
+        "per-layer widths under a bit budget, written as a preset",
+    ),
+    "report": (
+        "turboquant_hf.evaluation.report",
+        "one HTML and Markdown page from the runs in some folders",
+    ),
 }
 
 

@@ -108,11 +108,11 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.scatter(*zip(*chosen), s=36, marker="os^vDPX*"[index % 8], color=f"C{index % 10}", label=section, alpha=0.8)
     front = pareto_front(points)
     axis.plot(*zip(*(points[i] for i in front)), color="0.3", linewidth=1, label="Pareto front", zorder=0)
-    for place, i in enumerate(front):
+    for i in front:
         axis.annotate(
-            results[i]["variant"] if results[i]["section"] == "widths" else results[i]["preset"], points[i],
-            textcoords="offset points", xytext=(-6, -12 - 9 * (place % 2)), ha="right", fontsize=7,
-        )  # fmt: skip
+            results[i]["variant"], points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8
+        )
+    axis.margins(x=0.15, y=0.1)
     axis.set(yscale="log", xlabel="real bits per channel, mean of keys and values", ylabel="KL to the uncompressed model")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
