@@ -14,6 +14,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.perplexity",
         "perplexity, KL and top-1 agreement with the uncompressed model, read through the cache",
     ),
+    "needle": (
+        "turboquant_hf.evaluation.needle",
+        "needle in a haystack: is a fact still found, by prompt length and depth",
+    ),
     "presets": (
         "turboquant_hf.evaluation.presets",
         "real bits per channel and expected compression of the shipped presets",

@@ -1,0 +1,92 @@
+"""Answers read through a cache: prefill in chunks, greedy decoding, the likelihood of a given answer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+
+import torch
+from transformers import Cache, DynamicCache
+
+from turboquant_hf.cache import TurboQuantCache
+from turboquant_hf.config import CachePreset, load_preset
+
+BASELINE = "baseline"
+
+
+def resolve_caches(names, recent_window: int | None) -> dict[str, CachePreset | None]:
+    """Cache name -> preset, the uncompressed "baseline" (None) first; names may be presets or YAML files.
+
+    `recent_window=0` also encodes new tokens before they are attended to (`CachePreset.encode_first`): the prompt is
+    then read from packed tiles alone, its newest chunk included. Otherwise what the model last saw, the question at
+    least, would be read raw, and a short prompt would hide the loss that is being measured.
+
+    Raises:
+        ValueError: an unknown preset, or two of the same name.
+    """
+    overrides = {} if recent_window is None else {"recent_window": recent_window, "encode_first": recent_window == 0}
+    caches: dict[str, CachePreset | None] = {BASELINE: None}
+    for name in names:
+        if str(name) == BASELINE:
+            continue
+        preset = load_preset(name, **overrides)
+        if preset.name in caches:
+            raise ValueError(f"preset={name!r}: the name {preset.name!r} is given twice")
+        caches[preset.name] = preset
+    return caches
+
+
+def new_cache(model, preset: CachePreset | None) -> Cache:
+    """An empty cache for `model`; None is the uncompressed one."""
+    return DynamicCache(config=model.config) if preset is None else TurboQuantCache(model.config, preset)
+
+
+@torch.inference_mode()
+def prefill(model, tokens: torch.Tensor, cache: Cache, chunk: int = 128) -> torch.Tensor:
+    """Feed tokens [B, T] (no padding) `chunk` at a time, 0 for all at once; logits [B, V] after the last, float32."""
+    options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    for piece in tokens.split(chunk or tokens.shape[1], dim=1):
+        logits = model(input_ids=piece, past_key_values=cache, use_cache=True, **options).logits[:, -1]
+    return logits.float()
+
+
+@torch.inference_mode()
+def decode_greedy(model, logits: torch.Tensor, cache: Cache, steps: int, stop: Collection[int] = ()) -> list[list[int]]:
+    """Up to `steps` most likely tokens for each of B sequences, from logits [B, V]; ends before a token of `stop`."""
+    chosen = []
+    for step in range(steps):
+        token = logits.argmax(dim=-1)
+        chosen.append(token.tolist())
+        running = [not any(row[i] in stop for row in chosen) for i in range(len(token))]
+        if step + 1 == steps or not any(running):
+            break
+        logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+    sequences = [list(tokens) for tokens in zip(*chosen, strict=True)]
+    return [s[: next((i for i, token in enumerate(s) if token in stop), len(s))] for s in sequences]
+
+
+@torch.inference_mode()
+def answer_nll(model, logits: torch.Tensor, cache: Cache, answers: list[list[int]]) -> list[float]:
+    """Mean negative log-likelihood (nats a token) of each answer, teacher-forced through a copy of the cache.
+
+    Args:
+        logits: [B, V] after the prompt.
+        cache: of the prompt; left as it is.
+        answers: B token lists, which may differ in length.
+    """
+    length = max(map(len, answers))
+    tokens = torch.tensor([a + [a[-1]] * (length - len(a)) for a in answers], device=logits.device)
+    counted = torch.tensor([[i < len(a) for i in range(length)] for a in answers], device=logits.device)
+    if length > 1:
+        rest = model(input_ids=tokens[:, :-1], past_key_values=copy.deepcopy(cache), use_cache=True).logits.float()
+        logits = torch.cat([logits[:, None], rest], dim=1)
+    else:
+        logits = logits[:, None]
+    nll = -logits.log_softmax(dim=-1).gather(2, tokens[:, :, None])[:, :, 0]
+    return ((nll * counted).sum(dim=1) / counted.sum(dim=1)).tolist()
+
+
+def stop_tokens(model, tokenizer) -> set[int]:
+    """Tokens that end an answer."""
+    ids = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
