@@ -18,6 +18,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.needle",
         "needle in a haystack: is a fact still found, by prompt length and depth",
     ),
+    "retrieval": (
+        "turboquant_hf.evaluation.retrieval",
+        "RULER-style long-context retrieval tasks, made here",
+    ),
     "presets": (
         "turboquant_hf.evaluation.presets",
         "real bits per channel and expected compression of the shipped presets",
