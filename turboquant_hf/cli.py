@@ -22,6 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.retrieval",
         "RULER-style long-context retrieval tasks, made here",
     ),
+    "longbench": (
+        "turboquant_hf.evaluation.longbench",
+        "LongBench-E, the 13 English and code tasks",
+    ),
     "presets": (
         "turboquant_hf.evaluation.presets",
         "real bits per channel and expected compression of the shipped presets",
