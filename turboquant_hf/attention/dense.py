@@ -29,10 +29,6 @@ def dense_attention(
     q_length, kv_length = query.shape[2], key.shape[2]
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if attention_mask is None and causal and 1 < q_length < kv_length:
-        # sdpa's is_causal aligns to the upper left, which is wrong once there is a history.
-        attention_mask = torch.ones(q_length, kv_length, dtype=torch.bool, device=query.device)
-        attention_mask = attention_mask.tril(kv_length - q_length)[None, None]
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -44,6 +40,7 @@ def dense_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is None and causal and q_length > 1:
+        # Aligned to the upper left as in SDPA: the rest is room that a static cache has not filled yet.
         attention_mask = torch.ones(q_length, kv_length, dtype=torch.bool, device=query.device).tril()[None, None]
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:

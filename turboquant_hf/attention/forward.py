@@ -8,6 +8,7 @@ import torch
 
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.cache import PackedHandle, TurboQuantLayer
+from turboquant_hf.cache.layer import NO_TRAINING, refuse_backward
 
 
 def turboquant_attention_forward(
@@ -33,14 +34,26 @@ def turboquant_attention_forward(
     options = {"dropout": dropout, "scaling": scaling, **kwargs}
     if not isinstance(key, PackedHandle):
         return dense_attention(module, query, key, value, attention_mask, **options)
+    if module.training and torch.is_grad_enabled():
+        raise ValueError(NO_TRAINING)
     layer = key.layer
+    causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
+    if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
+        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
     note_padding(layer, attention_mask, query.shape[2])
     layer.observe(query)
     if layer.preset.encode_first:
         layer.commit()
     output = dense_attention(module, query, key.dense(), value.dense(), attention_mask, **options)
     layer.commit()
+    if query.requires_grad and torch.is_grad_enabled():
+        output = (refuse_backward(output[0], query), None)
     return output
+
+
+def causal_mask(q_length: int, kv_length: int, device: torch.device) -> torch.Tensor:
+    """[1, 1, q, kv] (True: attend) for the newest q of kv tokens; SDPA's own rule aligns to the oldest."""
+    return torch.ones(q_length, kv_length, dtype=torch.bool, device=device).tril(kv_length - q_length)[None, None]
 
 
 def note_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_length: int) -> None:

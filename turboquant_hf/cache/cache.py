@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -12,6 +14,49 @@ from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 
 ATTENTION_NAME = "turboquant"
+
+
+class LiveAttention:
+    """Called at every `update`: is the model's attention, which can be switched at any time, ours just now?"""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        decoder = config.get_text_config(decoder=True)
+        # Flat encoder-decoder configs are copied at every access; the copy would not see a switch.
+        self.config = decoder if decoder is config.get_text_config(decoder=True) else config
+
+    def __call__(self) -> bool:
+        return self.config._attn_implementation == ATTENTION_NAME
+
+    def __deepcopy__(self, memo: dict) -> LiveAttention:
+        return self
+
+
+def _tensors(item: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif isinstance(item, (list, tuple, dict)):
+        for value in item.values() if isinstance(item, dict) else item:
+            yield from _tensors(value)
+
+
+def never_packed() -> bool:
+    """Of models that expand what they cached (MLA): they need the dense tensor."""
+    return False
+
+
+def _head_dim(config: PreTrainedConfig) -> int | None:
+    """The one head dim of a model, or None: layers may differ, and older configs do not say."""
+    try:
+        head_dim = config.head_dim
+    except AttributeError:
+        return None
+    except Exception as error:
+        # Configs whose layers differ raise an error of their own, which not every version is able to import.
+        if type(error).__name__ != "AmbiguousGlobalPerLayerAttributeError":
+            raise
+        return None
+    return head_dim if isinstance(head_dim, int) else None
 
 
 class TurboQuantCache(DynamicCache):
@@ -39,7 +84,7 @@ class TurboQuantCache(DynamicCache):
             raise ValueError(f"config={config!r} is not supported; allowed: the model's configuration (model.config)")
         self.preset = load_preset(preset, **overrides)
         super().__init__(config=config)
-        self._pack_layers(config.get_text_config(decoder=True))
+        self._pack_layers(config)
 
     @classmethod
     def from_yaml(cls, path: str | Path, config: PreTrainedConfig, **overrides: Any) -> TurboQuantCache:
@@ -53,23 +98,21 @@ class TurboQuantCache(DynamicCache):
         new.__dict__.update(cache.__dict__)
         new.preset = preset
         new.layers = list(cache.layers)
-        new._pack_layers(config.get_text_config(decoder=True))
+        new._pack_layers(config)
         return new
 
     def _pack_layers(self, config: PreTrainedConfig) -> None:
         self.layer_class_to_replicate = None
-        head_dim = getattr(config, "head_dim", None)
-        if isinstance(head_dim, int) and not getattr(config, "kv_lora_rank", None):
+        decoder = config.get_text_config(decoder=True)
+        latent = getattr(decoder, "kv_lora_rank", None) is not None
+        head_dim = _head_dim(decoder)
+        if head_dim is not None and not latent:
             self.preset.validate(head_dim)
-
-        def returns_handles() -> bool:
-            # Read at every step: the attention of a live model can be switched. A closure survives deepcopy.
-            return config._attn_implementation == ATTENTION_NAME and not getattr(config, "kv_lora_rank", None)
-
+        reads_packed = never_packed if latent else LiveAttention(config)
         packed = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         for ordinal, index in enumerate(packed):
             keys, values = self.preset.layer_quantizers(ordinal, len(packed))
-            self.layers[index] = TurboQuantLayer(self.preset, keys, values, returns_handles)
+            self.layers[index] = TurboQuantLayer(self.preset, keys, values, reads_packed)
 
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
@@ -114,9 +157,9 @@ class TurboQuantCache(DynamicCache):
         return self.dense_nbytes / self.nbytes if self.nbytes else 1.0
 
     def _raw_nbytes(self) -> int:
-        raw = (layer for layer in self.layers if not isinstance(layer, TurboQuantLayer))
-        tensors = (x for layer in raw for x in (getattr(layer, "keys", None), getattr(layer, "values", None)))
-        return sum(x.numel() * x.itemsize for x in tensors if x is not None)
+        raw = [vars(layer) for layer in self.layers if not isinstance(layer, TurboQuantLayer)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(raw)}
+        return sum(storages.values())
 
     def __repr__(self) -> str:
         packed = len(self.packed_layers)

@@ -19,7 +19,6 @@ logger = logging.get_logger(__name__)
 
 CACHE_NAME = "turboquant"
 ATTENTION_CHOICES = ("auto", "keep")
-DEFAULT_ATTENTION = "sdpa"
 
 
 def register_cache() -> bool:
@@ -35,6 +34,7 @@ def register_cache() -> bool:
     original = GenerationMixin._prepare_cache_for_generation
     if not hasattr(original, "_turboquant_original"):
         GenerationMixin._prepare_cache_for_generation = _wrap(original)
+    _refuse_continuous_batching()
     try:
         GenerationConfig(cache_implementation=CACHE_NAME).validate()
     except ValueError as error:
@@ -55,6 +55,7 @@ def _wrap(original):
         generation_config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
         wanted = generation_config.cache_implementation == CACHE_NAME
         given = model_kwargs.get("past_key_values")
+        _check_attention(self)
         if wanted and getattr(generation_config, "is_assistant", False):
             # An assistant's cache is cropped at every step and is small: let transformers choose.
             generation_config.cache_implementation = None
@@ -72,10 +73,14 @@ def _wrap(original):
             generation_config.cache_implementation = CACHE_NAME
         cache = model_kwargs.get("past_key_values")
         if cache is None:
+            if generation_config.use_cache is not False:
+                logger.warning_once(
+                    f"turboquant_hf: {type(self).__name__} keeps its state in a cache of another kind: nothing is compressed."
+                )
             return result
-        if attention == "auto":
+        model_kwargs["past_key_values"], packed = _convert(cache, self.config, preset, model_kwargs)
+        if packed and attention == "auto":
             use_turboquant_attention(self)
-        model_kwargs["past_key_values"] = _convert(cache, self.config, preset, model_kwargs)
         return result
 
     prepare._turboquant_original = original
@@ -93,22 +98,24 @@ def _parse(cache_config: Any):
     return load_preset(options.pop("preset", DEFAULT_PRESET), **options), attention
 
 
-def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> Any:
+def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> tuple[Any, bool]:
+    """(the cache to use, whether it packs anything)."""
     if isinstance(cache, EncoderDecoderCache):
-        cache.self_attention_cache = TurboQuantCache.from_dynamic(cache.self_attention_cache, config, preset)
-        return cache
+        packed = TurboQuantCache.from_dynamic(cache.self_attention_cache, config, preset)
+        cache.self_attention_cache = packed
+        return cache, bool(packed.packed_layers)
     if type(cache) is not DynamicCache:
         logger.warning_once(
             f"turboquant_hf: this model brings its own {type(cache).__name__}, which is kept: nothing is compressed."
         )
-        return cache
+        return cache, False
     packed = TurboQuantCache.from_dynamic(cache, config, preset)
     if not packed.packed_layers:
         logger.warning_once(
             "turboquant_hf: this model has no full-attention layer with a growing cache: nothing is compressed."
         )
     packed.note_padding(_prompt_mask(model_kwargs, packed))
-    return packed
+    return packed, bool(packed.packed_layers)
 
 
 def _prompt_mask(model_kwargs: dict, cache: TurboQuantCache):
@@ -119,14 +126,52 @@ def _prompt_mask(model_kwargs: dict, cache: TurboQuantCache):
 
 def use_turboquant_attention(model: Any) -> bool:
     """Switch a model from the default attention to the one that reads packed tiles; others are left alone."""
-    current = model.config.get_text_config(decoder=True)._attn_implementation
+    current = _attention_of(model)
     if current == ATTENTION_NAME:
         return True
-    if current != DEFAULT_ATTENTION or not model._can_set_attn_implementation():
+    if current != _default_attention(model) or not model._can_set_attn_implementation():
         return False
     model.set_attn_implementation(ATTENTION_NAME)
     logger.warning_once(
         f'turboquant_hf: switched the model\'s attention from "{current}" to "{ATTENTION_NAME}", which reads the packed '
         'cache (dense tensors still go to SDPA). cache_config={"attention": "keep"} leaves it as it is.'
     )
-    return model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME
+    return _attention_of(model) == ATTENTION_NAME
+
+
+def _attention_of(model: Any) -> str | None:
+    return model.config.get_text_config(decoder=True)._attn_implementation
+
+
+def _default_attention(model: Any) -> str:
+    """What transformers picks by itself: models that SDPA cannot serve (soft-caps, sinks) start with "eager"."""
+    interface_only = getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", True)
+    return "eager" if interface_only else "sdpa"
+
+
+def _check_attention(model: Any) -> None:
+    if _attention_of(model) == ATTENTION_NAME and not model._can_set_attn_implementation():
+        raise ValueError(
+            f'{type(model).__name__} has its attention in its own code and cannot use attn_implementation="'
+            f'{ATTENTION_NAME}"; load it without, cache_implementation="{CACHE_NAME}" then gives it dense tensors.'
+        )
+
+
+def _refuse_continuous_batching() -> None:
+    """`generate_batch` has a paged cache of its own; say so instead of silently using that."""
+    original = getattr(GenerationMixin, "init_continuous_batching", None)
+    if original is None or hasattr(original, "_turboquant_original"):
+        return
+
+    @functools.wraps(original)
+    def init(self, generation_config=None, *args: Any, **kwargs: Any):
+        config = self.generation_config if generation_config is None else generation_config
+        if getattr(config, "cache_implementation", None) == CACHE_NAME or _attention_of(self) == ATTENTION_NAME:
+            raise ValueError(
+                f'"{CACHE_NAME}" does not serve continuous batching (generate_batch), which brings its own paged cache '
+                'and attention; use generate, or cache_implementation=None and model.set_attn_implementation("sdpa").'
+            )
+        return original(self, generation_config, *args, **kwargs)
+
+    init._turboquant_original = original
+    GenerationMixin.init_continuous_batching = init
