@@ -1,0 +1,170 @@
+"""Which implementation serves a call: Triton or CUDA C++ on a CUDA device, plain torch elsewhere.
+
+TURBOQUANT_BACKEND = auto | torch | triton | cuda decides for the process; auto takes the fastest that supports the
+call. Neither Triton nor a compiler is touched before the first call that wants it.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from turboquant_hf.kernels.codes import CodeGroup
+from turboquant_hf.kernels.decode import reference as decode_reference
+from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
+from turboquant_hf.kernels.encode import reference as encode_reference
+
+BACKENDS = ("auto", "torch", "triton", "cuda")
+VARIABLE = "TURBOQUANT_BACKEND"
+MIN_TRITON = (3, 4)
+
+
+def backend(device: torch.device | str | None = None) -> str:
+    """The backend for tensors on `device` (default: a CUDA device where there is one): "torch", "triton" or "cuda".
+
+    Raises: ValueError for an unknown name in TURBOQUANT_BACKEND; RuntimeError, with the reason, where the one it
+        names is not available.
+    """
+    name = os.environ.get(VARIABLE, "auto").lower()
+    if name not in BACKENDS:
+        raise ValueError(f"{VARIABLE}={name!r} is not supported; allowed: {', '.join(BACKENDS)}")
+    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "torch" or (name == "auto" and kind != "cuda"):
+        return "torch"
+    if name == "auto":
+        return "torch" if unavailable("triton", kind) else "triton"
+    reason = unavailable(name, kind)
+    if reason:
+        raise RuntimeError(f"{VARIABLE}={name}: {reason}")
+    return name
+
+
+def unavailable(name: str, kind: str) -> str | None:
+    """Why backend "triton" or "cuda" cannot serve tensors on a device of this kind, or None where it can."""
+    if name == "triton":
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"tensors are on {kind!r}, and Triton kernels run on a CPU only with TRITON_INTERPRET=1"
+        return _triton_missing()
+    if kind != "cuda":
+        return f"tensors are on {kind!r}; allowed: 'cuda'"
+    return _cuda_module()[1]
+
+
+@lru_cache(maxsize=1)
+def _triton_missing() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+        return f"triton {triton.__version__} is too old; allowed: {'.'.join(map(str, MIN_TRITON))} and later"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _cuda_module() -> tuple[ModuleType | None, str | None]:
+    """The CUDA C++ decode kernels, or why there are none."""
+    name = "turboquant_hf.kernels.decode.cuda"
+    if find_spec(name) is None:
+        return None, "this build has no CUDA C++ kernels"
+    try:
+        module = import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        return None, f"the CUDA C++ kernels cannot be loaded ({error})"
+    reason = module.available()
+    return (module, None) if reason is None else (None, reason)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    keys: PackedSide,
+    values: PackedSide,
+    sinks: RawTokens,
+    tail: RawTokens,
+    starts: torch.Tensor,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sparse_v_threshold: float = 0.0,
+) -> torch.Tensor:
+    """`decode.reference.decode_attention` by the chosen backend.
+
+    CUDA C++ covers part of what Triton does: with "auto" (and no sparse V) it is asked first, with "cuda" it must
+    support the call.
+
+    Args:
+        sparse_v_threshold: see `decode.triton.decode_attention`; plain torch reads everything.
+    """
+    chosen = backend(query.device)
+    arguments = (query, keys, values, sinks, tail, starts)
+    options = {"scaling": scaling, "mask": mask, "softcap": softcap, "s_aux": s_aux}
+    automatic = os.environ.get(VARIABLE, "auto").lower() == "auto"
+    if query.device.type == "cuda" and (chosen == "cuda" or (automatic and sparse_v_threshold == 0.0)):
+        module, _ = _cuda_module()
+        reason = "not loaded" if module is None else module.supports(query, keys, values, tail, s_aux)
+        if reason is None:
+            return module.decode_attention(*arguments, **options)
+        if chosen == "cuda":
+            raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
+    if chosen == "torch":
+        return decode_reference.decode_attention(*arguments, **options)
+    module = import_module("turboquant_hf.kernels.decode.triton")
+    return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
+
+
+def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """`encode.reference.tile_mean` by the chosen backend."""
+    return _encoder(x.device).tile_mean(x, weight)
+
+
+def encode_tiles(
+    x: torch.Tensor,
+    transform: torch.Tensor,
+    groups: tuple[CodeGroup, ...],
+    *,
+    scale_rule: str,
+    scale_format: str = "fp16",
+    gain: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    channel_major: bool = False,
+) -> dict[str, torch.Tensor]:
+    """`encode.reference.encode_tiles` by the chosen backend."""
+    return _encoder(x.device).encode_tiles(
+        x,
+        transform,
+        groups,
+        scale_rule=scale_rule,
+        scale_format=scale_format,
+        gain=gain,
+        mean=mean,
+        channel_major=channel_major,
+    )
+
+
+def decode_tiles(
+    packed: dict[str, torch.Tensor],
+    inverse: torch.Tensor,
+    groups: tuple[CodeGroup, ...],
+    *,
+    scale_format: str = "fp16",
+    gain: torch.Tensor | None = None,
+    channel_major: bool = False,
+) -> torch.Tensor:
+    """`encode.reference.decode_tiles` by the chosen backend."""
+    return _encoder(packed["codes"].device).decode_tiles(
+        packed, inverse, groups, scale_format=scale_format, gain=gain, channel_major=channel_major
+    )
+
+
+def _encoder(device: torch.device) -> ModuleType:
+    """The encode module; the "cuda" backend is for decode only and leaves this to Triton."""
+    if backend(device) == "torch":
+        return encode_reference
+    return import_module("turboquant_hf.kernels.encode.triton")
