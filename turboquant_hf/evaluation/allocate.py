@@ -1,0 +1,223 @@
+"""Widths layer by layer under a budget, from each layer's own effect on the model's answer."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.config import CachePreset, LayerOverride, load_preset
+from turboquant_hf.evaluation import common, perplexity
+from turboquant_hf.evaluation.models import load_model
+from turboquant_hf.evaluation.presets import KEY_WIDTHS, flat_preset, key_quantizer, value_quantizer
+from turboquant_hf.quantizers import Quantizer
+
+ROLES = ("keys", "values")
+MEASURED_ALONE = {"recent_window": 0, "encode_first": True}
+SAFER = ("k3v3", "k4v4", "k8v4")
+"""Presets in the order of what they keep."""
+
+Costs = dict[tuple[str, int, int], float]
+"""(role, layer, width) -> KL when only that side of that layer has that width."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model_arguments(parser)
+    common.add_text_arguments(parser)
+    parser.add_argument("--budget", type=float, default=3.0, help="bits of codes per channel, mean of keys and values")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4], help=f"widths to choose from: {sorted(KEY_WIDTHS)}")
+    parser.add_argument("--probe", type=int, nargs="+", default=[2], help="widths at which each layer is measured alone")
+    parser.add_argument("--context", type=int, default=512, help="tokens a window")
+    parser.add_argument("--windows", type=int, default=1, help="windows to choose by; as many others check the choice")
+    parser.add_argument("--check-context", type=int, default=1024, help="tokens a window of the check")
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--write", type=Path, default=None, metavar="FILE", help="the preset; default: preset.yaml in --output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, choose, check, write the preset and metrics.json; 0 when done."""
+    if not min(args.widths) <= args.budget <= max(args.widths):
+        raise ValueError(f"budget={args.budget} is not supported; allowed: from {min(args.widths)} to {max(args.widths)}")
+    model, tokenizer = load_model(
+        args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
+    )
+    text_name, text = common.read_text(args)
+    tokens = tokenizer(text, return_tensors="pt").input_ids[0]
+    middle = len(tokens) // 2
+    chosen_by = perplexity.cut_windows(tokens[:middle], args.context, args.windows)
+    checked_on = perplexity.cut_windows(tokens[middle:], args.check_context, args.windows)
+
+    costs = sensitivity(model, chosen_by, widths=args.widths, probe=args.probe, chunk=args.chunk)
+    layers = len(TurboQuantCache(model.config).packed_layers)
+    choice = choose_widths(costs, layers, args.widths, args.budget)
+    preset = allocated_preset(choice, name=f"allocated-{args.budget:g}")
+    rivals = flat_rivals(args.widths, args.budget)
+    candidates = [replace(p, **MEASURED_ALONE) for p in (preset, *rivals)]
+    baseline, results = perplexity.measure(model, checked_on, candidates, chunk=args.chunk)
+
+    columns = ("preset", "kl", "perplexity", "top1", "key_bits", "value_bits", "compression_ratio")
+    print(common.format_table([[r[c] for c in columns] for r in results], columns))
+    found = verdict(results)
+    print(found)
+    target = args.write or (args.output / "preset.yaml" if args.output else None)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(f"# {found}\n" + yaml.safe_dump(preset_data(preset), sort_keys=False))
+        print(f"Wrote {target}")
+    metrics = {
+        "tool": "allocate", "model": args.model, "text": text_name, "context": args.check_context,
+        "windows": len(checked_on), "findings": [found], "baseline": {"perplexity": baseline}, "results": results,
+        "widths": {role: [choice[role, layer] for layer in range(layers)] for role in ROLES},
+        "sensitivity": [{"role": r, "layer": n, "width": w, "kl": kl} for (r, n, w), kl in costs.items()],
+    }  # fmt: skip
+    common.write_run(args.output, {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, metrics)
+    return 0
+
+
+def sensitivity(model, windows, *, widths: Sequence[int], probe: Sequence[int], chunk: int = 128) -> Costs:
+    """KL of each side of each layer alone at each width, all else lossless.
+
+    Only the `probe` widths are measured layer by layer. The others follow the nearest probed one by the ratio of what
+    all layers together lose at the two widths, which saves most of the work.
+    """
+    layers = len(TurboQuantCache(model.config).packed_layers)
+    everywhere = {(role, width): _one_side(role, width) for role in ROLES for width in {*widths, *probe}}
+    alone = {(role, layer, width): _one_side(role, width, layer) for role in ROLES for layer in range(layers) for width in probe}
+    _, results = perplexity.measure(model, windows, [*everywhere.values(), *alone.values()], chunk=chunk)
+    kl = [row["kl"] for row in results]
+    total = dict(zip(everywhere, kl))
+    probed = dict(zip(alone, kl[len(everywhere) :]))
+    costs = {}
+    for role in ROLES:
+        for layer in range(layers):
+            for width in widths:
+                near = min(probe, key=lambda p: abs(p - width))
+                costs[role, layer, width] = probed[role, layer, near] * total[role, width] / total[role, near]
+    return costs
+
+
+def choose_widths(costs: Costs, layers: int, widths: Sequence[int], budget: float) -> dict[tuple[str, int], int]:
+    """(role, layer) -> width of least summed cost whose mean is at most `budget`: an exact knapsack in whole bits."""
+    slots = [(role, layer) for role in ROLES for layer in range(layers)]
+    limit = int(budget * len(slots) + 1e-6)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for role, layer in slots:
+        step: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for spent, (cost, chosen) in best.items():
+            for width in widths:
+                total = (cost + costs[role, layer, width], (*chosen, width))
+                if spent + width <= limit and total < step.get(spent + width, (float("inf"),)):
+                    step[spent + width] = total
+        best = step
+    if not best:
+        raise ValueError(f"budget={budget} is not supported with widths={list(widths)}; allowed: at least {min(widths)}")
+    return dict(zip(slots, min(best.values())[1]))
+
+
+def allocated_preset(choice: Mapping[tuple[str, int], int], name: str) -> CachePreset:
+    """The commonest widths as the preset's own, the others as overrides of their layers."""
+    layers = 1 + max(layer for _, layer in choice)
+    chosen = {role: [choice[role, layer] for layer in range(layers)] for role in ROLES}
+    key_bits, value_bits = (max(sorted(set(side)), key=side.count) for side in chosen.values())
+    overrides = []
+    for layer, (keys, values) in enumerate(zip(*chosen.values())):
+        override = LayerOverride(
+            keys=key_quantizer(keys) if keys != key_bits else None,
+            values=value_quantizer(values) if values != value_bits else None,
+        )
+        if override != LayerOverride():
+            overrides.append((layer, override))
+    return replace(flat_preset(key_bits, value_bits), name=name, layers=tuple(overrides))
+
+
+def flat_rivals(widths: Sequence[int], budget: float) -> list[CachePreset]:
+    """Flat presets of the same bytes; where no pair of widths gives them, those of the most bytes below."""
+    pairs = [(k, v) for k in widths for v in widths if k + v <= 2 * budget + 1e-6]
+    most = max(k + v for k, v in pairs)
+    return [flat_preset(k, v) for k, v in pairs if k + v == most]
+
+
+def verdict(results: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence on the allocated preset (first) beside the best of its flat rivals."""
+    ours, rival = results[0], min(results[1:], key=lambda row: row["kl"])
+    outcome = "beats" if ours["kl"] < rival["kl"] else "does not beat"
+    bits = [(row["key_bits"] + row["value_bits"]) / 2 for row in (ours, rival)]
+    return (
+        f"{ours['preset']} {outcome} the best flat preset of its size on text it was not chosen by: KL {ours['kl']:.4f} at "
+        f"{bits[0]:.3f} real bits per channel, {rival['preset']} {rival['kl']:.4f} at {bits[1]:.3f}."
+    )
+
+
+def preset_data(preset: CachePreset) -> dict[str, Any]:
+    """Plain data that `CachePreset.from_dict` reads back, defaults of quantizers left out."""
+    data: dict[str, Any] = {"name": preset.name}
+    data |= {role: _quantizer_data(getattr(preset, role)) for role in ROLES}
+    defaults = CachePreset()
+    for name in (f.name for f in fields(preset) if f.name not in {"name", "layers", *ROLES}):
+        if getattr(preset, name) != getattr(defaults, name):
+            data[name] = getattr(preset, name)
+    if preset.layers:
+        data["layers"] = {
+            layer: {role: _quantizer_data(q) for role in ROLES if (q := getattr(override, role)) is not None}
+            for layer, override in preset.layers
+        }
+    return data
+
+
+def _quantizer_data(quantizer: Quantizer) -> dict[str, Any]:
+    options = {}
+    for field in fields(quantizer):
+        value = getattr(quantizer, field.name)
+        if field.init and (field.default is MISSING or value != field.default):
+            options[field.name] = [list(x) if isinstance(x, tuple) else x for x in value] if isinstance(value, tuple) else value
+    return {"quantizer": quantizer.name, **options}
+
+
+def _one_side(role: str, width: int, layer: int | None = None) -> CachePreset:
+    quantizer = key_quantizer(width) if role == "keys" else value_quantizer(width)
+    lossless = CachePreset(name=f"{role} {width}", keys="lossless", values="lossless", **MEASURED_ALONE)
+    if layer is None:
+        return lossless.with_overrides(**{role: quantizer})
+    return lossless.with_overrides(layers=((layer, LayerOverride(**{role: quantizer})),))
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What `check_fidelity` found; `safer` names a preset that stays under the limit, where this one does not."""
+
+    preset: str
+    kl: float
+    top1: float
+    safer: str | None = None
+
+
+def check_fidelity(
+    model, tokenizer, preset: str | CachePreset, text: str, *, limit: float = 0.1, context: int = 512, chunk: int = 128
+) -> Fidelity:
+    """Compare the logits of the compressed and the uncompressed model on the beginning of `text`.
+
+    Nothing but the sinks is read raw, so that the quantizers themselves are judged. Warns when the KL per token is
+    above `limit`, naming the first of `SAFER` that keeps it below.
+
+    Raises:
+        ValueError: when the text is shorter than `context` tokens.
+    """
+    windows = perplexity.cut_windows(tokenizer(text, return_tensors="pt").input_ids[0], context, 1)
+
+    def judge(candidate) -> dict[str, Any]:
+        return perplexity.measure(model, windows, [load_preset(candidate, **MEASURED_ALONE)], chunk=chunk)[1][0]
+
+    found = judge(preset)
+    if found["kl"] <= limit:
+        return Fidelity(found["preset"], found["kl"], found["top1"])
+    safer = next((name for name in SAFER if name != found["preset"] and judge(name)["kl"] <= limit), None)
+    advice = f"{safer} stays below" if safer else f"none of {', '.join(SAFER)} stays below: leave the cache uncompressed"
+    message = f"{found['preset']} changes this model's answers: KL {found['kl']:.3g} per token, limit {limit:g}; {advice}"
+    warnings.warn(message, stacklevel=2)
+    return Fidelity(found["preset"], found["kl"], found["top1"], safer)
