@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths", type=int, nargs="+", default=[512, 1024, 2048], metavar="TOKENS", help="of a prompt"
     )
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="SHARE")
-    parser.add_argument("--trials", type=int, default=2, help="prompts for every length and depth, run as one batch")
+    parser.add_argument("--trials", type=int, default=1, help="prompts for every length and depth, run as one batch")
     parser.add_argument("--chunk", type=int, default=128, help="prompt tokens fed at a time; 0: all at once")
     parser.add_argument(
         "--recent-window",

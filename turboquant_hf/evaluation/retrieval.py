@@ -222,7 +222,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024], metavar="TOKENS", help="of a prompt, at most")
-    parser.add_argument("--samples", type=int, default=4, help="prompts a task and length")
+    parser.add_argument("--samples", type=int, default=2, help="prompts a task and length")
     parser.add_argument("--chunk", type=int, default=128, help="prompt tokens fed at a time; 0: all at once")
     parser.add_argument(
         "--recent-window",
