@@ -1,0 +1,142 @@
+"""Every mode of `generate` with `lossless`: the tokens of DynamicCache, with both kinds of attention."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from turboquant_hf import TurboQuantCache
+
+TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
+PROMPT = 45
+
+
+@pytest.fixture(params=["auto", "keep"])
+def packed(request):
+    """The arguments of `generate` that ask for a packed cache."""
+    config = {"preset": "lossless", "attention": request.param, **TILES}
+    return {"cache_implementation": "turboquant", "cache_config": config}
+
+
+@pytest.fixture
+def inputs():
+    ids = torch.randint(3, 199, (2, PROMPT), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def generate(model, inputs, **options):
+    torch.manual_seed(0)
+    return model.generate(**inputs, **{"max_new_tokens": 24, "do_sample": False, **options})
+
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "num_return_sequences": 3, "temperature": 1.3},
+    "beams": {"num_beams": 4, "num_return_sequences": 3},
+    "beam-sampling": {"num_beams": 3, "do_sample": True},
+    "chunked-prefill": {"prefill_chunk_size": 16},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(llama, inputs, packed, mode):
+    expected = generate(llama, inputs, **MODES[mode])
+    config = copy.deepcopy(packed["cache_config"])
+    for _ in range(2):
+        assert torch.equal(generate(llama, inputs, **MODES[mode], **packed), expected)
+        assert packed["cache_config"] == config, "not consumed"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_with_left_padding(llama, inputs, packed, mode):
+    inputs["attention_mask"][1, :19] = 0
+    inputs["input_ids"][1, :19] = 0
+    expected = generate(llama, inputs, **MODES[mode])
+    assert torch.equal(generate(llama, inputs, **MODES[mode], **packed), expected)
+
+
+def test_a_padded_batch_equals_its_singles(llama, inputs, packed):
+    inputs["attention_mask"][1, :19] = 0
+    both = generate(llama, inputs, **packed)
+    for row, start in ((0, 0), (1, 19)):
+        single = generate(llama, {name: x[row : row + 1, start:] for name, x in inputs.items()}, **packed)
+        assert torch.equal(both[row, PROMPT:], single[0, PROMPT - start :])
+
+
+@pytest.mark.parametrize("assistant", [True, False], ids=["assisted", "prompt-lookup"])
+def test_candidates(llama, small_llama, inputs, packed, assistant):
+    single = {name: x[:1] for name, x in inputs.items()}
+    helper = small_llama(seed=1)
+    for model in (llama, helper):  # early versions want to compare candidates with an end, here one that never comes
+        model.generation_config.eos_token_id = 198
+        model.generation_config.suppress_tokens = [198]
+    helper = {"assistant_model": helper} if assistant else {"prompt_lookup_num_tokens": 3}
+    expected = generate(llama, single)
+    assert torch.equal(generate(llama, single, **helper, **packed), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "turboquant", "eager"])
+def test_a_second_turn_and_a_copied_prompt(llama, inputs, attention):
+    llama.set_attn_implementation(attention)
+    expected = generate(llama, inputs)
+    more = torch.cat([expected, inputs["input_ids"][:, :20]], dim=1)
+    second = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    cache = TurboQuantCache(llama.config, "lossless", **TILES)
+    llama(**{name: x[:, :-1] for name, x in inputs.items()}, past_key_values=cache)
+    for _ in range(2):
+        own = copy.deepcopy(cache)
+        assert torch.equal(generate(llama, inputs, past_key_values=own), expected)
+        assert torch.equal(generate(llama, second, past_key_values=own), generate(llama, second))
+    assert cache.get_seq_length() == PROMPT - 1
+
+
+def test_switching_the_attention_of_a_live_model(llama, inputs):
+    cache = TurboQuantCache(llama.config, "lossless", **TILES)
+    plain = [llama(**inputs).logits[:, -1]]
+    ids = inputs["input_ids"]
+    got = []
+    for step, attention in enumerate(["sdpa", "turboquant", "eager", "turboquant", "sdpa"] * 4):
+        llama.set_attn_implementation(attention)
+        got.append(llama(ids if step == 0 else ids[:, step : step + 1], past_key_values=cache).logits[:, -1])
+    llama.set_attn_implementation("sdpa")
+    full = torch.cat([ids, ids[:, 1:20]], dim=1)
+    plain = llama(full).logits[:, PROMPT - 1 :]
+    torch.testing.assert_close(torch.stack(got, dim=1), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_static_cache_on_a_switched_model(llama, inputs):
+    expected = generate(llama, inputs)
+    llama.set_attn_implementation("turboquant")
+    assert torch.equal(generate(llama, inputs, cache_implementation="static", disable_compile=True), expected)
+
+
+def test_saved_generation_config(llama, inputs, packed, tmp_path):
+    GenerationConfig(max_new_tokens=24, do_sample=False, **packed).save_pretrained(tmp_path)
+    config = GenerationConfig.from_pretrained(tmp_path)
+    assert config.cache_implementation == "turboquant"
+    assert torch.equal(llama.generate(**inputs, generation_config=config), generate(llama, inputs))
+
+
+def test_unknown_presets_and_conflicts_are_named(llama, inputs):
+    with pytest.raises(ValueError, match="k9v9.*allowed"):
+        generate(llama, inputs, cache_implementation="turboquant", cache_config={"preset": "k9v9"})
+    with pytest.raises(ValueError, match="attention='fast'.*auto, keep"):
+        generate(llama, inputs, cache_implementation="turboquant", cache_config={"attention": "fast"})
+    with pytest.raises(ValueError, match="only one"):
+        generate(llama, inputs, cache_implementation="turboquant", past_key_values=TurboQuantCache(llama.config))
+
+
+def test_continuous_batching_is_refused(llama, inputs):
+    config = GenerationConfig(max_new_tokens=2, cache_implementation="turboquant")
+    with pytest.raises(ValueError, match="continuous batching"):
+        llama.generate_batch(inputs["input_ids"].tolist(), generation_config=config)
+
+
+def test_training_is_refused(llama, inputs):
+    llama.set_attn_implementation("turboquant")
+    llama.train()
+    with pytest.raises(ValueError, match="no training"):
+        llama(**inputs, past_key_values=TurboQuantCache(llama.config, "lossless"))

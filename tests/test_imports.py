@@ -1,0 +1,42 @@
+"""The dependency direction, read from the imports themselves."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["primitives", "kernels", "quantizers", "config", "cache", "attention", "evaluation", "cli"]
+FILES = sorted((ROOT / "turboquant_hf").rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT / "turboquant_hf").with_suffix("").parts[0]
+
+
+def imports_of(tree: ast.AST, path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    part, names = part_of(path), imports_of(ast.parse(path.read_text()), path)
+    for name in names:
+        pieces = name.split(".")
+        if pieces[0] == "turboquant_hf" and part in ORDER and len(pieces) > 1 and pieces[1] in ORDER:
+            assert ORDER.index(pieces[1]) <= ORDER.index(part), name
+        if pieces[0] == "transformers":
+            assert part in ("cache", "attention", "evaluation"), name
+        if pieces[0] == "triton":
+            assert part == "kernels", name
+    assert part != "kernels" or not any(name.startswith("turboquant_hf.config") for name in names)
