@@ -17,8 +17,8 @@ from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
 from turboquant_hf.primitives import Codebook, packed_size, planes
 
 MAX_CHUNK = 128
-MAX_COEFFICIENTS = 5
-HALF_ULP_FP16 = 2.0**-11
+MAX_COEFFICIENTS = 6
+FP16_TOLERANCE = 2.0**-13
 
 
 # ---------------------------------------------------------------- what a kernel is told about the codes
@@ -100,7 +100,7 @@ def tile_spec(
         chunk = max(16, min(whole, MAX_CHUNK, padded_size(length)))
         # The other operand of a channel-major tile, padded to a power of two, is cut in chunks too.
         chunks = (padded_size(length) if channel_major else length + chunk - 1) // chunk
-        lead, coefficients = odd_polynomial(group.codebook, 1e-7 if exact else HALF_ULP_FP16)
+        lead, coefficients = odd_polynomial(group.codebook, 1e-7 if exact else FP16_TOLERANCE)
         specs.append(
             GroupSpec(
                 size=group.size, block=padded_size(group.size), bits=group.bits, start=start, offset=offset,
@@ -258,7 +258,7 @@ def decode_levels(codes, p_levels, GROUP: tl.constexpr, DTYPE: tl.constexpr):
             rest = square * coefficient(GROUP, TERMS - 1)
             for term in tl.static_range(TERMS - 2):
                 rest = (rest + coefficient(GROUP, TERMS - 2 - term)) * square
-            return x * (rest + 1.0)
+            return x + x * rest
 
 
 # ---------------------------------------------------------------- means
@@ -448,7 +448,7 @@ def encode_tiles(
             *x.stride()[:4], *_head_strides(matrix), heads, tiles, size,
             SPEC=spec, T=tile, D=dim, BLOCK_T=padded_size(tile), BLOCK_K=32, MEAN=mean is not None,
             GAIN=gain is not None, RULE=scale_rule, CHANNEL_MAJOR=channel_major,
-            num_warps=8 if dim <= 128 else 16,
+            num_warps=8, num_stages=1,
         )  # fmt: skip
     return {"codes": codes, "scale": scale}
 
