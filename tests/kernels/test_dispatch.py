@@ -1,0 +1,55 @@
+"""Which backend serves a call, and what an unavailable one says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from turboquant_hf.kernels import dispatch
+from turboquant_hf.kernels.decode import reference
+
+from .cases import attention_inputs
+from .conftest import INTERPRETED
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys; before = 'triton' in sys.modules; import turboquant_hf.kernels.dispatch as d;"
+    code += "d.backend('cpu'); assert before or not any(m.startswith('turboquant_hf') and m.endswith('triton')"
+    code += " for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_cpu_takes_plain_torch(monkeypatch):
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    assert dispatch.backend("cpu") == "torch"
+    arguments = attention_inputs(heads=1, tiles=1)
+    out = dispatch.decode_attention(*arguments, scaling=0.125, sparse_v_threshold=0.01)
+    torch.testing.assert_close(out, reference.decode_attention(*arguments, scaling=0.125))
+
+
+def test_an_unknown_backend_is_named(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "metal")
+    with pytest.raises(ValueError, match="'metal'.*auto, torch, triton, cuda"):
+        dispatch.backend("cpu")
+
+
+def test_an_unavailable_backend_says_why(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+    with pytest.raises(RuntimeError, match="tensors are on 'cpu'"):
+        dispatch.backend("cpu")
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        dispatch.backend("cpu")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="interpreted in the process that test_interpreted.py starts")
+def test_triton_when_named(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    assert dispatch.backend("cpu") == "triton"
+    arguments = attention_inputs(heads=1, tiles=1)
+    out = dispatch.decode_attention(*arguments, scaling=0.125)
+    torch.testing.assert_close(out, reference.decode_attention(*arguments, scaling=0.125), atol=1e-5, rtol=1e-5)
