@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from turboquant_hf.attention.dense import dense_attention
+from turboquant_hf.attention.packed import packed_attention
 from turboquant_hf.cache import PackedHandle, TurboQuantLayer
 from turboquant_hf.cache.layer import NO_TRAINING, refuse_backward
 
@@ -40,11 +41,16 @@ def turboquant_attention_forward(
     causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
+        attention_mask._turboquant_keys = None
     note_padding(layer, attention_mask, query.shape[2])
     layer.observe(query)
     if layer.preset.encode_first:
         layer.commit()
-    output = dense_attention(module, query, key.dense(), value.dense(), attention_mask, **options)
+    packed = packed_attention(layer, query, attention_mask, **options) if key.length == layer.get_seq_length() else None
+    if packed is not None:
+        output = (packed, None)
+    else:
+        output = dense_attention(module, query, key.dense(), value.dense(), attention_mask, **options)
     layer.commit()
     if query.requires_grad and torch.is_grad_enabled():
         output = (refuse_backward(output[0], query), None)

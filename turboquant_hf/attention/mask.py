@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+MAX_QUERIES = 16
+"""Queries that the kernels take at once; longer chunks are worth decoding the history for."""
+
 
 def turboquant_mask(
     batch_size: int,
@@ -23,17 +26,12 @@ def turboquant_mask(
     A single query that sees everything needs no mask; with padding it needs only the padding mask itself, which
     is passed on as a view. Everything else is `sdpa_mask`'s work.
     """
-    single = isinstance(q_length, int) and q_length == 1
-    if single and local_size is None and mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True):
+    plain = local_size is None and mask_function is causal_mask_function and isinstance(q_length, int)
+    if plain and q_length == 1 and kwargs.get("allow_is_causal_skip", True):
         if attention_mask is None:
             return None
-        seen = attention_mask.shape[-1]
-        if seen < kv_length:
-            # generate's mask covers what was fed; a cache that was filled before it counts as visible.
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_length - seen), value=True)
-        start = kwargs.get("kv_offset", 0)
-        return attention_mask[:, None, None, start : start + kv_length].bool()
-    return sdpa_mask(
+        return _key_mask(attention_mask, kv_length, kwargs.get("kv_offset", 0))[:, None, None, :]
+    mask = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -42,3 +40,17 @@ def turboquant_mask(
         local_size=local_size,
         **kwargs,
     )
+    if mask is not None and plain and q_length <= MAX_QUERIES:
+        # The kernels know the causal order; what is left of the mask is which keys are padding.
+        mask._turboquant_keys = (
+            None if attention_mask is None else _key_mask(attention_mask, kv_length, kwargs.get("kv_offset", 0))
+        )
+    return mask
+
+
+def _key_mask(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:
+    """The padding mask [B, kv] of the keys: generate's mask covers what was fed, what the cache held before counts."""
+    seen = attention_mask.shape[-1]
+    if seen < kv_length:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_length - seen), value=True)
+    return attention_mask[:, kv_offset : kv_offset + kv_length].bool()

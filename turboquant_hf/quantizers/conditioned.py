@@ -9,11 +9,12 @@ rotated error's energy and the query's). And channels whose product rms(q_i) rms
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
 
-from turboquant_hf.kernels.encode import encode_tiles, tile_mean
+from turboquant_hf.kernels.dispatch import encode_tiles, tile_mean
 from turboquant_hf.quantizers.base import Field, Packed, State, check_bits, check_choice
 from turboquant_hf.quantizers.rotated import RotatedQuantizer, sorted_columns
 
@@ -55,7 +56,8 @@ class Conditioned(RotatedQuantizer):
         for fraction, _ in self.widths:
             share += fraction
             edges.append(round(share * head_dim))
-        return tuple((stop - start, bits) for start, stop, (_, bits) in zip(edges, edges[1:], self.widths, strict=False))
+        bits = (bits for _, bits in self.widths)
+        return tuple((stop - start, width) for (start, stop), width in zip(pairwise(edges), bits, strict=True))
 
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
         fields = super().layout(head_dim, tile, dtype)

@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, SCALE_RULES, CodeGroup, tile_bytes
-from turboquant_hf.kernels.encode import decode_tiles, encode_tiles
+from turboquant_hf.kernels.decode import PackedSide
+from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles
 from turboquant_hf.primitives import head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
 
@@ -56,8 +57,7 @@ class RotatedQuantizer(Quantizer):
 
     def groups(self, head_dim: int) -> tuple[CodeGroup, ...]:
         """The coded groups of a head of `head_dim` channels."""
-        make = CODEBOOKS[self.codebook]
-        return tuple(CodeGroup(size, make(bits, size)) for size, bits in self.group_sizes(head_dim))
+        return _code_groups(self.group_sizes(head_dim), self.codebook)
 
     def validate(self, head_dim: int, tile: int) -> None:
         sizes = self.group_sizes(head_dim)
@@ -118,6 +118,21 @@ class RotatedQuantizer(Quantizer):
         )
         return x.to(dtype)
 
+    def packed_side(self, packed: Packed, state: State, head_dim: int) -> PackedSide:
+        """The tiles as the decode kernels read them."""
+        num_heads, device = packed["codes"].shape[1], packed["codes"].device
+        return PackedSide(
+            codes=packed["codes"],
+            scale=packed["scale"],
+            groups=self.groups(head_dim),
+            rotation=self.rotation_of(head_dim, num_heads, device),
+            order=state.get("order"),
+            balance=state.get("balance"),
+            mean=packed.get("mean"),
+            scale_format=self.scale_format,
+            gain=state.get("gain"),
+        )
+
 
 def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Columns of the rotation moved so that its j-th input is channel order[j]: [B, H, D, D]."""
@@ -131,6 +146,11 @@ def typical_scale(tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     w = weight[:, None, :, :, None].float()
     energy = (tiles.float().square() * w).sum(dim=(2, 3, 4))
     return (energy / (w.sum(dim=(2, 3, 4)) * tiles.shape[-1]).clamp(min=1.0)).sqrt().clamp(min=1e-12)
+
+
+@lru_cache(maxsize=256)
+def _code_groups(sizes: tuple[tuple[int, int], ...], codebook: str) -> tuple[CodeGroup, ...]:
+    return tuple(CodeGroup(size, CODEBOOKS[codebook](bits, size)) for size, bits in sizes)
 
 
 @lru_cache(maxsize=64)

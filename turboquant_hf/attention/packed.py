@@ -1,0 +1,73 @@
+"""Attention that reads packed tiles, where the kernels can serve the call."""
+
+from __future__ import annotations
+
+import torch
+
+from turboquant_hf.attention.mask import MAX_QUERIES
+from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.kernels.decode import RawTokens
+from turboquant_hf.kernels.dispatch import backend, decode_attention
+from turboquant_hf.quantizers.rotated import RotatedQuantizer
+
+
+def packed_attention(
+    layer: TurboQuantLayer,
+    query: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> torch.Tensor | None:
+    """[B, q, Hq, D] for query [B, Hq, q, D], or None where this call wants dense tensors.
+
+    Up to 16 queries of plain causal attention over rotated tiles are served; `attention_mask` must come from
+    `turboquant_mask` when there are several.
+    """
+    if not _applies(layer, query, dropout, kwargs):
+        return None
+    keys = None
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool:
+            return None
+        if query.shape[2] > 1:
+            if not hasattr(attention_mask, "_turboquant_keys"):
+                return None
+            keys = attention_mask._turboquant_keys
+        else:
+            keys = attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
+    parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
+    sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
+    output = decode_attention(
+        query,
+        *sides,
+        RawTokens(*layer.sinks.arrays),
+        RawTokens(*layer.tail.view()),
+        layer.sinks.starts,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask=keys,
+        softcap=kwargs.get("softcap"),
+        s_aux=kwargs.get("s_aux"),
+        sparse_v_threshold=layer.preset.sparse_v_threshold,
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def _applies(layer: TurboQuantLayer, query: torch.Tensor, dropout: float, kwargs: dict) -> bool:
+    """Whether kernels serve this call; plain torch decodes the tiles once and leaves the rest to SDPA."""
+    keys, values = layer.quantizers
+    return (
+        query.shape[2] <= MAX_QUERIES
+        and layer.tiles[0].count > 0
+        and query.shape[2] <= layer.tail.count
+        and isinstance(keys, RotatedQuantizer)
+        and isinstance(values, RotatedQuantizer)
+        and values.channel_major
+        and not keys.channel_major
+        and dropout == 0.0
+        and kwargs.get("sliding_window") is None
+        and kwargs.get("position_bias") is None
+        and kwargs.get("is_causal") is not False
+        and backend(query.device) != "torch"
+    )
