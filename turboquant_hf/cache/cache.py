@@ -97,7 +97,9 @@ class TurboQuantCache(DynamicCache):
         new = cls.__new__(cls)
         new.__dict__.update(cache.__dict__)
         new.preset = preset
-        new.layers = list(cache.layers)
+        # Early versions give assisted decoding a cache without layers: full ones, as they come, so that all can be cropped.
+        missing = config.get_text_config(decoder=True).num_hidden_layers if not cache.layers else 0
+        new.layers = [*cache.layers, *(DynamicLayer() for _ in range(missing))]
         new._pack_layers(config)
         return new
 
