@@ -1,0 +1,61 @@
+"""The page: what it reads, what it shows, what it escapes."""
+
+import json
+import re
+
+import pytest
+
+from turboquant_hf import cli
+
+
+def write(folder, metrics):
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    common = {"top1": 0.9, "perplexity": 9.0}
+    write(
+        tmp_path / "runs" / "perplexity",
+        {
+            "model": "tiny <llama>", "text": "topics", "context": 512, "windows": 1, "baseline": {"perplexity": 8.5},
+            "results": [
+                {"preset": "a", "kl": 0.01, "key_bits": 4.25, "value_bits": 4.25, "compression_ratio": 3.7, **common},
+                {"preset": "b", "kl": 0.05, "key_bits": 3.25, "value_bits": 3.25, "compression_ratio": 4.6, **common},
+                {"preset": "c", "kl": 0.06, "key_bits": 4.5, "value_bits": 4.5, "compression_ratio": 3.5, **common},
+            ],
+        },
+    )  # fmt: skip
+    needle = [
+        {"preset": p, "style": "number", "length": n, "depth": d, "accuracy": a, "nll": 0.1}
+        for p, a in (("baseline", 1.0), ("a", 0.5)) for n in (512, 1024) for d in (0.0, 1.0)
+    ]  # fmt: skip
+    write(tmp_path / "runs" / "needle", {"results": needle})
+    write(tmp_path / "runs" / "speed", {"tool": "speed", "results": [{"preset": "a", "tokens_per_second": 12.5}]})
+    write(tmp_path / "runs" / "lesson", {"tool": "lesson", "findings": ["prod loses"], "results": []})
+    (tmp_path / "runs" / "lesson" / "figure.png").write_bytes(b"\x89PNG made up")
+    return tmp_path
+
+
+def test_report_is_one_page_without_anything_outside_it(runs):
+    assert cli.main(["report", str(runs / "runs"), "--output", str(runs / "out")]) == 0
+    page = (runs / "out" / "report.html").read_text()
+    assert "tiny &lt;llama&gt;" in page and "prod loses" in page and "tokens_per_second" in page
+    # Pareto plot, two needle heatmaps, the lesson's own picture
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+def test_report_merges_the_runs_of_a_preset_into_its_summary(runs):
+    cli.main(["report", str(runs / "runs"), "--output", str(runs / "out")])
+    text = (runs / "out" / "report.md").read_text()
+    header, row = (next(line for line in text.splitlines() if line.startswith(start)) for start in ("| preset", "| a "))
+    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert cells["needle"] == "0.5" and cells["KL"] == "0.01" and cells["speed |"] == "12.5 |"
+    assert "Pareto front, fewest bits first: b, a." in text
+
+
+def test_report_says_where_nothing_was_found(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no metrics.json under" in capsys.readouterr().err
