@@ -18,27 +18,47 @@ def made_up_costs(layers, widths, seed):
     return {(*slot, width): value * 4.0**-width for slot, value in weight.items() for width in widths}
 
 
+PRICES = {
+    ("keys", 2): 2.875,
+    ("keys", 3): 3.625,
+    ("keys", 4): 4.375,
+    ("values", 2): 2.25,
+    ("values", 3): 3.25,
+    ("values", 4): 4.25,
+}
+
+
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("budget", [2.0, 2.6, 3.0, 4.0])
+@pytest.mark.parametrize("budget", [2.5625, 3.0, 3.4375, 4.4])
 def test_choose_widths_is_the_best_there_is(seed, budget):
     costs = made_up_costs(2, (2, 3, 4), seed)
-    choice = allocate.choose_widths(costs, 2, (2, 3, 4), budget)
-    assert sum(choice.values()) <= budget * 4 + 1e-6
+    choice = allocate.choose_widths(costs, PRICES, 2, budget)
+
+    def price(widths):
+        return sum(PRICES[role, width] for (role, _), width in zip(choice, widths, strict=True)) / 4
 
     def cost(widths):
         return sum(costs[*slot, width] for slot, width in zip(choice, widths, strict=True))
 
-    best = min(cost(widths) for widths in product((2, 3, 4), repeat=4) if sum(widths) <= budget * 4 + 1e-6)
-    assert cost(choice.values()) == pytest.approx(best)
+    assert price(choice.values()) <= budget
+    assert cost(choice.values()) == pytest.approx(
+        min(cost(w) for w in product((2, 3, 4), repeat=4) if price(w) <= budget)
+    )
 
 
 def test_choose_widths_refuses_a_budget_below_every_width():
-    with pytest.raises(ValueError, match="allowed: at least 2"):
-        allocate.choose_widths(made_up_costs(2, (2, 3), 0), 2, (2, 3), 1.5)
+    with pytest.raises(ValueError, match="allowed: at least 2.5625"):
+        allocate.choose_widths(made_up_costs(2, (2, 3, 4), 0), PRICES, 2, 2.5)
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_price_list_is_the_flat_presets_real_bits(width):
+    prices = allocate.price_list((2, 3, 4), 64)
+    assert (prices["keys", width], prices["values", width]) == bits_per_channel(flat_preset(width, width), 64, 1)
 
 
 def test_allocated_preset_survives_its_yaml():
-    choice = allocate.choose_widths(made_up_costs(6, (2, 3, 4), 3), 6, (2, 3, 4), 3.0)
+    choice = allocate.choose_widths(made_up_costs(6, (2, 3, 4), 3), PRICES, 6, 3.4375)
     preset = allocate.allocated_preset(choice, "mine")
     read = CachePreset.from_dict(yaml.safe_load(yaml.safe_dump(allocate.preset_data(preset))))
     assert read == preset and read.layers
@@ -52,15 +72,18 @@ def test_preset_data_keeps_changed_fields():
     assert CachePreset.from_dict(allocate.preset_data(preset)) == preset
 
 
-@pytest.mark.parametrize(("budget", "names"), [(3.0, ["k2v4", "k3v3", "k4v2"]), (2.6, ["k2v3", "k3v2"]), (2.0, ["k2v2"])])
+@pytest.mark.parametrize(
+    ("budget", "names"), [(3.0, ["k2v4", "k3v3", "k4v2"]), (2.6, ["k2v3", "k3v2"]), (2.0, ["k2v2"])]
+)
 def test_flat_rivals_have_the_budgets_bytes(budget, names):
     assert [preset.name for preset in allocate.flat_rivals((2, 3, 4), budget)] == names
 
 
-def test_allocated_preset_has_no_more_bytes_of_codes_than_its_budget():
-    choice = allocate.choose_widths(made_up_costs(6, (2, 4), 1), 6, (2, 4), 3.0)
+def test_allocated_preset_has_no_more_bits_than_its_budget():
+    budget = sum(bits_per_channel(flat_preset(3, 3), 64, 6)) / 2
+    choice = allocate.choose_widths(made_up_costs(6, (2, 3, 4), 1), allocate.price_list((2, 3, 4), 64), 6, budget)
     preset = allocate.allocated_preset(choice, "mine")
-    assert sum(bits_per_channel(preset, 64, 6)) <= sum(bits_per_channel(flat_preset(4, 2), 64, 6)) + 0.5
+    assert sum(bits_per_channel(preset, 64, 6)) / 2 <= budget
 
 
 def test_sensitivity_measures_each_side_of_each_layer(small_llama):
@@ -79,7 +102,11 @@ class FakeTokenizer:
 
 @pytest.mark.parametrize(
     ("kl", "safer"),
-    [({"k2v2": 0.05}, None), ({"k2v2": 0.5, "k3v3": 0.2, "k4v4": 0.02}, "k4v4"), ({"k2v2": 9.0, "k3v3": 9.0, "k4v4": 9.0, "k8v4": 9.0}, None)],
+    [
+        ({"k2v2": 0.05}, None),
+        ({"k2v2": 0.5, "k3v3": 0.2, "k4v4": 0.02}, "k4v4"),
+        ({"k2v2": 9.0, "k3v3": 9.0, "k4v4": 9.0, "k8v4": 9.0}, None),
+    ],
     ids=["faithful", "safer", "hostile"],
 )
 def test_check_fidelity_warns_and_names_a_safer_preset(monkeypatch, recwarn, kl, safer):

@@ -13,7 +13,11 @@ def test_prod_has_no_bias_and_more_variance_than_the_unbiased_scale():
     for bits in (2, 3):
         assert abs(rows["prod", bits]["bias"]) < 0.02 and abs(rows["mse, unbiased", bits]["bias"]) < 0.01
         assert rows["mse", bits]["bias"] < -0.02
-        assert rows["prod", bits]["variance"] > rows["prod, orthogonal", bits]["variance"] > rows["mse, unbiased", bits]["variance"]
+        assert (
+            rows["prod", bits]["variance"]
+            > rows["prod, orthogonal", bits]["variance"]
+            > rows["mse, unbiased", bits]["variance"]
+        )
 
 
 def test_more_sketch_rows_help_and_cost_more_than_wider_codes():

@@ -20,7 +20,9 @@ from turboquant_hf.resources import config_path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     common.add_text_arguments(parser)
-    parser.add_argument("--variants", type=Path, default=config_path("eval", "ablate.yaml"), help="YAML: section -> name -> change")
+    parser.add_argument(
+        "--variants", type=Path, default=config_path("eval", "ablate.yaml"), help="YAML: section -> name -> change"
+    )
     parser.add_argument("--section", action="append", metavar="NAME", help="only sections that begin so; repeatable")
     parser.add_argument("--context", type=int, default=768, help="tokens a window")
     parser.add_argument("--windows", type=int, default=1, help="how many windows, spread over the text")
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     # Rows of different sections are often the same preset under two names.
     unique = list(dict.fromkeys(replace(preset, name="") for _, _, preset in variants))
     baseline, measured = perplexity.measure(model, windows, unique, chunk=args.chunk)
-    by_preset = dict(zip(unique, measured))
+    by_preset = dict(zip(unique, measured, strict=True))
     results = []
     for section, name, preset in variants:
         found = by_preset[replace(preset, name="")]
@@ -71,11 +73,11 @@ def read_variants(path: Path, sections: Sequence[str] | None = None) -> list[tup
 
 
 def variant(change: Mapping[str, Any]) -> CachePreset:
-    """The base preset with nothing raw but its sinks, then changed."""
+    """The base preset with nothing raw but its sinks and the first 256 tokens' attention, then changed."""
     change = dict(change)
     if "base" not in change:
         raise ValueError(f"variant {change!r} is not supported; allowed: a mapping with 'base' and fields of a preset")
-    preset = load_preset(change.pop("base"), recent_window=0, encode_first=True)
+    preset = load_preset(change.pop("base"), recent_window=0, encode_first=True, min_statistics=256)
     for role in ("keys", "values"):
         options = change.get(role)
         if isinstance(options, Mapping) and "quantizer" not in options:
@@ -104,16 +106,25 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis = figure.subplots()
     points = [(row["bits"], row["kl"]) for row in results]
     for index, section in enumerate(dict.fromkeys(row["section"] for row in results)):
-        chosen = [p for p, row in zip(points, results) if row["section"] == section]
-        axis.scatter(*zip(*chosen), s=36, marker="os^vDPX*"[index % 8], color=f"C{index % 10}", label=section, alpha=0.8)
+        chosen = [p for p, row in zip(points, results, strict=True) if row["section"] == section]
+        axis.scatter(
+            *zip(*chosen, strict=True),
+            s=36,
+            marker="os^vDPX*"[index % 8],
+            color=f"C{index % 10}",
+            label=section,
+            alpha=0.8,
+        )
     front = pareto_front(points)
-    axis.plot(*zip(*(points[i] for i in front)), color="0.3", linewidth=1, label="Pareto front", zorder=0)
+    axis.plot(*zip(*(points[i] for i in front), strict=True), color="0.3", linewidth=1, label="Pareto front", zorder=0)
     for i in front:
         axis.annotate(
             results[i]["variant"], points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8
         )
     axis.margins(x=0.15, y=0.1)
-    axis.set(yscale="log", xlabel="real bits per channel, mean of keys and values", ylabel="KL to the uncompressed model")
+    axis.set(
+        yscale="log", xlabel="real bits per channel, mean of keys and values", ylabel="KL to the uncompressed model"
+    )
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)

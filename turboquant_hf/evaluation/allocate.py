@@ -15,11 +15,12 @@ from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.config import CachePreset, LayerOverride, load_preset
 from turboquant_hf.evaluation import common, perplexity
 from turboquant_hf.evaluation.models import load_model
-from turboquant_hf.evaluation.presets import KEY_WIDTHS, flat_preset, key_quantizer, value_quantizer
+from turboquant_hf.evaluation.presets import KEY_WIDTHS, bits_per_channel, flat_preset, key_quantizer, value_quantizer
 from turboquant_hf.quantizers import Quantizer
 
 ROLES = ("keys", "values")
-MEASURED_ALONE = {"recent_window": 0, "encode_first": True}
+MEASURED_ALONE = {"recent_window": 0, "encode_first": True, "min_statistics": 256}
+"""Nothing but the sinks is read raw once 256 tokens were seen, whatever a preset waits for."""
 SAFER = ("k3v3", "k4v4", "k8v4")
 """Presets in the order of what they keep."""
 
@@ -30,20 +31,33 @@ Costs = dict[tuple[str, int, int], float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     common.add_text_arguments(parser)
-    parser.add_argument("--budget", type=float, default=3.0, help="bits of codes per channel, mean of keys and values")
-    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4], help=f"widths to choose from: {sorted(KEY_WIDTHS)}")
-    parser.add_argument("--probe", type=int, nargs="+", default=[2], help="widths at which each layer is measured alone")
-    parser.add_argument("--context", type=int, default=512, help="tokens a window")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=3.0,
+        help="bits of codes per channel, mean of keys and values, of the flat preset whose bytes are spent",
+    )
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[2, 3, 4], help=f"widths to choose from: {sorted(KEY_WIDTHS)}"
+    )
+    parser.add_argument(
+        "--probe", type=int, nargs="+", default=[2], help="widths at which each layer is measured alone"
+    )
+    parser.add_argument("--context", type=int, default=640, help="tokens a window")
     parser.add_argument("--windows", type=int, default=1, help="windows to choose by; as many others check the choice")
     parser.add_argument("--check-context", type=int, default=1024, help="tokens a window of the check")
     parser.add_argument("--chunk", type=int, default=128)
-    parser.add_argument("--write", type=Path, default=None, metavar="FILE", help="the preset; default: preset.yaml in --output")
+    parser.add_argument(
+        "--write", type=Path, default=None, metavar="FILE", help="the preset; default: preset.yaml in --output"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, choose, check, write the preset and metrics.json; 0 when done."""
     if not min(args.widths) <= args.budget <= max(args.widths):
-        raise ValueError(f"budget={args.budget} is not supported; allowed: from {min(args.widths)} to {max(args.widths)}")
+        raise ValueError(
+            f"budget={args.budget} is not supported; allowed: from {min(args.widths)} to {max(args.widths)}"
+        )
     model, tokenizer = load_model(
         args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
     )
@@ -55,9 +69,11 @@ def run(args: argparse.Namespace) -> int:
 
     costs = sensitivity(model, chosen_by, widths=args.widths, probe=args.probe, chunk=args.chunk)
     layers = len(TurboQuantCache(model.config).packed_layers)
-    choice = choose_widths(costs, layers, args.widths, args.budget)
-    preset = allocated_preset(choice, name=f"allocated-{args.budget:g}")
     rivals = flat_rivals(args.widths, args.budget)
+    head_dim = _head_dim(model)
+    bits = min(sum(bits_per_channel(rival, head_dim, layers)) / 2 for rival in rivals)
+    choice = choose_widths(costs, price_list(args.widths, head_dim), layers, bits)
+    preset = allocated_preset(choice, name=f"allocated-{args.budget:g}")
     candidates = [replace(p, **MEASURED_ALONE) for p in (preset, *rivals)]
     baseline, results = perplexity.measure(model, checked_on, candidates, chunk=args.chunk)
 
@@ -88,11 +104,16 @@ def sensitivity(model, windows, *, widths: Sequence[int], probe: Sequence[int], 
     """
     layers = len(TurboQuantCache(model.config).packed_layers)
     everywhere = {(role, width): _one_side(role, width) for role in ROLES for width in {*widths, *probe}}
-    alone = {(role, layer, width): _one_side(role, width, layer) for role in ROLES for layer in range(layers) for width in probe}
+    alone = {
+        (role, layer, width): _one_side(role, width, layer)
+        for role in ROLES
+        for layer in range(layers)
+        for width in probe
+    }
     _, results = perplexity.measure(model, windows, [*everywhere.values(), *alone.values()], chunk=chunk)
     kl = [row["kl"] for row in results]
-    total = dict(zip(everywhere, kl))
-    probed = dict(zip(alone, kl[len(everywhere) :]))
+    total = dict(zip(everywhere, kl[: len(everywhere)], strict=True))
+    probed = dict(zip(alone, kl[len(everywhere) :], strict=True))
     costs = {}
     for role in ROLES:
         for layer in range(layers):
@@ -102,22 +123,43 @@ def sensitivity(model, windows, *, widths: Sequence[int], probe: Sequence[int], 
     return costs
 
 
-def choose_widths(costs: Costs, layers: int, widths: Sequence[int], budget: float) -> dict[tuple[str, int], int]:
-    """(role, layer) -> width of least summed cost whose mean is at most `budget`: an exact knapsack in whole bits."""
+def choose_widths(
+    costs: Costs, prices: Mapping[tuple[str, int], float], layers: int, budget: float
+) -> dict[tuple[str, int], int]:
+    """(role, layer) -> width of least summed cost that stays in a budget: a knapsack over all layers and both sides.
+
+    Args:
+        costs: as `sensitivity` returns them.
+        prices: (role, width) -> real bits per channel.
+        layers: KV layers.
+        budget: mean of the prices chosen, at most.
+
+    Raises:
+        ValueError: where the cheapest widths cost more than the budget.
+    """
     slots = [(role, layer) for role in ROLES for layer in range(layers)]
-    limit = int(budget * len(slots) + 1e-6)
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    limit = budget * len(slots) + 1e-6
+    best: dict[float, tuple[float, tuple[int, ...]]] = {0.0: (0.0, ())}
     for role, layer in slots:
-        step: dict[int, tuple[float, tuple[int, ...]]] = {}
+        step: dict[float, tuple[float, tuple[int, ...]]] = {}
         for spent, (cost, chosen) in best.items():
-            for width in widths:
-                total = (cost + costs[role, layer, width], (*chosen, width))
-                if spent + width <= limit and total < step.get(spent + width, (float("inf"),)):
-                    step[spent + width] = total
+            for width in (width for owner, width in prices if owner == role):
+                # Prices are multiples of a power of two, so that equal sums are equal floats.
+                price, total = spent + prices[role, width], (cost + costs[role, layer, width], (*chosen, width))
+                if price <= limit and total < step.get(price, (float("inf"),)):
+                    step[price] = total
         best = step
     if not best:
-        raise ValueError(f"budget={budget} is not supported with widths={list(widths)}; allowed: at least {min(widths)}")
-    return dict(zip(slots, min(best.values())[1]))
+        least = sum(min(price for (owner, _), price in prices.items() if owner == role) for role in ROLES) / 2
+        raise ValueError(f"budget={budget:g} real bits is not supported; allowed: at least {least:g}")
+    return dict(zip(slots, min(best.values())[1], strict=True))
+
+
+def price_list(widths: Sequence[int], head_dim: int) -> dict[tuple[str, int], float]:
+    """(role, width) -> real bits per channel of 16-bit input, scales and means included."""
+    sides = {("keys", w): key_quantizer(w) for w in widths} | {("values", w): value_quantizer(w) for w in widths}
+    tile = CachePreset().tile
+    return {side: quantizer.bits_per_channel(head_dim, tile) for side, quantizer in sides.items()}
 
 
 def allocated_preset(choice: Mapping[tuple[str, int], int], name: str) -> CachePreset:
@@ -126,7 +168,7 @@ def allocated_preset(choice: Mapping[tuple[str, int], int], name: str) -> CacheP
     chosen = {role: [choice[role, layer] for layer in range(layers)] for role in ROLES}
     key_bits, value_bits = (max(sorted(set(side)), key=side.count) for side in chosen.values())
     overrides = []
-    for layer, (keys, values) in enumerate(zip(*chosen.values())):
+    for layer, (keys, values) in enumerate(zip(*chosen.values(), strict=True)):
         override = LayerOverride(
             keys=key_quantizer(keys) if keys != key_bits else None,
             values=value_quantizer(values) if values != value_bits else None,
@@ -137,7 +179,7 @@ def allocated_preset(choice: Mapping[tuple[str, int], int], name: str) -> CacheP
 
 
 def flat_rivals(widths: Sequence[int], budget: float) -> list[CachePreset]:
-    """Flat presets of the same bytes; where no pair of widths gives them, those of the most bytes below."""
+    """Flat presets whose codes have `budget` bits, mean of keys and values; if there are none, the largest below it."""
     pairs = [(k, v) for k in widths for v in widths if k + v <= 2 * budget + 1e-6]
     most = max(k + v for k, v in pairs)
     return [flat_preset(k, v) for k, v in pairs if k + v == most]
@@ -149,7 +191,7 @@ def verdict(results: Sequence[Mapping[str, Any]]) -> str:
     outcome = "beats" if ours["kl"] < rival["kl"] else "does not beat"
     bits = [(row["key_bits"] + row["value_bits"]) / 2 for row in (ours, rival)]
     return (
-        f"{ours['preset']} {outcome} the best flat preset of its size on text it was not chosen by: KL {ours['kl']:.4f} at "
+        f"{ours['preset']} {outcome} the best flat preset of its size on other text: KL {ours['kl']:.4f} at "
         f"{bits[0]:.3f} real bits per channel, {rival['preset']} {rival['kl']:.4f} at {bits[1]:.3f}."
     )
 
@@ -175,8 +217,15 @@ def _quantizer_data(quantizer: Quantizer) -> dict[str, Any]:
     for field in fields(quantizer):
         value = getattr(quantizer, field.name)
         if field.init and (field.default is MISSING or value != field.default):
-            options[field.name] = [list(x) if isinstance(x, tuple) else x for x in value] if isinstance(value, tuple) else value
+            options[field.name] = (
+                [list(x) if isinstance(x, tuple) else x for x in value] if isinstance(value, tuple) else value
+            )
     return {"quantizer": quantizer.name, **options}
+
+
+def _head_dim(model) -> int:
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _one_side(role: str, width: int, layer: int | None = None) -> CachePreset:
@@ -217,7 +266,11 @@ def check_fidelity(
     if found["kl"] <= limit:
         return Fidelity(found["preset"], found["kl"], found["top1"])
     safer = next((name for name in SAFER if name != found["preset"] and judge(name)["kl"] <= limit), None)
-    advice = f"{safer} stays below" if safer else f"none of {', '.join(SAFER)} stays below: leave the cache uncompressed"
-    message = f"{found['preset']} changes this model's answers: KL {found['kl']:.3g} per token, limit {limit:g}; {advice}"
+    advice = (
+        f"{safer} stays below" if safer else f"none of {', '.join(SAFER)} stays below: leave the cache uncompressed"
+    )
+    message = (
+        f"{found['preset']} changes this model's answers: KL {found['kl']:.3g} per token, limit {limit:g}; {advice}"
+    )
     warnings.warn(message, stacklevel=2)
     return Fidelity(found["preset"], found["kl"], found["top1"], safer)

@@ -13,7 +13,7 @@ import yaml
 from transformers import DynamicCache, QuantizedCache
 
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
-from turboquant_hf.config import CachePreset, load_preset
+from turboquant_hf.config import CachePreset
 from turboquant_hf.evaluation import common, perplexity
 from turboquant_hf.evaluation.models import load_model
 from turboquant_hf.evaluation.presets import bits_per_channel
@@ -25,11 +25,15 @@ from turboquant_hf.resources import config_path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     common.add_text_arguments(parser)
-    parser.add_argument("--settings", type=Path, default=config_path("eval", "baselines.yaml"), help="YAML of what is measured")
+    parser.add_argument(
+        "--settings", type=Path, default=config_path("eval", "baselines.yaml"), help="YAML of what is measured"
+    )
     parser.add_argument("--context", type=int, default=1024, help="tokens a window")
     parser.add_argument("--windows", type=int, default=1, help="how many windows, spread over the text")
     parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time")
-    parser.add_argument("--recent-window", type=int, default=0, help="raw recent tokens of every method beside the fed chunk")
+    parser.add_argument(
+        "--recent-window", type=int, default=0, help="raw recent tokens of every method beside the fed chunk"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -186,7 +190,9 @@ class NonUniform(Quantizer):
     def encode(self, tiles: torch.Tensor, state: dict, weight: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         unit, scale, shift, places, outliers = self._normalised(self._rows(tiles))
         middle = (state["levels"][:, 1:] + state["levels"][:, :-1]) / 2
-        codes = torch.stack([torch.bucketize(x, m) for x, m in zip(unit.contiguous(), middle.contiguous())])
+        codes = torch.stack(
+            [torch.bucketize(x, m) for x, m in zip(unit.contiguous(), middle.contiguous(), strict=True)]
+        )
         # Flat places of a tile fit 16 bits; those above 32,767 are stored as negative numbers.
         places = torch.where(places > 32767, places - 65536, places).to(torch.int16)
         return {
@@ -198,7 +204,7 @@ class NonUniform(Quantizer):
         rows = packed["scale"].shape[-1]
         length = head_dim if self.axis == "token" else packed["codes"].shape[-1] * 8 // self.bits
         codes = unpack(packed["codes"], self.bits, length).long()
-        levels = torch.stack([table[code] for table, code in zip(state["levels"], codes)])
+        levels = torch.stack([table[code] for table, code in zip(state["levels"], codes, strict=True)])
         x = levels * packed["scale"].float().unsqueeze(-1) + packed["shift"].float().unsqueeze(-1)
         x = x.flatten(-2).scatter(-1, packed["places"].long() % 65536, packed["outliers"].float())
         x = x.unflatten(-1, (rows, length))
@@ -218,7 +224,9 @@ class NonUniform(Quantizer):
         places = ((rows - centre) / spread).abs().flatten(-2).topk(count, dim=-1).indices
         outliers = rows.flatten(-2).gather(-1, places).to(torch.float16)
         # An outlier's own place takes the row's middle, so that it does not widen the range.
-        inner = rows.flatten(-2).scatter(-1, places, centre.expand_as(rows).flatten(-2).gather(-1, places)).view_as(rows)
+        inner = (
+            rows.flatten(-2).scatter(-1, places, centre.expand_as(rows).flatten(-2).gather(-1, places)).view_as(rows)
+        )
         low, high = inner.aminmax(dim=-1)
         shift, scale = ((low + high) / 2).to(torch.float16), ((high - low) / 2).clamp(min=1e-6).to(torch.float16)
         unit = (inner - shift.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
@@ -230,7 +238,7 @@ def lloyd_levels(x: torch.Tensor, count: int, rounds: int = 20) -> torch.Tensor:
     x = x[:, :: max(x.shape[1] // 65536, 1)]
     levels = torch.quantile(x, (torch.arange(count, device=x.device) + 0.5) / count, dim=1).T.contiguous()
     for _ in range(rounds):
-        nearest = torch.stack([torch.bucketize(row, (c[1:] + c[:-1]) / 2) for row, c in zip(x, levels)])
+        nearest = torch.stack([torch.bucketize(row, (c[1:] + c[:-1]) / 2) for row, c in zip(x, levels, strict=True)])
         total = torch.zeros_like(levels).scatter_add(1, nearest, x)
         size = torch.zeros_like(levels).scatter_add(1, nearest, torch.ones_like(x))
         levels = torch.where(size > 0, total / size.clamp(min=1), levels)
@@ -245,7 +253,13 @@ def non_uniform_preset(name: str, *, bits: int, outliers: float, **options) -> C
 
 @torch.inference_mode()
 def measure_pruned(
-    model, window: torch.Tensor, *, presses: Sequence[str], compression_ratio: float, presets: Sequence[str], chunk: int,
+    model,
+    window: torch.Tensor,
+    *,
+    presses: Sequence[str],
+    compression_ratio: float,
+    presets: Sequence[str],
+    chunk: int,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Prune the first half of a window with kvpress, load what is left into each preset, score the second half.
@@ -284,7 +298,9 @@ def measure_pruned(
             kl = (reference.exp() * (reference - found)).sum(-1).mean().item()
             bits = bits_per_channel(preset, pruned.layers[0].keys.shape[-1], len(cache.packed_layers))
             kept = sum(layer.keys.shape[2] for layer in pruned.layers) / (half * len(pruned.layers))
-            rows.append({"pruned by": press, "preset": preset.name, "kl": kl, "kept": kept, "bits": sum(bits) / 2 * kept})
+            rows.append(
+                {"pruned by": press, "preset": preset.name, "kl": kl, "kept": kept, "bits": sum(bits) / 2 * kept}
+            )
     return rows
 
 

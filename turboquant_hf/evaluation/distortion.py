@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     common.add_text_arguments(parser)
     parser.set_defaults(model=None)
-    parser.add_argument("--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file, instead of synthetic ones")
+    parser.add_argument(
+        "--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file, instead of synthetic ones"
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 10, 20], help="layers to capture with --model")
     parser.add_argument("--tokens", type=int, default=2048, help="vectors a head")
     parser.add_argument("--head-dim", type=int, default=128, help="channels of the synthetic vectors")
@@ -86,7 +88,10 @@ def synthetic(tokens: int, dim: int, seed: int = 0) -> dict[str, tuple[torch.Ten
     queries = torch.randn(4, 256, dim, generator=generator)
     strong = torch.ones(dim)
     strong[torch.randperm(dim, generator=generator)[: max(dim // 16, 1)]] = 8.0
-    return {"isotropic": (queries, x), "key-like": (queries, strong * (x + torch.randn(4, 1, dim, generator=generator)))}
+    return {
+        "isotropic": (queries, x),
+        "key-like": (queries, strong * (x + torch.randn(4, 1, dim, generator=generator))),
+    }
 
 
 def load_vectors(path: Path) -> torch.Tensor:
@@ -108,7 +113,8 @@ def load_vectors(path: Path) -> torch.Tensor:
 def capture(model, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(queries, keys, values) of every compressed layer as attention sees them, [heads, T, D] each, sinks left out.
 
-    The model's attention implementation is "turboquant", which shows its queries to the cache. The queries of a group of heads are laid end to end, so that they have as many heads as the keys.
+    The model's attention implementation is "turboquant", which shows its queries to the cache. The queries of a
+    group of heads are laid end to end, so that they have as many heads as the keys.
     """
     cache = TurboQuantCache(model.config, load_preset("lossless", recent_window=tokens.shape[1]))
     seen: dict[int, torch.Tensor] = {}
@@ -134,7 +140,9 @@ def measure_all(
         except ValueError:
             continue
         bits = quantizer.bits_per_channel(vectors.shape[-1], TILE)
-        rows.append({"quantizer": name, "bits": bits, **errors(vectors, round_trip(quantizer, vectors, queries), queries)})
+        rows.append(
+            {"quantizer": name, "bits": bits, **errors(vectors, round_trip(quantizer, vectors, queries), queries)}
+        )
     return rows
 
 
@@ -195,15 +203,23 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes = figure.subplots(len(sources), 2, squeeze=False)
     curves = theory()
     families = list(dict.fromkeys(_family(row["quantizer"]) for row in results))
-    for source, pair in zip(sources, axes):
-        for axis, measure in zip(pair, ("mse", "inner")):
+    for source, pair in zip(sources, axes, strict=True):
+        for axis, measure in zip(pair, ("mse", "inner"), strict=True):
             axis.fill_between(curves["bits"], curves["lower"], curves["upper"], color="0.9", label="between the bounds")
             axis.plot(curves["bits"], curves["lloyd_max"], "k--", linewidth=1, label="Lloyd-Max (theory)")
             for index, family in enumerate(families):
                 rows = sorted(
-                    (r["bits"], r[measure]) for r in results if r["source"] == source and _family(r["quantizer"]) == family
+                    (r["bits"], r[measure])
+                    for r in results
+                    if r["source"] == source and _family(r["quantizer"]) == family
                 )
-                axis.plot(*zip(*rows), marker="os^vDPX*"[index % 8], markersize=5, color=f"C{index % 10}", label=family)
+                axis.plot(
+                    *zip(*rows, strict=True),
+                    marker="os^vDPX*"[index % 8],
+                    markersize=5,
+                    color=f"C{index % 10}",
+                    label=family,
+                )
             axis.set(yscale="log", xlim=(0.8, 6.2), ylim=(2e-4, 3), xlabel="bits per channel, scales included")
             axis.set_title(f"{source}: {'relative MSE' if measure == 'mse' else 'D x relative inner-product error'}")
             axis.grid(alpha=0.3)

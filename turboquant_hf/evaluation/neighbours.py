@@ -18,13 +18,17 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file; default: synthetic clusters")
+    parser.add_argument(
+        "--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file; default: synthetic clusters"
+    )
     parser.add_argument("--rows", type=int, default=10_000, help="how many vectors are indexed")
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--dim", type=int, default=128, help="channels of the synthetic vectors")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=None, help="folder for config.yaml, metrics.json and neighbours.png")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="folder for config.yaml, metrics.json and neighbours.png"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +37,13 @@ def run(args: argparse.Namespace) -> int:
     results = measure(base, queries, args.bits)
     rows = [[r["codec"], r["bits"], *(r["recall"][str(k)] for k in (1, 4, 16, 64)), r["seconds"]] for r in results]
     print(common.format_table(rows, ["codec", "bits", "1@1", "1@4", "1@16", "1@64", "index s"]))
-    metrics = {"tool": "neighbours", "rows": len(base), "dim": base.shape[1], "queries": len(queries), "results": results}
+    metrics = {
+        "tool": "neighbours",
+        "rows": len(base),
+        "dim": base.shape[1],
+        "queries": len(queries),
+        "results": results,
+    }
     common.write_run(args.output, {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, metrics)
     if args.output is not None:
         plot(results, args.output / "neighbours.png")
@@ -81,7 +91,7 @@ Search = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def codecs(dim: int, widths: Sequence[int]) -> list[tuple[str, float, Callable[[torch.Tensor], Search]]]:
-    """(name, real bits per channel, base -> search) of all codecs at hand; faiss's with one line where it is missing."""
+    """(name, real bits per channel, base -> search) of all codecs at hand; one line where faiss is missing."""
     found = []
     for width in widths:
         ours = {"mse": QUANTIZERS["mse"](bits=width, scale="unbiased")}
@@ -138,7 +148,9 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     recall, seconds = figure.subplots(1, 2)
     for index, row in enumerate(results):
         style = {"marker": "os^vDPX*"[index % 8], "color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
-        recall.plot(RANKS, [row["recall"][str(k)] for k in RANKS], label=f"{row['codec']} ({row['bits']:.2f} bits)", **style)
+        recall.plot(
+            RANKS, [row["recall"][str(k)] for k in RANKS], label=f"{row['codec']} ({row['bits']:.2f} bits)", **style
+        )
     recall.set(xscale="log", xticks=RANKS, xticklabels=RANKS, xlabel="k", ylabel="nearest row among the first k")
     recall.minorticks_off()
     recall.grid(alpha=0.3)

@@ -17,7 +17,9 @@ VALUE_WIDTHS = {2: "k2v2", 3: "k3v3", 4: "k4v4", 8: None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", action="append", metavar="NAME", help="preset name or YAML path; default: all shipped")
+    parser.add_argument(
+        "--preset", action="append", metavar="NAME", help="preset name or YAML path; default: all shipped"
+    )
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--tokens", type=int, default=32768, help="context of the expected compression")
     parser.add_argument("--layers", type=int, default=32, help="KV layers")
@@ -49,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
 def bits_per_channel(preset: CachePreset, head_dim: int, layers: int) -> tuple[float, float]:
     """Bits per channel of packed keys and values, averaged over `layers` KV layers."""
     pairs = [preset.layer_quantizers(ordinal, layers) for ordinal in range(layers)]
-    keys, values = (sum(q.bits_per_channel(head_dim, preset.tile) for q in side) / layers for side in zip(*pairs))
+    keys, values = (
+        sum(q.bits_per_channel(head_dim, preset.tile) for q in side) / layers for side in zip(*pairs, strict=True)
+    )
     return keys, values
 
 
@@ -88,10 +92,9 @@ def value_quantizer(bits: int) -> Quantizer:
 
 
 def flat_preset(key_bits: int, value_bits: int, **options) -> CachePreset:
-    """Conditioned keys and values of these widths in every layer; `options` are fields of `CachePreset`."""
-    return CachePreset(
-        name=f"k{key_bits}v{value_bits}", keys=key_quantizer(key_bits), values=value_quantizer(value_bits), **options
-    )
+    """The shipped preset of these keys with values of this width; `options` are fields of `CachePreset`."""
+    base = load_preset(KEY_WIDTHS[_width("keys", key_bits, KEY_WIDTHS)])
+    return base.with_overrides(name=f"k{key_bits}v{value_bits}", values=value_quantizer(value_bits), **options)
 
 
 def _width(role: str, bits: int, table: dict) -> int:

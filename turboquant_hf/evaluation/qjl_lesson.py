@@ -81,7 +81,9 @@ def vector_errors(widths: Sequence[int], dim: int, tokens: int = 4096) -> list[d
             found = errors(keys, round_trip(quantizer, keys), queries)
             # What is left of the error once its slope, a change of temperature, is taken out.
             variance = max(found["inner"] - found["bias"] ** 2, 0.0)
-            rows.append({"method": name, "bits": width, "bias": found["bias"], "variance": variance, "error": found["inner"]})
+            rows.append(
+                {"method": name, "bits": width, "bias": found["bias"], "variance": variance, "error": found["inner"]}
+            )
     return rows
 
 
@@ -97,12 +99,19 @@ def sketch_sizes(dim: int, tokens: int = 4096) -> list[dict[str, Any]]:
     for name, data in options.items():
         quantizer = quantizer_from(data, "keys")
         found = errors(keys, round_trip(quantizer, keys), queries)
-        rows.append({"method": name, "real bits": quantizer.bits_per_channel(dim, 128), "error": found["inner"], "bias": found["bias"]})
+        rows.append(
+            {
+                "method": name,
+                "real bits": quantizer.bits_per_channel(dim, 128),
+                "error": found["inner"],
+                "bias": found["bias"],
+            }
+        )
     return rows
 
 
 def hamming_errors(dim: int, pairs: int = 512, sketches: int = 8) -> list[dict[str, Any]]:
-    """The asymmetric estimate <S q, sign(S k)> against cos(pi x share of differing signs), both from D Gaussian rows."""
+    """The asymmetric estimate <S q, sign(S k)> against cos(pi x share of differing signs), both of D Gaussian rows."""
     rows = []
     for cosine in (0.0, 0.25, 0.5, 0.75, 0.9, 0.99):
         query, other = (torch.nn.functional.normalize(gaussian(1, pairs, dim, seed)[0], dim=-1) for seed in (2, 3))
@@ -116,7 +125,14 @@ def hamming_errors(dim: int, pairs: int = 512, sketches: int = 8) -> list[dict[s
             symmetric.append(torch.cos(math.pi * ((query @ sketch.T).sign() != signs).float().mean(-1)))
         for name, estimate in (("asymmetric", torch.cat(asymmetric)), ("symmetric", torch.cat(symmetric))):
             # Softmax reads the score of one key against another's: the estimate's own spread is what moves it.
-            rows.append({"estimator": name, "cosine": cosine, "bias": estimate.mean().item() - cosine, "std": estimate.std().item()})
+            rows.append(
+                {
+                    "estimator": name,
+                    "cosine": cosine,
+                    "bias": estimate.mean().item() - cosine,
+                    "std": estimate.std().item(),
+                }
+            )
     return rows
 
 
@@ -138,7 +154,7 @@ def softmax_errors(widths: Sequence[int], dim: int, tokens: int = 1024) -> list[
 
 
 def model_errors(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """KL and perplexity with only the keys quantized, everything else equal, and of both turbo4 as they were shipped."""
+    """KL and perplexity with only the keys quantized, all else equal, and of both turbo4 as they were shipped."""
     options = {"sinks": 0, "recent_window": 0, "min_statistics": 0, "encode_first": True}
     presets = [
         CachePreset(name=f"{name} {width} (keys)", keys={**data, "bits": width}, values="lossless", **options)
@@ -165,7 +181,8 @@ def findings(vectors, sizes, hamming, softmax, results) -> list[str]:
         f"At {width} bits, D x the error of an inner product is {error['mse']['error']:.4f} for mse, "
         f"{error['mse, unbiased']['error']:.4f} with the unbiased scale, {error['prod']['error']:.4f} for prod and "
         f"{error['prod, orthogonal']['error']:.4f} with an orthogonal sketch. Biases: {error['mse']['bias']:+.4f}, "
-        f"{error['mse, unbiased']['bias']:+.4f}, {error['prod']['bias']:+.4f}, {error['prod, orthogonal']['bias']:+.4f}.",
+        f"{error['mse, unbiased']['bias']:+.4f}, {error['prod']['bias']:+.4f}, "
+        f"{error['prod, orthogonal']['bias']:+.4f}.",
         "'QJL is needed for unbiased inner products' does not hold: the stored scale does it, with no bit spent and "
         f"{error['prod']['variance'] / error['mse, unbiased']['variance']:.1f}x less variance than prod.",
     ]
@@ -173,21 +190,23 @@ def findings(vectors, sizes, hamming, softmax, results) -> list[str]:
     four = next(row for row in sizes if row["method"] == "mse 4")
     five = next(row for row in sizes if row["method"] == "mse 5")
     found.append(
-        f"The best sketch behind a 3-bit codebook ({best['method']}, {best['real bits']:.2f} real bits) has an error of "
-        f"{best['error']:.4f}; mse has {four['error']:.4f} at {four['real bits']:.2f} bits and {five['error']:.4f} at "
+        f"The best sketch behind a 3-bit codebook ({best['method']}, {best['real bits']:.2f} real bits) errs "
+        f"by {best['error']:.4f}; mse has {four['error']:.4f} at {four['real bits']:.2f} bits and {five['error']:.4f} at "
         f"{five['real bits']:.2f}."
     )
     at = {(row["estimator"], row["cosine"]): row for row in hamming}
     found.append(
         "The symmetric Hamming estimator at cosine 0, where most keys are, has a standard deviation of "
-        f"{at['symmetric', 0.0]['std']:.3f} against {at['asymmetric', 0.0]['std']:.3f} of the asymmetric one; at cosine 0.9 "
-        f"{at['symmetric', 0.9]['std']:.3f} (bias {at['symmetric', 0.9]['bias']:+.4f}) against {at['asymmetric', 0.9]['std']:.3f} "
+        f"{at['symmetric', 0.0]['std']:.3f} against {at['asymmetric', 0.0]['std']:.3f} of the asymmetric one; "
+        f"at cosine 0.9 {at['symmetric', 0.9]['std']:.3f} (bias {at['symmetric', 0.9]['bias']:+.4f}) "
+        f"against {at['asymmetric', 0.9]['std']:.3f} "
         f"(bias {at['asymmetric', 0.9]['bias']:+.4f})."
     )
     found.append(
         f"Softmax at {width} bits: the attention weights that move are "
         + "; ".join(
-            f"{100 * spread['mse'][f'spread {s}']:.1f} % (mse), {100 * spread['mse, unbiased'][f'spread {s}']:.1f} % (unbiased) and "
+            f"{100 * spread['mse'][f'spread {s}']:.1f} % (mse), "
+            f"{100 * spread['mse, unbiased'][f'spread {s}']:.1f} % (unbiased) and "
             f"{100 * spread['prod'][f'spread {s}']:.1f} % (prod) for scores with a standard deviation of {s}"
             for s in (1, 4)
         )
@@ -201,7 +220,9 @@ def findings(vectors, sizes, hamming, softmax, results) -> list[str]:
         found.append(f"Model, {bits}-bit keys only: KL {plain:.4f} with mse, " + ", ".join(shown) + ".")
     if kl:
         old, new = kl["old-turbo4"], kl["turbo4"]
-        found.append(f"old-turbo4 (with QJL, keys and values): KL {old:.4f}; turbo4 (without): {new:.4f}, {old / new:.1f}x less.")
+        found.append(
+            f"old-turbo4 (with QJL, keys and values): KL {old:.4f}; turbo4 (without): {new:.4f}, {old / new:.1f}x less."
+        )
     return found
 
 
