@@ -79,6 +79,12 @@ def test_flat_rivals_have_the_budgets_bytes(budget, names):
     assert [preset.name for preset in allocate.flat_rivals((2, 3, 4), budget)] == names
 
 
+def test_flat_cost_is_that_of_the_presets_own_widths():
+    costs = made_up_costs(2, (2, 3, 4), 0)
+    expected = sum(costs["keys", layer, 4] + costs["values", layer, 2] for layer in range(2))
+    assert allocate._flat_cost(costs, flat_preset(4, 2), (2, 3, 4), 2) == pytest.approx(expected)
+
+
 def test_allocated_preset_has_no_more_bits_than_its_budget():
     budget = sum(bits_per_channel(flat_preset(3, 3), 64, 6)) / 2
     choice = allocate.choose_widths(made_up_costs(6, (2, 3, 4), 1), allocate.price_list((2, 3, 4), 64), 6, budget)

@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     layers = len(TurboQuantCache(model.config).packed_layers)
     rivals = flat_rivals(args.widths, args.budget)
     head_dim = _head_dim(model)
-    bits = min(sum(bits_per_channel(rival, head_dim, layers)) / 2 for rival in rivals)
+    # Pairs of equal code widths differ in their scales: the bytes to spend are those of the strongest rival.
+    rival = min(rivals, key=lambda preset: _flat_cost(costs, preset, args.widths, layers))
+    bits = sum(bits_per_channel(rival, head_dim, layers)) / 2
     choice = choose_widths(costs, price_list(args.widths, head_dim), layers, bits)
     preset = allocated_preset(choice, name=f"allocated-{args.budget:g}")
     candidates = [replace(p, **MEASURED_ALONE) for p in (preset, *rivals)]
@@ -183,6 +185,12 @@ def flat_rivals(widths: Sequence[int], budget: float) -> list[CachePreset]:
     pairs = [(k, v) for k in widths for v in widths if k + v <= 2 * budget + 1e-6]
     most = max(k + v for k, v in pairs)
     return [flat_preset(k, v) for k, v in pairs if k + v == most]
+
+
+def _flat_cost(costs: Costs, preset: CachePreset, widths: Sequence[int], layers: int) -> float:
+    keys = next(w for w in widths if key_quantizer(w) == preset.keys)
+    values = next(w for w in widths if value_quantizer(w) == preset.values)
+    return sum(costs["keys", layer, keys] + costs["values", layer, values] for layer in range(layers))
 
 
 def verdict(results: Sequence[Mapping[str, Any]]) -> str:

@@ -191,8 +191,8 @@ def findings(vectors, sizes, hamming, softmax, results) -> list[str]:
     five = next(row for row in sizes if row["method"] == "mse 5")
     found.append(
         f"The best sketch behind a 3-bit codebook ({best['method']}, {best['real bits']:.2f} real bits) errs "
-        f"by {best['error']:.4f}; mse has {four['error']:.4f} at {four['real bits']:.2f} bits and {five['error']:.4f} at "
-        f"{five['real bits']:.2f}."
+        f"by {best['error']:.4f}; mse by {four['error']:.4f} at {four['real bits']:.2f} bits "
+        f"and {five['error']:.4f} at {five['real bits']:.2f}."
     )
     at = {(row["estimator"], row["cosine"]): row for row in hamming}
     found.append(
