@@ -104,6 +104,12 @@ class CachePreset:
                 keys, values = override.keys or keys, override.values or values
         return keys, values
 
+    @property
+    def first_encode(self) -> int:
+        """How many tokens a sequence has before any of it is packed."""
+        waits = self.keys.needs_statistics or self.values.needs_statistics
+        return max(self.recent_window + self.tile, self.min_statistics if waits else 0)
+
     def validate(self, head_dim: int) -> None:
         """Raise ValueError where a quantizer of this preset cannot serve `head_dim`."""
         quantizers = [self.keys, self.values]

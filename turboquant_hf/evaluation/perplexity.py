@@ -1,7 +1,10 @@
 """Perplexity, KL divergence and top-1 agreement, read through the real cache.
 
 A window is fed in chunks, to the uncompressed model and to every preset side by side, so that each scored token
-attends to packed history. (One pass over a window would never read what it has just stored.)
+attends to packed history. (One pass over a window would never read what it has just stored.) A chunk is stored before
+it is attended to: outside the recent window nothing is read raw, not even a token's own neighbours, which in generation
+wait raw in the tail until their tile is full. So these figures are what the quantizers cost at their worst;
+`--raw-chunk` gives generation's own order.
 """
 
 from __future__ import annotations
@@ -28,12 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, default=4, help="how many windows, spread over the text")
     parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time")
     parser.add_argument("--recent-window", type=int, default=None, help="override the presets' recent window")
+    parser.add_argument("--raw-chunk", action="store_true", help="attend to a chunk before it is rounded, as generate does")
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write config.yaml and metrics.json; 0 when done."""
-    presets = common.resolve_presets(args.preset or [DEFAULT_PRESET], recent_window=args.recent_window)
+    presets = common.resolve_presets(
+        args.preset or [DEFAULT_PRESET], recent_window=args.recent_window, encode_first=not args.raw_chunk
+    )
     dtype = common.resolve_dtype(args)
     text_name, text = common.read_text(args)
     model, tokenizer = load_model(args.model, dtype=dtype, device=args.device, attn_implementation=args.attention)
@@ -90,7 +96,7 @@ class _Sums:
 
 def first_scored(presets: Sequence[CachePreset], chunk: int) -> int:
     """The first position from which every preset has packed history, a multiple of `chunk`."""
-    packed = max([chunk, *(max(p.min_statistics, p.recent_window + p.tile) for p in presets)])
+    packed = max([chunk, *(preset.first_encode for preset in presets)])
     return -(-packed // chunk) * chunk
 
 

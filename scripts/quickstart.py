@@ -1,0 +1,57 @@
+"""The main job in a few minutes on a CPU: generate with the packed cache beside DynamicCache, then a small table."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, set_seed
+
+from turboquant_hf import TurboQuantCache, load_preset
+from turboquant_hf.evaluation.common import format_table
+from turboquant_hf.evaluation.models import load_model, packaged_text
+from turboquant_hf.evaluation.perplexity import cut_windows, measure
+
+PRESETS = ("k8v4", "k4v4", "k3v3", "k2v2", "paper-mse-3")
+CONTEXT = 1280
+
+
+def main() -> None:
+    set_seed(0)
+    model, tokenizer = load_model()
+    text = packaged_text()
+    generate(model, tokenizer, text[:6000])
+    perplexity(model, tokenizer, text)
+
+
+def generate(model, tokenizer, text: str) -> None:
+    """The same greedy answer from DynamicCache and from the default packed cache, and what each holds."""
+    question = [{"role": "user", "content": f"{text}\n\nIn one sentence, what is this text about?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = inputs["input_ids"].shape[1]
+    print(f"\nA prompt of {prompt} tokens, 40 new ones, float32 on the CPU:")
+    dense = DynamicCache(config=model.config)
+    # One argument does it: model.generate(**inputs, cache_implementation="turboquant"). A cache of your own can be
+    # asked what it holds. The attention name lets it measure the queries and reads the tiles directly on a GPU.
+    model.set_attn_implementation("turboquant")
+    packed = TurboQuantCache(model.config)
+    for name, cache in (("DynamicCache", dense), ("TurboQuantCache", packed)):
+        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        print(f"  {name}: {tokenizer.decode(output[0, prompt:], skip_special_tokens=True)!r}")
+    held = sum(x.numel() * x.itemsize for layer in dense.layers for x in (layer.keys, layer.values))
+    print(f"  DynamicCache holds {held:,} bytes ({held // 2:,} in 16 bit), TurboQuantCache {packed.nbytes:,}")
+    print(f"  {packed}\n  (the newest 128 to 255 tokens and the first 4 stay raw, in this model's float32: long contexts win)")
+
+
+def perplexity(model, tokenizer, text: str) -> None:
+    """One window through every preset, everything packed."""
+    print(f"\nOne window of {CONTEXT} tokens, every token packed before it is read (recent_window=0):")
+    windows = cut_windows(tokenizer(text, return_tensors="pt", verbose=False).input_ids[0], CONTEXT, 1)
+    presets = [load_preset(name, recent_window=0, encode_first=True) for name in PRESETS]
+    with torch.inference_mode():
+        baseline, results = measure(model, windows, presets)
+    rows = [["(uncompressed)", baseline, 0.0, 1.0, 16.0, 16.0]]
+    rows += [[r["preset"], r["perplexity"], r["kl"], r["top1"], r["key_bits"], r["value_bits"]] for r in results]
+    print(format_table(rows, ["cache", "perplexity", "KL", "top-1", "K bits", "V bits"]))
+
+
+if __name__ == "__main__":
+    main()
