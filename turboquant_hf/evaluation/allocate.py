@@ -44,8 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--probe", type=int, nargs="+", default=[2], help="widths at which each layer is measured alone"
     )
     parser.add_argument("--context", type=int, default=640, help="tokens a window")
-    parser.add_argument("--windows", type=int, default=1, help="windows to choose by; as many others check the choice")
-    parser.add_argument("--check-context", type=int, default=1024, help="tokens a window of the check")
+    parser.add_argument("--windows", type=int, default=1, help="windows to choose by, from the first half of the text")
+    parser.add_argument("--check-context", type=int, default=768, help="tokens a window of the check")
+    parser.add_argument(
+        "--check-windows", type=int, default=3, help="windows that check the choice, from the second half"
+    )
     parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument(
         "--write", type=Path, default=None, metavar="FILE", help="the preset; default: preset.yaml in --output"
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     tokens = tokenizer(text, return_tensors="pt").input_ids[0]
     middle = len(tokens) // 2
     chosen_by = perplexity.cut_windows(tokens[:middle], args.context, args.windows)
-    checked_on = perplexity.cut_windows(tokens[middle:], args.check_context, args.windows)
+    checked_on = perplexity.cut_windows(tokens[middle:], args.check_context, args.check_windows)
 
     costs = sensitivity(model, chosen_by, widths=args.widths, probe=args.probe, chunk=args.chunk)
     layers = len(TurboQuantCache(model.config).packed_layers)
