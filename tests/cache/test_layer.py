@@ -351,7 +351,10 @@ def test_backward_through_a_packed_cache_is_refused():
     + ["qjl-3", "turbo4"],
 )
 def test_bad_numbers_come_out_as_bad_numbers(name, bad):
-    """NaN or inf in a token: what is decoded for it is not finite either, never a plausible number."""
+    """NaN or inf in a token: what is decoded for it is no plausible number, but not finite, or saturated.
+
+    One-byte scales have no pattern for NaN: they become the largest one that there is.
+    """
     preset = load_preset(name)
     layer = preset_layer(name, tile=128, sinks=0, min_statistics=128, boundary_layers=0)
     x = states(256, dim=64)
@@ -363,7 +366,9 @@ def test_bad_numbers_come_out_as_bad_numbers(name, bad):
     assert layer.tiles[0].count == 2
     for index, role in enumerate(("keys", "values")):
         got = layer.dense(index)
-        assert not got[0, 1, 200].isfinite().all(), f"{preset.name} {role}"
+        one_byte = getattr(layer.quantizers[index], "scale_format", "fp16") != "fp16"
+        limit = 100 * clean[index].abs().max() if one_byte else float("inf")
+        assert not (got[0, 1, 200].abs() < limit).all(), f"{preset.name} {role}"
         assert got[0, 0].isfinite().all(), f"{preset.name} {role}: another head"
         assert got[0, 1, :128].isfinite().all(), f"{preset.name} {role}: another tile"
         assert clean[index].isfinite().all()

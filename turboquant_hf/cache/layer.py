@@ -20,7 +20,10 @@ TAIL_SLACK = 16
 
 
 def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """Stored scales are clamped, which would make a plausible number of an infinity; a NaN comes out as a NaN."""
+    """Stored scales are clamped, which would make a plausible number of an infinity.
+
+    A NaN comes out as a NaN, or, with one-byte scales, which have none, as the largest scale that they hold.
+    """
     return x if isinstance(quantizer, LOSSLESS) else torch.where(x.isinf(), torch.nan, x)
 
 
