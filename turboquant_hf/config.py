@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class CachePreset:
             raise ValueError(f"tile={self.tile} is not supported; allowed: multiples of 8")
         if not isinstance(self.sparse_v_threshold, (int, float)) or not 0.0 <= self.sparse_v_threshold < 1.0:
             raise ValueError(f"sparse_v_threshold={self.sparse_v_threshold!r} is not supported; allowed: [0, 1)")
+        if not isinstance(self.name, str):
+            raise ValueError(f"name={self.name!r} is not supported; allowed: text")
+        if not isinstance(self.encode_first, bool):
+            raise ValueError(f"encode_first={self.encode_first!r} is not supported; allowed: true, false")
         for role in ("keys", "values"):
             if not isinstance(getattr(self, role), Quantizer):
                 object.__setattr__(self, role, quantizer_from(getattr(self, role), role))
@@ -84,7 +88,10 @@ class CachePreset:
         """Read a preset file; its name defaults to the file's."""
         path = Path(path)
         with path.open() as file:
-            data = yaml.safe_load(file)
+            try:
+                data = yaml.safe_load(file)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(data, Mapping):
             raise ValueError(f"{path}: a preset file holds a mapping of fields, got {type(data).__name__}")
         return cls.from_dict({"name": path.stem, **data})
@@ -127,12 +134,15 @@ def load_preset(preset: str | Path | Mapping[str, Any] | CachePreset, **override
     if isinstance(preset, Mapping):
         preset = CachePreset.from_dict(preset)
     elif not isinstance(preset, CachePreset):
+        if not isinstance(preset, (str, Path)):
+            raise ValueError(f"preset={preset!r} is not supported; allowed: a name, a path, a mapping or a CachePreset")
         path = Path(preset)
         if path.suffix not in (".yaml", ".yml"):
             path = config_path("cache", f"{preset}.yaml")
         if not path.is_file():
             raise ValueError(
-                f"preset={str(preset)!r} is not supported; allowed: {', '.join(preset_names())}, or a path to a YAML file"
+                f"preset={str(preset)!r} is not supported; "
+                f"allowed: {', '.join(preset_names())}, or a path to a YAML file"
             )
         preset = CachePreset.from_yaml(path)
     return preset.with_overrides(**overrides) if overrides else preset
@@ -152,20 +162,24 @@ def quantizer_from(data: str | Mapping[str, Any] | Quantizer, role: str) -> Quan
     if not isinstance(data, Mapping) or "quantizer" not in data:
         raise ValueError(f"{role}={data!r} is not supported; allowed: a mapping with 'quantizer' and its options")
     options = {key: _frozen(value) for key, value in data.items() if key != "quantizer"}
-    if data["quantizer"] not in QUANTIZERS:
+    if not isinstance(data["quantizer"], str) or data["quantizer"] not in QUANTIZERS:
         raise ValueError(
             f"{role}: quantizer={data['quantizer']!r} is not supported; allowed: {', '.join(sorted(QUANTIZERS))}"
         )
     kind = QUANTIZERS[data["quantizer"]]
     allowed = {f.name for f in fields(kind)}
     _check_keys(f"{role} ({kind.name})", options, allowed)
+    for option in fields(kind):
+        _check_option(f"{role} ({kind.name})", option, options.get(option.name, option.default))
     if role == "values" and "channel_major" in allowed:
         options.setdefault("channel_major", True)
     return kind(**options)
 
 
 def _layer_overrides(data: Any) -> tuple[tuple[int, LayerOverride], ...]:
-    items = data.items() if isinstance(data, Mapping) else data
+    items = list(data.items()) if isinstance(data, Mapping) else data
+    if not isinstance(items, (list, tuple)) or not all(isinstance(x, (list, tuple)) and len(x) == 2 for x in items):
+        raise ValueError(f"layers={data!r} is not supported; allowed: KV-layer ordinals with keys and values")
     result = []
     for index, override in items:
         if isinstance(index, bool) or not isinstance(index, int):
@@ -181,6 +195,21 @@ def _layer_overrides(data: Any) -> tuple[tuple[int, LayerOverride], ...]:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+OPTION_TYPES = {"bool": (bool, "true, false"), "int": (int, "whole numbers"), "str": (str, "text")}
+
+
+def _check_option(owner: str, option: Field, value: Any) -> None:
+    """Types of a quantizer's options; their ranges are its own business."""
+    if option.type in OPTION_TYPES:
+        kind, allowed = OPTION_TYPES[option.type]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{owner}: {option.name}={value!r} is not supported; allowed: {allowed}")
+    elif option.name == "widths":
+        pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)
+        if not pairs or any(isinstance(x, bool) or not isinstance(x, (int, float)) for pair in value for x in pair):
+            raise ValueError(f"{owner}: widths={value!r} is not supported; allowed: pairs of [fraction, bits]")
 
 
 def _check_whole(name: str, value: Any, low: int) -> None:
