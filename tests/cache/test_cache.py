@@ -95,7 +95,7 @@ def test_deepcopy_and_pickle_are_independent(preset):
         twin.crop(-90)
         feed(twin, 30, seed=2)
         assert twin.get_seq_length() == 100
-    assert all(torch.equal(a, b) for a, b in zip(before, dense(cache)))
+    assert all(torch.equal(a, b) for a, b in zip(before, dense(cache), strict=True))
 
 
 def test_a_copy_sees_the_attention_of_the_live_model(llama):

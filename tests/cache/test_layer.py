@@ -165,7 +165,7 @@ def test_statistics_are_frozen_at_the_first_encode():
     layer.update(*states(64))
     first = copy.deepcopy(layer.states)
     layer.update(*(100 * x for x in states(200, seed=1)))
-    for before, after in zip(first, layer.states):
+    for before, after in zip(first, layer.states, strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -183,7 +183,7 @@ def test_queries_reach_the_first_fit():
 def test_padding_is_in_no_statistic():
     layers = [preset_layer("k4v4", handles=True, tile=16, min_statistics=16) for _ in range(2)]
     x, query = states(80), torch.randn(1, 4, 80, 16)
-    for layer, filler in zip(layers, (0.0, 1000.0)):
+    for layer, filler in zip(layers, (0.0, 1000.0), strict=True):
         layer.note_padding([32])
         layer.update(*(torch.cat([torch.full_like(y[:, :, :32], filler), y], dim=2) for y in x))
         layer.observe(torch.cat([torch.full_like(query[:, :, :32], filler), query], dim=2))
@@ -201,7 +201,7 @@ def test_learned_padding_equals_noted_padding():
     learned.learn_padding([0, 17])
     for name in ("first", "starts"):
         assert str(getattr(noted.sinks, name)) == str(getattr(learned.sinks, name))
-    for a, b in zip(noted.sinks.arrays, learned.sinks.arrays):
+    for a, b in zip(noted.sinks.arrays, learned.sinks.arrays, strict=True):
         assert torch.equal(a, b)
 
 

@@ -69,7 +69,7 @@ class LayerMachine(RuleBasedStateMachine):
     @rule(tokens=LENGTHS, attend=st.booleans())
     def update(self, tokens, attend):
         new = self.draw(tokens)
-        self.dense = [torch.cat(pair, dim=2) for pair in zip(self.dense, new)]
+        self.dense = [torch.cat(pair, dim=2) for pair in zip(self.dense, new, strict=True)]
         got = self.layer.update(*(x.clone() for x in new))
         if self.handles:
             assert [tuple(x.shape) for x in got] == [tuple(x.shape) for x in self.dense]

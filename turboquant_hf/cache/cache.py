@@ -97,7 +97,7 @@ class TurboQuantCache(DynamicCache):
         new = cls.__new__(cls)
         new.__dict__.update(cache.__dict__)
         new.preset = preset
-        # Early versions give assisted decoding a cache without layers: full ones, as they come, so that all can be cropped.
+        # Early versions give assisted decoding a cache without layers: full ones, so that all can be cropped.
         missing = config.get_text_config(decoder=True).num_hidden_layers if not cache.layers else 0
         new.layers = [*cache.layers, *(DynamicLayer() for _ in range(missing))]
         new._pack_layers(config)
@@ -139,7 +139,7 @@ class TurboQuantCache(DynamicCache):
         shared = {}
         for layer in self.packed_layers:
             if layer.is_initialized:
-                for quantizer, dim in zip(layer.quantizers, layer.head_dims):
+                for quantizer, dim in zip(layer.quantizers, layer.head_dims, strict=True):
                     shared[quantizer, dim] = quantizer.shared_nbytes(dim)
         return sum(layer.nbytes for layer in self.packed_layers) + sum(shared.values()) + self._raw_nbytes()
 

@@ -99,14 +99,14 @@ class TurboQuantLayer(CacheLayerMixin):
                 f"values: {value_states.dtype} {list(value_states.shape)} do not belong to keys "
                 f"{key_states.dtype} {list(key_states.shape)}: only the last dimension may differ"
             )
-        for quantizer, x in zip(self.quantizers, (key_states, value_states)):
+        for quantizer, x in zip(self.quantizers, (key_states, value_states), strict=True):
             quantizer.validate(x.shape[-1], self.preset.tile)
         batch, heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.head_dims = (key_states.shape[-1], value_states.shape[-1])
         self.tiles = tuple(
             TileStore(q.layout(dim, self.preset.tile, self.dtype), batch, heads, self.device)
-            for q, dim in zip(self.quantizers, self.head_dims)
+            for q, dim in zip(self.quantizers, self.head_dims, strict=True)
         )
         self.tail = TailBuffer(key_states, value_states, self.preset.recent_window + self.preset.tile + TAIL_SLACK)
         starts = self.noted_starts if self.noted_starts is not None else [0] * batch
@@ -134,7 +134,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         leading = (self.batch_size, self.num_heads, key_states.shape[-2] if key_states.dim() > 1 else 0)
-        for name, x, dim in zip(("keys", "values"), (key_states, value_states), self.head_dims):
+        for name, x, dim in zip(("keys", "values"), (key_states, value_states), self.head_dims, strict=True):
             if x.shape != (*leading, dim) or x.dtype != self.dtype or x.device != self.device:
                 raise ValueError(
                     f"{name}: {x.dtype} {list(x.shape)} on {x.device} does not continue this layer's {self.dtype} "
@@ -175,7 +175,7 @@ class TurboQuantLayer(CacheLayerMixin):
         weight = self._weight(stored, ready * tile).unflatten(1, (ready, tile))
         if not self._fitted:
             self._fit(stored)
-        for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states):
+        for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states, strict=True):
             store.append(quantizer.encode(_nan_for_inf(x, quantizer), state, weight))
         self.tail.drop_front(ready * tile)
 
@@ -194,7 +194,7 @@ class TurboQuantLayer(CacheLayerMixin):
             query_rms = self._query_rms()
         self.states = tuple(
             quantizer.fit(self._tiled(x[:, :, : whole * tile]), weight, query_rms)
-            for quantizer, x in zip(self.quantizers, self.tail.view())
+            for quantizer, x in zip(self.quantizers, self.tail.view(), strict=True)
         )
         self._fitted, self._query_energy = True, None
 

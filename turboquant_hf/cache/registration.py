@@ -75,7 +75,8 @@ def _wrap(original):
         if cache is None:
             if generation_config.use_cache is not False:
                 logger.warning_once(
-                    f"turboquant_hf: {type(self).__name__} keeps its state in a cache of another kind: nothing is compressed."
+                    f"turboquant_hf: {type(self).__name__} keeps its state in a cache of another kind: "
+                    "nothing is compressed."
                 )
             return result
         model_kwargs["past_key_values"], packed = _convert(cache, self.config, preset, model_kwargs)
@@ -133,8 +134,8 @@ def use_turboquant_attention(model: Any) -> bool:
         return False
     model.set_attn_implementation(ATTENTION_NAME)
     logger.warning_once(
-        f'turboquant_hf: switched the model\'s attention from "{current}" to "{ATTENTION_NAME}", which reads the packed '
-        'cache (dense tensors still go to SDPA). cache_config={"attention": "keep"} leaves it as it is.'
+        f'turboquant_hf: switched the model\'s attention from "{current}" to "{ATTENTION_NAME}", which reads the '
+        'packed cache (dense tensors still go to SDPA). cache_config={"attention": "keep"} leaves it as it is.'
     )
     return _attention_of(model) == ATTENTION_NAME
 

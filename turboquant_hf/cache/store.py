@@ -94,7 +94,7 @@ class TailBuffer:
             return
         if self.count + added > self.capacity or self._borrowed:
             self._resize(max(self.standard, -(-(self.count + added) // GROWTH_TOKENS) * GROWTH_TOKENS))
-        for array, new in zip(self.arrays, (keys, values)):
+        for array, new in zip(self.arrays, (keys, values), strict=True):
             array[:, :, self.count : self.count + added] = new
         self.count += added
 
@@ -120,7 +120,7 @@ class TailBuffer:
 
     def _take(self, parts: tuple[torch.Tensor, ...], capacity: int) -> None:
         grown = tuple(part.new_empty((*part.shape[:2], capacity, part.shape[3])) for part in parts)
-        for array, part in zip(grown, parts):
+        for array, part in zip(grown, parts, strict=True):
             array[:, :, : self.count] = part
         self.arrays, self._borrowed = grown, False
 
@@ -163,8 +163,9 @@ class SinkBuffer:
         if len(set(self.first)) == 1:
             low, high = max(position, self.first[0]), min(stop, self.first[0] + self.size)
             if low < high:
-                for array, new in zip(self.arrays, (keys, values)):
-                    array[:, :, low - self.first[0] : high - self.first[0]] = new[:, :, low - position : high - position]
+                for array, new in zip(self.arrays, (keys, values), strict=True):
+                    part = new[:, :, low - position : high - position]
+                    array[:, :, low - self.first[0] : high - self.first[0]] = part
             return
         slots = self.positions() - position
         inside = (slots >= 0) & (slots < keys.shape[2])
