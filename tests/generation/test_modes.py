@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
+from tests.generation.families import FAMILIES, build
 from turboquant_hf import TurboQuantCache
 
 TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
@@ -140,3 +141,61 @@ def test_training_is_refused(llama, inputs):
     llama.train()
     with pytest.raises(ValueError, match="no training"):
         llama(**inputs, past_key_values=TurboQuantCache(llama.config, "lossless"))
+
+
+def test_pipeline(llama, inputs, packed):
+    """`pipeline` passes the same arguments on."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<pad>": 0, "<bos>": 1, "<unk>": 2, **{f"w{index}": index for index in range(3, 199)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    generator = pipeline("text-generation", model=llama, tokenizer=tokenizer)
+    text = " ".join(f"w{index}" for index in inputs["input_ids"][0].tolist())
+    options = {"max_new_tokens": 24, "do_sample": False}
+    expected = generator(text, **options)
+    assert generator(text, **options, **packed) == expected
+    switched = packed["cache_config"]["attention"] == "auto"
+    assert llama.config._attn_implementation == ("turboquant" if switched else "sdpa")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
+@pytest.mark.parametrize("tokens", [5, 60])
+@torch.no_grad()
+def test_an_empty_batch(llama, attention, tokens):
+    """Through the cache alone: the models around it cannot reshape a batch of 0."""
+    llama.set_attn_implementation(attention)
+    cache = TurboQuantCache(llama.config, "k4v4", **TILES)
+    for new in (tokens, 1, 0):
+        for x in cache.update(torch.empty(0, 2, new, 8), torch.empty(0, 2, new, 8), 0):
+            assert x.shape == (0, 2, cache.get_seq_length(), 8) == torch.cat([x], dim=1).shape
+    assert cache.get_seq_length() == tokens + 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
+@torch.no_grad()
+def test_a_step_without_tokens_changes_nothing(llama, inputs, attention):
+    llama.set_attn_implementation(attention)
+    expected = llama(inputs["input_ids"]).logits[:, -1]
+    cache = TurboQuantCache(llama.config, "lossless", **TILES)
+    empty = torch.empty(2, 2, 0, 8)
+    for index in (0, 1):
+        cache.update(empty, empty, index)
+    assert cache.get_seq_length() == 0
+    llama(inputs["input_ids"][:, :-1], past_key_values=cache)
+    for index in (0, 1):
+        cache.update(empty, empty, index)
+    assert cache.get_seq_length() == PROMPT - 1
+    torch.testing.assert_close(llama(inputs["input_ids"][:, -1:], past_key_values=cache).logits[:, -1], expected)
+
+
+def test_an_empty_prompt_starts_from_bos(llama, packed):
+    assert torch.equal(generate(llama, {}, **packed), generate(llama, {}))
+
+
+def test_a_model_with_its_own_attention_refuses_the_name():
+    model = build(next(family for family in FAMILIES if family.kind == "codegen"))
+    model.config._attn_implementation_internal = "turboquant"  # what from_pretrained does with the argument
+    ids = torch.randint(3, 199, (1, 9))
+    with pytest.raises(ValueError, match="attention in its own code.*load it without"):
+        generate(model, {"input_ids": ids}, cache_implementation="turboquant")
