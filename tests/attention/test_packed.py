@@ -1,0 +1,146 @@
+"""Whole generations with the packed path on, kernels replaced by their plain definition, against decoded tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.generation.families import FAMILIES, build, prompt
+from turboquant_hf import TurboQuantCache
+from turboquant_hf.attention import packed
+from turboquant_hf.kernels.decode import reference
+
+TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Turned on by `calls.on()`: packed attention, which counts (queries, tiles, masked) of every call."""
+
+    class Calls(list):
+        def on(self):
+            monkeypatch.setattr(packed, "backend", lambda device=None: "triton")
+            monkeypatch.setattr(packed, "decode_attention", count)
+
+    def count(query, keys, *rest, sparse_v_threshold=0.0, **options):
+        seen.append((query.shape[2], keys.codes.shape[2], options["mask"] is not None))
+        return reference.decode_attention(query, keys, *rest, **options)
+
+    seen = Calls()
+    return seen
+
+
+def generate(model, inputs, preset="k4v4", new=24, **options):
+    config = {"preset": preset, **TILES}
+    return model.generate(
+        **inputs,
+        **{"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **options},
+        cache_implementation="turboquant",
+        cache_config=config,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def assert_same(got, expected):
+    assert torch.equal(got.sequences, expected.sequences)
+    for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4, msg=lambda text, step=step: f"step {step}: {text}")
+
+
+def inputs_of(batch=2, padding=0, length=45):
+    ids = torch.randint(3, 199, (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[-1, :padding] = ids[-1, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("preset", ["k4v4", "k3v3", "k8v4", "paper-mse-4"])
+@pytest.mark.parametrize("padding", [0, 3, 19])
+def test_greedy(llama, calls, preset, padding):
+    inputs = inputs_of(padding=padding)
+    expected = generate(llama, inputs, preset)
+    assert not calls
+    calls.on()
+    assert_same(generate(llama, inputs, preset), expected)
+    assert len(calls) == 2 * 23, "every step after the prompt, in both layers"
+    assert all(queries == 1 and tiles >= 4 for queries, tiles, _ in calls)
+    assert max(tiles for _, tiles, _ in calls) > 5 and (not padding or all(masked for *_, masked in calls))
+
+
+@pytest.mark.parametrize("padding", [0, 19])
+def test_beams(llama, calls, padding):
+    inputs = inputs_of(padding=padding)
+    expected = generate(llama, inputs, num_beams=3)
+    calls.on()
+    got = generate(llama, inputs, num_beams=3)
+    assert torch.equal(got.sequences, expected.sequences) and len(calls) == 2 * 23
+
+
+@pytest.mark.parametrize("padding", [0, 19])
+@torch.no_grad()
+def test_a_block_of_queries(llama, calls, padding):
+    """Several queries, with and without padding: the causal order is the kernels' business."""
+    llama.set_attn_implementation("turboquant")
+    inputs = inputs_of(padding=padding, length=58)
+
+    def run():
+        cache, out = TurboQuantCache(llama.config, "k4v4", **TILES), []
+        for start, stop in ((0, 45), (45, 48), (48, 58)):
+            mask = inputs["attention_mask"][:, :stop] if padding else None
+            ids = inputs["input_ids"][:, start:stop]
+            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)[:, start:stop]
+            out.append(llama(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
+        return torch.cat(out[1:], dim=1)
+
+    expected = run()
+    calls.on()
+    torch.testing.assert_close(run(), expected, atol=2e-4, rtol=2e-4)
+    assert [queries for queries, *_ in calls] == [3, 3, 10, 10]
+
+
+def test_assisted_decoding(llama, small_llama, calls):
+    helper = small_llama(seed=1)
+    for model in (llama, helper):
+        model.generation_config.eos_token_id = 198
+        model.generation_config.suppress_tokens = [198]
+    inputs = inputs_of(batch=1)
+    expected = generate(llama, inputs, assistant_model=helper)
+    calls.on()
+    assert_same(generate(llama, inputs, assistant_model=helper), expected)
+    assert any(queries > 1 for queries, *_ in calls)
+
+
+@pytest.mark.parametrize("padding", [0, 19])
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_softcaps_and_attention_sinks(kind, calls, padding, monkeypatch):
+    family = next(family for family in FAMILIES if family.kind == kind)
+    model = build(family)
+    model.set_attn_implementation("turboquant")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):  # as strong as the strongest keys
+                parameter.fill_(8.0)
+    inputs = prompt(family)
+    if padding:
+        inputs["attention_mask"][1, :padding] = 0
+    expected = generate(model, inputs)
+    calls.on()
+    assert_same(generate(model, inputs), expected)
+    assert len(calls) == 2 * 23, "the full layers"
+    option = {"gemma2": "softcap", "gpt_oss": "s_aux"}[kind]
+    counted = packed.decode_attention
+    monkeypatch.setattr(packed, "decode_attention", lambda *args, **given: counted(*args, **{**given, option: None}))
+    spoiled = generate(model, inputs)
+    near = [torch.allclose(a, b, atol=1e-2) for a, b in zip(spoiled.logits, expected.logits, strict=True)]
+    assert not all(near), option
+
+
+@pytest.mark.parametrize("preset", ["lossless", "int8", "paper-prod-3", "k4v16"])
+def test_what_kernels_do_not_read_is_decoded(llama, calls, preset):
+    inputs = inputs_of()
+    expected = generate(llama, inputs, preset)
+    calls.on()
+    assert_same(generate(llama, inputs, preset), expected)
+    assert not calls
