@@ -337,7 +337,7 @@ __device__ __forceinline__ float cap(float s, float softcap) {
 // grid (splits, B * H). The first `raw_splits` attend to sinks and tail, the others share the tiles.
 // Leaves for each split and query row: output[D] (raw splits: in the model's domain, others: the values' coded one),
 // maximum, sum.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode_split(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode_split(
     const void* query, const float* rotation_t, const u16* order, const float* balance, const float* key_gain,
     const u8* key_codes, const u8* key_scales, const u16* key_means, const u8* value_codes, const u8* value_scales,
     const void* sink_keys, const void* sink_values, const void* tail_keys, const void* tail_values,

@@ -1,0 +1,93 @@
+"""The CUDA C++ decode kernels against the reference; `source` is also compiled where nvcc is at hand."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
+from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda
+from turboquant_hf.kernels.decode.reference import decode_attention
+from turboquant_hf.primitives import polynomial, uniform
+
+TILE = 128
+KEYS = {
+    "k4": ((1.0, 4),),
+    "k5/3": ((0.5, 5), (0.5, 3)),
+    "k5/3/2": ((0.25, 5), (0.25, 3), (0.5, 2)),
+    "k8": ((1.0, 8),),
+}
+
+
+def groups_of(dim: int, widths) -> tuple[CodeGroup, ...]:
+    sizes = [(round(share * dim), bits) for share, bits in widths]
+    return tuple(CodeGroup(n, (uniform if bits == 8 else polynomial)(bits, n)) for n, bits in sizes)
+
+
+def side(heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bool, scale_format: str) -> PackedSide:
+    batch, count = heads
+    shape = (batch, count, tiles + 3)  # three tiles of spare capacity
+    codes = torch.randint(0, 256, (*shape, tile_bytes(groups, TILE, channel_major)), dtype=torch.uint8)
+    if SCALE_FORMATS[scale_format][0]:
+        scale, gain = torch.randint(100, 160, (*shape, len(groups), TILE)).to(torch.uint8), torch.rand(heads) + 0.1
+    else:
+        scale, gain = (torch.rand(*shape, len(groups), TILE) + 0.5).half(), None
+    conditioned = {}
+    if not channel_major:
+        conditioned = {
+            "order": torch.stack([torch.randperm(dim) for _ in range(batch * count)]).view(*heads, dim).short().cuda(),
+            "balance": (torch.rand(*heads, dim) + 0.5).cuda(),
+            "mean": (torch.randn(*shape, dim) * 0.5).half().cuda()[:, :, :tiles],
+        }
+    rotation = torch.linalg.qr(torch.randn(dim, dim))[0].contiguous().cuda()
+    gain = gain.cuda() if gain is not None else None
+    packed = codes.cuda()[:, :, :tiles], scale.cuda()[:, :, :tiles]
+    return PackedSide(*packed, groups, rotation, scale_format=scale_format, gain=gain, **conditioned)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(4, 1), (2, 3), (8, 1), (1, 5)], ids=str)
+@pytest.mark.parametrize("extra", ["plain", "padded", "masked", "softcap"])
+@pytest.mark.parametrize(("keys", "values", "dim"), [("k5/3", 4, 128), ("k5/3/2", 3, 128), ("k8", 4, 96), ("k5/3", 2, 64), ("k4", 4, 256)])
+def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
+    torch.manual_seed(0)
+    heads, tiles, tail, sinks = (2, 2), 9, 77, 4
+    group, count = rows
+    key_side = side(heads, tiles, dim, groups_of(dim, KEYS[keys]), False, "e3m5" if keys != "k8" else "fp16")
+    value_side = side(heads, tiles, dim, groups_of(dim, ((1.0, values),)), True, "e4m4")
+    query = torch.randn(heads[0], heads[1] * group, count, dim, device="cuda", dtype=dtype)
+    buffers = torch.randn(2, *heads, 160, dim, device="cuda", dtype=dtype)
+    raw = RawTokens(buffers[0][:, :, :tail], buffers[1][:, :, :tail])
+    sink = RawTokens(*torch.randn(2, *heads, sinks, dim, device="cuda", dtype=dtype))
+    starts = torch.tensor([0, 300 if extra == "padded" else 0], device="cuda")
+    options = {"scaling": 0.05}
+    if extra == "masked":
+        options["mask"] = torch.rand(heads[0], tiles * TILE + tail, device="cuda") > 0.3
+    if extra == "softcap":
+        options |= {"softcap": 5.0, "s_aux": torch.randn(heads[1] * group, device="cuda")}
+    reason = cuda.supports(query, key_side, value_side, raw)
+    assert reason is None, reason
+    output = cuda.decode_attention(query, key_side, value_side, sink, raw, starts, **options)
+    exact = decode_attention(
+        query.float(), key_side, value_side, RawTokens(sink.keys.float(), sink.values.float()),
+        RawTokens(raw.keys.float(), raw.values.float()), starts, **options,
+    )  # fmt: skip
+    error = (output.float() - exact).norm() / exact.norm()
+    assert error < (3e-3 if dtype == torch.bfloat16 else 1.5e-3)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_source_compiles_without_spills(tmp_path, architecture):
+    described = tuple((g.size, g.bits, g.codebook.coefficients) for g in groups_of(128, KEYS["k5/3"]))
+    value = groups_of(128, ((1.0, 4),))[0]
+    text = cuda.source(128, described, (4, value.codebook.coefficients), "e3m5", "e4m4", bf16=True, warps=7)
+    (tmp_path / "decode.cu").write_text(text)
+    command = f"nvcc -arch={architecture} -std=c++20 --use_fast_math -Xptxas -v -cubin -o decode.cubin decode.cu"
+    result = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "0 bytes spill stores" in result.stderr
