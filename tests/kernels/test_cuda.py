@@ -52,7 +52,10 @@ def side(heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bo
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [(4, 1), (2, 3), (8, 1), (1, 5)], ids=str)
 @pytest.mark.parametrize("extra", ["plain", "padded", "masked", "softcap"])
-@pytest.mark.parametrize(("keys", "values", "dim"), [("k5/3", 4, 128), ("k5/3/2", 3, 128), ("k8", 4, 96), ("k5/3", 2, 64), ("k4", 4, 256)])
+@pytest.mark.parametrize(
+    ("keys", "values", "dim"),
+    [("k5/3", 4, 128), ("k5/3/2", 3, 128), ("k8", 4, 96), ("k5/3", 2, 64), ("k4", 4, 256)],
+)
 def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
     torch.manual_seed(0)
     heads, tiles, tail, sinks = (2, 2), 9, 77, 4
@@ -78,6 +81,26 @@ def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
     )  # fmt: skip
     error = (output.float() - exact).norm() / exact.norm()
     assert error < (3e-3 if dtype == torch.bfloat16 else 1.5e-3)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+def test_levels_in_half_arithmetic(bits):
+    """What decode.cu does to a code, step by step in float16: the codebook's level to a rounding error."""
+    codebook = (uniform if bits == 8 else polynomial)(bits, 128)
+    lead, terms, *rest = cuda._normalised(bits, codebook.coefficients)
+    c3, c5 = (torch.tensor(int(text[:-1], 16) & 0xFFFF).to(torch.int16).view(torch.float16).double() for text in rest)
+    main = max(width for width in (1, 2, 4, 8) if width <= bits)
+    code = torch.arange(2**bits)
+    for field in range(8 // main):
+        shift = main * field or 1
+        half = (0x6400 | code << shift | 1 << (shift - 1)).to(torch.int16).view(torch.float16).double()
+        x = (half * 2.0 ** (2 - shift - bits) - 2.0 ** (12 - shift - bits) - 2.0).half().double()
+        assert torch.equal(x, (2.0 * code + 1) / 2 ** (bits - 1) - 2)
+        if terms > 1:
+            square = (x * x).half().double()
+            inner = (square * c5 + c3).half().double() if terms > 2 else c3
+            x = (x * (square * inner + 1).half().double()).half().double()
+        assert torch.allclose(lead * x, torch.tensor(codebook.levels, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

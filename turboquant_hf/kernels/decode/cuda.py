@@ -221,8 +221,8 @@ def source(
     sizes = [size for size, _, _ in key_groups]
     widths = [bits for _, bits, _ in key_groups]
     row_bytes = [packed_size(size, bits) for size, bits, _ in key_groups]
-    leads, terms, c3, c5 = zip(*(_normalised(coefficients) for _, _, coefficients in key_groups), strict=True)
-    v_lead, v_terms, v_c3, v_c5 = _normalised(value_group[1])
+    leads, terms, c3, c5 = zip(*(_normalised(bits, odd) for _, bits, odd in key_groups), strict=True)
+    v_lead, v_terms, v_c3, v_c5 = _normalised(*value_group)
     key_shift, key_unit = SCALE_FORMATS[key_format]
     value_shift, value_unit = SCALE_FORMATS[value_format]
 
@@ -268,9 +268,13 @@ def shared_bytes(dim, key_groups, value_bits, has_mean, warps, slots) -> int:
     return -(-(-(-head // 16) * 16 + body) // 16) * 16
 
 
-def _normalised(coefficients: tuple[float, ...]) -> tuple[float, int, str, str]:
-    """(leading coefficient, terms, the next two divided by it as half2)."""
-    a, b, c = (*coefficients, 0.0, 0.0)[:3]
+def _normalised(bits: int, coefficients: tuple[float, ...]) -> tuple[float, int, str, str]:
+    """(leading coefficient, terms, the next two divided by it as half2), for the centred code / 2^(bits - 1).
+
+    In that unit, within (-2, 2), the coefficients are far from the smallest halves.
+    """
+    unit = 2.0 ** (bits - 1)
+    a, b, c = (x * unit ** (2 * i + 1) for i, x in enumerate((*coefficients, 0.0, 0.0)[:3]))
     return a, len(coefficients), _half2_bits(b / a), _half2_bits(c / a)
 
 

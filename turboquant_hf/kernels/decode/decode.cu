@@ -103,11 +103,11 @@ struct Piece {
     }
 };
 
-// Codes of field F in the low byte of each half of `w`, as the odd integers 2 code + 1 - 2^bits, exactly: with the
+// Codes of field F in the low byte of each half of `w`, as (2 code + 1) / 2^(bits - 1) - 2, exactly: with the
 // exponent of 1024 the field is 1024 + (code << S) + (1 << S - 1), and one fused multiply-add takes it home. `e` holds
 // the high bits of the codes, P0 places further up.
 template <int P0, int P1, int F>
-__device__ __forceinline__ u32 odd_codes(u32 w, u32 e) {
+__device__ __forceinline__ u32 centred_codes(u32 w, u32 e) {
     constexpr int B = P0 + P1, S = F == 0 ? 1 : P0 * F;
     if (F == 0) {
         w <<= 1;
@@ -119,8 +119,8 @@ __device__ __forceinline__ u32 odd_codes(u32 w, u32 e) {
         constexpr u32 E = (((1u << P1) - 1) << (S + P0)) * 0x10001u;
         h |= e & E;
     }
-    constexpr u32 factor = (u32)(15 + 1 - S) << 10;
-    constexpr u32 offset = 0x8000u | (u32)(15 + 11 - S) << 10 | 1u << (S + B - 1);
+    constexpr u32 factor = (u32)(15 + 2 - S - B) << 10;
+    constexpr u32 offset = 0x8000u | (u32)(15 + 12 - S - B) << 10 | 1u << (S + B - 1);
     return hfma2(h, factor * 0x10001u, offset * 0x10001u);
 }
 
@@ -180,12 +180,12 @@ struct Row {
         if constexpr (BYTES >= 4) {
             constexpr int I = STEP / FIELDS, F = STEP % FIELDS;
             u32 extra = P1 ? e[I] : 0;
-            first = levels<TERMS>(odd_codes<P0, P1, F>(w[I], extra << P0), c3, c5);
-            second = levels<TERMS>(odd_codes<P0, P1, F>(w[I] >> 8, extra >> (8 - P0)), c3, c5);
+            first = levels<TERMS>(centred_codes<P0, P1, F>(w[I], extra << P0), c3, c5);
+            second = levels<TERMS>(centred_codes<P0, P1, F>(w[I] >> 8, extra >> (8 - P0)), c3, c5);
         } else {
             u32 extra = P1 ? e[0] << P0 : 0;
-            first = levels<TERMS>(odd_codes<P0, P1, 2 * STEP>(w[0], extra), c3, c5);
-            second = levels<TERMS>(odd_codes<P0, P1, 2 * STEP + 1>(w[0], extra), c3, c5);
+            first = levels<TERMS>(centred_codes<P0, P1, 2 * STEP>(w[0], extra), c3, c5);
+            second = levels<TERMS>(centred_codes<P0, P1, 2 * STEP + 1>(w[0], extra), c3, c5);
         }
     }
 
