@@ -78,12 +78,14 @@ def test_beams(llama, calls, padding):
     assert torch.equal(got.sequences, expected.sequences) and len(calls) == 2 * 23
 
 
-@pytest.mark.parametrize("padding", [0, 19])
+@pytest.mark.parametrize(("padding", "hole"), [(0, False), (19, False), (19, True)])
 @torch.no_grad()
-def test_a_block_of_queries(llama, calls, padding):
-    """Several queries, with and without padding: the causal order is the kernels' business."""
+def test_a_block_of_queries(llama, calls, padding, hole):
+    """Several queries: the causal order is the kernels' business, and so is a hidden token that is not left padding."""
     llama.set_attn_implementation("turboquant")
     inputs = inputs_of(padding=padding, length=58)
+    if hole:
+        inputs["attention_mask"][:, 24:31] = 0
 
     def run():
         cache, out = TurboQuantCache(llama.config, "k4v4", **TILES), []
