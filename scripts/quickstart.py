@@ -38,7 +38,8 @@ def generate(model, tokenizer, text: str) -> None:
         print(f"  {name}: {tokenizer.decode(output[0, prompt:], skip_special_tokens=True)!r}")
     held = sum(x.numel() * x.itemsize for layer in dense.layers for x in (layer.keys, layer.values))
     print(f"  DynamicCache holds {held:,} bytes ({held // 2:,} in 16 bit), TurboQuantCache {packed.nbytes:,}")
-    print(f"  {packed}\n  (the newest 128 to 255 tokens and the first 4 stay raw, in this model's float32: long contexts win)")
+    print(f"  {packed}")
+    print("  (the first 4 and the newest 128 to 255 tokens stay raw, in this model's float32: long contexts gain more)")
 
 
 def perplexity(model, tokenizer, text: str) -> None:

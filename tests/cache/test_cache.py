@@ -38,9 +38,8 @@ def test_boundary_layers_count_packed_layers():
 
 
 def test_layers_are_overridden_by_ordinal():
-    cache = TurboQuantCache(
-        make_config(), boundary_layers=1, layers={1: {"keys": "lossless"}, -1: {"values": {"quantizer": "mse", "bits": 3}}}
-    )
+    layers = {1: {"keys": "lossless"}, -1: {"values": {"quantizer": "mse", "bits": 3}}}
+    cache = TurboQuantCache(make_config(), boundary_layers=1, layers=layers)
     assert [layer.quantizers[0].name for layer in cache.layers][:3] == ["conditioned", "lossless", "conditioned"]
     assert cache.layers[0].quantizers[1].bits == 8 and cache.layers[-1].quantizers[1].bits == 3
 

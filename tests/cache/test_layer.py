@@ -286,7 +286,9 @@ def test_operations_before_the_first_update_change_nothing():
     assert layer.sinks.first == [3, 3, 0, 0], "padding noted ahead follows its sequences"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int32, torch.float8_e4m3fn, torch.bool, torch.complex64], ids=str
+)
 def test_other_dtypes_are_named(dtype):
     keys = torch.zeros(1, 2, 8, 16).to(dtype)
     with pytest.raises(ValueError, match=f"keys: dtype={dtype}.*allowed: torch.float16, torch.bfloat16, torch.float32"):

@@ -12,7 +12,9 @@ from turboquant_hf import TurboQuantCache
 
 
 def make_cache(preset, head_dim=64, heads=8, layers=2, **overrides):
-    config = LlamaConfig(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim)
+    config = LlamaConfig(
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim
+    )
     return TurboQuantCache(config, preset=preset, **overrides)
 
 
@@ -38,7 +40,8 @@ def held_nbytes(root) -> int:
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
             continue
-        if isinstance(item, (list, tuple, dict, set)) or type(item).__module__.split(".")[0] in ("turboquant_hf", "transformers"):
+        package = type(item).__module__.split(".")[0]
+        if isinstance(item, (list, tuple, dict, set)) or package in ("turboquant_hf", "transformers"):
             queue.extend(gc.get_referents(item))
     return sum(storages.values())
 

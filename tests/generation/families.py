@@ -53,7 +53,11 @@ SIZES = {
 }
 """eos is off, so that every run has the same length."""
 
-HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "sliding_window": 12}
+HALF_SLIDING = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    "sliding_window": 12,
+}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -165,7 +169,11 @@ FAMILIES = [
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 12},
         own_attention=True,
     ),
-    Family("codegen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 512}, own_attention=True),
+    Family(
+        "codegen",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 512},
+        own_attention=True,
+    ),
     Family("xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 32}, own_attention=True),
     Family("deepseek_v2", {**MLA, "topk_method": "greedy"}, label="deepseek_v2"),
     Family("deepseek_v3", MLA),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant_hf.primitives import Codebook, distortion, lloyd_max, polynomial, nf4, uniform
+from turboquant_hf.primitives import Codebook, distortion, lloyd_max, nf4, polynomial, uniform
 
 # Relative squared error on the unit sphere by bits 1..5, from independent integration and simulation.
 THEORY = {

@@ -19,7 +19,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --dtype, --output."""
     parser.add_argument("--model", default="packaged", help="hub id, folder, GGUF file, or 'packaged' (SmolLM2-135M)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16")
     parser.add_argument("--output", type=Path, default=None, help="folder for config.yaml and metrics.json")
 
 
@@ -66,10 +66,13 @@ def average_bits(cache) -> tuple[float, float]:
     """Bits per channel of keys and of values in packed tiles, averaged over the layers of a filled cache."""
     layers = cache.packed_layers
     bits = [
-        [q.bits_per_channel(dim, layer.preset.tile, layer.dtype) for q, dim in zip(layer.quantizers, layer.head_dims)]
+        [
+            quantizer.bits_per_channel(dim, layer.preset.tile, layer.dtype)
+            for quantizer, dim in zip(layer.quantizers, layer.head_dims, strict=True)
+        ]
         for layer in layers
     ]
-    keys, values = (sum(side) / len(layers) for side in zip(*bits))
+    keys, values = (sum(side) / len(layers) for side in zip(*bits, strict=True))
     return keys, values
 
 
@@ -86,7 +89,10 @@ def format_table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
     """Plain text columns, numbers to the right."""
     cells = [list(header), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
+    lines = []
+    for row in cells:
+        columns = zip(row, widths, strict=True)
+        lines.append("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(columns)))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, default=4, help="how many windows, spread over the text")
     parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time")
     parser.add_argument("--recent-window", type=int, default=None, help="override the presets' recent window")
-    parser.add_argument("--raw-chunk", action="store_true", help="attend to a chunk before it is rounded, as generate does")
+    parser.add_argument("--raw-chunk", action="store_true", help="attend to a chunk before it is rounded")
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
 
 
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
     baseline, results = measure(model, windows, presets, chunk=args.chunk)
     rows = [["(16 bit)", baseline, 0.0, 1.0, 16.0, 16.0, 1.0]]
-    rows += [[r[k] for k in ("preset", "perplexity", "kl", "top1", "key_bits", "value_bits", "compression_ratio")] for r in results]
+    columns = ("preset", "perplexity", "kl", "top1", "key_bits", "value_bits", "compression_ratio")
+    rows += [[result[column] for column in columns] for result in results]
     print(common.format_table(rows, ["preset", "perplexity", "KL", "top-1", "K bits", "V bits", "smaller"]))
     settings = {**vars(args), "output": str(args.output), "dtype": dtype}
     metrics = {
@@ -102,7 +103,12 @@ def first_scored(presets: Sequence[CachePreset], chunk: int) -> int:
 
 @torch.inference_mode()
 def measure(
-    model, windows: Sequence[torch.Tensor], presets: Sequence[CachePreset], *, chunk: int = 128, cache_class=TurboQuantCache
+    model,
+    windows: Sequence[torch.Tensor],
+    presets: Sequence[CachePreset],
+    *,
+    chunk: int = 128,
+    cache_class=TurboQuantCache,
 ) -> tuple[float, list[dict]]:
     """(baseline perplexity, one result a preset) over windows [1, T] of token ids.
 
@@ -132,12 +138,12 @@ def measure(
                 reference = _log_probabilities(model, piece, dense, len(targets))
                 if scored:
                     base.add(reference, reference, targets)
-                for cache, total in zip(caches, sums):
+                for cache, total in zip(caches, sums, strict=True):
                     logits = _log_probabilities(model, piece, cache, len(targets))
                     if scored:
                         total.add(logits, reference, targets)
                 bar.update()
-            for cache, total in zip(caches, sums):
+            for cache, total in zip(caches, sums, strict=True):
                 key_bits, value_bits = common.average_bits(cache)
                 total.sizes = {
                     "key_bits": key_bits,
@@ -153,7 +159,7 @@ def measure(
             "top1": total.top1 / total.tokens,
             **total.sizes,
         }
-        for preset, total in zip(presets, sums)
+        for preset, total in zip(presets, sums, strict=True)
     ]
 
 
