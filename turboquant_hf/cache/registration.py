@@ -19,6 +19,8 @@ logger = logging.get_logger(__name__)
 
 CACHE_NAME = "turboquant"
 ATTENTION_CHOICES = ("auto", "keep")
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What generate calls the cache among a model's arguments: the second name up to transformers 5.23."""
 
 
 def register_cache() -> bool:
@@ -54,7 +56,8 @@ def _wrap(original):
         bound = signature.bind(self, *args, **kwargs).arguments
         generation_config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
         wanted = generation_config.cache_implementation == CACHE_NAME
-        given = model_kwargs.get("past_key_values")
+        name = _cache_argument(model_kwargs)
+        given = model_kwargs[name] if name else None
         _check_attention(self)
         if wanted and getattr(generation_config, "is_assistant", False):
             # An assistant's cache is cropped at every step and is small: let transformers choose.
@@ -71,21 +74,26 @@ def _wrap(original):
             result = original(self, *args, **kwargs)
         finally:
             generation_config.cache_implementation = CACHE_NAME
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
+        name = _cache_argument(model_kwargs)
+        if name is None:
             if generation_config.use_cache is not False:
                 logger.warning_once(
                     f"turboquant_hf: {type(self).__name__} keeps its state in a cache of another kind: "
                     "nothing is compressed."
                 )
             return result
-        model_kwargs["past_key_values"], packed = _convert(cache, self.config, preset, model_kwargs)
+        model_kwargs[name], packed = _convert(model_kwargs[name], self.config, preset, model_kwargs)
         if packed and attention == "auto":
             use_turboquant_attention(self)
         return result
 
     prepare._turboquant_original = original
     return prepare
+
+
+def _cache_argument(model_kwargs: dict) -> str | None:
+    """The name under which a cache is among a model's arguments, or None where there is none."""
+    return next((name for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
 
 
 def _parse(cache_config: Any):
