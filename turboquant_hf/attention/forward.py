@@ -8,7 +8,8 @@ import torch
 
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.attention.packed import packed_attention
-from turboquant_hf.cache import PackedHandle, TurboQuantLayer
+from turboquant_hf.attention.static import static_attention
+from turboquant_hf.cache import PackedHandle, StaticHandle, TurboQuantLayer
 from turboquant_hf.cache.layer import NO_TRAINING, refuse_backward
 
 
@@ -37,6 +38,8 @@ def turboquant_attention_forward(
         return dense_attention(module, query, key, value, attention_mask, **options)
     if module.training and torch.is_grad_enabled():
         raise ValueError(NO_TRAINING)
+    if isinstance(key, StaticHandle):
+        return static_attention(module, query, key, value, attention_mask, **options)
     layer = key.layer
     causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:

@@ -74,6 +74,8 @@ class TurboQuantCache(DynamicCache):
         ValueError: for an unknown preset or field, or a head dim that a quantizer cannot serve.
     """
 
+    packed_layer_class = TurboQuantLayer
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -119,7 +121,7 @@ class TurboQuantCache(DynamicCache):
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
         """The layers that this package holds, in order."""
-        return [layer for layer in self.layers if isinstance(layer, TurboQuantLayer)]
+        return [layer for layer in self.layers if isinstance(layer, self.packed_layer_class)]
 
     def note_padding(self, attention_mask) -> None:
         """Tell an empty cache where each sequence begins, from a 0/1 mask [B, T] of left-padded input.
@@ -159,7 +161,7 @@ class TurboQuantCache(DynamicCache):
         return self.dense_nbytes / self.nbytes if self.nbytes else 1.0
 
     def _raw_nbytes(self) -> int:
-        raw = [vars(layer) for layer in self.layers if not isinstance(layer, TurboQuantLayer)]
+        raw = [vars(layer) for layer in self.layers if not isinstance(layer, self.packed_layer_class)]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(raw)}
         return sum(storages.values())
 

@@ -93,6 +93,7 @@ def decode_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     sparse_v_threshold: float = 0.0,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`decode.reference.decode_attention` by the chosen backend.
 
@@ -105,10 +106,12 @@ def decode_attention(
     chosen = backend(query.device)
     arguments = (query, keys, values, sinks, tail, starts)
     options = {"scaling": scaling, "mask": mask, "softcap": softcap, "s_aux": s_aux}
+    if counts is not None:
+        options["counts"] = counts
     automatic = os.environ.get(VARIABLE, "auto").lower() == "auto"
     if query.device.type == "cuda" and (chosen == "cuda" or (automatic and sparse_v_threshold == 0.0)):
         module, _ = _cuda_module()
-        reason = "not loaded" if module is None else module.supports(query, keys, values, tail, s_aux)
+        reason = "not loaded" if module is None else _cuda_refuses(module, *arguments[:3], tail, s_aux, counts)
         if reason is None:
             return module.decode_attention(*arguments, **options)
         if chosen == "cuda":
@@ -117,6 +120,13 @@ def decode_attention(
         return decode_reference.decode_attention(*arguments, **options)
     module = import_module("turboquant_hf.kernels.decode.triton")
     return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
+
+
+def _cuda_refuses(module: ModuleType, query, keys, values, tail, s_aux, counts) -> str | None:
+    """Why the CUDA C++ kernels do not serve a call, or None where they do."""
+    if counts is not None and not getattr(module, "READS_COUNTS", False):
+        return "counts on the device are not read by it"
+    return module.supports(query, keys, values, tail, s_aux)
 
 
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
