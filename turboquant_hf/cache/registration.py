@@ -130,7 +130,7 @@ def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> tuple[
 def _prompt_mask(model_kwargs: dict, cache: TurboQuantCache):
     """The prompt's 2D mask, where it speaks of left padding in an empty cache."""
     mask = model_kwargs.get("attention_mask")
-    return None if "decoder_attention_mask" in model_kwargs or cache.get_seq_length() else mask
+    return None if "decoder_attention_mask" in model_kwargs or cache.tokens else mask
 
 
 def use_turboquant_attention(model: Any) -> bool:
