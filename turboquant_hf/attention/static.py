@@ -67,23 +67,21 @@ def _chunk_attention(
     module: torch.nn.Module, query: torch.Tensor, key: StaticHandle, mask: torch.Tensor | None, **options: Any
 ) -> tuple[torch.Tensor, None]:
     """A chunk of more than a step's tokens: on an empty cache over the raw tensors, exactly; then it is stored."""
-    layer, (keys, values), tokens = key.layer, key.pending, query.shape[2]
-    starts = None if mask is None else _left_padding(mask, query.shape[0])
-    if torch.compiler.is_compiling():
-        keys, values = layer.dense_with(keys, values)
-        if mask is None:
-            mask = layer.visible(tokens, pending=tokens)
+    layer, pending, tokens = key.layer, key.pending, query.shape[2]
+    # In traced code nobody can say whether the cache is empty: everything is read as if it were not.
+    length = None if torch.compiler.is_compiling() else int(layer.get_seq_length())
+    if length == 0 and not pending.stored:
+        keys, values = pending.keys, pending.values
+        mask = mask if mask is None else mask[..., :tokens]
     else:
-        length = int(layer.get_seq_length())
-        if length:
-            keys, values = (x[:, :, : length + tokens] for x in layer.dense_with(keys, values))
-        if mask is not None:
-            mask = mask[..., : length + tokens]
-        elif length:
-            mask = layer.visible(tokens, pending=tokens)[..., : length + tokens]
+        keys, values = pending.dense()
+        mask = layer.visible(tokens, pending=0 if pending.stored else tokens) if mask is None else mask
+        if length is not None:
+            stop = length if pending.stored else length + tokens
+            keys, values, mask = keys[:, :, :stop], values[:, :, :stop], mask[..., :stop]
+    starts = None if mask is None else _left_padding(mask, query.shape[0])
     output = dense_attention(module, query, keys, values, mask, **options)
-    layer.store(*key.pending, query, starts)
-    key.pending = None
+    pending.store(query, starts)
     return output
 
 

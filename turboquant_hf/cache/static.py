@@ -31,6 +31,7 @@ class TurboQuantStaticCache(StaticCache):
 
     packed_layer_class = TurboQuantStaticLayer
     packed_layers = TurboQuantCache.packed_layers
+    tokens = TurboQuantCache.tokens
     note_padding = TurboQuantCache.note_padding
     nbytes = TurboQuantCache.nbytes
     spare_nbytes = TurboQuantCache.spare_nbytes

@@ -104,7 +104,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         if not chunk:
             static_ops.append(key_states, value_states, self.arena, self.counts, self.plan_name)
         if self._returns_handles():
-            pending = (key_states, value_states) if chunk else None
+            pending = PendingChunk(self, key_states, value_states) if chunk else None
             return StaticKeys(self, pending), StaticValues(self, pending)
         if chunk:
             dense = self.dense_with(key_states, value_states)
@@ -266,19 +266,43 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         return f"{type(self).__name__}({names}, max_cache_len={self.max_cache_len})"
 
 
+class PendingChunk:
+    """A chunk that attention must see before it is stored; shared by the handles of its keys and values."""
+
+    def __init__(self, layer: TurboQuantStaticLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.layer, self.keys, self.values = layer, keys, values
+        self.decoded: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.stored = False
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer held with the chunk behind it, [B, H, max_len, D]."""
+        if self.decoded is None:
+            self.decoded = self.layer.dense_with(self.keys, self.values)
+        return self.decoded
+
+    def store(self, query: torch.Tensor | None = None, starts: torch.Tensor | None = None) -> None:
+        """Store it, once."""
+        if not self.stored:
+            self.stored = True
+            self.layer.store(self.keys, self.values, query, starts)
+
+
 class StaticHandle(PackedHandle):
     """Keys or values of a static layer, [B, H, max_len, D] with zeros behind the newest token.
 
-    pending: a chunk (keys, values) that attention must see before it is stored, or None.
+    pending: the chunk that came with this handle, or None where it is stored already.
     """
 
-    def __init__(self, layer: TurboQuantStaticLayer, pending: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    def __init__(self, layer: TurboQuantStaticLayer, pending: PendingChunk | None) -> None:
         self.layer, self.pending = layer, pending
         self.length = layer.max_cache_len
 
     def dense(self) -> torch.Tensor:
-        """The decoded tensor [B, H, max_len, D]."""
-        dense = self.layer.dense() if self.pending is None else self.layer.dense_with(*self.pending)
+        """The decoded tensor [B, H, max_len, D]; code that takes this never calls our attention, so a chunk is stored."""
+        if self.pending is None:
+            return self.layer.dense()[self.index]
+        dense = self.pending.dense()
+        self.pending.store()
         return dense[self.index]
 
 
