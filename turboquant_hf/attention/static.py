@@ -70,15 +70,17 @@ def _chunk_attention(
     layer, pending, tokens = key.layer, key.pending, query.shape[2]
     # In traced code nobody can say whether the cache is empty: everything is read as if it were not.
     length = None if torch.compiler.is_compiling() else int(layer.get_seq_length())
-    if length == 0 and not pending.stored:
-        keys, values = pending.keys, pending.values
-        mask = mask if mask is None else mask[..., :tokens]
-    else:
-        keys, values = pending.dense()
-        mask = layer.visible(tokens, pending=0 if pending.stored else tokens) if mask is None else mask
-        if length is not None:
-            stop = length if pending.stored else length + tokens
-            keys, values, mask = keys[:, :, :stop], values[:, :, :stop], mask[..., :stop]
+    if pending.attended is None:
+        if length == 0:
+            pending.attended = pending.keys, pending.values
+        else:
+            stop = None if length is None else length + tokens
+            pending.attended = tuple(x[:, :, :stop] for x in pending.dense())
+    keys, values = pending.attended
+    if mask is None and keys.shape[2] > tokens:
+        mask = layer.visible(tokens, pending=0 if pending.stored else tokens)
+    if mask is not None:
+        mask = mask[..., : keys.shape[2]]
     starts = None if mask is None else _left_padding(mask, query.shape[0])
     output = dense_attention(module, query, keys, values, mask, **options)
     pending.store(query, starts)

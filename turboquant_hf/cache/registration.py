@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.cache.static import TurboQuantStaticCache
+from turboquant_hf.cache.static_plan import STEP_TOKENS
 from turboquant_hf.config import DEFAULT_PRESET, load_preset
 
 logger = logging.get_logger(__name__)
@@ -84,8 +85,11 @@ def _wrap(original):
         generation_config.cache_implementation = UPSTREAM[wanted][0]
         # With chunks, upstream's static cache is allocated at once: it is only a pattern here.
         chunk, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
+        if getattr(bound["generation_mode"], "value", None) == "assisted_generation":
+            # Candidates that are looked up in the prompt are checked, and cropped, even beyond the last token.
+            bound["max_cache_length"] += STEP_TOKENS + (generation_config.prompt_lookup_num_tokens or 0)
         try:
-            result = original(self, *args, **kwargs)
+            result = original(**bound)
         finally:
             generation_config.cache_implementation, generation_config.prefill_chunk_size = wanted, chunk
         name = _cache_argument(model_kwargs)

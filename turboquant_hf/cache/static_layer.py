@@ -122,6 +122,8 @@ class TurboQuantStaticLayer(CacheLayerMixin):
                     f"{name}: {x.dtype} {list(x.shape)} on {x.device} does not continue this layer's {self.dtype} "
                     f"{[*leading, dim]} on {self.device}"
                 )
+        if key_states.shape[2] > STEP_TOKENS:
+            self._state().check_room(int(self.counts[1]), key_states.shape[2])
 
     def store(
         self,
@@ -272,6 +274,7 @@ class PendingChunk:
     def __init__(self, layer: TurboQuantStaticLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
         self.decoded: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.attended: tuple[torch.Tensor, torch.Tensor] | None = None  # layers that share keys read the same ones
         self.stored = False
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
