@@ -10,9 +10,8 @@ from transformers.cache_utils import CacheLayerMixin
 from turboquant_hf.cache.handles import PackedKeys, PackedValues
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
-from turboquant_hf.quantizers import QUANTIZERS, Quantizer
+from turboquant_hf.quantizers import Quantizer
 
-LOSSLESS = QUANTIZERS["lossless"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_TRAINING = "a packed cache keeps no gradients and serves no training: pass use_cache=False, or use torch.no_grad()"
 TAIL_SLACK = 16
@@ -24,7 +23,7 @@ def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
 
     A NaN comes out as a NaN, or, with one-byte scales, which have none, as the largest scale that they hold.
     """
-    return x if isinstance(quantizer, LOSSLESS) else torch.where(x.isinf(), torch.nan, x)
+    return x if quantizer.marks_infinity else torch.where(x.isinf(), torch.nan, x)
 
 
 class _RefuseBackward(torch.autograd.Function):
@@ -177,7 +176,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if not self._fitted:
             self._fit(stored)
         for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states, strict=True):
-            store.append(quantizer.encode(_nan_for_inf(x, quantizer), state, weight))
+            quantizer.encode_into(_nan_for_inf(x, quantizer), state, weight, store.extend(ready))
         self.tail.drop_front(ready * tile)
 
     def _seen_enough(self) -> bool:

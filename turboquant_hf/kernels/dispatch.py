@@ -142,8 +142,13 @@ def encode_tiles(
     scale_rule: str,
     scale_format: str = "fp16",
     gain: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    balance: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
+    center: bool = False,
+    weight: torch.Tensor | None = None,
     channel_major: bool = False,
+    out: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """`encode.reference.encode_tiles` by the chosen backend."""
     return _encoder(x.device).encode_tiles(
@@ -153,8 +158,13 @@ def encode_tiles(
         scale_rule=scale_rule,
         scale_format=scale_format,
         gain=gain,
+        order=order,
+        balance=balance,
         mean=mean,
+        center=center,
+        weight=weight,
         channel_major=channel_major,
+        out=out,
     )
 
 

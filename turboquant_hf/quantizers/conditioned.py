@@ -14,9 +14,10 @@ from typing import ClassVar
 
 import torch
 
-from turboquant_hf.kernels.dispatch import encode_tiles, tile_mean
-from turboquant_hf.quantizers.base import Field, Packed, State, check_bits, check_choice
-from turboquant_hf.quantizers.rotated import RotatedQuantizer, sorted_columns
+from turboquant_hf.kernels.dispatch import tile_mean
+from turboquant_hf.kernels.encode.reference import sorted_columns
+from turboquant_hf.quantizers.base import Field, State, check_bits, check_choice
+from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 BALANCES = ("query", "key", "none")
 PRIOR_TOKENS = 256
@@ -59,6 +60,10 @@ class Conditioned(RotatedQuantizer):
         bits = (bits for _, bits in self.widths)
         return tuple((stop - start, width) for (start, stop), width in zip(pairwise(edges), bits, strict=True))
 
+    @property
+    def centered(self) -> bool:
+        return self.center
+
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
         fields = super().layout(head_dim, tile, dtype)
         return {**fields, "mean": Field((head_dim,), torch.float16)} if self.center else fields
@@ -95,20 +100,6 @@ class Conditioned(RotatedQuantizer):
     def inverse(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
         rotation = self.rotation_of(head_dim, num_heads, device)
         return (sorted_columns(rotation, state["order"]) / state["balance"].unsqueeze(-2)).transpose(-1, -2)
-
-    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
-        head_dim, num_heads = tiles.shape[-1], tiles.shape[1]
-        mean = tile_mean(tiles, weight) if self.center else None
-        packed = encode_tiles(
-            tiles,
-            self.transform(state, head_dim, num_heads, tiles.device),
-            self.groups(head_dim),
-            scale_rule=self.scale,
-            scale_format=self.scale_format,
-            mean=mean,
-            channel_major=self.channel_major,
-        )
-        return {**packed, "mean": mean} if self.center else packed
 
 
 def _borrow(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from turboquant_hf.kernels.encode.reference import sorted_columns
 from turboquant_hf.quantizers.base import State, check_bits
-from turboquant_hf.quantizers.rotated import RotatedQuantizer, sorted_columns
+from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 
 @dataclass(frozen=True)
