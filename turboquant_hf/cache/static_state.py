@@ -11,6 +11,7 @@ import torch
 from turboquant_hf.cache.layer import _nan_for_inf
 from turboquant_hf.cache.static_plan import PLANS, ROLES, StaticPlan
 from turboquant_hf.kernels.decode import PackedSide, RawTokens
+from turboquant_hf.kernels.dispatch import append_tokens
 
 ENCODE_TILES = 64
 """Tiles that are encoded at once: bounds what a long prefill needs beside the cache."""
@@ -48,12 +49,11 @@ class StaticState:
     # ------------------------------------------------------------------ writing
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store up to STEP_TOKENS new tokens raw. Raises: ValueError when they do not fit."""
-        tiles, length = self.read_counts()
-        self.check_room(length, keys.shape[2])
-        self._write_ring(keys, values, length)
-        self._write_sinks(keys, values, length)
-        self.set_counts(tiles, length + keys.shape[2])
+        """Store up to STEP_TOKENS new tokens raw. What does not fit is dropped on a GPU, and a ValueError on a CPU."""
+        if not self.arena.is_cuda:
+            self.check_room(self.read_counts()[1], keys.shape[2])
+        sinks, ring = self.raw()
+        append_tokens(keys, values, ring, sinks, self.starts, self.counts[:2], self.counts[4:5], self.plan.max_len)
 
     def store(self, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor | None) -> None:
         """Store a chunk of any length: what is old enough goes to tiles at once, without passing through the ring."""
@@ -106,11 +106,9 @@ class StaticState:
             parts = zip(plan.quantizers, (keys, values), self.states, self.tiles, strict=True)
             for quantizer, x, state, arrays in parts:
                 fresh = x[:, :, low * plan.tile : high * plan.tile].unflatten(2, (-1, plan.tile))
-                packed = quantizer.encode(
-                    _nan_for_inf(fresh, quantizer), state, weight.unflatten(1, (high - low, plan.tile))
-                )
-                for name, array in arrays.items():
-                    array[:, :, tiles + low : tiles + high] = packed[name]
+                out = {name: array[:, :, tiles + low : tiles + high] for name, array in arrays.items()}
+                tile_weight = weight.unflatten(1, (high - low, plan.tile))
+                quantizer.encode_into(_nan_for_inf(fresh, quantizer), state, tile_weight, out)
         self.set_counts(tiles + ready, length)
         return ready * plan.tile
 

@@ -122,6 +122,22 @@ def decode_attention(
     return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
 
 
+def append_tokens(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    ring: RawTokens,
+    sinks: RawTokens,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    ticket: torch.Tensor,
+    max_len: int,
+) -> None:
+    """`append.reference.append_tokens` by the chosen backend."""
+    plain = backend(keys.device) == "torch"
+    module = import_module(f"turboquant_hf.kernels.append.{'reference' if plain else 'triton'}")
+    module.append_tokens(keys, values, ring, sinks, starts, counts, ticket, max_len)
+
+
 def _cuda_refuses(module: ModuleType, query, keys, values, tail, s_aux, counts) -> str | None:
     """Why the CUDA C++ kernels do not serve a call, or None where they do."""
     if counts is not None and not getattr(module, "READS_COUNTS", False):
