@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from turboquant_hf.cache import static_ops
 from turboquant_hf.cache.handles import PackedHandle
 from turboquant_hf.cache.layer import DTYPES
+from turboquant_hf.cache.static_due import DueState
 from turboquant_hf.cache.static_plan import STEP_TOKENS, StaticPlan, plan_name
 from turboquant_hf.cache.static_state import StaticState
 from turboquant_hf.config import CachePreset
@@ -88,6 +89,8 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         for x in (self.arena, self.counts):
             torch._dynamo.mark_static_address(x)
         self._set_starts()
+        if self.plan.device.type == "cuda":
+            DueState(self.plan_name, self.arena, self.counts).warm()
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = batch, heads
         self.head_dims = self.plan.head_dims

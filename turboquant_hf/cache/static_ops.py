@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from turboquant_hf.cache.static_due import open_state
 from turboquant_hf.cache.static_plan import PLANS
 from turboquant_hf.cache.static_state import StaticState
 from turboquant_hf.kernels.dispatch import decode_attention
@@ -22,7 +23,7 @@ NO_CAPTURE = (
 @torch.library.custom_op("turboquant_hf::append", mutates_args=BOTH)
 def append(key: torch.Tensor, value: torch.Tensor, arena: torch.Tensor, counts: torch.Tensor, plan: str) -> None:
     """Store up to 16 new tokens, [B, H, q, D], raw: in the ring, and in the sinks while those fill."""
-    StaticState(plan, arena, counts).append(key, value)
+    open_state(plan, arena, counts).append(key, value)
 
 
 @torch.library.custom_op("turboquant_hf::attend", mutates_args=BOTH)
@@ -40,7 +41,7 @@ def attend(
 
     mask: bool [B, max_len], False hides a position. Serves rotated quantizers only.
     """
-    state = StaticState(plan, arena, counts)
+    state = open_state(plan, arena, counts)
     state.observe(query)
     output = decode_attention(
         query,
@@ -61,7 +62,7 @@ def attend(
 @torch.library.custom_op("turboquant_hf::commit", mutates_args=BOTH)
 def commit(query: torch.Tensor | None, arena: torch.Tensor, counts: torch.Tensor, plan: str) -> None:
     """Count the newest tokens' queries, and encode what is old enough."""
-    state = StaticState(plan, arena, counts)
+    state = open_state(plan, arena, counts)
     if query is not None:
         state.observe(query)
     state.commit()

@@ -1,7 +1,8 @@
 """What a preallocated layer holds: every array in one allocation, described by a plan that ops can name.
 
 Two tensors are all that a compiled step sees of a layer: `arena`, uint8, with the arrays one after another, and
-`counts`, int32 [6]: tiles encoded, length, fitted (0 or 1), tokens whose queries were counted, a kernel's ticket, spare.
+`counts`, int32: tiles encoded, length, a kernel's ticket, then for every head whether it is fitted, then for every head
+how many tokens' queries were counted.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from math import prod
 import torch
 
 from turboquant_hf.quantizers import Field, Quantizer
+from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 STEP_TOKENS = 16
 """New tokens that one decode step may bring; a longer chunk is stored by another way."""
-COUNTS = 6
 ALIGNMENT = 128
 ROLES = ("keys", "values")
 
@@ -79,6 +80,13 @@ class StaticPlan:
         )
 
     @cached_property
+    def has_kernels(self) -> bool:
+        """Whether the kernels of `kernels.statistics.due` know how to fit and encode these quantizers."""
+        keys, values = (set(state) for state in self.first_states)
+        known = keys in ({"balance", "order"}, {"gain"}, set()) and values in ({"gain"}, set())
+        return known and all(isinstance(quantizer, RotatedQuantizer) for quantizer in self.quantizers)
+
+    @cached_property
     def fields(self) -> dict[str, Field]:
         """name -> shape and dtype; the batch always comes first."""
         lead = (self.batch, self.heads)
@@ -93,7 +101,7 @@ class StaticPlan:
             for name, value in state.items():
                 fields[f"{role}.state.{name}"] = Field((self.batch, *value.shape[1:]), value.dtype)
         fields["query.energy"] = Field((*lead, self.head_dims[0]), torch.float32)
-        fields["query.count"] = Field((self.batch,), torch.float32)
+        fields["query.count"] = Field(lead, torch.float32)
         return fields
 
     @cached_property
@@ -119,7 +127,7 @@ class StaticPlan:
     def allocate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(arena, counts) of an empty layer."""
         arena = torch.zeros(self.offsets[""], dtype=torch.uint8, device=self.device)
-        counts = torch.zeros(COUNTS, dtype=torch.int32, device=self.device)
+        counts = torch.zeros(3 + 2 * self.heads, dtype=torch.int32, device=self.device)
         self.clear(arena, counts)
         return arena, counts
 

@@ -33,6 +33,8 @@ class StaticState:
         self.tiles = tuple(self.plan.views(arena, role) for role in ROLES)
         self.states = tuple(self.plan.views(arena, f"{role}.state") for role in ROLES)
         self.starts = self.view("starts")
+        heads = self.plan.heads
+        self.ticket, self.fitted, self.seen = counts[2:3], counts[3 : 3 + heads], counts[3 + heads :]
 
     def view(self, name: str) -> torch.Tensor:
         return self.plan.view(self.arena, name)
@@ -53,7 +55,7 @@ class StaticState:
         if not self.arena.is_cuda:
             self.check_room(self.read_counts()[1], keys.shape[2])
         sinks, ring = self.raw()
-        append_tokens(keys, values, ring, sinks, self.starts, self.counts[:2], self.counts[4:5], self.plan.max_len)
+        append_tokens(keys, values, ring, sinks, self.starts, self.counts[:2], self.ticket, self.plan.max_len)
 
     def store(self, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor | None) -> None:
         """Store a chunk of any length: what is old enough goes to tiles at once, without passing through the ring."""
@@ -76,14 +78,14 @@ class StaticState:
         groups = heads // self.plan.heads
         if not self.plan.quantizers[0].needs_statistics or heads % self.plan.heads or dim != self.plan.head_dims[0]:
             return
-        if self.counts[2]:
+        if self.fitted[0]:
             return
         length = self.read_counts()[1]
         weight = self._weight(length - tokens, tokens, 0)
         grouped = query.detach().float().reshape(batch, self.plan.heads, groups, tokens, dim)
         self.view("query.energy").add_((grouped.square() * weight[:, None, None, :, None]).sum(dim=(2, 3)))
-        self.view("query.count").add_(weight.sum(dim=1) * groups)
-        self.counts[3] += tokens
+        self.view("query.count").add_(weight.sum(dim=1)[:, None] * groups)
+        self.seen += tokens
 
     def commit(self) -> None:
         """Encode every tile in the ring that is full and older than the recent window, once enough was seen."""
@@ -95,9 +97,9 @@ class StaticState:
         """Encode what is due of the unencoded tokens [B, H, L, D], the newest at position length - 1: how many."""
         plan, (tiles, length) = self.plan, self.read_counts()
         ready = max(keys.shape[2] - plan.recent_window, 0) // plan.tile
-        if ready == 0 or not (self.counts[2] or self._seen_enough(length)):
+        if ready == 0 or not (self.fitted[0] or self._seen_enough(length)):
             return 0
-        if not self.counts[2]:
+        if not self.fitted[0]:
             self._fit(keys, values, length)
         first = tiles * plan.tile
         for low in range(0, ready, ENCODE_TILES):
@@ -123,15 +125,15 @@ class StaticState:
         plan, tokens = self.plan, keys.shape[2]
         whole = tokens // plan.tile
         weight = self._weight(length - tokens, whole * plan.tile, plan.sinks).unflatten(1, (whole, plan.tile))
-        query_rms = self._query_rms() if 2 * int(self.counts[3]) >= length and int(self.counts[3]) else None
+        query_rms = self._query_rms() if 2 * int(self.seen[0]) >= length else None
         for quantizer, x, state in zip(plan.quantizers, (keys, values), self.states, strict=True):
             learned = quantizer.fit(x[:, :, : whole * plan.tile].unflatten(2, (whole, plan.tile)), weight, query_rms)
             for name, value in learned.items():
                 state[name].copy_(value)
-        self.counts[2] = 1
+        self.fitted.fill_(1)
 
     def _query_rms(self) -> torch.Tensor:
-        energy, count = self.view("query.energy"), self.view("query.count")[:, None, None]
+        energy, count = self.view("query.energy"), self.view("query.count")[:, :, None]
         pooled = energy.sum(0, keepdim=True) / count.sum(0, keepdim=True).clamp(min=1)
         return torch.where(count > 0, energy / count.clamp(min=1), pooled).sqrt()
 
