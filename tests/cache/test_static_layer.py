@@ -114,7 +114,7 @@ def test_reorder_keeps_addresses():
 def test_a_full_layer_says_so():
     layer = make_layer(max_len=40)
     feed(layer, *states(40), [30, 10])
-    with pytest.raises(ValueError, match="max_cache_len=40 is not enough: the cache holds 40 tokens and 1 more came"):
+    with pytest.raises(ValueError, match="max_cache_len=40 is not enough: 40 tokens are held and 1 more came"):
         layer.update(*states(1))
     with pytest.raises(ValueError, match="does not continue this layer's"):
         layer.update(*states(1, batch=1))

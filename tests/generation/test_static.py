@@ -1,4 +1,4 @@
-"""`cache_implementation="turboquant_static"`: DynamicCache's tokens with `lossless`, the dynamic cache's with the rest."""
+"""The preallocated cache: DynamicCache's tokens with `lossless`, those of "turboquant" with every other preset."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_named_before_it_runs(llama):
     cache = TurboQuantStaticCache(llama.config, 60, "lossless", **TILES)
     with pytest.raises(ValueError, match="max_cache_len=60 of the given cache is not enough.*68 and more"):
         generate(llama, inputs, past_key_values=cache)
-    with pytest.raises(ValueError, match="max_cache_len=40 is not enough: the cache holds 0 tokens and 45 more came"):
+    with pytest.raises(ValueError, match="max_cache_len=40 is not enough: 0 tokens are held and 45 more came"):
         llama(**inputs, past_key_values=TurboQuantStaticCache(llama.config, 40, "lossless", **TILES))
     with pytest.raises(ValueError, match="max_cache_len=0 is not supported"):
         TurboQuantStaticCache(llama.config, 0)

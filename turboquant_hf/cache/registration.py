@@ -130,7 +130,7 @@ def _check_room(cache: TurboQuantStaticCache, tokens: int) -> None:
     room = [layer.max_cache_len for layer in cache.packed_layers]
     if room and tokens > room[0]:
         raise ValueError(
-            f"max_cache_len={room[0]} of the given cache is not enough for prompt and answer; allowed: {tokens} and more"
+            f"max_cache_len={room[0]} of the given cache is not enough for this call; allowed: {tokens} and more"
         )
 
 

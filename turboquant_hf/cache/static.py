@@ -14,7 +14,7 @@ from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 
 
 class TurboQuantStaticCache(StaticCache):
-    """A packed cache whose buffers have their final size and address from the start: one compiled graph serves all steps.
+    """A packed cache whose buffers never grow or move: one compiled graph serves every step.
 
     Sliding-window, linear-attention and other special layers are transformers' own static ones.
 

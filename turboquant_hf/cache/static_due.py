@@ -30,7 +30,7 @@ class DueState(StaticState):
             self._commit_where_due()
 
     def warm(self) -> None:
-        """Make what kernels keep for good (rotations, tables) now: inside a CUDA graph it would be the graph's memory."""
+        """Make what kernels keep for good (rotations, tables) now: a CUDA graph would take it for its own memory."""
         plan = self.plan
         weight = torch.ones(plan.batch, 1, plan.tile, device=self.arena.device)
         for quantizer, ring, state in zip(plan.quantizers, self.ring, self.states, strict=True):
@@ -38,10 +38,11 @@ class DueState(StaticState):
             quantizer.decode(quantizer.encode(tile, state, weight), state, ring.shape[-1], plan.dtype)
 
     def _commit_by_kernels(self) -> None:
-        plan, (keys, values) = self.plan, self.plan.quantizers
+        plan, keys = self.plan, self.plan.quantizers[0]
         counts, common = self.counts[:2], {"tile": plan.tile, "window": plan.recent_window}
         dispatch.fit_due(
-            *self.ring, self.view("query.energy"), self.view("query.count"), self.seen, counts, self.fitted, self.starts,
+            *self.ring, self.view("query.energy"), self.view("query.count"), self.seen, counts, self.fitted,
+            self.starts,
             **common,
             sinks=plan.sinks,
             min_statistics=plan.min_statistics if plan.waits else 0,

@@ -304,7 +304,7 @@ class StaticHandle(PackedHandle):
         self.length = layer.max_cache_len
 
     def dense(self) -> torch.Tensor:
-        """The decoded tensor [B, H, max_len, D]; code that takes this never calls our attention, so a chunk is stored."""
+        """The decoded tensor [B, H, max_len, D]. Code that takes it does not call our attention: a chunk is stored."""
         if self.pending is None:
             return self.layer.dense()[self.index]
         dense = self.pending.dense()

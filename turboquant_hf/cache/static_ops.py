@@ -78,7 +78,7 @@ def dense(arena: torch.Tensor, counts: torch.Tensor, plan: str) -> tuple[torch.T
 def dense_with(
     key: torch.Tensor, value: torch.Tensor, arena: torch.Tensor, counts: torch.Tensor, plan: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dense` with a chunk that is not stored yet, raw, behind the newest token. Raises: ValueError when it is too long."""
+    """`dense` with a chunk that is not stored yet, raw, behind the newest token; ValueError if it is too long."""
     state = StaticState(plan, arena, counts)
     length = _host_length(state)
     state.check_room(length, key.shape[2])
@@ -98,7 +98,7 @@ def store(
     counts: torch.Tensor,
     plan: str,
 ) -> None:
-    """Store a chunk of any length and encode what is old enough; `starts`, int64 [B], is its left padding if it is the first."""
+    """Store a chunk of any length and encode what is old enough; `starts` [B]: the left padding of the first."""
     state = StaticState(plan, arena, counts)
     if _host_length(state) == 0 and starts is not None:
         state.starts.copy_(starts)

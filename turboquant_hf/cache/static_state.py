@@ -157,7 +157,7 @@ class StaticState:
     def check_room(self, length: int, added: int) -> None:
         if length + added > self.plan.max_len:
             raise ValueError(
-                f"max_cache_len={self.plan.max_len} is not enough: the cache holds {length} tokens and {added} more came"
+                f"max_cache_len={self.plan.max_len} is not enough: {length} tokens are held and {added} more came"
             )
 
     def _write_ring(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:

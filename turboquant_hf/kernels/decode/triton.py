@@ -417,7 +417,8 @@ def decode_attention(
     _split_kernel[(batch * heads, parts, row_blocks)](
         rotated, rows, *(none if x is None else x for x in tensors), key_levels, value_levels,
         *(none if x is None else x for x in gains), *raws, starts,
-        none if mask is None else mask.view(torch.uint8), none if counts is None else counts, part, raw_part, peak, total,
+        none if mask is None else mask.view(torch.uint8), none if counts is None else counts,
+        part, raw_part, peak, total,
         *(stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
         *(stride for x in raws for stride in x.stride()[:3]), *((0, 0) if mask is None else mask.stride()),
         tiles, per_split, splits, length, RAW_TOKENS, float(scaling), float(softcap or 1.0), float(sparse_v_threshold),
