@@ -41,8 +41,18 @@ def test_lossless_equals_dynamic_cache(family):
     if family.auto == "AutoModelForCausalLM":
         inputs["attention_mask"][1, :11] = 0
     expected = generate(model, inputs)
-    for attention in ("keep", "auto"):
-        assert torch.equal(generate(model, inputs, **static(attention=attention)), expected), attention
+    try:
+        generate(model, inputs, cache_implementation="static")
+    except (KeyError, ValueError, AttributeError) as error:
+        pytest.skip(f"this transformers has no static cache for it: {error!r}")
+    assert torch.equal(generate(model, inputs, **static(attention="keep")), expected)
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # the SDPA of early versions drops the soft-cap
+        expected = generate(model, inputs)
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(generate(model, inputs, **static()), expected)
+    if model._can_set_attn_implementation():
+        assert model.config.get_text_config(decoder=True)._attn_implementation == "turboquant"
 
 
 MODES = {
@@ -103,10 +113,11 @@ def test_a_padded_batch_equals_single_prompts(small_llama):
 
 def test_assisted_decoding_and_prompt_lookup(llama, small_llama):
     inputs = {name: x[:1] for name, x in padded(padding=0).items()}
-    expected = generate(llama, inputs, max_new_tokens=40)
+    length = {"max_new_tokens": 40, "eos_token_id": 198}
+    expected = generate(llama, inputs, **length)
     assistant = small_llama(num_hidden_layers=1)
     for options in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 20}):
-        assert torch.equal(generate(llama, inputs, max_new_tokens=40, **options, **static()), expected)
+        assert torch.equal(generate(llama, inputs, **length, **options, **static()), expected)
 
 
 def test_turns_with_one_cache(llama):

@@ -88,10 +88,14 @@ def _wrap(original):
         if getattr(bound["generation_mode"], "value", None) == "assisted_generation":
             # Candidates that are looked up in the prompt are checked, and cropped, even beyond the last token.
             bound["max_cache_length"] += STEP_TOKENS + (generation_config.prompt_lookup_num_tokens or 0)
+        kept = self.__dict__.pop("_cache", None)  # early versions hold on to a static cache, to use it again
         try:
             result = original(**bound)
         finally:
             generation_config.cache_implementation, generation_config.prefill_chunk_size = wanted, chunk
+            self.__dict__.pop("_cache", None)
+            if kept is not None:
+                self.__dict__["_cache"] = kept
         name = _cache_argument(model_kwargs)
         if name is None:
             if generation_config.use_cache is not False:

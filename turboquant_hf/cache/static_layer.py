@@ -92,7 +92,8 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         if self.plan.device.type == "cuda":
             DueState(self.plan_name, self.arena, self.counts).warm()
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size, self.num_heads = batch, heads
+        self.batch_size = self.max_batch_size = batch
+        self.num_heads = heads
         self.head_dims = self.plan.head_dims
         self.is_initialized = True
 
