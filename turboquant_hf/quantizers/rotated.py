@@ -11,7 +11,8 @@ import torch
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, SCALE_RULES, CodeGroup, tile_bytes
 from turboquant_hf.kernels.decode import PackedSide
-from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles
+from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles, tile_energy
+from turboquant_hf.kernels.statistics import typical_scale
 from turboquant_hf.primitives import head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
 
@@ -99,7 +100,9 @@ class RotatedQuantizer(Quantizer):
         return self.rotation_of(head_dim, num_heads, device).transpose(-1, -2)
 
     def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
-        return {} if self.scale_format == "fp16" else {"gain": typical_scale(tiles, weight)}
+        if self.scale_format == "fp16":
+            return {}
+        return {"gain": typical_scale(tile_energy(tiles, weight, False), weight.sum(dim=(1, 2)))}
 
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
         return self._encode(tiles, state, weight, None)
@@ -156,13 +159,6 @@ class RotatedQuantizer(Quantizer):
             scale_format=self.scale_format,
             gain=state.get("gain"),
         )
-
-
-def typical_scale(tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Root mean square of a head's elements over the tokens that count: tiles [B, H, N, T, D] -> [B, H], above 0."""
-    w = weight[:, None, :, :, None].float()
-    energy = (tiles.float().square() * w).sum(dim=(2, 3, 4))
-    return (energy / (w.sum(dim=(2, 3, 4)) * tiles.shape[-1]).clamp(min=1.0)).sqrt().clamp(min=1e-12)
 
 
 @lru_cache(maxsize=256)

@@ -121,19 +121,17 @@ def encode_due(
     channel_major: bool = False,
     out: dict[str, torch.Tensor],
 ) -> None:
-    """Encode the next tile of a ring of raw tokens, if it is due; `statistics.advance_due` then counts it.
+    """Encode the next tile of a ring of raw tokens, if it is due (`kernels.statistics.due` has the whole step).
 
-    Due is tile number counts[0] where fitted[0] is not 0, the arrays have room for it, and `window` tokens follow it.
+    Due is tile number counts[0] where the layer is fitted, the arrays have room for it, and `window` tokens follow it.
+    `ring`, `counts`, `fitted` and `starts` are described there, all others in `encode_tiles`.
 
     Args:
-        ring: [B, H, R, D], R a multiple of `tile`; position p stands in slot p % R.
-        counts: int32 [2], tiles encoded and tokens seen (of the padded batch).
-        fitted: int32 [1].
-        starts: int64 [B], every sequence's first position; positions below starts + sinks carry no weight in a mean.
+        sinks: positions below starts + sinks carry no weight in a mean.
         out: arrays [B, H, capacity, ...] as `encode_tiles` names them; tile n goes to [:, :, n].
     """
     tiles, length = counts.tolist()
-    if not int(fitted) or length < (tiles + 1) * tile + window or tiles >= out["codes"].shape[2]:
+    if not int(fitted[0]) or length < (tiles + 1) * tile + window or tiles >= out["codes"].shape[2]:
         return
     slot = tiles * tile % ring.shape[2]
     position = torch.arange(tiles * tile, (tiles + 1) * tile, device=ring.device)

@@ -334,7 +334,7 @@ def _encode_kernel(
         first = tl.load(p_counts)
         last = first + 1
         slot_shift = (first * T // RING * RING).to(tl.int64)
-        if (tl.load(p_fitted) == 0) | (tl.load(p_counts + 1) < WINDOW + last * T) | (first >= N):
+        if (tl.load(p_fitted + h) == 0) | (tl.load(p_counts + 1) < WINDOW + last * T) | (first >= N):
             return
 
     row = tl.arange(0, BLOCK_T)
@@ -486,9 +486,9 @@ def encode_due(
         x, transform, groups, scale_rule, scale_format, gain, order, balance, None, center, channel_major, out
     )
     _encode_kernel[(x.shape[0] * x.shape[1], 1)](
-        **arguments, p_weight=starts, WEIGHT="starts" if center else "none", w_b=0, w_n=0, w_t=0,
+        p_weight=starts, WEIGHT="starts" if center else "none", w_b=0, w_n=0, w_t=0,
         N=out["codes"].shape[2], TILES=1, p_counts=counts, p_fitted=fitted, RING=ring.shape[2], SINKS=sinks,
-        WINDOW=window, DUE=True,
+        WINDOW=window, DUE=True, **{**arguments, "maxnreg": None},
     )  # fmt: skip
 
 
