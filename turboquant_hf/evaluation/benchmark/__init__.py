@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="tokens in the cache")
     parser.add_argument("--preset", nargs="+", metavar="NAME", help="names or YAML paths")
     parser.add_argument("--dtype", help="float16, bfloat16 or float32")
-    parser.add_argument("--backend", nargs="+", metavar="NAME", help="of TURBOQUANT_BACKEND, at kernel and encode level")
+    parser.add_argument("--backend", nargs="+", metavar="NAME", help="of TURBOQUANT_BACKEND, for kernel and encode")
     parser.add_argument("--steps", type=int, default=None, help="timed decode steps of a model (32; 3 on a CPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="folder for metrics.json, config.yaml and plots")

@@ -80,7 +80,7 @@ def candidates(group: Group, cell: tuple[int, int]) -> Iterator[Candidate]:
     if cell in group.static_cells:
         yield Candidate("StaticCache", RIVALS["static"].make, compiled=True)
         if hasattr(turboquant_hf, "TurboQuantStaticCache"):
-            for preset in group.presets:
+            for preset in group.presets[:1]:
                 make = partial(_turboquant_static, preset)
                 yield Candidate("TurboQuantStaticCache", make, preset, ATTENTION_NAME, compiled=True)
 

@@ -25,7 +25,9 @@ ERROR_BOUND = 1e-2
 CHECKED_TILES = 16
 
 
-def run_group(group: Group, names: list[str] | None, device: torch.device, bandwidth: float, recorder: Recorder) -> None:
+def run_group(
+    group: Group, names: list[str] | None, device: torch.device, bandwidth: float, recorder: Recorder
+) -> None:
     """Rows of every cell: the decoder layer's prefill, then each preset's encode."""
     for batch, tokens in group.cells:
         common = {

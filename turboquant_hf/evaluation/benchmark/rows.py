@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class Recorder:
         """Give unused device memory back."""
         gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # after a fault on the device every call fails: the rows then say so
+                torch.cuda.empty_cache()
 
     def finish(self) -> None:
         """The rows are elsewhere now."""

@@ -37,7 +37,8 @@ class Group:
         presets: of the packed caches.
         caches: names of rivals at the model level (`model.RIVALS`).
         layers: of the model.
-        static_cells: cells at which caches of fixed size are compiled and measured too, each taking a compilation.
+        static_cells: cells at which caches of fixed size (of ours, with the first preset) are measured under
+            torch.compile too; each takes a compilation of half a minute.
     """
 
     shape: Shape

@@ -39,7 +39,7 @@ def measure(
     calls: Sequence[Callable[[], object]],
     device: torch.device,
     *,
-    seconds: float = 0.2,
+    seconds: float = 0.1,
     least: int = 15,
     graph: bool = True,
 ) -> Timing:
@@ -54,9 +54,9 @@ def measure(
         for call in calls:
             call()
     torch.cuda.synchronize(device)
-    many = [calls[i % len(calls)] for i in range(max(len(calls), -(-CALLS // len(calls)) * len(calls)))]
+    many = list(calls) * (-(-CALLS // len(calls)) if graph else 1)
     if not graph:
-        return _measure_events(calls[0] if len(calls) == 1 else _round_robin(calls), 1, seconds, least, "events")
+        return _measure_events(lambda: [call() for call in many], len(many), seconds, least, "events")
     try:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
@@ -68,16 +68,6 @@ def measure(
     timing = _measure_events(captured.replay, len(many), seconds, least, "graph")
     captured.reset()
     return timing
-
-
-def _round_robin(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    state = {"next": 0}
-
-    def call() -> object:
-        state["next"] = (state["next"] + 1) % len(calls)
-        return calls[state["next"]]()
-
-    return call
 
 
 def _measure_events(run: Callable[[], object], calls: int, seconds: float, least: int, method: str) -> Timing:
