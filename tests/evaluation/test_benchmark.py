@@ -253,8 +253,9 @@ def test_caches_get_the_same_prompt():
         cache = candidate.make(config, 310)
         caches.fill(cache, group, 2, 300, CPU)
         filled.append([layer.keys[:, :, :300] for layer in cache.layers])
+    config._attn_implementation = caches.ATTENTION_NAME
     packed = caches.TurboQuantCache(config, preset="lossless")
-    caches.fill(packed, group, 2, 300, CPU)
+    caches.fill(packed, group, 2, 300, CPU, caches.ATTENTION_NAME)
     for dynamic, static, layer in zip(*filled, packed.layers, strict=True):
         assert torch.equal(dynamic, static) and torch.equal(dynamic, layer.keys)
     assert not torch.equal(filled[0][0], filled[0][1])

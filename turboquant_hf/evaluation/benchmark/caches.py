@@ -44,17 +44,19 @@ class Candidate:
         return self.attention == ATTENTION_NAME
 
 
-def _quantized(backend: str, nbits: int, config, length: int):
+def _quantized(backend: str, nbits: int | None, config, length: int):
     from transformers import QuantizedCache
 
-    # HQQ refuses axis 0, and quanto has it as its default.
-    axes = {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
-    return QuantizedCache(backend=backend, config=config, nbits=nbits, **axes)
+    options = {} if nbits is None else {"nbits": nbits}
+    if backend == "hqq":  # it refuses axis 0, the default
+        options |= {"axis_key": 1, "axis_value": 1}
+    return QuantizedCache(backend=backend, config=config, **options)
 
 
 RIVALS: dict[str, Candidate] = {
     "dynamic": Candidate("DynamicCache", lambda config, length: DynamicCache(config=config)),
     "static": Candidate("StaticCache", lambda config, length: StaticCache(config=config, max_cache_len=length)),
+    "fp8": Candidate("QuantizedCache fp8", partial(_quantized, "fp8", None), approximate=True),
     **{
         f"{backend}-{bits}": Candidate(
             f"QuantizedCache {backend} {bits} bit", partial(_quantized, backend, bits), approximate=True
@@ -93,21 +95,22 @@ def _turboquant_static(preset: str, config, length: int):
     return turboquant_hf.TurboQuantStaticCache(config, length, preset=preset)
 
 
-def fill(cache, group: Group, batch: int, tokens: int, device: torch.device) -> None:
+def fill(
+    cache, group: Group, batch: int, tokens: int, device: torch.device, attention: str = "sdpa"
+) -> None:
     """Put the same random prompt into any cache, layer by layer, the way a prefill does.
 
-    A packed layer takes it in pieces and sees its queries; every other layer takes it at once.
+    `attention` is what the model uses just now. A layer that is read packed takes its tokens in pieces and sees the
+    queries; every other layer takes them at once.
     """
     shape = group.shape
     for index in range(group.layers):
         source = Source(batch, shape.kv_heads, shape.group, shape.head_dim, group.torch_dtype, device, seed=index)
         pieces = chunks(batch, tokens)
-        layer = cache.layers[index] if index < len(cache.layers) else None
-        if hasattr(layer, "observe"):
+        if attention == ATTENTION_NAME:
             for count in pieces:
-                cache.update(*source.keys_and_values(count), index)
-                layer.observe(source.queries(count))
-                layer.commit()
+                handle, _ = cache.update(*source.keys_and_values(count), index)
+                _store(handle, source.queries(count))
             continue
         sides = [
             torch.empty(batch, shape.kv_heads, tokens, shape.head_dim, dtype=group.torch_dtype, device=device)
@@ -122,12 +125,26 @@ def fill(cache, group: Group, batch: int, tokens: int, device: torch.device) -> 
         del sides  # before the next layer's are made: at long context they weigh gigabytes
 
 
+def _store(handle, query: torch.Tensor) -> None:
+    """What the registered attention does with a piece of a prompt, but for attending."""
+    layer, pending = handle.layer, getattr(handle, "pending", None)
+    if pending is not None:  # a static layer stores a piece after its attention
+        pending.store(query)
+    elif isinstance(layer, TurboQuantLayer):
+        layer.observe(query)
+        layer.commit()
+    else:
+        layer.commit(query)
+
+
 def held_nbytes(cache) -> int:
     """Bytes that a step reads of a cache: what a packed layer holds, every tensor of another."""
     total = 0
     for layer in cache.layers:
         if isinstance(layer, TurboQuantLayer):
             total += tile_nbytes(layer)
+        elif hasattr(layer, "nbytes"):
+            total += layer.nbytes
         else:
             total += sum(_tensor_nbytes(x) for x in vars(layer).values())
     return total

@@ -99,7 +99,7 @@ def run_cache(
         model.set_attn_implementation(candidate.attention)
         before = resident_nbytes(device)
         cache = candidate.make(model.config, tokens + steps + stepper.warmup + SPARE)
-        fill(cache, group, batch, tokens, device)
+        fill(cache, group, batch, tokens, device, candidate.attention)
         resident = resident_nbytes(device) - before if device.type == "cuda" else held_nbytes(cache)
         held = held_nbytes(cache)
         row = {
