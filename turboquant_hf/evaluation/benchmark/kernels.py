@@ -25,7 +25,7 @@ from turboquant_hf.kernels.decode import PackedSide, RawTokens
 from turboquant_hf.kernels.decode import reference as decode_reference
 
 ERROR_BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-3}
-"""Largest relative error at which a speed counts: a few roundings of the dtype (8-bit scores in float32)."""
+"""Largest relative error at which a speed counts: a few roundings of the dtype, of tf32 products in float32."""
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
