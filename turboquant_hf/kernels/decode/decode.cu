@@ -237,11 +237,11 @@ constexpr int KEY_SCALE_BYTES = KEY_FORMAT ? 1 : 2, VALUE_SCALE_BYTES = VALUE_FO
 // Rows of keys that stand for one value of g >> 1 are followed by KEY_PAD bytes, so that lanes meet different banks.
 constexpr int OWN_TOKENS = ValueRow::BYTES;
 __host__ __device__ constexpr int key_place(int token) { return token * KEY_ROW_BYTES + token / OWN_TOKENS * KEY_PAD; }
-// A slot of shared memory holds a tile's keys (codes, scales, mean) or its values (codes, scales).
+// Every warp has room for one tile's keys (codes, scales, mean) and one tile's values (codes, scales).
 constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES, KEY_CODES = key_place(128), KEY_SCALES = 128 * KEY_GROUPS * KEY_SCALE_BYTES;
 constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
-constexpr int KEY_SLOT = KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0), VALUE_SLOT = VALUE_CODES + VALUE_SCALES;
-constexpr int SLOT = ((KEY_SLOT > VALUE_SLOT ? KEY_SLOT : VALUE_SLOT) + 127) / 128 * 128;
+constexpr int KEY_ROOM = (KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0) + 127) / 128 * 128;
+constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
 constexpr int THREADS = 32 * WARPS, ROTATION_PARTS = THREADS >= 2 * D ? 2 : 1;
 
 __host__ __device__ constexpr int widest_group() {
@@ -255,9 +255,7 @@ constexpr int VALUE_PIECE = D / ROTATION_PARTS < 64 ? D / ROTATION_PARTS : 64;
 
 struct Shared {
     union {
-        struct {
-            __align__(128) u8 slots[WARPS][SLOTS][SLOT];
-        };
+        __align__(128) u8 rooms[WARPS][KEY_ROOM + VALUE_ROOM];
         float output[2][WARPS][NR][D];  // of every warp: in the values' coded domain, and of raw tokens
     };
     float raw[NR][D];                   // queries times scaling * log2(e)
@@ -386,31 +384,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (2 * NR * D);
     float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR);
 
-    // -------- copies ahead: an even job is a tile's keys, the next its values
+    // -------- copies ahead: a tile's values arrive while its keys are at work, the next tile's keys while they are
     const int stride = splits * WARPS, begin = warp * splits + split;
-    const u32 ring_slots = shared_address(&shared.slots[warp][0][0]);
-    auto stage = [&](int job) {
-        const int tile = begin + (job >> 1) * stride;
+    const u32 key_room = shared_address(&shared.rooms[warp][0]), value_room = key_room + KEY_ROOM;
+    auto copy_keys = [&](int tile) {
         if (tile < tiles) {
             const i64 slot = (i64)bh * capacity + tile;
-            const u32 to = ring_slots + (u32)(job % SLOTS) * SLOT;
-            if (job & 1) {
-                copy_block<VALUE_CODES>(to, value_codes + slot * VALUE_CODES, lane);
-                copy_block<VALUE_SCALES>(to + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane);
-            } else {
-                copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(to, key_codes + slot * KEY_BLOCK, lane);
-                copy_block<KEY_SCALES>(to + KEY_CODES, key_scales + slot * KEY_SCALES, lane);
-                if (HAS_MEAN) copy_block<2 * D>(to + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane);
-            }
+            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, lane);
+            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, lane);
+            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
-    auto arrived = [] {
-        asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 1) : "memory");
+    auto copy_values = [&](int tile) {
+        if (tile < tiles) {
+            const i64 slot = (i64)bh * capacity + tile;
+            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, lane);
+            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    auto all_but_newest_arrived = [] {
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncwarp();
     };
-#pragma unroll
-    for (int job = 0; job < SLOTS - 1; job++) stage(job);
+    copy_keys(begin);
 
     if (threadIdx.x <= KEY_GROUPS)
 #pragma unroll
@@ -601,7 +599,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 shared.sum[1][warp][2 * t + r] = sum[r];
             }
         }
-        // Shared memory is full of slots: the sums wait in global memory, behind the blocks' parts.
+        // Shared memory is full of tiles: the sums wait in global memory, behind the blocks' parts.
         if (spilled_rows && g < NR) {
             float* mine = waiting + ((parts + split) * WARPS + warp) * NR * D + g * D;
 #pragma unroll
@@ -640,13 +638,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     value_levels.read(shared_address(shared.books[KEY_GROUPS]));
     constexpr int OWN_STEP = ValueRow::index(0, 2, 0);
     const int own_token = (g >> 1) * OWN_TOKENS + (g & 1) * OWN_STEP;
-    int job = 0;
     for (int tile = begin; tile < tiles; tile += stride) {
-        stage(job + SLOTS - 1);
-        arrived();
-        u32 at = ring_slots + (u32)(job % SLOTS) * SLOT;
-        job++;
-
+        copy_values(tile);
+        all_but_newest_arrived();
         float base[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) base[nt] = 0.f;
@@ -656,7 +650,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int c = 0; c < D / 64; c++) {
                 u32 x;
-                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at + KEY_CODES + KEY_SCALES + 128 * c + 4 * lane));
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(key_room + KEY_CODES + KEY_SCALES + 128 * c + 4 * lane));
                 float low = half_to_float((u16)x), high = half_to_float((u16)(x >> 16));
 #pragma unroll
                 for (int n = 0; n < NR; n++) {
@@ -679,15 +673,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
 #endif
         float s[8][NT][2];
-        const u32 rows = at + key_place((g >> 1) * OWN_TOKENS) + (g & 1) * OWN_STEP * KEY_ROW_BYTES;
-        const u32 scales = at + KEY_CODES + own_token * KEY_SCALE_BYTES;
-        unrolled<0, 8>([&]<int U>() {
-            score<0, U>(s[U], rows, scales, q, start_at, key_levels, t);
+        u32 rows = key_room + key_place((g >> 1) * OWN_TOKENS) + (g & 1) * OWN_STEP * KEY_ROW_BYTES;
+        u32 scales = key_room + KEY_CODES + own_token * KEY_SCALE_BYTES;
+        // Loops over units and channels are not unrolled whole: their code would not fit the instruction cache.
+#pragma unroll 1
+        for (int turn = 0; turn < 8 / KEY_UNROLL; turn++) {
+            float x[KEY_UNROLL][NT][2];
+            unrolled<0, KEY_UNROLL>([&]<int U>() { score<0, U>(x[U], rows, scales, q, start_at, key_levels, t); });
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) s[U][nt][r] = fmaf(s[U][nt][r], unit[nt], base[nt]);
-        });
+                for (int r = 0; r < 2; r++) {  // the newest scores enter behind the others
+#pragma unroll
+                    for (int u = 0; u < 8 - KEY_UNROLL; u++) s[u][nt][r] = s[u + KEY_UNROLL][nt][r];
+#pragma unroll
+                    for (int u = 0; u < KEY_UNROLL; u++) s[8 - KEY_UNROLL + u][nt][r] = fmaf(x[u][nt][r], unit[nt], base[nt]);
+                }
+            constexpr int NEXT = ValueRow::index(KEY_UNROLL, 0, 0);
+            static_assert(KEY_UNROLL == 8 || NEXT < OWN_TOKENS, "turns differ by whole rows of the lane's own tokens");
+            rows += NEXT * KEY_ROW_BYTES;
+            scales += NEXT * KEY_SCALE_BYTES;
+        }
         const i64 first = (i64)tile * 128;
         if (MASKED || SOFTCAP || first < start + sinks) {
             unrolled<0, 8>([&]<int U>() {
@@ -711,7 +717,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             for (int u = 0; u < 8; u++) highest[nt] = fmaxf(highest[nt], fmaxf(s[u][nt][0], s[u][nt][1]));
         }
         __syncwarp();  // a copy ahead writes to the slot that was read last
-        stage(job + SLOTS - 1);
+        copy_keys(tile + stride);
         float fade[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
@@ -721,14 +727,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             maximum[nt] = highest[nt];
             sum[nt] *= fade[nt];
         }
-        arrived();
-        at = ring_slots + (u32)(job % SLOTS) * SLOT;
-        job++;
+        all_but_newest_arrived();
         // Probabilities times the values' scales, in units of 1 / PROBABILITY_TOP of the tile's largest.
         float largest[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) largest[nt] = 1e-30f;
-        const u32 value_scale = at + VALUE_CODES + own_token * VALUE_SCALE_BYTES;
+        const u32 value_scale = value_room + VALUE_CODES + own_token * VALUE_SCALE_BYTES;
         unrolled<0, 16>([&]<int I>() {
             constexpr int U = I / 2, R = I % 2;
             float scale = load_scale<VALUE_FORMAT, ValueRow::index(U, R, 0) * VALUE_SCALE_BYTES>(value_scale);
@@ -766,36 +770,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             bias[nt][0] = MAGIC_BITS - (high >> 1);
             bias[nt][1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);
         }
-        const u32 value_rows = at + g * VALUE_ROW_BYTES;
-        unrolled<0, CHANNEL_TILES>([&]<int M>() {
-            ValueRow x, y;
-            x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, t);
-            y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, t);
-            int c[NT][4];
+        u32 value_rows = value_room + g * VALUE_ROW_BYTES;
+#pragma unroll 1
+        for (int turn = 0; turn < CHANNEL_TILES / VALUE_UNROLL; turn++) {
+            float next[VALUE_UNROLL][NT][2];
+            unrolled<0, VALUE_UNROLL>([&]<int M>() {
+                ValueRow x, y;
+                x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, t);
+                y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, t);
+                int c[NT][4];
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) {
-                c[nt][0] = c[nt][2] = bias[nt][0];
-                c[nt][1] = c[nt][3] = bias[nt][1];
-            }
-            unrolled<0, 4>([&]<int I>() {
-                u32 a0 = x.template levels<2 * I>(value_levels), a1 = y.template levels<2 * I>(value_levels);
-                u32 a2 = x.template levels<2 * I + 1>(value_levels), a3 = y.template levels<2 * I + 1>(value_levels);
+                for (int nt = 0; nt < NT; nt++) {
+                    c[nt][0] = c[nt][2] = bias[nt][0];
+                    c[nt][1] = c[nt][3] = bias[nt][1];
+                }
+                unrolled<0, 4>([&]<int I>() {
+                    u32 a0 = x.template levels<2 * I>(value_levels), a1 = y.template levels<2 * I>(value_levels);
+                    u32 a2 = x.template levels<2 * I + 1>(value_levels), a3 = y.template levels<2 * I + 1>(value_levels);
 #pragma unroll
-                for (int nt = 0; nt < NT; nt++) mma32(c[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
+                    for (int nt = 0; nt < NT; nt++) mma32(c[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
+                });
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        float high = fmaf(__int_as_float(c[nt][2 * r]), 128.f, -128.f * MAGIC);
+                        float low = __int_as_float(c[nt][2 * r + 1]) - MAGIC;
+                        next[M][nt][r] = fmaf(o[M][nt][r], fade[nt], back[nt] * (high + low));
+                    }
             });
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    float high = fmaf(__int_as_float(c[nt][2 * r]), 128.f, -128.f * MAGIC);
-                    float low = __int_as_float(c[nt][2 * r + 1]) - MAGIC;
-                    o[M][nt][r] = fmaf(o[M][nt][r], fade[nt], back[nt] * (high + low));
+#pragma unroll
+                    for (int m = 0; m < CHANNEL_TILES - VALUE_UNROLL; m++) o[m][nt][r] = o[m + VALUE_UNROLL][nt][r];
+#pragma unroll
+                    for (int m = 0; m < VALUE_UNROLL; m++) o[CHANNEL_TILES - VALUE_UNROLL + m][nt][r] = next[m][nt][r];
                 }
-        });
+            value_rows += 16 * VALUE_UNROLL * VALUE_ROW_BYTES;
+        }
         __syncwarp();
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();  // `output` lies over everybody's slots
+    __syncthreads();  // `output` lies over everybody's rooms
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
 #pragma unroll
