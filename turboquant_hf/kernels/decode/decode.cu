@@ -242,16 +242,16 @@ constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES, KEY_CODES = key_place(128), KEY_S
 constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
 constexpr int KEY_ROOM = (KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0) + 127) / 128 * 128;
 constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
-constexpr int THREADS = 32 * WARPS, ROTATION_PARTS = THREADS >= 2 * D ? 2 : 1;
+constexpr int THREADS = 32 * WARPS;
 
 __host__ __device__ constexpr int widest_group() {
     int most = 0;
     for (int size : KEY_SIZE) most = size > most ? size : most;
     return most;
 }
-// Elements of a column of the rotation that a thread holds at once: loaded before what they are multiplied with.
-constexpr int QUERY_PIECE = widest_group() / ROTATION_PARTS < 64 ? widest_group() / ROTATION_PARTS : 64;
-constexpr int VALUE_PIECE = D / ROTATION_PARTS < 64 ? D / ROTATION_PARTS : 64;
+// Products with a rotation: half a warp stands for 16 columns, its other half for the other half of the rows. A lane
+// holds this many elements of its column at once, loaded before what they are multiplied with.
+constexpr int QUERY_PIECE = widest_group() / 2 < 64 ? widest_group() / 2 : 64, VALUE_PIECE = D / 2 < 64 ? D / 2 : 64;
 
 struct Shared {
     union {
@@ -260,11 +260,8 @@ struct Shared {
     };
     float raw[NR][D];                   // queries times scaling * log2(e)
     float sorted[NR][D];                // in the order of the coded channels; later the block's result
-    float rotated[ROTATION_PARTS][NR][D];
     u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads, the values' last
     u8 bytes[2 * NR][D];                // 2 n + {0, 1}: high and low bytes of coded query n
-    int start_at[KEY_GROUPS][2 * NR];   // what accumulators begin with: MAGIC_BITS less the levels' bias
-    float query_unit[NR];
     float maximum[2][WARPS][NR], sum[2][WARPS][NR];
     float top[NR], total[NR];
     int last;
@@ -297,7 +294,14 @@ __device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane) {
     }
 }
 
-// Unit `u` of a group's coded query in the lanes' order: rows 4 nt + g / 2, byte g % 2.
+// Units of a group's coded query in the lanes' order: rows 4 nt + g / 2, byte g % 2.
+// What accumulators of a product with biased levels begin with, from the sums of the columns' high and low bytes.
+__device__ __forceinline__ void debias(int (&start)[2], const int (&sums)[4], int twice) {
+    int high = twice * sums[0], low = twice * sums[1];
+    start[0] = MAGIC_BITS - (high >> 1);
+    start[1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);  // half a high unit is 64 low ones
+}
+
 template <int G>
 __device__ __forceinline__ void load_query(u32 (*q)[NT], const Shared& shared, int g, int t, int channel) {
     if constexpr (G < KEY_GROUPS) {
@@ -409,6 +413,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         __syncwarp();
     };
     copy_keys(begin);
+    copy_values(begin);
 
     if (threadIdx.x <= KEY_GROUPS)
 #pragma unroll
@@ -429,93 +434,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
     };
     const float* columns = rotation_t + (i64)h * rotation_stride;
-    float piece[QUERY_PIECE], lead = 0.f;
-    int low = 0, size = 0;
-    const int column = threadIdx.x % D, part = threadIdx.x / D;
-    group_of(column, low, size, lead);
-    size /= ROTATION_PARTS;
-    if (part < ROTATION_PARTS)
+    const int half = lane >> 4;
+    float piece[QUERY_PIECE];
+    int low, size;
+    float lead;
+    auto load_columns = [&](int c, int first) {
+        group_of(c, low, size, lead);
+        low += half * (size /= 2);
 #pragma unroll
-        for (int j = 0; j < QUERY_PIECE; j++) piece[j] = j < size ? columns[(low + part * size + j) * D + column] : 0.f;
-    const float gain = key_gain ? key_gain[bh] : 1.f;
-    for (int c = threadIdx.x; c < D; c += THREADS) {
-        float r = balance ? 1.f / balance[(i64)bh * D + c] : 1.f;
+        for (int j = 0; j < QUERY_PIECE; j++) piece[j] = first + j < size ? columns[(low + first + j) * D + c] : 0.f;
+    };
+    if (16 * warp < D) load_columns(16 * warp + (lane & 15), 0);
+    for (int j = threadIdx.x; j < D; j += THREADS) {
+        const int source = order ? order[(i64)bh * D + j] : j;
+        const float r = balance ? 1.f / balance[(i64)bh * D + source] : 1.f;
 #pragma unroll
         for (int n = 0; n < NR; n++) {
-            float x = n < rows ? raw_to_float(query[((i64)bh * all_rows + row0 + n) * D + c]) * factor : 0.f;
-            shared.raw[n][c] = x;
-            shared.rotated[0][n][c] = r * x;
+            float x = n < rows ? raw_to_float(query[((i64)bh * all_rows + row0 + n) * D + source]) * factor : 0.f;
+            shared.raw[n][source] = x;
+            shared.sorted[n][j] = r * x;
         }
     }
+    const float gain = key_gain ? key_gain[bh] : 1.f;
     __syncthreads();
-    for (int j = threadIdx.x; j < D; j += THREADS) {
-        int source = order ? order[(i64)bh * D + j] : j;
+    // A rotation keeps the norm, so that no coordinate exceeds it: the unit needs no second look.
+    float query_unit[NR];
 #pragma unroll
-        for (int n = 0; n < NR; n++) shared.sorted[n][j] = shared.rotated[0][n][source];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROTATION_PARTS * D; i += THREADS) {
-        const int c = i % D, p = i / D;
-        if (i != threadIdx.x) {  // fewer threads than channels
-            group_of(c, low, size, lead);
-            size /= ROTATION_PARTS;
+    for (int n = 0; n < NR; n++) {
+        float square = 0.f;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            int edge, count;
+            float weight;
+            group_of(lane + 32 * i, edge, count, weight);
+            float x = shared.sorted[n][lane + 32 * i] * weight;
+            square += x * x;
         }
+#pragma unroll
+        for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
+        query_unit[n] = fmaxf(sqrtf(square) * gain, 1e-30f) / QUERY_TOP;
+    }
+    for (int base = 16 * warp; base < D; base += 16 * WARPS) {
+        const int c = base + (lane & 15);
         float acc[NR] = {};
+        if (base != 16 * warp) load_columns(c, 0);
         for (int first = 0; first < size; first += QUERY_PIECE) {
-            if (i != threadIdx.x || first)
-#pragma unroll
-                for (int j = 0; j < QUERY_PIECE; j++)
-                    piece[j] = first + j < size ? columns[(low + p * size + first + j) * D + c] : 0.f;
+            if (first) load_columns(c, first);
 #pragma unroll
             for (int j = 0; j < QUERY_PIECE; j++)
                 if (first + j < size)
 #pragma unroll
-                    for (int n = 0; n < NR; n++) acc[n] += piece[j] * shared.sorted[n][low + p * size + first + j];
+                    for (int n = 0; n < NR; n++) acc[n] += piece[j] * shared.sorted[n][low + first + j];
         }
 #pragma unroll
-        for (int n = 0; n < NR; n++) shared.rotated[p][n][c] = acc[n] * (lead * gain);
-    }
-    __syncthreads();
-    for (int n = warp; n < NR; n += WARPS) {
-        float q[D / 32], top = 0.f;
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            q[i] = shared.rotated[0][n][lane + 32 * i];
-            if (ROTATION_PARTS == 2) q[i] += shared.rotated[ROTATION_PARTS - 1][n][lane + 32 * i];
-            top = fmaxf(top, fabsf(q[i]));
+        for (int n = 0; n < NR; n++) {
+            acc[n] += __shfl_xor_sync(~0u, acc[n], 16);
+            int v = __float2int_rn(acc[n] * (lead * gain) / query_unit[n]), high = (v + 64) >> 7;
+            shared.bytes[2 * n + half][c] = (u8)(half ? v - 128 * high : high);
         }
-#pragma unroll
-        for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-        float unit = fmaxf(top, 1e-30f) / QUERY_TOP;
-        int sums[KEY_GROUPS][2] = {};
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            int v = __float2int_rn(q[i] / unit), c = lane + 32 * i;
-            int high = (v + 64) >> 7, low = v - 128 * high;
-            shared.bytes[2 * n][c] = (u8)high;
-            shared.bytes[2 * n + 1][c] = (u8)low;
-#pragma unroll
-            for (int group = 0, edge = 0; group < KEY_GROUPS; group++) {
-                bool inside = c >= edge && c < edge + KEY_SIZE[group];
-                sums[group][0] += inside ? high : 0;
-                sums[group][1] += inside ? low : 0;
-                edge += KEY_SIZE[group];
-            }
-        }
-#pragma unroll
-        for (int group = 0; group < KEY_GROUPS; group++) {
-#pragma unroll
-            for (int d = 16; d; d >>= 1) {
-                sums[group][0] += __shfl_xor_sync(~0u, sums[group][0], d);
-                sums[group][1] += __shfl_xor_sync(~0u, sums[group][1], d);
-            }
-            int high = twice_bias(KEY_BITS[group]) * sums[group][0], low = twice_bias(KEY_BITS[group]) * sums[group][1];
-            if (lane == 0) {  // half a high unit is 64 low ones
-                shared.start_at[group][2 * n] = MAGIC_BITS - (high >> 1);
-                shared.start_at[group][2 * n + 1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);
-            }
-        }
-        if (lane == 0) shared.query_unit[n] = unit;
     }
     __syncthreads();
 
@@ -613,15 +589,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     // -------- tiles
     u32 q[UNITS][NT];
     load_query<0>(q, shared, g, t, 0);
-    int start_at[KEY_GROUPS][NT][2];
+    int start_at[KEY_GROUPS][NT][2];  // what accumulators begin with: MAGIC_BITS less the levels' bias
     float unit[NT];
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
-        unit[nt] = shared.query_unit[4 * nt + t];
+        unit[nt] = t & 2 ? t & 1 ? query_unit[4 * nt + 3] : query_unit[4 * nt + 2] : t & 1 ? query_unit[4 * nt + 1] : query_unit[4 * nt];
 #pragma unroll
-        for (int group = 0; group < KEY_GROUPS; group++) {
-            start_at[group][nt][0] = shared.start_at[group][8 * nt + 2 * t];
-            start_at[group][nt][1] = shared.start_at[group][8 * nt + 2 * t + 1];
+        for (int group = 0, u = 0; group < KEY_GROUPS; u += KEY_SIZE[group++] / 16) {
+            int c[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int i = 0; i < KEY_SIZE[group] / 16; i++) mma16(c, 0x01010101u, 0x01010101u, q[u + i][nt]);
+            debias(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
         }
     }
     float o[CHANNEL_TILES][NT][2], maximum[NT], sum[NT];
@@ -639,7 +617,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     constexpr int OWN_STEP = ValueRow::index(0, 2, 0);
     const int own_token = (g >> 1) * OWN_TOKENS + (g & 1) * OWN_STEP;
     for (int tile = begin; tile < tiles; tile += stride) {
-        copy_values(tile);
         all_but_newest_arrived();
         float base[NT];
 #pragma unroll
@@ -766,9 +743,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int u = 0; u < 8; u += 2)
                 mma32(c, 0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u, p[u][nt], p[u + 1][nt]);
-            int high = twice_bias(VALUE_BITS) * c[0], low = twice_bias(VALUE_BITS) * c[1];
-            bias[nt][0] = MAGIC_BITS - (high >> 1);
-            bias[nt][1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);
+            debias(bias[nt], c, twice_bias(VALUE_BITS));
         }
         u32 value_rows = value_room + g * VALUE_ROW_BYTES;
 #pragma unroll 1
@@ -811,6 +786,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             value_rows += 16 * VALUE_UNROLL * VALUE_ROW_BYTES;
         }
         __syncwarp();
+        copy_values(tile + stride);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();  // `output` lies over everybody's rooms
@@ -855,15 +831,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     __syncthreads();
     const float* matrix = value_rotation + (i64)h * value_rotation_stride;
     float turn[VALUE_PIECE];
-    auto load_matrix = [&](int i, int first) {
-        const int from = i / D * (D / ROTATION_PARTS) + first;
-        if (i < ROTATION_PARTS * D)
+    auto load_matrix = [&](int c, int first) {
 #pragma unroll
-            for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(from + j) * D + i % D];
+        for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(half * (D / 2) + first + j) * D + c];
     };
-    if (splits == 1)
-        load_matrix(threadIdx.x, 0);
-    else {
+    if (splits == 1) {
+        if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
+    } else {
         float* part_output = work + (parts + split) * (2 * NR * D);
         for (int i = threadIdx.x; i < NR * D; i += THREADS) {
             part_output[i] = (&shared.sorted[0][0])[i];
@@ -883,8 +857,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         __syncthreads();
         if (!shared.last) return;
         __threadfence();
-        load_matrix(threadIdx.x, 0);
-        // Weights of the splits: shared.bytes and what follows it are done with.
+        if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
         float* weights = &shared.output[0][0][0][0];
         for (int n = warp; n < NR; n += WARPS) {
             float top = NEVER, total = 0.f;
@@ -920,32 +893,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     }
 
     // -------- turn the packed part back and write
-    for (int i = threadIdx.x; i < ROTATION_PARTS * D; i += THREADS) {
-        const int c = i % D, part = i / D, size = D / ROTATION_PARTS;
+    const float value_lead = VALUE_UNIT * (value_gain ? value_gain[bh] : 1.f);
+    for (int base = 16 * warp; base < D; base += 16 * WARPS) {
+        const int c = base + (lane & 15);
         float acc[NR] = {};
-        for (int first = 0; first < size; first += VALUE_PIECE) {
-            if (i != threadIdx.x || first) load_matrix(i, first);
+        for (int first = 0; first < D / 2; first += VALUE_PIECE) {
+            if (base != 16 * warp || first) load_matrix(c, first);
 #pragma unroll
             for (int j = 0; j < VALUE_PIECE; j++)
 #pragma unroll
-                for (int n = 0; n < NR; n++) acc[n] += turn[j] * shared.sorted[n][part * size + first + j];
+                for (int n = 0; n < NR; n++) acc[n] += turn[j] * shared.sorted[n][half * (D / 2) + first + j];
         }
 #pragma unroll
-        for (int n = 0; n < NR; n++) shared.rotated[part][n][c] = acc[n];
-    }
-    __syncthreads();
-    const float value_lead = VALUE_UNIT * (value_gain ? value_gain[bh] : 1.f);
-    for (int i = threadIdx.x; i < rows * D; i += THREADS) {
-        const int n = i / D, c = i % D;
-        float total = shared.total[n], x = shared.rotated[0][n][c];
-        if (ROTATION_PARTS == 2) x += shared.rotated[ROTATION_PARTS - 1][n][c];
-        x = x * value_lead + shared.raw[n][c];
-        if (s_aux) {  // a logit that takes probability and carries no value
-            float logit = s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, top = fmaxf(shared.top[n], logit);
-            float fade = exp2_fast(shared.top[n] - top);
-            x *= fade;
-            total = total * fade + exp2_fast(logit - top);
+        for (int n = 0; n < NR; n++) {
+            acc[n] += __shfl_xor_sync(~0u, acc[n], 16);
+            if (n >= rows || half != (n & 1)) continue;
+            float total = shared.total[n], x = acc[n] * value_lead + shared.raw[n][c];
+            if (s_aux) {  // a logit that takes probability and carries no value
+                float logit = s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, top = fmaxf(shared.top[n], logit);
+                float fade = exp2_fast(shared.top[n] - top);
+                x *= fade;
+                total = total * fade + exp2_fast(logit - top);
+            }
+            result[((i64)bh * all_rows + row0 + n) * D + c] = float_to_raw(total > 0.f ? x / total : 0.f);
         }
-        result[((i64)bh * all_rows + row0 + n) * D + c] = float_to_raw(total > 0.f ? x / total : 0.f);
     }
 }
