@@ -95,7 +95,7 @@ def test_a_recorded_step_replays_across_tiles(preset):
         static_ops.append(key, value, layer.arena, layer.counts, layer.plan_name)
         if packed:
             return static_ops.attend(
-                query, layer.arena, layer.counts, None, None, dim**-0.5, None, layer.plan_name
+                query, layer.arena, layer.counts, layer.workspace, None, None, dim**-0.5, None, layer.plan_name
             )
         dense = layer.dense()
         layer.commit(query)

@@ -45,7 +45,7 @@ def test_steps_of_kernels_equal_plain_torch(triton_backend, monkeypatch, preset,
             monkeypatch.setenv("TURBOQUANT_BACKEND", backend)
             new = [x[n].to(layer.arena.device) for x in (keys, values, queries)]
             static_ops.append(*new[:2], layer.arena, layer.counts, layer.plan_name)
-            where = layer.arena, layer.counts, None, None, 0.2, None, layer.plan_name
+            where = layer.arena, layer.counts, layer.workspace, None, None, 0.2, None, layer.plan_name
             results.append(static_ops.attend(new[2], *where).cpu())
         text = f"step {n}"
         torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3, msg=lambda why, text=text: text + why)

@@ -9,7 +9,6 @@ import torch
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.cache import StaticHandle, TurboQuantStaticLayer
 from turboquant_hf.cache.static_ops import attend
-from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 
 def static_attention(
@@ -31,7 +30,8 @@ def static_attention(
     if served:
         scaling, softcap, s_aux = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(query, layer.arena, layer.counts, mask, s_aux, scaling, softcap, layer.plan_name), None
+        buffers = layer.arena, layer.counts, layer.workspace
+        return attend(query, *buffers, mask, s_aux, scaling, softcap, layer.plan_name), None
     if attention_mask is None:
         attention_mask = layer.visible(query.shape[2])
     output = dense_attention(module, query, *layer.dense(), attention_mask, **options)
@@ -43,9 +43,7 @@ def _key_mask(
     layer: TurboQuantStaticLayer, query: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
 ) -> tuple[bool, torch.Tensor | None]:
     """(whether the packed reader serves the call, its mask [B, max_len])."""
-    keys, values = layer.quantizers
-    rotated = isinstance(keys, RotatedQuantizer) and isinstance(values, RotatedQuantizer)
-    if not rotated or not values.channel_major or keys.channel_major:
+    if not layer.reads_packed:
         return False, None
     if options.get("dropout") or options.get("is_causal") is False:
         return False, None

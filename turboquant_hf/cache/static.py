@@ -70,11 +70,12 @@ class TurboQuantStaticCache(StaticCache):
         if head_dim is not None and not latent:
             self.preset.validate(head_dim)
         reads_packed = never_packed if latent else LiveAttention(config)
+        workspaces: dict = {}
         packed = [index for index, layer in enumerate(self.layers) if type(layer) is StaticLayer]
         for ordinal, index in enumerate(packed):
             keys, values = self.preset.layer_quantizers(ordinal, len(packed))
             length = self.layers[index].max_cache_len
-            self.layers[index] = TurboQuantStaticLayer(self.preset, keys, values, length, reads_packed)
+            self.layers[index] = TurboQuantStaticLayer(self.preset, keys, values, length, reads_packed, workspaces)
 
     def __repr__(self) -> str:
         packed = len(self.packed_layers)

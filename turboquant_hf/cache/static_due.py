@@ -29,13 +29,15 @@ class DueState(StaticState):
         else:
             self._commit_where_due()
 
-    def warm(self) -> None:
+    def warm(self, workspace: torch.Tensor) -> None:
         """Make what kernels keep for good (rotations, tables) now: a CUDA graph would take it for its own memory."""
         plan = self.plan
         weight = torch.ones(plan.batch, 1, plan.tile, device=self.arena.device)
         for quantizer, ring, state in zip(plan.quantizers, self.ring, self.states, strict=True):
             tile = torch.zeros_like(ring[:, :, None, : plan.tile])
             quantizer.decode(quantizer.encode(tile, state, weight), state, ring.shape[-1], plan.dtype)
+        if plan.reads_packed:
+            self.attend(torch.zeros_like(self.ring[0][:, :, :1]), workspace, scaling=1.0)
 
     def _commit_by_kernels(self) -> None:
         plan, keys = self.plan, self.plan.quantizers[0]

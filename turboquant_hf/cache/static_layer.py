@@ -14,7 +14,11 @@ from turboquant_hf.cache.static_due import DueState
 from turboquant_hf.cache.static_plan import STEP_TOKENS, StaticPlan, plan_name
 from turboquant_hf.cache.static_state import StaticState
 from turboquant_hf.config import CachePreset
+from turboquant_hf.kernels.dispatch import decode_workspace
 from turboquant_hf.quantizers import Quantizer
+
+WORKSPACE_ROWS = 16
+"""Query rows of a KV head that the shared workspace is made for; calls with more get memory of their own."""
 
 
 class TurboQuantStaticLayer(CacheLayerMixin):
@@ -28,6 +32,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         keys, values: this layer's quantizers.
         max_cache_len: tokens that fit.
         returns_handles: asked at every `update`: does the live attention implementation read packed tiles?
+        workspaces: by device, what all layers of a cache share.
     """
 
     is_compileable = True
@@ -42,11 +47,13 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         values: Quantizer,
         max_cache_len: int,
         returns_handles: Callable[[], bool] = lambda: False,
+        workspaces: dict[torch.device, torch.Tensor] | None = None,
     ) -> None:
         if preset.encode_first:
             raise ValueError("encode_first=True is not supported by a static cache; allowed: False")
         self.preset, self.quantizers, self.max_cache_len = preset, (keys, values), max_cache_len
         self._returns_handles = returns_handles
+        self._workspaces = {} if workspaces is None else workspaces
         self.noted_starts: list[int] | None = None
         self.is_initialized = False
 
@@ -86,11 +93,15 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         )
         self.plan_name = plan_name(self.plan)
         self.arena, self.counts = self.plan.allocate()
-        for x in (self.arena, self.counts):
+        device = key_states.device
+        if device not in self._workspaces:
+            self._workspaces[device] = decode_workspace(batch * heads, WORKSPACE_ROWS, self.plan.head_dims[0], device)
+        self.workspace, self.reads_packed = self._workspaces[device], self.plan.reads_packed
+        for x in (self.arena, self.counts, self.workspace):
             torch._dynamo.mark_static_address(x)
         self._set_starts()
-        if self.plan.device.type == "cuda":
-            DueState(self.plan_name, self.arena, self.counts).warm()
+        if device.type == "cuda":
+            DueState(self.plan_name, self.arena, self.counts).warm(self.workspace)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = self.max_batch_size = batch
         self.num_heads = heads

@@ -11,7 +11,6 @@ import torch
 from turboquant_hf.cache.static_due import open_state
 from turboquant_hf.cache.static_plan import PLANS
 from turboquant_hf.cache.static_state import StaticState
-from turboquant_hf.kernels.dispatch import decode_attention
 
 BOTH = ("arena", "counts")
 NO_CAPTURE = (
@@ -26,11 +25,12 @@ def append(key: torch.Tensor, value: torch.Tensor, arena: torch.Tensor, counts: 
     open_state(plan, arena, counts).append(key, value)
 
 
-@torch.library.custom_op("turboquant_hf::attend", mutates_args=BOTH)
+@torch.library.custom_op("turboquant_hf::attend", mutates_args=(*BOTH, "workspace"))
 def attend(
     query: torch.Tensor,
     arena: torch.Tensor,
     counts: torch.Tensor,
+    workspace: torch.Tensor,
     mask: torch.Tensor | None,
     s_aux: torch.Tensor | None,
     scaling: float,
@@ -39,22 +39,11 @@ def attend(
 ) -> torch.Tensor:
     """Attention of the newest q tokens, [B, Hq, q, D] -> [B, q, Hq, Dv], over sinks, tiles and ring; then `commit`.
 
-    mask: bool [B, max_len], False hides a position. Serves rotated quantizers only.
+    mask: bool [B, max_len], False hides a position. workspace: `dispatch.decode_workspace`. Serves rotated quantizers.
     """
     state = open_state(plan, arena, counts)
     state.observe(query)
-    output = decode_attention(
-        query,
-        *state.sides(),
-        *state.raw(),
-        state.starts,
-        scaling=scaling,
-        mask=mask,
-        softcap=softcap,
-        s_aux=s_aux,
-        sparse_v_threshold=state.plan.sparse_v_threshold,
-        counts=counts[:2],
-    )
+    output = state.attend(query, workspace, scaling=scaling, mask=mask, softcap=softcap, s_aux=s_aux)
     state.commit()
     return output.transpose(1, 2).contiguous()
 
@@ -117,7 +106,7 @@ def _(key, value, arena, counts, plan):
 
 
 @attend.register_fake
-def _(query, arena, counts, mask, s_aux, scaling, softcap, plan):
+def _(query, arena, counts, workspace, mask, s_aux, scaling, softcap, plan):
     batch, heads, count, _ = query.shape
     return query.new_empty((batch, count, heads, PLANS[plan].head_dims[1]))
 

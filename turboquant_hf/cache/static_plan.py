@@ -80,6 +80,13 @@ class StaticPlan:
         )
 
     @cached_property
+    def reads_packed(self) -> bool:
+        """Whether attention can read these tiles as they are."""
+        keys, values = self.quantizers
+        rotated = isinstance(keys, RotatedQuantizer) and isinstance(values, RotatedQuantizer)
+        return rotated and values.channel_major and not keys.channel_major
+
+    @cached_property
     def has_kernels(self) -> bool:
         """Whether the kernels of `kernels.statistics.due` know how to fit and encode these quantizers."""
         keys, values = (set(state) for state in self.first_states)

@@ -6,12 +6,14 @@ p % R of the ring until it is in a tile; tile n holds positions [n T, (n + 1) T)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from turboquant_hf.cache.layer import _nan_for_inf
 from turboquant_hf.cache.static_plan import PLANS, ROLES, StaticPlan
 from turboquant_hf.kernels.decode import PackedSide, RawTokens
-from turboquant_hf.kernels.dispatch import append_tokens
+from turboquant_hf.kernels.dispatch import append_tokens, decode_attention
 
 ENCODE_TILES = 64
 """Tiles that are encoded at once: bounds what a long prefill needs beside the cache."""
@@ -188,6 +190,14 @@ class StaticState:
     def raw(self) -> tuple[RawTokens, RawTokens]:
         """(sinks, ring)."""
         return RawTokens(*self.sinks), RawTokens(*self.ring)
+
+    def attend(self, query: torch.Tensor, workspace: torch.Tensor, **options: Any) -> torch.Tensor:
+        """`decode_attention` over what is held (rotated quantizers only): [B, Hq, q, D] -> [B, Hq, q, Dv]."""
+        where = *self.sides(), *self.raw(), self.starts
+        threshold, counts = self.plan.sparse_v_threshold, self.counts[:2]
+        return decode_attention(
+            query, *where, **options, sparse_v_threshold=threshold, counts=counts, workspace=workspace
+        )
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, H, max_len, D] in the model's dtype, zeros behind the newest. Does not wait for a GPU."""
