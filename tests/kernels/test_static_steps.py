@@ -28,12 +28,14 @@ def make_layer(preset, new, starts):
 
 
 @pytest.mark.parametrize(
-    ("preset", "starts"), [("k4v4", [0, 21]), ("k3v3", [47, 44])], ids=["padded", "mostly-padding"]
+    ("preset", "starts"),
+    [("k4v4", [0, 21]), pytest.param("k3v3", [47, 44], marks=pytest.mark.gpu)],
+    ids=["padded", "mostly-padding"],
 )
 def test_steps_of_kernels_equal_plain_torch(triton_backend, monkeypatch, preset, starts):
     device = triton_backend
     generator = torch.Generator().manual_seed(0)
-    steps = 68
+    steps = 52 if device == "cpu" else 68
     keys, values = torch.randn(2, steps, 2, 1, 1, 32, generator=generator)
     queries = torch.randn(steps, 2, 2, 1, 32, generator=generator)
     ours = make_layer(preset, keys[0].to(device), starts)
@@ -49,6 +51,6 @@ def test_steps_of_kernels_equal_plain_torch(triton_backend, monkeypatch, preset,
             results.append(static_ops.attend(new[2], *where).cpu())
         text = f"step {n}"
         torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3, msg=lambda why, text=text: text + why)
-    assert torch.equal(ours.counts.cpu(), plain.counts) and int(plain.counts[0]) == 3
+    assert torch.equal(ours.counts.cpu(), plain.counts) and int(plain.counts[0]) == (steps - 16) // 16
     if device == "cpu":
         assert static_due.open_state(ours.plan_name, ours.arena, ours.counts).__class__ is static_due.DueState
