@@ -24,6 +24,8 @@ def static_attention(
     attention_mask: [B, 1, q, max_len] bool or additive; None is the plain causal rule without padding.
     """
     layer = key.layer
+    if not torch.compiler.is_compiling():
+        layer.read_by_us = True
     if key.pending is not None:
         return _chunk_attention(module, query, key, attention_mask, **options)
     served, mask = _key_mask(layer, query, attention_mask, options)

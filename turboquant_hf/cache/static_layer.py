@@ -55,6 +55,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         self._returns_handles = returns_handles
         self._workspaces = {} if workspaces is None else workspaces
         self.noted_starts: list[int] | None = None
+        self.read_by_us = False
         self.is_initialized = False
 
     # ------------------------------------------------------------------ transformers' protocol: growing
@@ -185,8 +186,14 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         return self.dense()[1] if self.is_initialized else None
 
     def get_seq_length(self, *args) -> torch.Tensor | int:
-        """Tokens held: on the device, as upstream's static layer has it; 0 before the first update."""
-        return self.counts[1].long() if self.is_initialized else 0
+        """Tokens held: on the device, as upstream's static layer has it; 0 before the first update.
+
+        int64 as upstream's, or int32 once our attention has read a handle of this layer: `turboquant_mask` then knows
+        that a single query needs no mask.
+        """
+        if not self.is_initialized:
+            return 0
+        return self.counts[1] if self.read_by_us and self._returns_handles() else self.counts[1].long()
 
     def get_mask_sizes(self, query_length) -> tuple[int, int]:
         return self.max_cache_len, 0
