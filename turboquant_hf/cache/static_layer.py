@@ -170,10 +170,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         """Mask [B, 1, tokens, max_len] of the newest `tokens`, `pending` of which are not stored yet: causal, padding
         hidden. Does not wait for the device.
         """
-        position = torch.arange(self.max_cache_len, device=self.device)
-        newest = self.counts[1] + pending - tokens + torch.arange(tokens, device=self.device)
-        starts = self.plan.view(self.arena, "starts")
-        return ((position <= newest[:, None]) & (position >= starts[:, None, None]))[:, None]
+        return static_ops.visible(self.arena, self.counts, tokens, pending, self.plan_name)
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -193,7 +190,8 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             return 0
-        return self.counts[1] if self.read_by_us and self._returns_handles() else self.counts[1].long()
+        length = static_ops.length(self.counts)
+        return length if self.read_by_us and self._returns_handles() else length.long()
 
     def get_mask_sizes(self, query_length) -> tuple[int, int]:
         return self.max_cache_len, 0

@@ -19,6 +19,21 @@ NO_CAPTURE = (
 )
 
 
+@torch.library.custom_op("turboquant_hf::length", mutates_args=())
+def length(counts: torch.Tensor) -> torch.Tensor:
+    """Tokens held, int32 []. An op of its own: a compiler that reads the buffer itself may do so after `append` wrote."""
+    return counts[1].clone()
+
+
+@torch.library.custom_op("turboquant_hf::visible", mutates_args=())
+def visible(arena: torch.Tensor, counts: torch.Tensor, tokens: int, pending: int, plan: str) -> torch.Tensor:
+    """Mask [B, 1, tokens, max_len] of the newest `tokens`, of which `pending` are not stored yet."""
+    state = StaticState(plan, arena, counts)
+    position = torch.arange(state.plan.max_len, device=arena.device)
+    newest = counts[1] + pending - tokens + torch.arange(tokens, device=arena.device)
+    return ((position <= newest[:, None]) & (position >= state.starts[:, None, None]))[:, None]
+
+
 @torch.library.custom_op("turboquant_hf::append", mutates_args=BOTH)
 def append(key: torch.Tensor, value: torch.Tensor, arena: torch.Tensor, counts: torch.Tensor, plan: str) -> None:
     """Store up to 16 new tokens, [B, H, q, D], raw: in the ring, and in the sinks while those fill."""
@@ -98,6 +113,17 @@ def _host_length(state: StaticState) -> int:
     if state.arena.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(NO_CAPTURE)
     return state.read_counts()[1]
+
+
+@length.register_fake
+def _(counts):
+    return counts.new_empty(())
+
+
+@visible.register_fake
+def _(arena, counts, tokens, pending, plan):
+    plan = PLANS[plan]
+    return arena.new_empty((plan.batch, 1, tokens, plan.max_len), dtype=torch.bool)
 
 
 @append.register_fake
