@@ -15,6 +15,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
+typedef unsigned long long u64;
 
 constexpr float NEVER = -1e30f;  // a score that is not seen; finite, so that differences stay numbers
 constexpr float LOG2E = 1.4426950408889634f;
@@ -102,8 +103,14 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     asm("{ .reg .u64 x; cvta.to.shared.u64 x, %1; cvt.u32.u64 %0, x; }" : "=r"(a) : "l"(p));
     return a;
 }
-__device__ __forceinline__ void copy16(u32 to, const u8* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// Packed bytes are read once: they leave the L2 cache first, and what every block reads stays.
+__device__ __forceinline__ u64 read_once_policy() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void copy16(u32 to, const u8* from, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
 
 template <int I, int N, class Fn>
@@ -259,8 +266,12 @@ struct Shared {
         float output[2][WARPS][NR][D];  // of every warp: in the values' coded domain, and of raw tokens
     };
     float raw[NR][D];                   // queries times scaling * log2(e)
+    float balanced[NR][D];
     float sorted[NR][D];                // in the order of the coded channels; later the block's result
     u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads, the values' last
+#if WAIT_IN_SHARED
+    float waiting[WARPS][NR][D];        // sums over raw tokens
+#endif
     u8 bytes[2 * NR][D];                // 2 n + {0, 1}: high and low bytes of coded query n
     float maximum[2][WARPS][NR], sum[2][WARPS][NR];
     float top[NR], total[NR];
@@ -285,12 +296,12 @@ __device__ __forceinline__ float load_scale(u32 lane) {  // FORMAT 0: halves; el
 
 // A block of memory to shared memory; every GROUP bytes are followed by PAD.
 template <int BYTES, int GROUP = BYTES, int PAD = 0>
-__device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane) {
+__device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane, u64 policy) {
     static_assert(BYTES % 16 == 0 && GROUP % 16 == 0, "whole pieces");
 #pragma unroll
     for (int i = 0; i < BYTES; i += 512) {
         const int at = i + 16 * lane, pad = PAD == 0 ? 0 : (GROUP % 512 == 0 ? i / GROUP : at / GROUP) * PAD;
-        if (i + 512 <= BYTES || at < BYTES) copy16(to + at + pad, from + at);
+        if (i + 512 <= BYTES || at < BYTES) copy16(to + at + pad, from + at, policy);
     }
 }
 
@@ -386,25 +397,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     // `work`: every block's two parts, their maxima and sums, and what waits of every warp's raw tokens.
     const i64 parts = ((i64)blockIdx.z * gridDim.y + bh) * splits;
     float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (2 * NR * D);
-    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR);
+#if WAIT_IN_SHARED
+    float* waiting = &shared.waiting[warp][0][0];
+#else
+    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR) + ((parts + split) * WARPS + warp) * (NR * D);
+#endif
 
     // -------- copies ahead: a tile's values arrive while its keys are at work, the next tile's keys while they are
     const int stride = splits * WARPS, begin = warp * splits + split;
     const u32 key_room = shared_address(&shared.rooms[warp][0]), value_room = key_room + KEY_ROOM;
+    const u64 policy = read_once_policy();
     auto copy_keys = [&](int tile) {
         if (tile < tiles) {
             const i64 slot = (i64)bh * capacity + tile;
-            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, lane);
-            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, lane);
-            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane);
+            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, lane, policy);
+            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, lane, policy);
+            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane, policy);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
     auto copy_values = [&](int tile) {
         if (tile < tiles) {
             const i64 slot = (i64)bh * capacity + tile;
-            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, lane);
-            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane);
+            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, lane, policy);
+            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane, policy);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
@@ -412,9 +428,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncwarp();
     };
-    copy_keys(begin);
-    copy_values(begin);
-
     if (threadIdx.x <= KEY_GROUPS)
 #pragma unroll
         for (int i = 0; i < 6; i++)
@@ -444,18 +457,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int j = 0; j < QUERY_PIECE; j++) piece[j] = first + j < size ? columns[(low + first + j) * D + c] : 0.f;
     };
+    // What the query needs is asked for before the tiles: their copies fill the memory's queues.
+    constexpr int OWN = (D + THREADS - 1) / THREADS;
     if (16 * warp < D) load_columns(16 * warp + (lane & 15), 0);
-    for (int j = threadIdx.x; j < D; j += THREADS) {
-        const int source = order ? order[(i64)bh * D + j] : j;
-        const float r = balance ? 1.f / balance[(i64)bh * D + source] : 1.f;
+    float own_balance[OWN];
+    u16 own_query[OWN][NR];
+    int own_order[OWN];
 #pragma unroll
-        for (int n = 0; n < NR; n++) {
-            float x = n < rows ? raw_to_float(query[((i64)bh * all_rows + row0 + n) * D + source]) * factor : 0.f;
-            shared.raw[n][source] = x;
-            shared.sorted[n][j] = r * x;
-        }
+    for (int i = 0; i < OWN; i++) {
+        const int c = threadIdx.x + i * THREADS < D ? threadIdx.x + i * THREADS : 0;
+        own_balance[i] = balance ? balance[(i64)bh * D + c] : 1.f;
+        own_order[i] = order ? order[(i64)bh * D + c] : c;
+#pragma unroll
+        for (int n = 0; n < NR; n++) own_query[i][n] = n < rows ? query[((i64)bh * all_rows + row0 + n) * D + c] : 0;
     }
     const float gain = key_gain ? key_gain[bh] : 1.f;
+    copy_keys(begin);
+    copy_values(begin);
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int c = threadIdx.x + i * THREADS;
+        if (c < D)
+#pragma unroll
+            for (int n = 0; n < NR; n++) {
+                float x = raw_to_float(own_query[i][n]) * factor;
+                shared.raw[n][c] = x;
+                shared.balanced[n][c] = x / own_balance[i];
+            }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int j = threadIdx.x + i * THREADS;
+        if (j < D)
+#pragma unroll
+            for (int n = 0; n < NR; n++) shared.sorted[n][j] = shared.balanced[n][own_order[i]];
+    }
     __syncthreads();
     // A rotation keeps the norm, so that no coordinate exceeds it: the unit needs no second look.
     float query_unit[NR];
@@ -575,9 +612,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 shared.sum[1][warp][2 * t + r] = sum[r];
             }
         }
-        // Shared memory is full of tiles: the sums wait in global memory, behind the blocks' parts.
         if (spilled_rows && g < NR) {
-            float* mine = waiting + ((parts + split) * WARPS + warp) * NR * D + g * D;
+            float* mine = waiting + g * D;
 #pragma unroll
             for (int j = 0; j < CHANNELS; j++) {
                 mine[2 * t * CHANNELS + j] = o[j][0];
@@ -804,7 +840,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             for (int r = 0; r < 2; r++) shared.output[0][warp][4 * nt + t][16 * m + g + 8 * r] = o[m][nt][r];
     }
     for (int i = lane; i < NR * D; i += 32)
-        (&shared.output[1][warp][0][0])[i] = spilled_rows ? waiting[((parts + split) * WARPS + warp) * NR * D + i] : 0.f;
+        (&shared.output[1][warp][0][0])[i] = spilled_rows ? waiting[i] : 0.f;
     __syncthreads();
 
     // -------- one result a block: `sorted` takes the packed part, `raw` that of raw tokens
@@ -835,9 +871,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(half * (D / 2) + first + j) * D + c];
     };
-    if (splits == 1) {
-        if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
-    } else {
+    if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
+    if (splits > 1) {
         float* part_output = work + (parts + split) * (2 * NR * D);
         for (int i = threadIdx.x; i < NR * D; i += THREADS) {
             part_output[i] = (&shared.sorted[0][0])[i];
@@ -847,17 +882,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x] = shared.top[threadIdx.x];
             all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x + 1] = shared.total[threadIdx.x];
         }
-        __threadfence();
         __syncthreads();
-        if (threadIdx.x == 0) {
+        if (threadIdx.x == 0) {  // the barrier and this fence together order all threads' writes
+            __threadfence();
             int* arrival = arrivals + blockIdx.z * gridDim.y + bh;
             shared.last = atomicAdd(arrival, 1) == splits - 1;
             if (shared.last) *arrival = 0;
+            __threadfence();
         }
         __syncthreads();
         if (!shared.last) return;
-        __threadfence();
-        if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
         float* weights = &shared.output[0][0][0][0];
         for (int n = warp; n < NR; n += WARPS) {
             float top = NEVER, total = 0.f;
