@@ -209,10 +209,10 @@ def _splits(blocks: int, tiles: int, warps: int, processors: int) -> int:
     """Blocks a head so that waves of blocks are full and warps have equal numbers of tiles."""
 
     def cost(splits: int) -> float:
-        rounds = -(-tiles // (splits * warps)) if tiles else 0
-        return -(-blocks * splits // processors) * (rounds + 1.5)
+        rounds, busy = -(-tiles // (splits * warps)), min(1.0, tiles / (splits * warps))
+        return -(-blocks * splits // processors) * (rounds * (1 + busy) + 3) + 0.05 * splits
 
-    most = max(1, min(256, 4 * processors // blocks, -(-tiles // warps) if tiles else 1))
+    most = max(1, min(64, 4 * processors // blocks, tiles))
     return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
 
 
@@ -301,6 +301,7 @@ def source(shape: Shape, warps: int) -> str:
         f"#define HAS_MEAN {int(shape.mean)}",
         f"#define MASKED {int(shape.masked)}",
         f"#define SOFTCAP {int(shape.softcap)}",
+        f"#define WAIT_IN_SHARED {int(_wait_in_shared(shape))}",
         f"constexpr int D = {shape.dim}, WARPS = {warps}, NT = {shape.rows // 4};",
         f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {sum(row_bytes)};",
         f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
@@ -329,10 +330,15 @@ def shared_bytes(shape: Shape, warps: int) -> int:
     key_slot = TILE * key_row + pads + TILE * len(shape.keys) * key_scale + (2 * dim if shape.mean else 0)
     value_slot = dim * packed_size(TILE, shape.values[1]) + TILE * value_scale
     room = -(-key_slot // 128) * 128 + -(-value_slot // 128) * 128
-    total = max(warps * room, 4 * 2 * warps * rows * dim)
-    total += 4 * rows * dim * 2 + 32 * (len(shape.keys) + 1) + 2 * rows * dim
+    total = max(warps * room, 4 * warps * rows * dim)
+    total += 4 * rows * dim * 3 + (4 * warps * rows * dim if _wait_in_shared(shape) else 0) + 32 * (len(shape.keys) + 1) + 2 * rows * dim
     total += 4 * 2 * 2 * warps * rows + 4 * 2 * rows + 4
     return -(-total // 128) * 128
+
+
+def _wait_in_shared(shape: Shape) -> bool:
+    """Whether sums over raw tokens wait for the end in shared memory; else there is no room for them."""
+    return shape.dim <= 128 and max(bits for _, bits, _, _ in (*shape.keys, shape.values)) < 8
 
 
 @lru_cache(maxsize=64)

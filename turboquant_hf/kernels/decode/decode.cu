@@ -15,6 +15,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
+typedef unsigned long long u64;
 
 constexpr float NEVER = -1e30f;  // a score that is not seen; finite, so that differences stay numbers
 constexpr float LOG2E = 1.4426950408889634f;
@@ -102,8 +103,14 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     asm("{ .reg .u64 x; cvta.to.shared.u64 x, %1; cvt.u32.u64 %0, x; }" : "=r"(a) : "l"(p));
     return a;
 }
-__device__ __forceinline__ void copy16(u32 to, const u8* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// Packed bytes are read once: they leave the L2 cache first, and what every block reads stays.
+__device__ __forceinline__ u64 read_once_policy() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void copy16(u32 to, const u8* from, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
 
 template <int I, int N, class Fn>
@@ -256,11 +263,15 @@ constexpr int QUERY_PIECE = widest_group() / 2 < 64 ? widest_group() / 2 : 64, V
 struct Shared {
     union {
         __align__(128) u8 rooms[WARPS][KEY_ROOM + VALUE_ROOM];
-        float output[2][WARPS][NR][D];  // of every warp: in the values' coded domain, and of raw tokens
+        float output[WARPS][NR][D];  // of every warp, in the values' coded domain
     };
     float raw[NR][D];                   // queries times scaling * log2(e)
+    float balanced[NR][D];
     float sorted[NR][D];                // in the order of the coded channels; later the block's result
     u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads, the values' last
+#if WAIT_IN_SHARED
+    float waiting[WARPS][NR][D];        // sums over raw tokens
+#endif
     u8 bytes[2 * NR][D];                // 2 n + {0, 1}: high and low bytes of coded query n
     float maximum[2][WARPS][NR], sum[2][WARPS][NR];
     float top[NR], total[NR];
@@ -285,12 +296,12 @@ __device__ __forceinline__ float load_scale(u32 lane) {  // FORMAT 0: halves; el
 
 // A block of memory to shared memory; every GROUP bytes are followed by PAD.
 template <int BYTES, int GROUP = BYTES, int PAD = 0>
-__device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane) {
+__device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane, u64 policy) {
     static_assert(BYTES % 16 == 0 && GROUP % 16 == 0, "whole pieces");
 #pragma unroll
     for (int i = 0; i < BYTES; i += 512) {
         const int at = i + 16 * lane, pad = PAD == 0 ? 0 : (GROUP % 512 == 0 ? i / GROUP : at / GROUP) * PAD;
-        if (i + 512 <= BYTES || at < BYTES) copy16(to + at + pad, from + at);
+        if (i + 512 <= BYTES || at < BYTES) copy16(to + at + pad, from + at, policy);
     }
 }
 
@@ -386,25 +397,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     // `work`: every block's two parts, their maxima and sums, and what waits of every warp's raw tokens.
     const i64 parts = ((i64)blockIdx.z * gridDim.y + bh) * splits;
     float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (2 * NR * D);
-    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR);
+#if WAIT_IN_SHARED
+    float* waiting = &shared.waiting[warp][0][0];
+#else
+    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR) + ((parts + split) * WARPS + warp) * (NR * D);
+#endif
 
     // -------- copies ahead: a tile's values arrive while its keys are at work, the next tile's keys while they are
     const int stride = splits * WARPS, begin = warp * splits + split;
     const u32 key_room = shared_address(&shared.rooms[warp][0]), value_room = key_room + KEY_ROOM;
+    const u64 policy = read_once_policy();
     auto copy_keys = [&](int tile) {
         if (tile < tiles) {
             const i64 slot = (i64)bh * capacity + tile;
-            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, lane);
-            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, lane);
-            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane);
+            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, lane, policy);
+            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, lane, policy);
+            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane, policy);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
     auto copy_values = [&](int tile) {
         if (tile < tiles) {
             const i64 slot = (i64)bh * capacity + tile;
-            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, lane);
-            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane);
+            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, lane, policy);
+            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane, policy);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
@@ -412,9 +428,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncwarp();
     };
-    copy_keys(begin);
-    copy_values(begin);
-
     if (threadIdx.x <= KEY_GROUPS)
 #pragma unroll
         for (int i = 0; i < 6; i++)
@@ -444,18 +457,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int j = 0; j < QUERY_PIECE; j++) piece[j] = first + j < size ? columns[(low + first + j) * D + c] : 0.f;
     };
+    // What the query needs is asked for before the tiles: their copies fill the memory's queues.
+    constexpr int OWN = (D + THREADS - 1) / THREADS;
     if (16 * warp < D) load_columns(16 * warp + (lane & 15), 0);
-    for (int j = threadIdx.x; j < D; j += THREADS) {
-        const int source = order ? order[(i64)bh * D + j] : j;
-        const float r = balance ? 1.f / balance[(i64)bh * D + source] : 1.f;
+    float own_balance[OWN];
+    u16 own_query[OWN][NR];
+    int own_order[OWN];
 #pragma unroll
-        for (int n = 0; n < NR; n++) {
-            float x = n < rows ? raw_to_float(query[((i64)bh * all_rows + row0 + n) * D + source]) * factor : 0.f;
-            shared.raw[n][source] = x;
-            shared.sorted[n][j] = r * x;
-        }
+    for (int i = 0; i < OWN; i++) {
+        const int c = threadIdx.x + i * THREADS < D ? threadIdx.x + i * THREADS : 0;
+        own_balance[i] = balance ? balance[(i64)bh * D + c] : 1.f;
+        own_order[i] = order ? order[(i64)bh * D + c] : c;
+#pragma unroll
+        for (int n = 0; n < NR; n++) own_query[i][n] = n < rows ? query[((i64)bh * all_rows + row0 + n) * D + c] : 0;
     }
     const float gain = key_gain ? key_gain[bh] : 1.f;
+    copy_keys(begin);
+    copy_values(begin);
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int c = threadIdx.x + i * THREADS;
+        if (c < D)
+#pragma unroll
+            for (int n = 0; n < NR; n++) {
+                float x = raw_to_float(own_query[i][n]) * factor;
+                shared.raw[n][c] = x;
+                shared.balanced[n][c] = x / own_balance[i];
+            }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int j = threadIdx.x + i * THREADS;
+        if (j < D)
+#pragma unroll
+            for (int n = 0; n < NR; n++) shared.sorted[n][j] = shared.balanced[n][own_order[i]];
+    }
     __syncthreads();
     // A rotation keeps the norm, so that no coordinate exceeds it: the unit needs no second look.
     float query_unit[NR];
@@ -575,9 +612,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 shared.sum[1][warp][2 * t + r] = sum[r];
             }
         }
-        // Shared memory is full of tiles: the sums wait in global memory, behind the blocks' parts.
         if (spilled_rows && g < NR) {
-            float* mine = waiting + ((parts + split) * WARPS + warp) * NR * D + g * D;
+            float* mine = waiting + g * D;
 #pragma unroll
             for (int j = 0; j < CHANNELS; j++) {
                 mine[2 * t * CHANNELS + j] = o[j][0];
@@ -801,43 +837,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int m = 0; m < CHANNEL_TILES; m++)
 #pragma unroll
-            for (int r = 0; r < 2; r++) shared.output[0][warp][4 * nt + t][16 * m + g + 8 * r] = o[m][nt][r];
+            for (int r = 0; r < 2; r++) shared.output[warp][4 * nt + t][16 * m + g + 8 * r] = o[m][nt][r];
     }
-    for (int i = lane; i < NR * D; i += 32)
-        (&shared.output[1][warp][0][0])[i] = spilled_rows ? waiting[((parts + split) * WARPS + warp) * NR * D + i] : 0.f;
-    __syncthreads();
-
-    // -------- one result a block: `sorted` takes the packed part, `raw` that of raw tokens
-    for (int i = threadIdx.x; i < NR * D; i += THREADS) {
-        int n = i / D, c = i % D;
-        float top = NEVER, total = 0.f, packed_o = 0.f, raw_o = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, fmaxf(shared.maximum[0][w][n], shared.maximum[1][w][n]));
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            float x = exp2_fast(shared.maximum[0][w][n] - top), y = exp2_fast(shared.maximum[1][w][n] - top);
-            total += x * shared.sum[0][w][n] + y * shared.sum[1][w][n];
-            packed_o += x * shared.output[0][w][n][c];
-            raw_o += y * shared.output[1][w][n][c];
-        }
-        if (top == NEVER) total = packed_o = raw_o = 0.f;
-        shared.sorted[n][c] = packed_o;
-        shared.raw[n][c] = raw_o;
-        if (c == 0) {
-            shared.top[n] = top;
-            shared.total[n] = total;
-        }
-    }
-    __syncthreads();
     const float* matrix = value_rotation + (i64)h * value_rotation_stride;
     float turn[VALUE_PIECE];
     auto load_matrix = [&](int c, int first) {
 #pragma unroll
         for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(half * (D / 2) + first + j) * D + c];
     };
-    if (splits == 1) {
-        if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
-    } else {
+    if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
+    __syncthreads();
+
+    // -------- one result a block: `sorted` takes the packed part, `raw` that of raw tokens. A thread keeps to one row.
+    constexpr int ROW_THREADS = THREADS / NR;
+    const int n = threadIdx.x / ROW_THREADS, first_channel = n < NR ? threadIdx.x % ROW_THREADS : D;
+    if (n < NR) {
+        float top = NEVER, total = 0.f, weight[2][WARPS];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, fmaxf(shared.maximum[0][w][n], shared.maximum[1][w][n]));
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+#pragma unroll
+            for (int kind = 0; kind < 2; kind++) {
+                float sum = shared.sum[kind][w][n];
+                weight[kind][w] = top == NEVER || sum == 0.f ? 0.f : exp2_fast(shared.maximum[kind][w][n] - top);
+                total += weight[kind][w] * sum;
+            }
+        if (first_channel == 0) {
+            shared.top[n] = top;
+            shared.total[n] = total;
+        }
+        for (int c = first_channel; c < D; c += ROW_THREADS) {
+            float packed_o = 0.f, raw_o = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                packed_o += weight[0][w] * shared.output[w][n][c];
+                if (shared.sum[1][w][n] > 0.f) raw_o += weight[1][w] * waiting[(w - warp) * NR * D + n * D + c];
+            }
+            shared.sorted[n][c] = packed_o;
+            shared.raw[n][c] = raw_o;
+        }
+    }
+    __syncthreads();
+    if (splits > 1) {
         float* part_output = work + (parts + split) * (2 * NR * D);
         for (int i = threadIdx.x; i < NR * D; i += THREADS) {
             part_output[i] = (&shared.sorted[0][0])[i];
@@ -847,47 +889,67 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x] = shared.top[threadIdx.x];
             all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x + 1] = shared.total[threadIdx.x];
         }
-        __threadfence();
         __syncthreads();
-        if (threadIdx.x == 0) {
+        if (threadIdx.x == 0) {  // the barrier and this fence together order all threads' writes
+            __threadfence();
             int* arrival = arrivals + blockIdx.z * gridDim.y + bh;
             shared.last = atomicAdd(arrival, 1) == splits - 1;
             if (shared.last) *arrival = 0;
+            __threadfence();
         }
         __syncthreads();
         if (!shared.last) return;
-        __threadfence();
-        if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
-        float* weights = &shared.output[0][0][0][0];
-        for (int n = warp; n < NR; n += WARPS) {
-            float top = NEVER, total = 0.f;
-            for (int j = lane; j < splits; j += 32) top = fmaxf(top, __ldcg(all_sums + (parts + j) * (2 * NR) + 2 * n));
+        // The last block of a head adds the parts up, 16 at a time, all of them asked for at once.
+        constexpr int OWN_CHANNELS = (D + ROW_THREADS - 1) / ROW_THREADS, PIECE = OWN_CHANNELS <= 2 ? 16 : 4;
+        float top = NEVER, total = 0.f, packed_o[OWN_CHANNELS] = {}, raw_o[OWN_CHANNELS] = {};
+        for (int first = 0; first < splits && n < NR; first += PIECE) {
+            float2 sums[PIECE];
+            float x[PIECE][OWN_CHANNELS], y[PIECE][OWN_CHANNELS];
 #pragma unroll
-            for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-            for (int j = lane; j < splits; j += 32) {
-                float weight = exp2_fast(__ldcg(all_sums + (parts + j) * (2 * NR) + 2 * n) - top);
-                total += weight * __ldcg(all_sums + (parts + j) * (2 * NR) + 2 * n + 1);
-                weights[j * NR + n] = weight;
+            for (int j = 0; j < PIECE; j++) {
+                const i64 part = parts + (first + j < splits ? first + j : 0);
+                sums[j] = __ldcg((const float2*)(all_sums + part * (2 * NR) + 2 * n));
+                if (first + j >= splits) sums[j].x = NEVER;
+#pragma unroll
+                for (int i = 0; i < OWN_CHANNELS; i++) {
+                    const int c = first_channel + i * ROW_THREADS < D ? first_channel + i * ROW_THREADS : 0;
+                    x[j][i] = __ldcg(work + part * (2 * NR * D) + n * D + c);
+                    y[j][i] = __ldcg(work + part * (2 * NR * D) + NR * D + n * D + c);
+                }
+            }
+            float larger = top;
+#pragma unroll
+            for (int j = 0; j < PIECE; j++) larger = fmaxf(larger, sums[j].x);
+            const float fade = exp2_fast(top - larger);
+            top = larger;
+            total *= fade;
+#pragma unroll
+            for (int i = 0; i < OWN_CHANNELS; i++) {
+                packed_o[i] *= fade;
+                raw_o[i] *= fade;
             }
 #pragma unroll
-            for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
-            if (lane == 0) {
-                shared.top[n] = top;
-                shared.total[n] = total;
+            for (int j = 0; j < PIECE; j++) {
+                const float weight = sums[j].x == NEVER ? 0.f : exp2_fast(sums[j].x - top);
+                total += weight * sums[j].y;
+#pragma unroll
+                for (int i = 0; i < OWN_CHANNELS; i++) {
+                    packed_o[i] += weight * x[j][i];
+                    raw_o[i] += weight * y[j][i];
+                }
             }
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < NR * D; i += THREADS) {
-            const int n = i / D;
-            const float* from = work + parts * (2 * NR * D) + i;
-            float packed_o = 0.f, raw_o = 0.f;
-#pragma unroll 16
-            for (int j = 0; j < splits; j++) {
-                packed_o += weights[j * NR + n] * __ldcg(from + (i64)j * (2 * NR * D));
-                raw_o += weights[j * NR + n] * __ldcg(from + (i64)j * (2 * NR * D) + NR * D);
+#pragma unroll
+        for (int i = 0; i < OWN_CHANNELS; i++) {
+            const int c = first_channel + i * ROW_THREADS;
+            if (c < D) {
+                shared.sorted[n][c] = packed_o[i];
+                shared.raw[n][c] = raw_o[i];
+                if (c == 0) {
+                    shared.top[n] = top;
+                    shared.total[n] = total;
+                }
             }
-            shared.sorted[n][i % D] = packed_o;
-            shared.raw[n][i % D] = raw_o;
         }
         __syncthreads();
     }
