@@ -18,8 +18,7 @@ class DueState(StaticState):
     """
 
     def observe(self, query: torch.Tensor) -> None:
-        heads, dim = query.shape[1], query.shape[3]
-        if self.plan.quantizers[0].needs_statistics and not heads % self.plan.heads and dim == self.plan.head_dims[0]:
+        if self.plan.observes(query):
             energy, count = self.view("query.energy"), self.view("query.count")
             dispatch.observe_due(query, energy, count, self.seen, self.counts[:2], self.fitted, self.starts)
 

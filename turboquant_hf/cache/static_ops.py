@@ -21,7 +21,7 @@ NO_CAPTURE = (
 
 @torch.library.custom_op("turboquant_hf::length", mutates_args=())
 def length(counts: torch.Tensor) -> torch.Tensor:
-    """Tokens held, int32 []. An op of its own: a compiler that reads the buffer itself may do so after `append` wrote."""
+    """Tokens held, int32 []. An op of its own: a compiler may move a plain read of the buffer behind `append`."""
     return counts[1].clone()
 
 

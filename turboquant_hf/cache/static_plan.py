@@ -120,6 +120,11 @@ class StaticPlan:
             position += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
         return {**offsets, "": position}
 
+    def observes(self, query: torch.Tensor) -> bool:
+        """Whether the statistics take these queries [B, Hq, q, D]."""
+        fits = query.shape[1] % self.heads == 0 and query.shape[3] == self.head_dims[0]
+        return self.quantizers[0].needs_statistics and fits
+
     def view(self, arena: torch.Tensor, name: str) -> torch.Tensor:
         """One array of an arena, without a copy."""
         field, start = self.fields[name], self.offsets[name]

@@ -13,7 +13,7 @@ import torch
 from turboquant_hf.cache.layer import _nan_for_inf
 from turboquant_hf.cache.static_plan import PLANS, ROLES, StaticPlan
 from turboquant_hf.kernels.decode import PackedSide, RawTokens
-from turboquant_hf.kernels.dispatch import append_tokens, decode_attention
+from turboquant_hf.kernels.dispatch import append_tokens, decode_attention, query_energy
 
 ENCODE_TILES = 64
 """Tiles that are encoded at once: bounds what a long prefill needs beside the cache."""
@@ -76,17 +76,12 @@ class StaticState:
 
     def observe(self, query: torch.Tensor) -> None:
         """Count the queries [B, Hq, q, D] of the newest q tokens into the statistics, until the first encode."""
-        batch, heads, tokens, dim = query.shape
-        groups = heads // self.plan.heads
-        if not self.plan.quantizers[0].needs_statistics or heads % self.plan.heads or dim != self.plan.head_dims[0]:
+        if not self.plan.observes(query) or self.fitted[0]:
             return
-        if self.fitted[0]:
-            return
-        length = self.read_counts()[1]
-        weight = self._weight(length - tokens, tokens, 0)
-        grouped = query.detach().float().reshape(batch, self.plan.heads, groups, tokens, dim)
-        self.view("query.energy").add_((grouped.square() * weight[:, None, None, :, None]).sum(dim=(2, 3)))
-        self.view("query.count").add_(weight.sum(dim=1)[:, None] * groups)
+        tokens = query.shape[2]
+        energy, count = query_energy(query, self.plan.heads, self.starts, self.read_counts()[1] - tokens)
+        self.view("query.energy").add_(energy)
+        self.view("query.count").add_(count[:, :, 0])
         self.seen += tokens
 
     def commit(self) -> None:
@@ -106,7 +101,7 @@ class StaticState:
         first = tiles * plan.tile
         for low in range(0, ready, ENCODE_TILES):
             high = min(low + ENCODE_TILES, ready)
-            weight = self._weight(first + low * plan.tile, (high - low) * plan.tile, plan.sinks)
+            weight = self._weight(first + low * plan.tile, (high - low) * plan.tile)
             parts = zip(plan.quantizers, (keys, values), self.states, self.tiles, strict=True)
             for quantizer, x, state, arrays in parts:
                 fresh = x[:, :, low * plan.tile : high * plan.tile].unflatten(2, (-1, plan.tile))
@@ -126,7 +121,7 @@ class StaticState:
         """Freeze the statistics of all whole tiles, the recent window included."""
         plan, tokens = self.plan, keys.shape[2]
         whole = tokens // plan.tile
-        weight = self._weight(length - tokens, whole * plan.tile, plan.sinks).unflatten(1, (whole, plan.tile))
+        weight = self._weight(length - tokens, whole * plan.tile).unflatten(1, (whole, plan.tile))
         query_rms = self._query_rms() if 2 * int(self.seen[0]) >= length else None
         for quantizer, x, state in zip(plan.quantizers, (keys, values), self.states, strict=True):
             learned = quantizer.fit(x[:, :, : whole * plan.tile].unflatten(2, (whole, plan.tile)), weight, query_rms)
@@ -139,10 +134,10 @@ class StaticState:
         pooled = energy.sum(0, keepdim=True) / count.sum(0, keepdim=True).clamp(min=1)
         return torch.where(count > 0, energy / count.clamp(min=1), pooled).sqrt()
 
-    def _weight(self, start: int, tokens: int, sinks: int) -> torch.Tensor:
-        """[B, tokens] float32: 0 for padding and for the first `sinks` tokens, 1 elsewhere."""
+    def _weight(self, start: int, tokens: int) -> torch.Tensor:
+        """[B, tokens] float32: 0 for padding and sinks, 1 elsewhere."""
         position = torch.arange(start, start + tokens, device=self.arena.device)
-        return (position >= (self.starts + sinks)[:, None]).float()
+        return (position >= (self.starts + self.plan.sinks)[:, None]).float()
 
     def crop(self, keep: int) -> None:
         """Keep the first `keep` tokens; a cut inside a tile decodes what is left of that tile into the ring."""
