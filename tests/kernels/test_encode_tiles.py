@@ -7,7 +7,7 @@ import torch
 
 from turboquant_hf.kernels.codes import tile_bytes
 from turboquant_hf.kernels.encode import reference
-from turboquant_hf.primitives import polynomial, rotation_matrix, unpack
+from turboquant_hf.primitives import grid, polynomial, rotation_matrix, unpack
 
 from .cases import groups_of
 
@@ -36,6 +36,7 @@ CASES = {f"{bits}-bit": {"groups": groups_of((32, bits)), "channel_major": bits 
         "groups": groups_of((64, 4), make=polynomial), "channel_major": True, "mean": False, "dtype": torch.float16,
         "tile": 128, "scale_rule": "norm-corrected", "scale_format": "e4m4",
     },
+    "grid": {"groups": groups_of((64, 5), (32, 4), (32, 3), make=grid), "dtype": torch.float16, "scale_format": "e3m5"},
     "wide": {"groups": groups_of((144, 4)), "tile": 16, "dtype": torch.float16, "mean": False},
 }  # fmt: skip
 

@@ -44,6 +44,7 @@ class GroupSpec:
         midpoints: (t0, t1, ...): the threshold that the centred number m stands for is t0 m + t1 m^3 + ...;
             () for a table look-up.
         levels: the same for levels, of 2 code + 1 - 2^bits.
+        unit: what the levels are multiples of that a half holds exactly (`pair_table`), or 0.
         coefficients: () for a table look-up, else (1, c1, ...): level = lead * x * (1 + c1 x^2 + ...) with
             x = (2 code + 1) / 2^bits - 1.
         lead: factor of the levels.
@@ -69,6 +70,7 @@ class GroupSpec:
     guess: tuple[float, ...]
     midpoints: tuple[float, ...]
     levels: tuple[float, ...]
+    unit: float
     coefficients: tuple[float, ...]
     lead: float
     table: int
@@ -116,7 +118,8 @@ def tile_spec(
                 root=group.size**0.5, planes=tuple(rows), chunk=chunk, chunks=chunks, first_chunk=first_chunk,
                 aligned=aligned, regular=length >= 16 and length & (length - 1) == 0,
                 edge=guess[0] if guess else 0.0, guess=guess[1:], midpoints=midpoints(group.codebook),
-                levels=group.codebook.coefficients, coefficients=coefficients, lead=lead, table=table,
+                levels=group.codebook.coefficients, unit=group.codebook.unit, coefficients=coefficients,
+                lead=lead, table=table,
             )  # fmt: skip
         )
         start += group.size
@@ -148,6 +151,20 @@ def level_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Te
 def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
     """The thresholds of all groups, each followed by one +inf, so that offsets are those of the levels."""
     rows = [torch.tensor((*group.codebook.thresholds, float("inf")), dtype=torch.float32) for group in groups]
+    return torch.cat(rows).to(device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def pair_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
+    """int32, offsets as in `level_table`: the levels of a code and the next as two halves, in the codebook's unit.
+
+    Zeros where a codebook has no unit. With both levels at hand their threshold is known too: one load for a code.
+    """
+    rows = []
+    for group in groups:
+        steps = group.codebook.tensor() / (group.codebook.unit or torch.inf)
+        rows.append(torch.stack([steps, steps.roll(-1)], dim=1).half().view(torch.int32)[:, 0])
     return torch.cat(rows).to(device)
 
 

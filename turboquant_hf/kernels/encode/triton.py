@@ -23,6 +23,7 @@ from turboquant_hf.kernels.encode.spec import (
     group_of,
     level_table,
     padded_size,
+    pair_table,
     plane_count,
     plane_of,
     rows_contiguous,
@@ -38,7 +39,7 @@ MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2**23: added to a small float32, it leaves the nearest whole number in the low bits."""
 RAW, SPLIT, FULL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """How a product is made: of the input as it is, of its two halves in float16, or in float32."""
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 TILES = 4
 """Tiles of a program where that leaves enough programs: what does not depend on the tile is read once."""
 WARPS = 8
@@ -174,7 +175,19 @@ def _odd(x, GROUP: tl.constexpr, NAME: tl.constexpr):
 
 
 @triton.jit
-def _rounded(point, p_thresholds, p_levels, GROUP: tl.constexpr):
+def _looked_up(p_table, index):
+    """int32 entries of a small table. A load of its own would be given, and bring about, a layout for wide rows."""
+    if INTERPRETED:
+        return tl.load(p_table + index)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 a; mad.wide.u32 a, $2, 4, $1; ld.global.nc.b32 $0, [a]; }", "=r,l,r",
+            [p_table.to(tl.int64), index], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _rounded(point, p_thresholds, p_levels, p_pairs, GROUP: tl.constexpr):
     """Codes of the nearest levels, int32 of which the low 8 bits count, and the levels."""
     BITS: tl.constexpr = GROUP.bits
     HALF: tl.constexpr = 1 << (BITS - 1)
@@ -187,16 +200,20 @@ def _rounded(point, p_thresholds, p_levels, GROUP: tl.constexpr):
     else:
         moved = _odd(tl.clamp(point, -GROUP.edge, GROUP.edge), GROUP, "guess") + MAGIC
         number = moved - MAGIC
-        whole = moved.to(tl.int32, bitcast=True) - 0x4B400000
-        if terms_of(GROUP, "midpoints") == 0:
-            # NaN has no guess: it must not reach outside the table.
-            low = tl.minimum(tl.maximum(whole + (HALF - 1), 0), 2 * HALF - 2)
+        # The code below the threshold; masked, since a NaN has no guess and must not reach outside a table.
+        low = (moved.to(tl.int32, bitcast=True) - (0x4B400000 - HALF + 1)) & (2 * HALF - 1)
+        if terms_of(GROUP, "midpoints") > 0:
+            above = point > _odd(number, GROUP, "midpoints")
+            return low + above.to(tl.int32), _odd(2.0 * number + tl.where(above, 1.0, -1.0), GROUP, "levels")
+        elif GROUP.unit > 0.0:
+            pair = _looked_up(p_pairs + GROUP.table, low)
+            under = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            over = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            above = point > (under + over) * (0.5 * GROUP.unit)
+            return low + above.to(tl.int32), tl.where(above, over, under) * GROUP.unit
+        else:
             codes = low + (point > tl.load(p_thresholds + GROUP.table + low)).to(tl.int32)
             return codes, tl.load(p_levels + GROUP.table + codes)
-        else:
-            above = point > _odd(number, GROUP, "midpoints")
-            level = _odd(2.0 * number + tl.where(above, 1.0, -1.0), GROUP, "levels")
-            return whole + tl.where(above, HALF, HALF - 1), level
 
 
 @triton.jit
@@ -264,8 +281,8 @@ def _pack_regular(
 
 @triton.jit
 def _write_group(
-    y, p_thresholds, p_levels, p_codes, p_scale, factor, t, GROUP: tl.constexpr, SPEC: tl.constexpr, T: tl.constexpr,
-    RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
+    y, p_thresholds, p_levels, p_pairs, p_codes, p_scale, factor, t, GROUP: tl.constexpr, SPEC: tl.constexpr,
+    T: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`)."""
     BLOCK_T: tl.constexpr = y.shape[0]
@@ -274,7 +291,7 @@ def _write_group(
     square = tl.where(square < float("inf"), square, float("nan"))
     norm = tl.sqrt_rn(square)
     point = y * tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), tl.maximum(norm / GROUP.root, 1e-30))[:, None]
-    codes, level = _rounded(point, p_thresholds, p_levels, GROUP)
+    codes, level = _rounded(point, p_thresholds, p_levels, p_pairs, GROUP)
     if BLOCK_C != GROUP.size:
         level = tl.where((tl.arange(0, BLOCK_C) < GROUP.size)[None, :], level, 0.0)
     if RULE == "norm":
@@ -310,8 +327,8 @@ def _write_group(
 
 @triton.jit
 def _encode_kernel(
-    p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_codes, p_scale,
-    p_counts, p_fitted, x_b, x_h, x_n, x_t, w_b, w_n, w_t, m_b, m_h, m_n, c_b, c_h, c_n, s_b, s_h, s_n,
+    p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_codes,
+    p_scale, p_counts, p_fitted, x_b, x_h, x_n, x_t, w_b, w_n, w_t, m_b, m_h, m_n, c_b, c_h, c_n, s_b, s_h, s_n,
     part_stride, a_b, a_h, u_h, H, N, TILES, RING, SINKS, WINDOW,
     SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr,
@@ -391,7 +408,7 @@ def _encode_kernel(
                 else:
                     y = _product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
             _write_group(
-                y, p_thresholds, p_levels, p_codes + b * c_b + h * c_h + tile * c_n,
+                y, p_thresholds, p_levels, p_pairs, p_codes + b * c_b + h * c_h + tile * c_n,
                 p_scale + b * s_b + h * s_h + tile * s_n + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
                 SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
             )  # fmt: skip
@@ -523,7 +540,8 @@ def _arguments(
         "p_order": x if order is None else order.contiguous(),
         "p_balance": x if balance is None else balance.contiguous(),
         "p_gain": x if gain is None else gain.contiguous(), "p_thresholds": threshold_table(groups, x.device),
-        "p_levels": level_table(groups, x.device), "p_codes": out["codes"], "p_scale": out["scale"],
+        "p_levels": level_table(groups, x.device), "p_pairs": pair_table(groups, x.device),
+        "p_codes": out["codes"], "p_scale": out["scale"],
         "x_b": x_b, "x_h": x_h, "x_n": x_n, "x_t": x_t, "m_b": m_b, "m_h": m_h, "m_n": m_n,
         "c_b": c_b, "c_h": c_h, "c_n": c_n, "s_b": s_b, "s_h": s_h, "s_n": s_n,
         "part_stride": heads * dim * dim, "a_b": a_b, "a_h": a_h, "u_h": u_h, "H": x.shape[1],
