@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.cache.serialization import config_field, model_fields, read_cache, save_cache
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 
 ATTENTION_NAME = "turboquant"
@@ -43,20 +44,6 @@ def _tensors(item: Any) -> Iterator[torch.Tensor]:
 def never_packed() -> bool:
     """Of models that expand what they cached (MLA): they need the dense tensor."""
     return False
-
-
-def _head_dim(config: PreTrainedConfig) -> int | None:
-    """The one head dim of a model, or None: layers may differ, and older configs do not say."""
-    try:
-        head_dim = config.head_dim
-    except AttributeError:
-        return None
-    except Exception as error:
-        # Configs whose layers differ raise an error of their own, which not every version is able to import.
-        if type(error).__name__ != "AmbiguousGlobalPerLayerAttributeError":
-            raise
-        return None
-    return head_dim if isinstance(head_dim, int) else None
 
 
 class TurboQuantCache(DynamicCache):
@@ -103,12 +90,38 @@ class TurboQuantCache(DynamicCache):
         new._pack_layers(config)
         return new
 
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one file, all or nothing; `load` continues from it. See `cache.serialization`.
+
+        Raises:
+            CacheFileError: a layer holds something that cannot be written.
+        """
+        save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, config: PreTrainedConfig, device: Any = None) -> TurboQuantCache:
+        """The cache that `save` wrote, for a model of the same configuration (weights are not compared).
+
+        Args:
+            path: the file.
+            config: of the model that will go on with the cache.
+            device: where it goes: a device, {layer index: device}, or None for where it was.
+
+        Raises:
+            CacheFileError: the file is damaged, no saved cache, or belongs to another model or format version.
+        """
+        preset, fill = read_cache(path, config)
+        cache = cls(config, preset)
+        fill(cache, device)
+        return cache
+
     def _pack_layers(self, config: PreTrainedConfig) -> None:
+        self.model_fields = model_fields(config)
         self.layer_class_to_replicate = None
         decoder = config.get_text_config(decoder=True)
         latent = getattr(decoder, "kv_lora_rank", None) is not None
-        head_dim = _head_dim(decoder)
-        if head_dim is not None and not latent:
+        head_dim = config_field(decoder, "head_dim")
+        if isinstance(head_dim, int) and not latent:
             self.preset.validate(head_dim)
         reads_packed = never_packed if latent else LiveAttention(config)
         packed = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
