@@ -11,10 +11,10 @@ import torch
 from turboquant_hf.kernels.codes import SCALE_FORMATS, SCALE_RULES, CodeGroup, tile_bytes
 from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles
-from turboquant_hf.primitives import head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
+from turboquant_hf.primitives import grid, head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
 
-CODEBOOKS = {"lloyd-max": lloyd_max, "polynomial": polynomial, "uniform": uniform}
+CODEBOOKS = {"lloyd-max": lloyd_max, "grid": grid, "polynomial": polynomial, "uniform": uniform}
 ROTATIONS = ("auto", "hadamard", "qr", "identity")
 
 
