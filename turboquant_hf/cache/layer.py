@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from turboquant_hf.cache.handles import PackedKeys, PackedValues
+from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
 from turboquant_hf.quantizers import QUANTIZERS, Quantizer
@@ -52,7 +53,7 @@ class TurboQuantLayer(CacheLayerMixin):
         preset: sizes and limits.
         keys, values: this layer's quantizers.
         returns_handles: asked at every `update`: does the live attention implementation read packed tiles?
-        starts: left padding by sequence, noted before the first update (see `note_padding`).
+        offloader: keeps the tiles in host memory (`cache.offload`); None leaves them on the layer's device.
     """
 
     is_compileable = False
@@ -66,16 +67,23 @@ class TurboQuantLayer(CacheLayerMixin):
         keys: Quantizer,
         values: Quantizer,
         returns_handles: Callable[[], bool] = lambda: False,
+        offloader: Offloader | None = None,
     ) -> None:
         self.preset = preset
         self.quantizers = (keys, values)
         self._returns_handles = returns_handles
+        self.offloader = offloader
+        if offloader is not None:
+            offloader.layers.append(self)
+        self.tiles: tuple[TileStore, TileStore] | None = None
         self.noted_starts: list[int] | None = None
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.tiles: tuple[TileStore, TileStore] | None = None
+        if self.offloader is not None and self.tiles is not None:
+            self.offloader.forget(self.tiles[0])
+        self.tiles = None
         self.tail: TailBuffer | None = None
         self.sinks: SinkBuffer | None = None
         self.states: tuple[dict, dict] = ({}, {})
@@ -104,8 +112,9 @@ class TurboQuantLayer(CacheLayerMixin):
         batch, heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.head_dims = (key_states.shape[-1], value_states.shape[-1])
+        store = TileStore if self.offloader is None else self.offloader.store
         self.tiles = tuple(
-            TileStore(q.layout(dim, self.preset.tile, self.dtype), batch, heads, self.device)
+            store(q.layout(dim, self.preset.tile, self.dtype), batch, heads, self.device)
             for q, dim in zip(self.quantizers, self.head_dims, strict=True)
         )
         self.tail = TailBuffer(key_states, value_states, self.preset.recent_window + self.preset.tile + TAIL_SLACK)
@@ -121,6 +130,8 @@ class TurboQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self.commit()
+        if self.offloader is not None:
+            self.offloader.enter(self)
         source, key_states, value_states = key_states, key_states.detach(), value_states.detach()
         self.sinks.write(key_states, value_states, self.get_seq_length())
         self.tail.append(key_states, value_states)

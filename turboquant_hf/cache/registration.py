@@ -68,7 +68,7 @@ def _wrap(original):
             if isinstance(given, TurboQuantCache):
                 given.note_padding(_prompt_mask(model_kwargs, given))
             return result
-        preset, attention = _parse(generation_config.cache_config)
+        preset, attention, offloading = _parse(generation_config.cache_config)
         generation_config.cache_implementation = "dynamic"
         try:
             result = original(self, *args, **kwargs)
@@ -82,7 +82,9 @@ def _wrap(original):
                     "nothing is compressed."
                 )
             return result
-        model_kwargs[name], packed = _convert(model_kwargs[name], self.config, preset, model_kwargs)
+        model_kwargs[name], packed = _convert(
+            model_kwargs[name], self.config, preset, offloading, model_kwargs
+        )
         if packed and attention == "auto":
             use_turboquant_attention(self)
         return result
@@ -97,20 +99,23 @@ def _cache_argument(model_kwargs: dict) -> str | None:
 
 
 def _parse(cache_config: Any):
-    """(preset, attention choice) from generate's `cache_config`, which is left as it is."""
+    """(preset, attention choice, offloading) from generate's `cache_config`, which is left as it is."""
     options = dict(cache_config) if cache_config else {}
     attention = options.pop("attention", "auto")
     if attention not in ATTENTION_CHOICES:
         raise ValueError(
             f"cache_config: attention={attention!r} is not supported; allowed: {', '.join(ATTENTION_CHOICES)}"
         )
-    return load_preset(options.pop("preset", DEFAULT_PRESET), **options), attention
+    offloading = options.pop("offloading", False)
+    return load_preset(options.pop("preset", DEFAULT_PRESET), **options), attention, offloading
 
 
-def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> tuple[Any, bool]:
+def _convert(
+    cache: Any, config: Any, preset: Any, offloading: Any, model_kwargs: dict
+) -> tuple[Any, bool]:
     """(the cache to use, whether it packs anything)."""
     if isinstance(cache, EncoderDecoderCache):
-        packed = TurboQuantCache.from_dynamic(cache.self_attention_cache, config, preset)
+        packed = TurboQuantCache.from_dynamic(cache.self_attention_cache, config, preset, offloading)
         cache.self_attention_cache = packed
         return cache, bool(packed.packed_layers)
     if type(cache) is not DynamicCache:
@@ -118,7 +123,7 @@ def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> tuple[
             f"turboquant_hf: this model brings its own {type(cache).__name__}, which is kept: nothing is compressed."
         )
         return cache, False
-    packed = TurboQuantCache.from_dynamic(cache, config, preset)
+    packed = TurboQuantCache.from_dynamic(cache, config, preset, offloading)
     if not packed.packed_layers:
         logger.warning_once(
             "turboquant_hf: this model has no full-attention layer with a growing cache: nothing is compressed."

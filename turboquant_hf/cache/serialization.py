@@ -179,7 +179,7 @@ def _describe_packed(layer: TurboQuantLayer, prefix: str, tensors: Tensors) -> d
         return described
     layer.commit()
     for side, store in enumerate(layer.tiles):
-        for name, x in store.view().items():
+        for name, x in store.resident().items():
             _put(tensors, f"{prefix}tiles.{side}.{name}", x)
         _put(tensors, f"{prefix}tail.{side}", layer.tail.view()[side])
         _put(tensors, f"{prefix}sinks.{side}", layer.sinks.arrays[side])

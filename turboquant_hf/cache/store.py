@@ -55,6 +55,10 @@ class TileStore:
         stop = self.count if stop is None else stop
         return {name: array[:, :, start:stop] for name, array in self.arrays.items()}
 
+    def resident(self) -> dict[str, torch.Tensor]:
+        """All stored tiles where they lie: on the host if they are offloaded."""
+        return self.view()
+
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every array by fn(array); fn may change the batch, never the other dimensions."""
         self.arrays = {name: fn(array) for name, array in self.arrays.items()}
