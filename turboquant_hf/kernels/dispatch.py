@@ -7,6 +7,7 @@ call. Neither Triton nor a compiler is touched before the first call that wants 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -80,6 +81,13 @@ def _cuda_module() -> tuple[ModuleType | None, str | None]:
     return (module, None) if reason is None else (None, reason)
 
 
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Make a CUDA device the current one: kernels are launched on that, wherever their tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 def decode_attention(
     query: torch.Tensor,
     keys: PackedSide,
@@ -110,18 +118,21 @@ def decode_attention(
         module, _ = _cuda_module()
         reason = "not loaded" if module is None else module.supports(query, keys, values, tail, s_aux)
         if reason is None:
-            return module.decode_attention(*arguments, **options)
+            with on_device(query.device):
+                return module.decode_attention(*arguments, **options)
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
         return decode_reference.decode_attention(*arguments, **options)
     module = import_module("turboquant_hf.kernels.decode.triton")
-    return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
+    with on_device(query.device):
+        return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
 
 
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """`encode.reference.tile_mean` by the chosen backend."""
-    return _encoder(x.device).tile_mean(x, weight)
+    with on_device(x.device):
+        return _encoder(x.device).tile_mean(x, weight)
 
 
 def encode_tiles(
@@ -136,16 +147,17 @@ def encode_tiles(
     channel_major: bool = False,
 ) -> dict[str, torch.Tensor]:
     """`encode.reference.encode_tiles` by the chosen backend."""
-    return _encoder(x.device).encode_tiles(
-        x,
-        transform,
-        groups,
-        scale_rule=scale_rule,
-        scale_format=scale_format,
-        gain=gain,
-        mean=mean,
-        channel_major=channel_major,
-    )
+    with on_device(x.device):
+        return _encoder(x.device).encode_tiles(
+            x,
+            transform,
+            groups,
+            scale_rule=scale_rule,
+            scale_format=scale_format,
+            gain=gain,
+            mean=mean,
+            channel_major=channel_major,
+        )
 
 
 def decode_tiles(
@@ -158,9 +170,11 @@ def decode_tiles(
     channel_major: bool = False,
 ) -> torch.Tensor:
     """`encode.reference.decode_tiles` by the chosen backend."""
-    return _encoder(packed["codes"].device).decode_tiles(
-        packed, inverse, groups, scale_format=scale_format, gain=gain, channel_major=channel_major
-    )
+    device = packed["codes"].device
+    with on_device(device):
+        return _encoder(device).decode_tiles(
+            packed, inverse, groups, scale_format=scale_format, gain=gain, channel_major=channel_major
+        )
 
 
 def _encoder(device: torch.device) -> ModuleType:
