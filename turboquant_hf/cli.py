@@ -54,6 +54,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.allocate",
         "per-layer widths under a bit budget, written as a preset",
     ),
+    "benchmark": (
+        "turboquant_hf.evaluation.benchmark",
+        "speed and memory of kernels, encoding and decode steps beside the best 16-bit rivals",
+    ),
     "report": (
         "turboquant_hf.evaluation.report",
         "one HTML and Markdown page from the runs in some folders",

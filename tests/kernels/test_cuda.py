@@ -42,7 +42,8 @@ def side(heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bo
             "balance": (torch.rand(*heads, dim) + 0.5).cuda(),
             "mean": (torch.randn(*shape, dim) * 0.5).half().cuda()[:, :, :tiles],
         }
-    rotation = torch.linalg.qr(torch.randn(dim, dim))[0].contiguous().cuda()
+    blocks = [torch.linalg.qr(torch.randn(group.size, group.size))[0] for group in groups]
+    rotation = torch.block_diag(*blocks).contiguous().cuda()
     gain = gain.cuda() if gain is not None else None
     packed = codes.cuda()[:, :, :tiles], scale.cuda()[:, :, :tiles]
     return PackedSide(*packed, groups, rotation, scale_format=scale_format, gain=gain, **conditioned)

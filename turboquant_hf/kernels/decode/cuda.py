@@ -21,7 +21,7 @@ BITS = (2, 3, 4, 5, 8)
 MAX_ROWS = 8
 """Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
 MAX_WARPS = 8
-SLOTS = 3
+SLOTS = 2
 """Parts of a tile (its keys, its values) that a warp has in shared memory: one at work, the others on their way."""
 ROW_CENTRE = {2: 63.5, 3: 63.5, 4: 191.5, 5: 191.5, 8: 127.5}
 """What a level's byte is, less (its step + 1/2), by the width of its code."""

@@ -64,6 +64,24 @@ __device__ __forceinline__ void mma16(int (&c)[4], u32 a0, u32 a1, u32 b0) {
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(b0));
 }
+__device__ __forceinline__ void mma_raw(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if RAW_BF16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ u32 pack_raw(float low, float high) {
+    u32 d;
+#if RAW_BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#endif
+    return d;
+}
 __device__ __forceinline__ float raw_to_float(u16 x) {
 #if RAW_BF16
     return __uint_as_float((u32)x << 16);
@@ -226,6 +244,15 @@ constexpr int KEY_SLOT = KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0), VALUE_
 constexpr int SLOT = ((KEY_SLOT > VALUE_SLOT ? KEY_SLOT : VALUE_SLOT) + 127) / 128 * 128;
 constexpr int THREADS = 32 * WARPS, ROTATION_PARTS = THREADS >= 2 * D ? 2 : 1;
 
+__host__ __device__ constexpr int widest_group() {
+    int most = 0;
+    for (int size : KEY_SIZE) most = size > most ? size : most;
+    return most;
+}
+// Elements of a column of the rotation that a thread holds at once: loaded before what they are multiplied with.
+constexpr int QUERY_PIECE = widest_group() / ROTATION_PARTS < 64 ? widest_group() / ROTATION_PARTS : 64;
+constexpr int VALUE_PIECE = D / ROTATION_PARTS < 64 ? D / ROTATION_PARTS : 64;
+
 struct Shared {
     union {
         struct {
@@ -354,6 +381,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     }
     const i64 start = starts[b];
     const int packed = 128 * tiles;
+    // `work`: every block's two parts, their maxima and sums, and what waits of every warp's raw tokens.
+    const i64 parts = ((i64)blockIdx.z * gridDim.y + bh) * splits;
+    float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (2 * NR * D);
+    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR);
 
     // -------- copies ahead: an even job is a tile's keys, the next its values
     const int stride = splits * WARPS, begin = warp * splits + split;
@@ -388,46 +419,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 
     // -------- the query in the coded domain: q' = gain * unit * R diag(1 / balance) q, sorted, in 15 bits
     const float factor = scaling * (SOFTCAP ? 1.f : LOG2E);
-    for (int i = threadIdx.x; i < NR * D; i += THREADS) {
-        int n = i / D, c = i % D;
-        shared.raw[n][c] = n < rows ? raw_to_float(query[((i64)bh * all_rows + row0 + n) * D + c]) * factor : 0.f;
-    }
-    __syncthreads();
-    for (int j = threadIdx.x; j < D; j += THREADS) {
-        int source = order ? order[(i64)bh * D + j] : j;
-        float r = balance ? 1.f / balance[(i64)bh * D + source] : 1.f;
-#pragma unroll
-        for (int n = 0; n < NR; n++) shared.sorted[n][j] = r * shared.raw[n][source];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROTATION_PARTS * D; i += THREADS) {
-        const int c = i % D, part = i / D;
-        float lead = key_gain ? key_gain[bh] : 1.f;
-        int low = 0, high = 0;  // the rotation is block-diagonal: only the channel's own group counts
+    auto group_of = [](int c, int& low, int& size, float& unit) {  // the rotation is block-diagonal
 #pragma unroll
         for (int group = 0, edge = 0; group < KEY_GROUPS; group++) {
             if (c >= edge) {
                 low = edge;
-                high = edge + KEY_SIZE[group];
+                size = KEY_SIZE[group];
+                unit = KEY_UNIT[group];
             }
             edge += KEY_SIZE[group];
         }
+    };
+    const float* columns = rotation_t + (i64)h * rotation_stride;
+    float piece[QUERY_PIECE], lead = 0.f;
+    int low = 0, size = 0;
+    const int column = threadIdx.x % D, part = threadIdx.x / D;
+    group_of(column, low, size, lead);
+    size /= ROTATION_PARTS;
+    if (part < ROTATION_PARTS)
 #pragma unroll
-        for (int group = 0, edge = 0; group < KEY_GROUPS; group++) {
-            if (low == edge) lead *= KEY_UNIT[group];
-            edge += KEY_SIZE[group];
+        for (int j = 0; j < QUERY_PIECE; j++) piece[j] = j < size ? columns[(low + part * size + j) * D + column] : 0.f;
+    const float gain = key_gain ? key_gain[bh] : 1.f;
+    for (int c = threadIdx.x; c < D; c += THREADS) {
+        float r = balance ? 1.f / balance[(i64)bh * D + c] : 1.f;
+#pragma unroll
+        for (int n = 0; n < NR; n++) {
+            float x = n < rows ? raw_to_float(query[((i64)bh * all_rows + row0 + n) * D + c]) * factor : 0.f;
+            shared.raw[n][c] = x;
+            shared.rotated[0][n][c] = r * x;
         }
-        const int size = (high - low) / ROTATION_PARTS;
-        const float* column = rotation_t + (i64)h * rotation_stride + c;
+    }
+    __syncthreads();
+    for (int j = threadIdx.x; j < D; j += THREADS) {
+        int source = order ? order[(i64)bh * D + j] : j;
+#pragma unroll
+        for (int n = 0; n < NR; n++) shared.sorted[n][j] = shared.rotated[0][n][source];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < ROTATION_PARTS * D; i += THREADS) {
+        const int c = i % D, p = i / D;
+        if (i != threadIdx.x) {  // fewer threads than channels
+            group_of(c, low, size, lead);
+            size /= ROTATION_PARTS;
+        }
         float acc[NR] = {};
-#pragma unroll 16
-        for (int j = low + part * size; j < low + (part + 1) * size; j++) {
-            float r = column[j * D];
+        for (int first = 0; first < size; first += QUERY_PIECE) {
+            if (i != threadIdx.x || first)
 #pragma unroll
-            for (int n = 0; n < NR; n++) acc[n] += r * shared.sorted[n][j];
+                for (int j = 0; j < QUERY_PIECE; j++)
+                    piece[j] = first + j < size ? columns[(low + p * size + first + j) * D + c] : 0.f;
+#pragma unroll
+            for (int j = 0; j < QUERY_PIECE; j++)
+                if (first + j < size)
+#pragma unroll
+                    for (int n = 0; n < NR; n++) acc[n] += piece[j] * shared.sorted[n][low + p * size + first + j];
         }
 #pragma unroll
-        for (int n = 0; n < NR; n++) shared.rotated[part][n][c] = acc[n] * lead;
+        for (int n = 0; n < NR; n++) shared.rotated[p][n][c] = acc[n] * (lead * gain);
     }
     __syncthreads();
     for (int n = warp; n < NR; n += WARPS) {
@@ -473,75 +521,94 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     }
     __syncthreads();
 
-    // -------- sinks and tail: tokens are dealt to all warps, lanes stand for channels
+    // -------- sinks and tail, 16 tokens at a time, the last warps first: S = K q^T, O = P V in the model's dtype
+    bool spilled_rows = false;
     {
-        constexpr int C = D / 32;
-        float maximum[NR], sum[NR], o[NR][C];
+        constexpr int BLOCKS = D / 32, CHANNELS = D / 8;
+        float o[CHANNELS][4], maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
+        for (int first = 16 * (stride - 1 - begin); first < sinks + tail; first += 16 * stride) {
+            auto place = [&](int i, const u16* sink, const u16* recent) {  // past the end: the last token again
+                i = i < sinks + tail ? i : sinks + tail - 1;
+                int slot = i < sinks ? i : ring ? (packed + i - sinks) % ring : i - sinks;
+                return i < sinks ? sink + ((i64)bh * sinks + slot) * D : recent + ((i64)bh * tail_stride + slot) * D;
+            };
+            uint4 k[2][BLOCKS], v[4][CHANNELS / 8];
 #pragma unroll
-        for (int n = 0; n < NR; n++) {
-            maximum[n] = NEVER;
-            sum[n] = 0.f;
+            for (int r = 0; r < 2; r++)
 #pragma unroll
-            for (int c = 0; c < C; c++) o[n][c] = 0.f;
-        }
-        u16 k[C], v[C];
-        auto fetch = [&](int i) {
-            if (i >= sinks + tail) return;
-            bool sink = i < sinks;
-            int place = sink ? i : ring ? (packed + i - sinks) % ring : i - sinks;
-            i64 base = sink ? ((i64)bh * sinks + place) * D : ((i64)bh * tail_stride + place) * D;
-            const u16 *keys = (sink ? sink_keys : tail_keys) + base, *values = (sink ? sink_values : tail_values) + base;
+                for (int i = 0; i < BLOCKS; i++)
+                    k[r][i] = *(const uint4*)(place(first + g + 8 * r, sink_keys, tail_keys) + 32 * i + 8 * t);
 #pragma unroll
-            for (int c = 0; c < C; c++) {
-                k[c] = keys[lane + 32 * c];
-                v[c] = values[lane + 32 * c];
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int i = 0; i < CHANNELS / 8; i++)
+                    v[r][i] = *(const uint4*)(place(first + 2 * t + r % 2 + r / 2 * 8, sink_values, tail_values) + g * CHANNELS + 8 * i);
+            float s[4] = {};
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++) {
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (g < rows) x = *(const uint4*)(query + ((i64)bh * all_rows + row0 + g) * D + 32 * i + 8 * t);
+                mma_raw(s, k[0][i].x, k[1][i].x, k[0][i].y, k[1][i].y, x.x, x.y);
+                mma_raw(s, k[0][i].z, k[1][i].z, k[0][i].w, k[1][i].w, x.z, x.w);
             }
-        };
-        fetch(begin);
-        for (int i = begin; i < sinks + tail; i += stride) {
-            float key[C], value[C];
+            float p[4], fade[2];
 #pragma unroll
-            for (int c = 0; c < C; c++) {
-                key[c] = raw_to_float(k[c]);
-                value[c] = raw_to_float(v[c]);
-            }
-            fetch(i + stride);
-            bool sink = i < sinks;
-            i64 position = sink ? start + i : (i64)packed + i - sinks;
-            bool seen = sink ? position < packed : position >= start;
+            for (int r = 0; r < 4; r++) {
+                const int i = first + g + r / 2 * 8;
+                bool sink = i < sinks;
+                i64 position = sink ? start + i : (i64)packed + i - sinks;
+                bool seen = i < sinks + tail && (sink ? position < packed : position >= start);
 #if MASKED
-            seen = seen && mask[(i64)b * mask_stride + position];
+                seen = seen && mask[(i64)b * mask_stride + position];
 #endif
-            if (!seen) continue;
-#pragma unroll
-            for (int n = 0; n < NR; n++) {
-                float s = 0.f;
-#pragma unroll
-                for (int c = 0; c < C; c++) s += key[c] * shared.raw[n][lane + 32 * c];
-#pragma unroll
-                for (int d = 16; d; d >>= 1) s += __shfl_xor_sync(~0u, s, d);
                 // Query row n is token n % queries of the newest `queries`.
-                if (!sink && i - sinks > tail - queries + (row0 + n) % queries) continue;
-                s = cap(s, softcap);
-                float larger = fmaxf(maximum[n], s), fade = exp2_fast(maximum[n] - larger), p = exp2_fast(s - larger);
-                maximum[n] = larger;
-                sum[n] = sum[n] * fade + p;
+                seen = seen && (sink || i - sinks <= tail - queries + (row0 + 2 * t + r % 2) % queries);
+                s[r] = seen ? cap(s[r] * factor, softcap) : NEVER;
+            }
 #pragma unroll
-                for (int c = 0; c < C; c++) o[n][c] = o[n][c] * fade + p * value[c];
+            for (int r = 0; r < 2; r++) {
+                float top = fmaxf(maximum[r], fmaxf(s[r], s[r + 2]));
+#pragma unroll
+                for (int d = 4; d < 32; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+                fade[r] = exp2_fast(maximum[r] - top);
+                maximum[r] = top;
+                p[r] = s[r] == NEVER ? 0.f : exp2_fast(s[r] - top);
+                p[r + 2] = s[r + 2] == NEVER ? 0.f : exp2_fast(s[r + 2] - top);
+                sum[r] = sum[r] * fade[r] + p[r] + p[r + 2];
+            }
+            u32 a0 = transpose8x8(pack_raw(p[0], p[1])), a2 = transpose8x8(pack_raw(p[2], p[3]));
+            // The fade of query row g lies with the lanes whose columns hold it.
+            float even = __shfl_sync(~0u, fade[0], g >> 1), odd = __shfl_sync(~0u, fade[1], g >> 1);
+            const float mine = g & 1 ? odd : even;
+#pragma unroll
+            for (int j = 0; j < CHANNELS; j++) {
+                o[j][0] = spilled_rows ? o[j][0] * mine : 0.f;
+                o[j][1] = spilled_rows ? o[j][1] * mine : 0.f;
+                o[j][2] = o[j][3] = 0.f;
+                const u32 *x0 = &v[0][j / 8].x, *x1 = &v[1][j / 8].x, *x2 = &v[2][j / 8].x, *x3 = &v[3][j / 8].x;
+                const int w = j % 8 / 2;
+                mma_raw(o[j], a0, 0, a2, 0, permute(x0[w], x1[w], j % 2 ? 0x7632 : 0x5410),
+                        permute(x2[w], x3[w], j % 2 ? 0x7632 : 0x5410));
+            }
+            spilled_rows = true;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int d = 4; d < 32; d <<= 1) sum[r] += __shfl_xor_sync(~0u, sum[r], d);
+            if (g == 0 && 2 * t + r < NR) {
+                shared.maximum[1][warp][2 * t + r] = maximum[r];
+                shared.sum[1][warp][2 * t + r] = sum[r];
             }
         }
-        // Shared memory is full of slots: these sums wait in global memory, behind the blocks' parts.
-        float* mine = work + ((((i64)blockIdx.z * gridDim.y + bh) * splits + split) * WARPS + warp) * NR * D;
-        mine += (i64)gridDim.z * gridDim.y * splits * (2 * NR * D + 2 * NR);
+        // Shared memory is full of slots: the sums wait in global memory, behind the blocks' parts.
+        if (spilled_rows && g < NR) {
+            float* mine = waiting + ((parts + split) * WARPS + warp) * NR * D + g * D;
 #pragma unroll
-        for (int n = 0; n < NR; n++) {
-            if (lane == 0) {
-                shared.maximum[1][warp][n] = maximum[n];
-                shared.sum[1][warp][n] = sum[n];
+            for (int j = 0; j < CHANNELS; j++) {
+                mine[2 * t * CHANNELS + j] = o[j][0];
+                mine[(2 * t + 1) * CHANNELS + j] = o[j][1];
             }
-            if (sum[n] > 0.f)
-#pragma unroll
-                for (int c = 0; c < C; c++) mine[n * D + lane + 32 * c] = o[n][c];
         }
     }
 
@@ -742,13 +809,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int r = 0; r < 2; r++) shared.output[0][warp][4 * nt + t][16 * m + g + 8 * r] = o[m][nt][r];
     }
-    const i64 parts = ((i64)blockIdx.z * gridDim.y + bh) * splits;
-    float* spilled = work + (i64)gridDim.z * gridDim.y * splits * (2 * NR * D + 2 * NR);
-    for (int i = lane; i < NR * D; i += 32) {
-        int n = i / D;
-        shared.output[1][warp][n][i % D] =
-            shared.sum[1][warp][n] > 0.f ? spilled[((parts + split) * WARPS + warp) * NR * D + i] : 0.f;
-    }
+    for (int i = lane; i < NR * D; i += 32)
+        (&shared.output[1][warp][0][0])[i] = spilled_rows ? waiting[((parts + split) * WARPS + warp) * NR * D + i] : 0.f;
     __syncthreads();
 
     // -------- one result a block: `sorted` takes the packed part, `raw` that of raw tokens
@@ -773,9 +835,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
     }
     __syncthreads();
-    if (splits > 1) {
+    const float* matrix = value_rotation + (i64)h * value_rotation_stride;
+    float turn[VALUE_PIECE];
+    auto load_matrix = [&](int i, int first) {
+        const int from = i / D * (D / ROTATION_PARTS) + first;
+        if (i < ROTATION_PARTS * D)
+#pragma unroll
+            for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(from + j) * D + i % D];
+    };
+    if (splits == 1)
+        load_matrix(threadIdx.x, 0);
+    else {
         float* part_output = work + (parts + split) * (2 * NR * D);
-        float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (2 * NR * D);
         for (int i = threadIdx.x; i < NR * D; i += THREADS) {
             part_output[i] = (&shared.sorted[0][0])[i];
             part_output[NR * D + i] = (&shared.raw[0][0])[i];
@@ -794,49 +865,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         __syncthreads();
         if (!shared.last) return;
         __threadfence();
-        for (int i = threadIdx.x; i < NR * D; i += THREADS) {
-            const int n = i / D;
-            const float* sums = all_sums + parts * (2 * NR) + 2 * n;
-            float top = NEVER, total = 0.f, packed_o = 0.f, raw_o = 0.f;
-            for (int j = 0; j < splits; j++) top = fmaxf(top, __ldcg(sums + j * 2 * NR));
-#pragma unroll 8
-            for (int j = 0; j < splits; j++) {
-                float weight = exp2_fast(__ldcg(sums + j * 2 * NR) - top);
-                total += weight * __ldcg(sums + j * 2 * NR + 1);
-                packed_o += weight * __ldcg(work + (parts + j) * (2 * NR * D) + i);
-                raw_o += weight * __ldcg(work + (parts + j) * (2 * NR * D) + NR * D + i);
+        load_matrix(threadIdx.x, 0);
+        // Weights of the splits: shared.bytes and what follows it are done with.
+        float* weights = &shared.output[0][0][0][0];
+        for (int n = warp; n < NR; n += WARPS) {
+            float top = NEVER, total = 0.f;
+            for (int j = lane; j < splits; j += 32) top = fmaxf(top, __ldcg(all_sums + (parts + j) * (2 * NR) + 2 * n));
+#pragma unroll
+            for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+            for (int j = lane; j < splits; j += 32) {
+                float weight = exp2_fast(__ldcg(all_sums + (parts + j) * (2 * NR) + 2 * n) - top);
+                total += weight * __ldcg(all_sums + (parts + j) * (2 * NR) + 2 * n + 1);
+                weights[j * NR + n] = weight;
             }
-            shared.sorted[n][i % D] = packed_o;
-            shared.raw[n][i % D] = raw_o;
-            if (i % D == 0) {
+#pragma unroll
+            for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
+            if (lane == 0) {
                 shared.top[n] = top;
                 shared.total[n] = total;
             }
         }
         __syncthreads();
+        for (int i = threadIdx.x; i < NR * D; i += THREADS) {
+            const int n = i / D;
+            const float* from = work + parts * (2 * NR * D) + i;
+            float packed_o = 0.f, raw_o = 0.f;
+#pragma unroll 16
+            for (int j = 0; j < splits; j++) {
+                packed_o += weights[j * NR + n] * __ldcg(from + (i64)j * (2 * NR * D));
+                raw_o += weights[j * NR + n] * __ldcg(from + (i64)j * (2 * NR * D) + NR * D);
+            }
+            shared.sorted[n][i % D] = packed_o;
+            shared.raw[n][i % D] = raw_o;
+        }
+        __syncthreads();
     }
 
     // -------- turn the packed part back and write
-    const float* matrix = value_rotation + (i64)h * value_rotation_stride;
     for (int i = threadIdx.x; i < ROTATION_PARTS * D; i += THREADS) {
         const int c = i % D, part = i / D, size = D / ROTATION_PARTS;
         float acc[NR] = {};
-#pragma unroll 16
-        for (int j = part * size; j < (part + 1) * size; j++) {
-            float r = matrix[j * D + c];
+        for (int first = 0; first < size; first += VALUE_PIECE) {
+            if (i != threadIdx.x || first) load_matrix(i, first);
 #pragma unroll
-            for (int n = 0; n < NR; n++) acc[n] += r * shared.sorted[n][j];
+            for (int j = 0; j < VALUE_PIECE; j++)
+#pragma unroll
+                for (int n = 0; n < NR; n++) acc[n] += turn[j] * shared.sorted[n][part * size + first + j];
         }
 #pragma unroll
         for (int n = 0; n < NR; n++) shared.rotated[part][n][c] = acc[n];
     }
     __syncthreads();
-    const float lead = VALUE_UNIT * (value_gain ? value_gain[bh] : 1.f);
+    const float value_lead = VALUE_UNIT * (value_gain ? value_gain[bh] : 1.f);
     for (int i = threadIdx.x; i < rows * D; i += THREADS) {
         const int n = i / D, c = i % D;
         float total = shared.total[n], x = shared.rotated[0][n][c];
         if (ROTATION_PARTS == 2) x += shared.rotated[ROTATION_PARTS - 1][n][c];
-        x = x * lead + shared.raw[n][c];
+        x = x * value_lead + shared.raw[n][c];
         if (s_aux) {  // a logit that takes probability and carries no value
             float logit = s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, top = fmaxf(shared.top[n], logit);
             float fade = exp2_fast(shared.top[n] - top);
