@@ -21,10 +21,7 @@ TAIL_SLACK = 16
 
 
 def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """Stored scales are clamped, which would make a plausible number of an infinity.
-
-    A NaN comes out as a NaN, or, with one-byte scales, which have none, as the largest scale that they hold.
-    """
+    """Stored scales are clamped, which would make a plausible number of an infinity."""
     return x if isinstance(quantizer, LOSSLESS) else torch.where(x.isinf(), torch.nan, x)
 
 
@@ -188,7 +185,24 @@ class TurboQuantLayer(CacheLayerMixin):
             self._fit(stored)
         for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states, strict=True):
             store.append(quantizer.encode(_nan_for_inf(x, quantizer), state, weight))
+        self._mark_bad_heads(fresh, weight)
         self.tail.drop_front(ready * tile)
+
+    def _mark_bad_heads(self, fresh: list[torch.Tensor], weight: torch.Tensor) -> None:
+        """Let NaN and inf be seen where scales of one byte, which have no pattern for NaN, would hide them.
+
+        The gain of a (sequence, head) that stored such a key or value becomes NaN, and with it all that is read of
+        the head's tiles: what attention over raw tensors makes of it too.
+        """
+        if not any("gain" in state for state in self.states):
+            return
+        skipped = weight[:, None, :, :, None] == 0
+        worst = torch.stack([x.masked_fill(skipped, 0.0).abs().amax(dim=(2, 3, 4)).float() for x in fresh])
+        bad = ~worst.isfinite().all(dim=0)
+        self.states = tuple(
+            {**state, "gain": state["gain"].masked_fill(bad, torch.nan)} if "gain" in state else state
+            for state in self.states
+        )
 
     def _seen_enough(self) -> bool:
         if not any(quantizer.needs_statistics for quantizer in self.quantizers):
