@@ -14,7 +14,8 @@ def test_random_use_equals_a_fresh_cache(attention, offloading):
     report = soak(STEPS, "lossless", attention, offloading)
     assert {"crop", "candidates", "reorder", "restart", "turn"} <= report.operations.keys()
     assert len(report.errors) >= STEPS // 97 and max(report.errors) < 1e-3
-    assert report.bytes_per_token <= 1.5 * 2 * 2 * 2 * 16 * 4, "two layers, K and V, two heads of 16 channels in float32"
+    dense = 2 * 2 * 2 * 16 * 4  # two layers, K and V, two heads of 16 channels in float32
+    assert report.bytes_per_token <= (3 if offloading else 1.5) * dense, "two layers are staged beside what is held"
 
 
 def test_random_use_of_a_preset_stays_near_a_fresh_cache():
