@@ -21,8 +21,8 @@ BITS = (2, 3, 4, 5, 8)
 MAX_ROWS = 8
 """Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
 MAX_WARPS = 8
-SLOTS = 2
-"""Parts of a tile (its keys, its values) that a warp has in shared memory: one at work, the others on their way."""
+UNROLL = (4, 4)
+"""Units of 16 tokens, and of 16 channels, that decode.cu has in one turn of its loops."""
 ROW_CENTRE = {2: 63.5, 3: 63.5, 4: 191.5, 5: 191.5, 8: 127.5}
 """What a level's byte is, less (its step + 1/2), by the width of its code."""
 
@@ -200,10 +200,10 @@ def _splits(blocks: int, tiles: int, warps: int, processors: int) -> int:
     """Blocks a head so that waves of blocks are full and warps have equal numbers of tiles."""
 
     def cost(splits: int) -> float:
-        rounds = -(-tiles // (splits * warps)) if tiles else 0
-        return -(-blocks * splits // processors) * (rounds + 1.5)
+        rounds, busy = -(-tiles // (splits * warps)), min(1.0, tiles / (splits * warps))
+        return -(-blocks * splits // processors) * (rounds * (1 + busy) + 3) + 0.05 * splits
 
-    most = max(1, min(256, 4 * processors // blocks, -(-tiles // warps) if tiles else 1))
+    most = max(1, min(64, 4 * processors // blocks, tiles))
     return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
 
 
@@ -273,7 +273,7 @@ def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
     return table + [0] * (16 - len(table))
 
 
-def source(shape: Shape, warps: int, slots: int = SLOTS) -> str:
+def source(shape: Shape, warps: int) -> str:
     """Constants of one layer shape, then decode.cu."""
     row_bytes = [packed_size(size, bits) for size, bits, _, _ in shape.keys]
     offsets = [sum(row_bytes[:i]) for i in range(len(row_bytes))]
@@ -292,9 +292,11 @@ def source(shape: Shape, warps: int, slots: int = SLOTS) -> str:
         f"#define HAS_MEAN {int(shape.mean)}",
         f"#define MASKED {int(shape.masked)}",
         f"#define SOFTCAP {int(shape.softcap)}",
-        f"constexpr int D = {shape.dim}, WARPS = {warps}, SLOTS = {slots}, NT = {shape.rows // 4};",
+        f"#define WAIT_IN_SHARED {int(_wait_in_shared(shape))}",
+        f"constexpr int D = {shape.dim}, WARPS = {warps}, NT = {shape.rows // 4};",
         f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {sum(row_bytes)};",
         f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
+        f"constexpr int KEY_UNROLL = {UNROLL[0]}, VALUE_UNROLL = {UNROLL[1]};",
         f"constexpr int KEY_PAD = {key_pad(shape)};",
         array("int", "KEY_SIZE", [group[0] for group in shape.keys]),
         array("int", "KEY_BITS", [group[1] for group in shape.keys]),
@@ -305,12 +307,12 @@ def source(shape: Shape, warps: int, slots: int = SLOTS) -> str:
         + ", ".join(table(bits, steps) for _, bits, _, steps in (*shape.keys, shape.values))
         + "};",
         f"constexpr float VALUE_UNIT = {shape.values[2] * value_unit!r}f;",
-        f"constexpr int SHARED_BYTES = {shared_bytes(shape, warps, slots)};",
+        f"constexpr int SHARED_BYTES = {shared_bytes(shape, warps)};",
     ]
     return "\n".join(lines) + "\n" + Path(__file__).with_name("decode.cu").read_text()
 
 
-def shared_bytes(shape: Shape, warps: int, slots: int) -> int:
+def shared_bytes(shape: Shape, warps: int) -> int:
     """Size of decode.cu's `Shared`."""
     dim, rows = shape.dim, shape.rows
     key_row = sum(packed_size(size, bits) for size, bits, _, _ in shape.keys)
@@ -318,12 +320,16 @@ def shared_bytes(shape: Shape, warps: int, slots: int) -> int:
     pads = TILE // (TILE * _main_width(shape.values[1]) // 32) * key_pad(shape)
     key_slot = TILE * key_row + pads + TILE * len(shape.keys) * key_scale + (2 * dim if shape.mean else 0)
     value_slot = dim * packed_size(TILE, shape.values[1]) + TILE * value_scale
-    slot = -(-max(key_slot, value_slot) // 128) * 128
-    parts = 2 if 32 * warps >= 2 * dim else 1
-    total = max(warps * slots * slot, 4 * 2 * warps * rows * dim)
-    total += 4 * rows * dim * (2 + parts) + 32 * (len(shape.keys) + 1) + 2 * rows * dim + 4 * len(shape.keys) * 2 * rows
-    total += 4 * rows + 4 * 2 * 2 * warps * rows + 4 * 2 * rows + 4
+    room = -(-key_slot // 128) * 128 + -(-value_slot // 128) * 128
+    total = max(warps * room, 4 * 2 * warps * rows * dim)
+    total += 4 * rows * dim * 3 + (4 * warps * rows * dim if _wait_in_shared(shape) else 0) + 32 * (len(shape.keys) + 1) + 2 * rows * dim
+    total += 4 * 2 * 2 * warps * rows + 4 * 2 * rows + 4
     return -(-total // 128) * 128
+
+
+def _wait_in_shared(shape: Shape) -> bool:
+    """Whether sums over raw tokens wait for the end in shared memory; else there is no room for them."""
+    return shape.dim <= 128 and max(bits for _, bits, _, _ in (*shape.keys, shape.values)) < 8
 
 
 @lru_cache(maxsize=64)
@@ -367,24 +373,20 @@ def _pieces(size: int, bits: int, rows: list[int], align: int) -> list[tuple[int
 
 
 @lru_cache(maxsize=256)
-def _plan(shape: Shape, device: torch.device) -> tuple[int, int] | None:
-    """(warps of a block, slots of a warp): one block fills a multiprocessor; None where two warps do not fit."""
+def _plan(shape: Shape, device: torch.device) -> int:
+    """Warps of a block, of which one fills a multiprocessor; 0 where two do not fit."""
     limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 * 1024)
-    for warps in range(MAX_WARPS, 1, -1):
-        for slots in range(SLOTS, 1, -1):
-            if shared_bytes(shape, warps, slots) <= limit:
-                return warps, slots
-    return None
+    return next((warps for warps in range(MAX_WARPS, 1, -1) if shared_bytes(shape, warps) <= limit), 0)
 
 
 @lru_cache(maxsize=64)
 def _kernel(shape: Shape, device: torch.device) -> tuple[_Launcher, int]:
-    warps, slots = _plan(shape, device)
-    text = source(shape, warps, slots)
+    warps = _plan(shape, device)
+    text = source(shape, warps)
     options = ["--std=c++20", "--use_fast_math", "-default-device"]
     with torch.cuda.device(device):
         kernel = torch.cuda._compile_kernel(text, "decode_attention", nvcc_options=options)
-        shared = shared_bytes(shape, warps, slots)
+        shared = shared_bytes(shape, warps)
         if shared > 48 * 1024:
             kernel.set_shared_memory_config(shared)
     return _Launcher(kernel, 23, 14, warps * 32, shared), warps

@@ -15,6 +15,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
+typedef unsigned long long u64;
 
 constexpr float NEVER = -1e30f;  // a score that is not seen; finite, so that differences stay numbers
 constexpr float LOG2E = 1.4426950408889634f;
@@ -102,8 +103,14 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     asm("{ .reg .u64 x; cvta.to.shared.u64 x, %1; cvt.u32.u64 %0, x; }" : "=r"(a) : "l"(p));
     return a;
 }
-__device__ __forceinline__ void copy16(u32 to, const u8* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// Packed bytes are read once: they leave the L2 cache first, and what every block reads stays.
+__device__ __forceinline__ u64 read_once_policy() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void copy16(u32 to, const u8* from, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
 
 template <int I, int N, class Fn>
@@ -237,36 +244,35 @@ constexpr int KEY_SCALE_BYTES = KEY_FORMAT ? 1 : 2, VALUE_SCALE_BYTES = VALUE_FO
 // Rows of keys that stand for one value of g >> 1 are followed by KEY_PAD bytes, so that lanes meet different banks.
 constexpr int OWN_TOKENS = ValueRow::BYTES;
 __host__ __device__ constexpr int key_place(int token) { return token * KEY_ROW_BYTES + token / OWN_TOKENS * KEY_PAD; }
-// A slot of shared memory holds a tile's keys (codes, scales, mean) or its values (codes, scales).
+// Every warp has room for one tile's keys (codes, scales, mean) and one tile's values (codes, scales).
 constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES, KEY_CODES = key_place(128), KEY_SCALES = 128 * KEY_GROUPS * KEY_SCALE_BYTES;
 constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
-constexpr int KEY_SLOT = KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0), VALUE_SLOT = VALUE_CODES + VALUE_SCALES;
-constexpr int SLOT = ((KEY_SLOT > VALUE_SLOT ? KEY_SLOT : VALUE_SLOT) + 127) / 128 * 128;
-constexpr int THREADS = 32 * WARPS, ROTATION_PARTS = THREADS >= 2 * D ? 2 : 1;
+constexpr int KEY_ROOM = (KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0) + 127) / 128 * 128;
+constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
+constexpr int THREADS = 32 * WARPS;
 
 __host__ __device__ constexpr int widest_group() {
     int most = 0;
     for (int size : KEY_SIZE) most = size > most ? size : most;
     return most;
 }
-// Elements of a column of the rotation that a thread holds at once: loaded before what they are multiplied with.
-constexpr int QUERY_PIECE = widest_group() / ROTATION_PARTS < 64 ? widest_group() / ROTATION_PARTS : 64;
-constexpr int VALUE_PIECE = D / ROTATION_PARTS < 64 ? D / ROTATION_PARTS : 64;
+// Products with a rotation: half a warp stands for 16 columns, its other half for the other half of the rows. A lane
+// holds this many elements of its column at once, loaded before what they are multiplied with.
+constexpr int QUERY_PIECE = widest_group() / 2 < 64 ? widest_group() / 2 : 64, VALUE_PIECE = D / 2 < 64 ? D / 2 : 64;
 
 struct Shared {
     union {
-        struct {
-            __align__(128) u8 slots[WARPS][SLOTS][SLOT];
-        };
+        __align__(128) u8 rooms[WARPS][KEY_ROOM + VALUE_ROOM];
         float output[2][WARPS][NR][D];  // of every warp: in the values' coded domain, and of raw tokens
     };
     float raw[NR][D];                   // queries times scaling * log2(e)
+    float balanced[NR][D];
     float sorted[NR][D];                // in the order of the coded channels; later the block's result
-    float rotated[ROTATION_PARTS][NR][D];
     u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads, the values' last
+#if WAIT_IN_SHARED
+    float waiting[WARPS][NR][D];        // sums over raw tokens
+#endif
     u8 bytes[2 * NR][D];                // 2 n + {0, 1}: high and low bytes of coded query n
-    int start_at[KEY_GROUPS][2 * NR];   // what accumulators begin with: MAGIC_BITS less the levels' bias
-    float query_unit[NR];
     float maximum[2][WARPS][NR], sum[2][WARPS][NR];
     float top[NR], total[NR];
     int last;
@@ -290,16 +296,23 @@ __device__ __forceinline__ float load_scale(u32 lane) {  // FORMAT 0: halves; el
 
 // A block of memory to shared memory; every GROUP bytes are followed by PAD.
 template <int BYTES, int GROUP = BYTES, int PAD = 0>
-__device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane) {
+__device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane, u64 policy) {
     static_assert(BYTES % 16 == 0 && GROUP % 16 == 0, "whole pieces");
 #pragma unroll
     for (int i = 0; i < BYTES; i += 512) {
         const int at = i + 16 * lane, pad = PAD == 0 ? 0 : (GROUP % 512 == 0 ? i / GROUP : at / GROUP) * PAD;
-        if (i + 512 <= BYTES || at < BYTES) copy16(to + at + pad, from + at);
+        if (i + 512 <= BYTES || at < BYTES) copy16(to + at + pad, from + at, policy);
     }
 }
 
-// Unit `u` of a group's coded query in the lanes' order: rows 4 nt + g / 2, byte g % 2.
+// Units of a group's coded query in the lanes' order: rows 4 nt + g / 2, byte g % 2.
+// What accumulators of a product with biased levels begin with, from the sums of the columns' high and low bytes.
+__device__ __forceinline__ void debias(int (&start)[2], const int (&sums)[4], int twice) {
+    int high = twice * sums[0], low = twice * sums[1];
+    start[0] = MAGIC_BITS - (high >> 1);
+    start[1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);  // half a high unit is 64 low ones
+}
+
 template <int G>
 __device__ __forceinline__ void load_query(u32 (*q)[NT], const Shared& shared, int g, int t, int channel) {
     if constexpr (G < KEY_GROUPS) {
@@ -384,34 +397,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     // `work`: every block's two parts, their maxima and sums, and what waits of every warp's raw tokens.
     const i64 parts = ((i64)blockIdx.z * gridDim.y + bh) * splits;
     float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (2 * NR * D);
-    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR);
+#if WAIT_IN_SHARED
+    float* waiting = &shared.waiting[warp][0][0];
+#else
+    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR) + ((parts + split) * WARPS + warp) * (NR * D);
+#endif
 
-    // -------- copies ahead: an even job is a tile's keys, the next its values
+    // -------- copies ahead: a tile's values arrive while its keys are at work, the next tile's keys while they are
     const int stride = splits * WARPS, begin = warp * splits + split;
-    const u32 ring_slots = shared_address(&shared.slots[warp][0][0]);
-    auto stage = [&](int job) {
-        const int tile = begin + (job >> 1) * stride;
+    const u32 key_room = shared_address(&shared.rooms[warp][0]), value_room = key_room + KEY_ROOM;
+    const u64 policy = read_once_policy();
+    auto copy_keys = [&](int tile) {
         if (tile < tiles) {
             const i64 slot = (i64)bh * capacity + tile;
-            const u32 to = ring_slots + (u32)(job % SLOTS) * SLOT;
-            if (job & 1) {
-                copy_block<VALUE_CODES>(to, value_codes + slot * VALUE_CODES, lane);
-                copy_block<VALUE_SCALES>(to + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane);
-            } else {
-                copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(to, key_codes + slot * KEY_BLOCK, lane);
-                copy_block<KEY_SCALES>(to + KEY_CODES, key_scales + slot * KEY_SCALES, lane);
-                if (HAS_MEAN) copy_block<2 * D>(to + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane);
-            }
+            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, lane, policy);
+            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, lane, policy);
+            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane, policy);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
-    auto arrived = [] {
-        asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 1) : "memory");
+    auto copy_values = [&](int tile) {
+        if (tile < tiles) {
+            const i64 slot = (i64)bh * capacity + tile;
+            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, lane, policy);
+            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane, policy);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    auto all_but_newest_arrived = [] {
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncwarp();
     };
-#pragma unroll
-    for (int job = 0; job < SLOTS - 1; job++) stage(job);
-
     if (threadIdx.x <= KEY_GROUPS)
 #pragma unroll
         for (int i = 0; i < 6; i++)
@@ -431,93 +447,88 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
     };
     const float* columns = rotation_t + (i64)h * rotation_stride;
-    float piece[QUERY_PIECE], lead = 0.f;
-    int low = 0, size = 0;
-    const int column = threadIdx.x % D, part = threadIdx.x / D;
-    group_of(column, low, size, lead);
-    size /= ROTATION_PARTS;
-    if (part < ROTATION_PARTS)
+    const int half = lane >> 4;
+    float piece[QUERY_PIECE];
+    int low, size;
+    float lead;
+    auto load_columns = [&](int c, int first) {
+        group_of(c, low, size, lead);
+        low += half * (size /= 2);
 #pragma unroll
-        for (int j = 0; j < QUERY_PIECE; j++) piece[j] = j < size ? columns[(low + part * size + j) * D + column] : 0.f;
+        for (int j = 0; j < QUERY_PIECE; j++) piece[j] = first + j < size ? columns[(low + first + j) * D + c] : 0.f;
+    };
+    // What the query needs is asked for before the tiles: their copies fill the memory's queues.
+    constexpr int OWN = (D + THREADS - 1) / THREADS;
+    if (16 * warp < D) load_columns(16 * warp + (lane & 15), 0);
+    float own_balance[OWN];
+    u16 own_query[OWN][NR];
+    int own_order[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int c = threadIdx.x + i * THREADS < D ? threadIdx.x + i * THREADS : 0;
+        own_balance[i] = balance ? balance[(i64)bh * D + c] : 1.f;
+        own_order[i] = order ? order[(i64)bh * D + c] : c;
+#pragma unroll
+        for (int n = 0; n < NR; n++) own_query[i][n] = n < rows ? query[((i64)bh * all_rows + row0 + n) * D + c] : 0;
+    }
     const float gain = key_gain ? key_gain[bh] : 1.f;
-    for (int c = threadIdx.x; c < D; c += THREADS) {
-        float r = balance ? 1.f / balance[(i64)bh * D + c] : 1.f;
+    copy_keys(begin);
+    copy_values(begin);
 #pragma unroll
-        for (int n = 0; n < NR; n++) {
-            float x = n < rows ? raw_to_float(query[((i64)bh * all_rows + row0 + n) * D + c]) * factor : 0.f;
-            shared.raw[n][c] = x;
-            shared.rotated[0][n][c] = r * x;
-        }
+    for (int i = 0; i < OWN; i++) {
+        const int c = threadIdx.x + i * THREADS;
+        if (c < D)
+#pragma unroll
+            for (int n = 0; n < NR; n++) {
+                float x = raw_to_float(own_query[i][n]) * factor;
+                shared.raw[n][c] = x;
+                shared.balanced[n][c] = x / own_balance[i];
+            }
     }
     __syncthreads();
-    for (int j = threadIdx.x; j < D; j += THREADS) {
-        int source = order ? order[(i64)bh * D + j] : j;
 #pragma unroll
-        for (int n = 0; n < NR; n++) shared.sorted[n][j] = shared.rotated[0][n][source];
+    for (int i = 0; i < OWN; i++) {
+        const int j = threadIdx.x + i * THREADS;
+        if (j < D)
+#pragma unroll
+            for (int n = 0; n < NR; n++) shared.sorted[n][j] = shared.balanced[n][own_order[i]];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < ROTATION_PARTS * D; i += THREADS) {
-        const int c = i % D, p = i / D;
-        if (i != threadIdx.x) {  // fewer threads than channels
-            group_of(c, low, size, lead);
-            size /= ROTATION_PARTS;
+    // A rotation keeps the norm, so that no coordinate exceeds it: the unit needs no second look.
+    float query_unit[NR];
+#pragma unroll
+    for (int n = 0; n < NR; n++) {
+        float square = 0.f;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            int edge, count;
+            float weight;
+            group_of(lane + 32 * i, edge, count, weight);
+            float x = shared.sorted[n][lane + 32 * i] * weight;
+            square += x * x;
         }
+#pragma unroll
+        for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
+        query_unit[n] = fmaxf(sqrtf(square) * gain, 1e-30f) / QUERY_TOP;
+    }
+    for (int base = 16 * warp; base < D; base += 16 * WARPS) {
+        const int c = base + (lane & 15);
         float acc[NR] = {};
+        if (base != 16 * warp) load_columns(c, 0);
         for (int first = 0; first < size; first += QUERY_PIECE) {
-            if (i != threadIdx.x || first)
-#pragma unroll
-                for (int j = 0; j < QUERY_PIECE; j++)
-                    piece[j] = first + j < size ? columns[(low + p * size + first + j) * D + c] : 0.f;
+            if (first) load_columns(c, first);
 #pragma unroll
             for (int j = 0; j < QUERY_PIECE; j++)
                 if (first + j < size)
 #pragma unroll
-                    for (int n = 0; n < NR; n++) acc[n] += piece[j] * shared.sorted[n][low + p * size + first + j];
+                    for (int n = 0; n < NR; n++) acc[n] += piece[j] * shared.sorted[n][low + first + j];
         }
 #pragma unroll
-        for (int n = 0; n < NR; n++) shared.rotated[p][n][c] = acc[n] * (lead * gain);
-    }
-    __syncthreads();
-    for (int n = warp; n < NR; n += WARPS) {
-        float q[D / 32], top = 0.f;
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            q[i] = shared.rotated[0][n][lane + 32 * i];
-            if (ROTATION_PARTS == 2) q[i] += shared.rotated[ROTATION_PARTS - 1][n][lane + 32 * i];
-            top = fmaxf(top, fabsf(q[i]));
+        for (int n = 0; n < NR; n++) {
+            acc[n] += __shfl_xor_sync(~0u, acc[n], 16);
+            int v = __float2int_rn(acc[n] * (lead * gain) / query_unit[n]), high = (v + 64) >> 7;
+            shared.bytes[2 * n + half][c] = (u8)(half ? v - 128 * high : high);
         }
-#pragma unroll
-        for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-        float unit = fmaxf(top, 1e-30f) / QUERY_TOP;
-        int sums[KEY_GROUPS][2] = {};
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            int v = __float2int_rn(q[i] / unit), c = lane + 32 * i;
-            int high = (v + 64) >> 7, low = v - 128 * high;
-            shared.bytes[2 * n][c] = (u8)high;
-            shared.bytes[2 * n + 1][c] = (u8)low;
-#pragma unroll
-            for (int group = 0, edge = 0; group < KEY_GROUPS; group++) {
-                bool inside = c >= edge && c < edge + KEY_SIZE[group];
-                sums[group][0] += inside ? high : 0;
-                sums[group][1] += inside ? low : 0;
-                edge += KEY_SIZE[group];
-            }
-        }
-#pragma unroll
-        for (int group = 0; group < KEY_GROUPS; group++) {
-#pragma unroll
-            for (int d = 16; d; d >>= 1) {
-                sums[group][0] += __shfl_xor_sync(~0u, sums[group][0], d);
-                sums[group][1] += __shfl_xor_sync(~0u, sums[group][1], d);
-            }
-            int high = twice_bias(KEY_BITS[group]) * sums[group][0], low = twice_bias(KEY_BITS[group]) * sums[group][1];
-            if (lane == 0) {  // half a high unit is 64 low ones
-                shared.start_at[group][2 * n] = MAGIC_BITS - (high >> 1);
-                shared.start_at[group][2 * n + 1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);
-            }
-        }
-        if (lane == 0) shared.query_unit[n] = unit;
     }
     __syncthreads();
 
@@ -601,9 +612,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 shared.sum[1][warp][2 * t + r] = sum[r];
             }
         }
-        // Shared memory is full of slots: the sums wait in global memory, behind the blocks' parts.
         if (spilled_rows && g < NR) {
-            float* mine = waiting + ((parts + split) * WARPS + warp) * NR * D + g * D;
+            float* mine = waiting + g * D;
 #pragma unroll
             for (int j = 0; j < CHANNELS; j++) {
                 mine[2 * t * CHANNELS + j] = o[j][0];
@@ -615,15 +625,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     // -------- tiles
     u32 q[UNITS][NT];
     load_query<0>(q, shared, g, t, 0);
-    int start_at[KEY_GROUPS][NT][2];
+    int start_at[KEY_GROUPS][NT][2];  // what accumulators begin with: MAGIC_BITS less the levels' bias
     float unit[NT];
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
-        unit[nt] = shared.query_unit[4 * nt + t];
+        unit[nt] = t & 2 ? t & 1 ? query_unit[4 * nt + 3] : query_unit[4 * nt + 2] : t & 1 ? query_unit[4 * nt + 1] : query_unit[4 * nt];
 #pragma unroll
-        for (int group = 0; group < KEY_GROUPS; group++) {
-            start_at[group][nt][0] = shared.start_at[group][8 * nt + 2 * t];
-            start_at[group][nt][1] = shared.start_at[group][8 * nt + 2 * t + 1];
+        for (int group = 0, u = 0; group < KEY_GROUPS; u += KEY_SIZE[group++] / 16) {
+            int c[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int i = 0; i < KEY_SIZE[group] / 16; i++) mma16(c, 0x01010101u, 0x01010101u, q[u + i][nt]);
+            debias(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
         }
     }
     float o[CHANNEL_TILES][NT][2], maximum[NT], sum[NT];
@@ -640,13 +652,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     value_levels.read(shared_address(shared.books[KEY_GROUPS]));
     constexpr int OWN_STEP = ValueRow::index(0, 2, 0);
     const int own_token = (g >> 1) * OWN_TOKENS + (g & 1) * OWN_STEP;
-    int job = 0;
     for (int tile = begin; tile < tiles; tile += stride) {
-        stage(job + SLOTS - 1);
-        arrived();
-        u32 at = ring_slots + (u32)(job % SLOTS) * SLOT;
-        job++;
-
+        all_but_newest_arrived();
         float base[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) base[nt] = 0.f;
@@ -656,7 +663,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int c = 0; c < D / 64; c++) {
                 u32 x;
-                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at + KEY_CODES + KEY_SCALES + 128 * c + 4 * lane));
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(key_room + KEY_CODES + KEY_SCALES + 128 * c + 4 * lane));
                 float low = half_to_float((u16)x), high = half_to_float((u16)(x >> 16));
 #pragma unroll
                 for (int n = 0; n < NR; n++) {
@@ -679,15 +686,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
 #endif
         float s[8][NT][2];
-        const u32 rows = at + key_place((g >> 1) * OWN_TOKENS) + (g & 1) * OWN_STEP * KEY_ROW_BYTES;
-        const u32 scales = at + KEY_CODES + own_token * KEY_SCALE_BYTES;
-        unrolled<0, 8>([&]<int U>() {
-            score<0, U>(s[U], rows, scales, q, start_at, key_levels, t);
+        u32 rows = key_room + key_place((g >> 1) * OWN_TOKENS) + (g & 1) * OWN_STEP * KEY_ROW_BYTES;
+        u32 scales = key_room + KEY_CODES + own_token * KEY_SCALE_BYTES;
+        // Loops over units and channels are not unrolled whole: their code would not fit the instruction cache.
+#pragma unroll 1
+        for (int turn = 0; turn < 8 / KEY_UNROLL; turn++) {
+            float x[KEY_UNROLL][NT][2];
+            unrolled<0, KEY_UNROLL>([&]<int U>() { score<0, U>(x[U], rows, scales, q, start_at, key_levels, t); });
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) s[U][nt][r] = fmaf(s[U][nt][r], unit[nt], base[nt]);
-        });
+                for (int r = 0; r < 2; r++) {  // the newest scores enter behind the others
+#pragma unroll
+                    for (int u = 0; u < 8 - KEY_UNROLL; u++) s[u][nt][r] = s[u + KEY_UNROLL][nt][r];
+#pragma unroll
+                    for (int u = 0; u < KEY_UNROLL; u++) s[8 - KEY_UNROLL + u][nt][r] = fmaf(x[u][nt][r], unit[nt], base[nt]);
+                }
+            constexpr int NEXT = ValueRow::index(KEY_UNROLL, 0, 0);
+            static_assert(KEY_UNROLL == 8 || NEXT < OWN_TOKENS, "turns differ by whole rows of the lane's own tokens");
+            rows += NEXT * KEY_ROW_BYTES;
+            scales += NEXT * KEY_SCALE_BYTES;
+        }
         const i64 first = (i64)tile * 128;
         if (MASKED || SOFTCAP || first < start + sinks) {
             unrolled<0, 8>([&]<int U>() {
@@ -711,7 +730,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             for (int u = 0; u < 8; u++) highest[nt] = fmaxf(highest[nt], fmaxf(s[u][nt][0], s[u][nt][1]));
         }
         __syncwarp();  // a copy ahead writes to the slot that was read last
-        stage(job + SLOTS - 1);
+        copy_keys(tile + stride);
         float fade[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
@@ -721,14 +740,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             maximum[nt] = highest[nt];
             sum[nt] *= fade[nt];
         }
-        arrived();
-        at = ring_slots + (u32)(job % SLOTS) * SLOT;
-        job++;
+        all_but_newest_arrived();
         // Probabilities times the values' scales, in units of 1 / PROBABILITY_TOP of the tile's largest.
         float largest[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) largest[nt] = 1e-30f;
-        const u32 value_scale = at + VALUE_CODES + own_token * VALUE_SCALE_BYTES;
+        const u32 value_scale = value_room + VALUE_CODES + own_token * VALUE_SCALE_BYTES;
         unrolled<0, 16>([&]<int I>() {
             constexpr int U = I / 2, R = I % 2;
             float scale = load_scale<VALUE_FORMAT, ValueRow::index(U, R, 0) * VALUE_SCALE_BYTES>(value_scale);
@@ -762,40 +779,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int u = 0; u < 8; u += 2)
                 mma32(c, 0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u, p[u][nt], p[u + 1][nt]);
-            int high = twice_bias(VALUE_BITS) * c[0], low = twice_bias(VALUE_BITS) * c[1];
-            bias[nt][0] = MAGIC_BITS - (high >> 1);
-            bias[nt][1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);
+            debias(bias[nt], c, twice_bias(VALUE_BITS));
         }
-        const u32 value_rows = at + g * VALUE_ROW_BYTES;
-        unrolled<0, CHANNEL_TILES>([&]<int M>() {
-            ValueRow x, y;
-            x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, t);
-            y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, t);
-            int c[NT][4];
+        u32 value_rows = value_room + g * VALUE_ROW_BYTES;
+#pragma unroll 1
+        for (int turn = 0; turn < CHANNEL_TILES / VALUE_UNROLL; turn++) {
+            float next[VALUE_UNROLL][NT][2];
+            unrolled<0, VALUE_UNROLL>([&]<int M>() {
+                ValueRow x, y;
+                x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, t);
+                y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, t);
+                int c[NT][4];
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) {
-                c[nt][0] = c[nt][2] = bias[nt][0];
-                c[nt][1] = c[nt][3] = bias[nt][1];
-            }
-            unrolled<0, 4>([&]<int I>() {
-                u32 a0 = x.template levels<2 * I>(value_levels), a1 = y.template levels<2 * I>(value_levels);
-                u32 a2 = x.template levels<2 * I + 1>(value_levels), a3 = y.template levels<2 * I + 1>(value_levels);
+                for (int nt = 0; nt < NT; nt++) {
+                    c[nt][0] = c[nt][2] = bias[nt][0];
+                    c[nt][1] = c[nt][3] = bias[nt][1];
+                }
+                unrolled<0, 4>([&]<int I>() {
+                    u32 a0 = x.template levels<2 * I>(value_levels), a1 = y.template levels<2 * I>(value_levels);
+                    u32 a2 = x.template levels<2 * I + 1>(value_levels), a3 = y.template levels<2 * I + 1>(value_levels);
 #pragma unroll
-                for (int nt = 0; nt < NT; nt++) mma32(c[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
+                    for (int nt = 0; nt < NT; nt++) mma32(c[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
+                });
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        float high = fmaf(__int_as_float(c[nt][2 * r]), 128.f, -128.f * MAGIC);
+                        float low = __int_as_float(c[nt][2 * r + 1]) - MAGIC;
+                        next[M][nt][r] = fmaf(o[M][nt][r], fade[nt], back[nt] * (high + low));
+                    }
             });
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    float high = fmaf(__int_as_float(c[nt][2 * r]), 128.f, -128.f * MAGIC);
-                    float low = __int_as_float(c[nt][2 * r + 1]) - MAGIC;
-                    o[M][nt][r] = fmaf(o[M][nt][r], fade[nt], back[nt] * (high + low));
+#pragma unroll
+                    for (int m = 0; m < CHANNEL_TILES - VALUE_UNROLL; m++) o[m][nt][r] = o[m + VALUE_UNROLL][nt][r];
+#pragma unroll
+                    for (int m = 0; m < VALUE_UNROLL; m++) o[CHANNEL_TILES - VALUE_UNROLL + m][nt][r] = next[m][nt][r];
                 }
-        });
+            value_rows += 16 * VALUE_UNROLL * VALUE_ROW_BYTES;
+        }
         __syncwarp();
+        copy_values(tile + stride);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();  // `output` lies over everybody's slots
+    __syncthreads();  // `output` lies over everybody's rooms
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
 #pragma unroll
@@ -810,7 +840,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             for (int r = 0; r < 2; r++) shared.output[0][warp][4 * nt + t][16 * m + g + 8 * r] = o[m][nt][r];
     }
     for (int i = lane; i < NR * D; i += 32)
-        (&shared.output[1][warp][0][0])[i] = spilled_rows ? waiting[((parts + split) * WARPS + warp) * NR * D + i] : 0.f;
+        (&shared.output[1][warp][0][0])[i] = spilled_rows ? waiting[i] : 0.f;
     __syncthreads();
 
     // -------- one result a block: `sorted` takes the packed part, `raw` that of raw tokens
@@ -837,15 +867,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     __syncthreads();
     const float* matrix = value_rotation + (i64)h * value_rotation_stride;
     float turn[VALUE_PIECE];
-    auto load_matrix = [&](int i, int first) {
-        const int from = i / D * (D / ROTATION_PARTS) + first;
-        if (i < ROTATION_PARTS * D)
+    auto load_matrix = [&](int c, int first) {
 #pragma unroll
-            for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(from + j) * D + i % D];
+        for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(half * (D / 2) + first + j) * D + c];
     };
-    if (splits == 1)
-        load_matrix(threadIdx.x, 0);
-    else {
+    if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
+    if (splits > 1) {
         float* part_output = work + (parts + split) * (2 * NR * D);
         for (int i = threadIdx.x; i < NR * D; i += THREADS) {
             part_output[i] = (&shared.sorted[0][0])[i];
@@ -855,18 +882,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x] = shared.top[threadIdx.x];
             all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x + 1] = shared.total[threadIdx.x];
         }
-        __threadfence();
         __syncthreads();
-        if (threadIdx.x == 0) {
+        if (threadIdx.x == 0) {  // the barrier and this fence together order all threads' writes
+            __threadfence();
             int* arrival = arrivals + blockIdx.z * gridDim.y + bh;
             shared.last = atomicAdd(arrival, 1) == splits - 1;
             if (shared.last) *arrival = 0;
+            __threadfence();
         }
         __syncthreads();
         if (!shared.last) return;
-        __threadfence();
-        load_matrix(threadIdx.x, 0);
-        // Weights of the splits: shared.bytes and what follows it are done with.
         float* weights = &shared.output[0][0][0][0];
         for (int n = warp; n < NR; n += WARPS) {
             float top = NEVER, total = 0.f;
@@ -902,32 +927,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     }
 
     // -------- turn the packed part back and write
-    for (int i = threadIdx.x; i < ROTATION_PARTS * D; i += THREADS) {
-        const int c = i % D, part = i / D, size = D / ROTATION_PARTS;
+    const float value_lead = VALUE_UNIT * (value_gain ? value_gain[bh] : 1.f);
+    for (int base = 16 * warp; base < D; base += 16 * WARPS) {
+        const int c = base + (lane & 15);
         float acc[NR] = {};
-        for (int first = 0; first < size; first += VALUE_PIECE) {
-            if (i != threadIdx.x || first) load_matrix(i, first);
+        for (int first = 0; first < D / 2; first += VALUE_PIECE) {
+            if (base != 16 * warp || first) load_matrix(c, first);
 #pragma unroll
             for (int j = 0; j < VALUE_PIECE; j++)
 #pragma unroll
-                for (int n = 0; n < NR; n++) acc[n] += turn[j] * shared.sorted[n][part * size + first + j];
+                for (int n = 0; n < NR; n++) acc[n] += turn[j] * shared.sorted[n][half * (D / 2) + first + j];
         }
 #pragma unroll
-        for (int n = 0; n < NR; n++) shared.rotated[part][n][c] = acc[n];
-    }
-    __syncthreads();
-    const float value_lead = VALUE_UNIT * (value_gain ? value_gain[bh] : 1.f);
-    for (int i = threadIdx.x; i < rows * D; i += THREADS) {
-        const int n = i / D, c = i % D;
-        float total = shared.total[n], x = shared.rotated[0][n][c];
-        if (ROTATION_PARTS == 2) x += shared.rotated[ROTATION_PARTS - 1][n][c];
-        x = x * value_lead + shared.raw[n][c];
-        if (s_aux) {  // a logit that takes probability and carries no value
-            float logit = s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, top = fmaxf(shared.top[n], logit);
-            float fade = exp2_fast(shared.top[n] - top);
-            x *= fade;
-            total = total * fade + exp2_fast(logit - top);
+        for (int n = 0; n < NR; n++) {
+            acc[n] += __shfl_xor_sync(~0u, acc[n], 16);
+            if (n >= rows || half != (n & 1)) continue;
+            float total = shared.total[n], x = acc[n] * value_lead + shared.raw[n][c];
+            if (s_aux) {  // a logit that takes probability and carries no value
+                float logit = s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, top = fmaxf(shared.top[n], logit);
+                float fade = exp2_fast(shared.top[n] - top);
+                x *= fade;
+                total = total * fade + exp2_fast(logit - top);
+            }
+            result[((i64)bh * all_rows + row0 + n) * D + c] = float_to_raw(total > 0.f ? x / total : 0.f);
         }
-        result[((i64)bh * all_rows + row0 + n) * D + c] = float_to_raw(total > 0.f ? x / total : 0.f);
     }
 }
