@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import turboquant_hf  # noqa: F401  (registers the cache)
 from turboquant_hf import TurboQuantCache
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
+TILES = {"tile": 16, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 PROMPT, NEW = 45, 24
 
 

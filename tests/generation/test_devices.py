@@ -84,7 +84,7 @@ def tensor_parallel(folder: Path, output: Path, processes: int = 2) -> list[dict
 
 
 def check_tensor_parallel(tmp_path, device="cpu"):
-    model = make_llama()
+    model = make_llama(head_dim=16)
     model.save_pretrained(tmp_path / "model")
     found = tensor_parallel(tmp_path / "model", tmp_path)
     model.to(device)
@@ -93,7 +93,7 @@ def check_tensor_parallel(tmp_path, device="cpu"):
         for attention in ("keep", "auto"):
             expected[f"{name}-{attention}"] = generate(model, name, device, attention)
     for rank, own in enumerate(found):
-        assert own["heads"] == 1 and own["tiles"] >= 3 and own["attention"] == "turboquant"
+        assert own["heads"] == 1 and own["tiles"] >= 2 and own["attention"] == "turboquant"
         for name, tokens in expected.items():
             assert own[name] == tokens, f"process {rank}, {name}"
     return found
