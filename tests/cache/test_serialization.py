@@ -16,7 +16,7 @@ from turboquant_hf.cache import serialization
 
 TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 SAVED = ["llama", "mistral", "gemma2", "gemma3n", "gemma4", "gpt_oss", "llama4", "deepseek_v3"]
-SAVED += ["qwen3_next", "jamba", "lfm2"]
+SAVED += ["qwen3_next", "jamba", "lfm2", "falcon_h1"]
 PRESETS = ["lossless", "k4v4", "k2v2", "k8v4", "paper-3.5", "nf4", "paper-prod-3", "qjl-3", "int8"]
 
 
@@ -171,8 +171,8 @@ def with_header(path, change):
         (lambda _, content, __: content["preset"].update(extra=1), "unknown field 'extra'"),
         (lambda _, content, __: content["layers"].pop(), "2 layers, this model 3"),
         (lambda _, content, __: content["layers"][1].update(kind="OtherLayer"), "layer 1 is a OtherLayer"),
-        (lambda _, content, __: content["layers"][1].update(tiles=3), "tiles.0.*is not"),
-        (lambda _, content, __: content["layers"][0].update(states=[["balance"], ["gain"]]), "KeyError"),
+        (lambda _, content, __: content["layers"][1]["packed"].update(tiles=3), "tiles.0.*is not"),
+        (lambda _, content, __: content["layers"][0]["packed"].update(states=[["balance"], ["gain"]]), "KeyError"),
         (lambda _, __, tensors: tensors.pop("1.tail.0"), "1.tail.0"),
         (lambda _, __, tensors: tensors["2.sinks.1"].add_(1), "2.sinks.1 does not match its checksum"),
     ],

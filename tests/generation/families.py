@@ -204,6 +204,24 @@ FAMILIES = [
     Family(
         "lfm2", {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4, "block_multiple_of": 8}
     ),
+    Family(
+        "falcon_h1",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
+    Family(
+        "zamba2",
+        {
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+            "num_hidden_layers": 4,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "chunk_size": 8,
+            "num_mem_blocks": 1,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+        },
+    ),
     Family("mamba", {"state_size": 8}, packed=None, label="mamba"),
     Family(
         "t5",

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
+from turboquant_hf.cache.hybrid import HybridLayer, packed_part
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.serialization import config_field, model_fields, read_cache, save_cache
@@ -137,15 +138,18 @@ class TurboQuantCache(DynamicCache):
         if isinstance(head_dim, int) and not latent:
             self.preset.validate(head_dim)
         reads_packed = never_packed if latent else LiveAttention(config)
-        packed = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        kinds = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+        packed = [index for index, layer in enumerate(self.layers) if type(layer) in kinds]
         for ordinal, index in enumerate(packed):
             keys, values = self.preset.layer_quantizers(ordinal, len(packed))
-            self.layers[index] = TurboQuantLayer(self.preset, keys, values, reads_packed, self.offloader)
+            layer = TurboQuantLayer(self.preset, keys, values, reads_packed, self.offloader)
+            plain = type(self.layers[index]) is DynamicLayer
+            self.layers[index] = layer if plain else HybridLayer(self.layers[index], layer)
 
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
         """The layers that this package holds, in order."""
-        return [layer for layer in self.layers if isinstance(layer, TurboQuantLayer)]
+        return [part for layer in self.layers if (part := packed_part(layer)) is not None]
 
     @property
     def tokens(self) -> int:

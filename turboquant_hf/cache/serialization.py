@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
+from turboquant_hf.cache.hybrid import packed_part
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.config import CachePreset
 from turboquant_hf.version import __version__
@@ -55,8 +56,11 @@ def save_cache(cache, path: str | Path) -> None:
     tensors: Tensors = {}
     layers = []
     for index, layer in enumerate(cache.layers):
-        describe = _describe_packed if type(layer) is TurboQuantLayer else _describe_raw
-        layers.append(describe(layer, f"{index}.", tensors))
+        packed, raw = packed_part(layer), None
+        if packed is not layer:
+            raw = _describe_raw(layer, f"{index}.", tensors)
+        described = None if packed is None else _describe_packed(packed, f"{index}.", tensors)
+        layers.append({"kind": type(layer).__name__, "packed": described, "raw": raw})
     content = {
         "package": __version__,
         "transformers": transformers.__version__,
@@ -142,8 +146,11 @@ def _fill(cache, path: str | Path, content: dict[str, Any], device: Any) -> None
                 written = f"{described['kind']} (transformers {content['transformers']})"
                 raise CacheFileError(f"{path}: layer {index} is a {written}, this model has a {type(layer).__name__}")
             where = device.get(index) if isinstance(device, Mapping) else device
-            fill = _fill_packed if type(layer) is TurboQuantLayer else _fill_raw
-            fill(layer, described, f"{index}.", read, where)
+            packed = packed_part(layer)
+            if packed is not None:
+                _fill_packed(packed, described["packed"], f"{index}.", read, where)
+            if packed is not layer:
+                _fill_raw(layer, described["raw"], f"{index}.", read, where)
 
 
 @contextmanager
@@ -174,7 +181,7 @@ def _put(tensors: Tensors, name: str, x: torch.Tensor) -> str:
 
 
 def _describe_packed(layer: TurboQuantLayer, prefix: str, tensors: Tensors) -> dict[str, Any]:
-    described: dict[str, Any] = {"kind": type(layer).__name__, "noted": layer.noted_starts, "filled": False}
+    described: dict[str, Any] = {"noted": layer.noted_starts, "filled": False}
     if not layer.is_initialized:
         return described
     layer.commit()
@@ -262,10 +269,13 @@ def _fill_packed(layer: TurboQuantLayer, described: dict, prefix: str, read: Cal
 
 def _describe_raw(layer: Any, prefix: str, tensors: Tensors) -> dict[str, Any]:
     try:
-        fields = {name: _plain(value, f"{prefix}raw.{name}", tensors) for name, value in vars(layer).items()}
+        return {name: _plain(value, f"{prefix}raw.{name}", tensors) for name, value in _raw_fields(layer).items()}
     except TypeError as error:
         raise CacheFileError(f"layer {prefix[:-1]}, a {type(layer).__name__}, cannot be saved: {error}") from error
-    return {"kind": type(layer).__name__, "fields": fields}
+
+
+def _raw_fields(layer: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(layer).items() if not isinstance(value, TurboQuantLayer)}
 
 
 def _plain(value: Any, name: str, tensors: Tensors) -> Any:
@@ -284,9 +294,8 @@ def _plain(value: Any, name: str, tensors: Tensors) -> Any:
 
 
 def _fill_raw(layer: Any, described: dict, prefix: str, read: Callable, device: Any) -> None:
-    fields = described["fields"]
-    missing = vars(layer).keys() - fields.keys()
-    odd = [name for name in fields if callable(getattr(type(layer), name, None))]
+    missing = _raw_fields(layer).keys() - described.keys()
+    odd = [name for name in described if callable(getattr(type(layer), name, None))]
     if missing or odd:
         raise CacheFileError(f"layer {prefix[:-1]}: a {type(layer).__name__} has other fields: {*missing, *odd}")
 
@@ -304,4 +313,4 @@ def _fill_raw(layer: Any, described: dict, prefix: str, read: Callable, device: 
             return {key: value(entry) for key, entry in content}
         return {"list": list, "tuple": tuple}[kind](value(entry) for entry in content)
 
-    vars(layer).update({name: value(item) for name, item in fields.items()})
+    vars(layer).update({name: value(item) for name, item in described.items()})
