@@ -11,9 +11,9 @@ from turboquant_hf.cache.handles import PackedKeys, PackedValues
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
-from turboquant_hf.quantizers import QUANTIZERS, Quantizer
+from turboquant_hf.kernels.dispatch import query_energy
+from turboquant_hf.quantizers import Quantizer
 
-LOSSLESS = QUANTIZERS["lossless"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_TRAINING = "a packed cache keeps no gradients and serves no training: pass use_cache=False, or use torch.no_grad()"
 TAIL_SLACK = 16
@@ -22,7 +22,7 @@ TAIL_SLACK = 16
 
 def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """Stored scales are clamped, which would make a plausible number of an infinity."""
-    return x if isinstance(quantizer, LOSSLESS) else torch.where(x.isinf(), torch.nan, x)
+    return x if quantizer.marks_infinity else torch.where(x.isinf(), torch.nan, x)
 
 
 class _RefuseBackward(torch.autograd.Function):
@@ -159,10 +159,8 @@ class TurboQuantLayer(CacheLayerMixin):
         kv_heads = self.num_heads
         if heads % kv_heads or dim != self.head_dims[0]:
             return
-        weight = self._weight(self.get_seq_length() - tokens, tokens, sinks=False)
-        grouped = query.detach().float().reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
-        energy = (grouped.square() * weight[:, None, None, :, None]).sum(dim=(2, 3))
-        count = weight.sum(dim=1).clamp(min=0)[:, None, None] * (heads // kv_heads)
+        position = self.get_seq_length() - tokens
+        energy, count = query_energy(query.detach(), kv_heads, self.sinks.starts, position)
         if self._query_energy is None:
             self._query_energy, self._query_count = energy, count
         else:
@@ -184,7 +182,11 @@ class TurboQuantLayer(CacheLayerMixin):
         if not self._fitted:
             self._fit(stored)
         for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states, strict=True):
-            store.append(quantizer.encode(_nan_for_inf(x, quantizer), state, weight))
+            x = _nan_for_inf(x, quantizer)
+            if self.offloader is None:
+                quantizer.encode_into(x, state, weight, store.extend(ready))
+            else:
+                store.append(quantizer.encode(x, state, weight))
         self._mark_bad_heads(fresh, weight)
         self.tail.drop_front(ready * tile)
 
@@ -228,11 +230,10 @@ class TurboQuantLayer(CacheLayerMixin):
         own = self._query_energy / self._query_count.clamp(min=1)
         return torch.where(self._query_count > 0, own, pooled).sqrt()
 
-    def _weight(self, start: int, tokens: int, sinks: bool = True) -> torch.Tensor:
-        """[B, tokens] float32: 0 for padding (and for sinks, which are kept apart), 1 elsewhere."""
+    def _weight(self, start: int, tokens: int) -> torch.Tensor:
+        """[B, tokens] float32: 0 for padding and sinks (which are kept apart), 1 elsewhere."""
         position = torch.arange(start, start + tokens, device=self.device)
-        skipped = self.sinks.starts + (self.preset.sinks if sinks else 0)
-        return (position >= skipped[:, None]).float()
+        return (position >= self.sinks.starts[:, None] + self.preset.sinks).float()
 
     def _tiled(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (-1, self.preset.tile))

@@ -39,13 +39,17 @@ class HostTileStore(TileStore):
 
     def append(self, packed: dict[str, torch.Tensor]) -> None:
         first, capacity = self.count, self.capacity
-        super().append(packed)
+        self.reserve(first + next(iter(packed.values())).shape[2])
+        self.count = first + next(iter(packed.values())).shape[2]
+        targets = [super().view(first)]
         if self.staged is not None and self.capacity == capacity:
             self.owner.wait(self)
-            for name, array in self.staged.items():
-                array[:, :, first : self.count] = packed[name]
+            targets.append({name: array[:, :, first : self.count] for name, array in self.staged.items()})
         else:
             self.owner.forget(self)
+        for target in targets:
+            for name, array in target.items():
+                array.copy_(packed[name])
 
     def reserve(self, tiles: int) -> None:
         super().reserve(tiles)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.decode import reference as decode_reference
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.kernels.encode import reference as encode_reference
+from turboquant_hf.kernels.statistics import due as statistics_due
+from turboquant_hf.kernels.statistics import reference as statistics_reference
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
 VARIABLE = "TURBOQUANT_BACKEND"
@@ -143,8 +146,13 @@ def encode_tiles(
     scale_rule: str,
     scale_format: str = "fp16",
     gain: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    balance: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
+    center: bool = False,
+    weight: torch.Tensor | None = None,
     channel_major: bool = False,
+    out: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """`encode.reference.encode_tiles` by the chosen backend."""
     with on_device(x.device):
@@ -155,8 +163,13 @@ def encode_tiles(
             scale_rule=scale_rule,
             scale_format=scale_format,
             gain=gain,
+            order=order,
+            balance=balance,
             mean=mean,
+            center=center,
+            weight=weight,
             channel_major=channel_major,
+            out=out,
         )
 
 
@@ -175,6 +188,64 @@ def decode_tiles(
         return _encoder(device).decode_tiles(
             packed, inverse, groups, scale_format=scale_format, gain=gain, channel_major=channel_major
         )
+
+
+def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
+    """`statistics.reference.tile_energy` by the chosen backend."""
+    with on_device(x.device):
+        return _statistics(x.device).tile_energy(x, weight, center)
+
+
+def query_energy(
+    query: torch.Tensor, heads: int, starts: torch.Tensor, position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`statistics.reference.query_energy` by the chosen backend."""
+    with on_device(query.device):
+        return _statistics(query.device).query_energy(query, heads, starts, position)
+
+
+def balance_channels(
+    energy: torch.Tensor, count: torch.Tensor, query_rms: torch.Tensor | None, sizes: tuple[int, ...], balance: str
+) -> dict[str, torch.Tensor]:
+    """`statistics.reference.balance_channels` by the chosen backend."""
+    with on_device(energy.device):
+        return _statistics(energy.device).balance_channels(energy, count, query_rms, sizes, balance)
+
+
+def encode_due(ring: torch.Tensor, *arguments: Any, **options: Any) -> None:
+    """`encode.reference.encode_due` by the chosen backend."""
+    with on_device(ring.device):
+        _encoder(ring.device).encode_due(ring, *arguments, **options)
+
+
+def observe_due(query: torch.Tensor, *arguments: torch.Tensor) -> None:
+    """`statistics.due.observe_due` by the chosen backend."""
+    with on_device(query.device):
+        _due(query.device).observe_due(query, *arguments)
+
+
+def fit_due(keys: torch.Tensor, *arguments: torch.Tensor, **options: Any) -> None:
+    """`statistics.due.fit_due` by the chosen backend."""
+    with on_device(keys.device):
+        _due(keys.device).fit_due(keys, *arguments, **options)
+
+
+def advance_due(counts: torch.Tensor, fitted: torch.Tensor, **options: int) -> None:
+    """`statistics.due.advance_due` by the chosen backend."""
+    with on_device(counts.device):
+        _due(counts.device).advance_due(counts, fitted, **options)
+
+
+def _statistics(device: torch.device) -> ModuleType:
+    if backend(device) == "torch":
+        return statistics_reference
+    return import_module("turboquant_hf.kernels.statistics.triton")
+
+
+def _due(device: torch.device) -> ModuleType:
+    if backend(device) == "torch":
+        return statistics_due
+    return import_module("turboquant_hf.kernels.statistics.due_triton")
 
 
 def _encoder(device: torch.device) -> ModuleType:

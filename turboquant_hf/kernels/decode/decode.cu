@@ -263,7 +263,7 @@ constexpr int QUERY_PIECE = widest_group() / 2 < 64 ? widest_group() / 2 : 64, V
 struct Shared {
     union {
         __align__(128) u8 rooms[WARPS][KEY_ROOM + VALUE_ROOM];
-        float output[2][WARPS][NR][D];  // of every warp: in the values' coded domain, and of raw tokens
+        float output[WARPS][NR][D];  // of every warp, in the values' coded domain
     };
     float raw[NR][D];                   // queries times scaling * log2(e)
     float balanced[NR][D];
@@ -837,34 +837,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int m = 0; m < CHANNEL_TILES; m++)
 #pragma unroll
-            for (int r = 0; r < 2; r++) shared.output[0][warp][4 * nt + t][16 * m + g + 8 * r] = o[m][nt][r];
+            for (int r = 0; r < 2; r++) shared.output[warp][4 * nt + t][16 * m + g + 8 * r] = o[m][nt][r];
     }
-    for (int i = lane; i < NR * D; i += 32)
-        (&shared.output[1][warp][0][0])[i] = spilled_rows ? waiting[i] : 0.f;
-    __syncthreads();
-
-    // -------- one result a block: `sorted` takes the packed part, `raw` that of raw tokens
-    for (int i = threadIdx.x; i < NR * D; i += THREADS) {
-        int n = i / D, c = i % D;
-        float top = NEVER, total = 0.f, packed_o = 0.f, raw_o = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, fmaxf(shared.maximum[0][w][n], shared.maximum[1][w][n]));
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            float x = exp2_fast(shared.maximum[0][w][n] - top), y = exp2_fast(shared.maximum[1][w][n] - top);
-            total += x * shared.sum[0][w][n] + y * shared.sum[1][w][n];
-            packed_o += x * shared.output[0][w][n][c];
-            raw_o += y * shared.output[1][w][n][c];
-        }
-        if (top == NEVER) total = packed_o = raw_o = 0.f;
-        shared.sorted[n][c] = packed_o;
-        shared.raw[n][c] = raw_o;
-        if (c == 0) {
-            shared.top[n] = top;
-            shared.total[n] = total;
-        }
-    }
-    __syncthreads();
     const float* matrix = value_rotation + (i64)h * value_rotation_stride;
     float turn[VALUE_PIECE];
     auto load_matrix = [&](int c, int first) {
@@ -872,6 +846,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(half * (D / 2) + first + j) * D + c];
     };
     if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
+    __syncthreads();
+
+    // -------- one result a block: `sorted` takes the packed part, `raw` that of raw tokens. A thread keeps to one row.
+    constexpr int ROW_THREADS = THREADS / NR;
+    const int n = threadIdx.x / ROW_THREADS, first_channel = n < NR ? threadIdx.x % ROW_THREADS : D;
+    if (n < NR) {
+        float top = NEVER, total = 0.f, weight[2][WARPS];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, fmaxf(shared.maximum[0][w][n], shared.maximum[1][w][n]));
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+#pragma unroll
+            for (int kind = 0; kind < 2; kind++) {
+                float sum = shared.sum[kind][w][n];
+                weight[kind][w] = top == NEVER || sum == 0.f ? 0.f : exp2_fast(shared.maximum[kind][w][n] - top);
+                total += weight[kind][w] * sum;
+            }
+        if (first_channel == 0) {
+            shared.top[n] = top;
+            shared.total[n] = total;
+        }
+        for (int c = first_channel; c < D; c += ROW_THREADS) {
+            float packed_o = 0.f, raw_o = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                packed_o += weight[0][w] * shared.output[w][n][c];
+                if (shared.sum[1][w][n] > 0.f) raw_o += weight[1][w] * waiting[(w - warp) * NR * D + n * D + c];
+            }
+            shared.sorted[n][c] = packed_o;
+            shared.raw[n][c] = raw_o;
+        }
+    }
+    __syncthreads();
     if (splits > 1) {
         float* part_output = work + (parts + split) * (2 * NR * D);
         for (int i = threadIdx.x; i < NR * D; i += THREADS) {
@@ -892,36 +899,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
         __syncthreads();
         if (!shared.last) return;
-        float* weights = &shared.output[0][0][0][0];
-        for (int n = warp; n < NR; n += WARPS) {
-            float top = NEVER, total = 0.f;
-            for (int j = lane; j < splits; j += 32) top = fmaxf(top, __ldcg(all_sums + (parts + j) * (2 * NR) + 2 * n));
+        // The last block of a head adds the parts up, 16 at a time, all of them asked for at once.
+        constexpr int OWN_CHANNELS = (D + ROW_THREADS - 1) / ROW_THREADS, PIECE = OWN_CHANNELS <= 2 ? 16 : 4;
+        float top = NEVER, total = 0.f, packed_o[OWN_CHANNELS] = {}, raw_o[OWN_CHANNELS] = {};
+        for (int first = 0; first < splits && n < NR; first += PIECE) {
+            float2 sums[PIECE];
+            float x[PIECE][OWN_CHANNELS], y[PIECE][OWN_CHANNELS];
 #pragma unroll
-            for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-            for (int j = lane; j < splits; j += 32) {
-                float weight = exp2_fast(__ldcg(all_sums + (parts + j) * (2 * NR) + 2 * n) - top);
-                total += weight * __ldcg(all_sums + (parts + j) * (2 * NR) + 2 * n + 1);
-                weights[j * NR + n] = weight;
+            for (int j = 0; j < PIECE; j++) {
+                const i64 part = parts + (first + j < splits ? first + j : 0);
+                sums[j] = __ldcg((const float2*)(all_sums + part * (2 * NR) + 2 * n));
+                if (first + j >= splits) sums[j].x = NEVER;
+#pragma unroll
+                for (int i = 0; i < OWN_CHANNELS; i++) {
+                    const int c = first_channel + i * ROW_THREADS < D ? first_channel + i * ROW_THREADS : 0;
+                    x[j][i] = __ldcg(work + part * (2 * NR * D) + n * D + c);
+                    y[j][i] = __ldcg(work + part * (2 * NR * D) + NR * D + n * D + c);
+                }
+            }
+            float larger = top;
+#pragma unroll
+            for (int j = 0; j < PIECE; j++) larger = fmaxf(larger, sums[j].x);
+            const float fade = exp2_fast(top - larger);
+            top = larger;
+            total *= fade;
+#pragma unroll
+            for (int i = 0; i < OWN_CHANNELS; i++) {
+                packed_o[i] *= fade;
+                raw_o[i] *= fade;
             }
 #pragma unroll
-            for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
-            if (lane == 0) {
-                shared.top[n] = top;
-                shared.total[n] = total;
+            for (int j = 0; j < PIECE; j++) {
+                const float weight = sums[j].x == NEVER ? 0.f : exp2_fast(sums[j].x - top);
+                total += weight * sums[j].y;
+#pragma unroll
+                for (int i = 0; i < OWN_CHANNELS; i++) {
+                    packed_o[i] += weight * x[j][i];
+                    raw_o[i] += weight * y[j][i];
+                }
             }
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < NR * D; i += THREADS) {
-            const int n = i / D;
-            const float* from = work + parts * (2 * NR * D) + i;
-            float packed_o = 0.f, raw_o = 0.f;
-#pragma unroll 16
-            for (int j = 0; j < splits; j++) {
-                packed_o += weights[j * NR + n] * __ldcg(from + (i64)j * (2 * NR * D));
-                raw_o += weights[j * NR + n] * __ldcg(from + (i64)j * (2 * NR * D) + NR * D);
+#pragma unroll
+        for (int i = 0; i < OWN_CHANNELS; i++) {
+            const int c = first_channel + i * ROW_THREADS;
+            if (c < D) {
+                shared.sorted[n][c] = packed_o[i];
+                shared.raw[n][c] = raw_o[i];
+                if (c == 0) {
+                    shared.top[n] = top;
+                    shared.total[n] = total;
+                }
             }
-            shared.sorted[n][i % D] = packed_o;
-            shared.raw[n][i % D] = raw_o;
         }
         __syncthreads();
     }

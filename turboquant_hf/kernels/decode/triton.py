@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
-from turboquant_hf.kernels.encode.triton import (
+from turboquant_hf.kernels.encode.spec import (
     GroupSpec,
     decode_levels,
     group_count,
