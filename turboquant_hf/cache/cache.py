@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-from turboquant_hf.cache.hybrid import HybridLayer, packed_part
+from turboquant_hf.cache.hybrid import HybridLayer
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.serialization import config_field, model_fields, read_cache, save_cache
@@ -64,6 +64,8 @@ class TurboQuantCache(DynamicCache):
     Raises:
         ValueError: for an unknown preset or field, or a head dim that a quantizer cannot serve.
     """
+
+    packed_layer_class = TurboQuantLayer
 
     def __init__(
         self,
@@ -149,7 +151,8 @@ class TurboQuantCache(DynamicCache):
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
         """The layers that this package holds, in order."""
-        return [part for layer in self.layers if (part := packed_part(layer)) is not None]
+        parts = (getattr(layer, "packed", layer) for layer in self.layers)  # of a hybrid layer, its attention
+        return [part for part in parts if isinstance(part, self.packed_layer_class)]
 
     @property
     def tokens(self) -> int:
@@ -201,7 +204,7 @@ class TurboQuantCache(DynamicCache):
         return self.dense_nbytes / self.nbytes if self.nbytes else 1.0
 
     def _raw_nbytes(self) -> int:
-        raw = [vars(layer) for layer in self.layers if not isinstance(layer, TurboQuantLayer)]
+        raw = [vars(layer) for layer in self.layers if not isinstance(layer, self.packed_layer_class)]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(raw)}
         return sum(storages.values())
 

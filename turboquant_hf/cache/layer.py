@@ -121,6 +121,7 @@ class TurboQuantLayer(CacheLayerMixin):
         self.sinks = SinkBuffer(key_states, value_states, self.preset.sinks, starts)
         self.is_initialized = True
 
+    @torch.compiler.disable  # counters in Python: a graph break here, where tracing would compile every step anew
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append [B, H, T, D] keys and values; returns what attention reads, as handles or dense tensors."""
         if not self.is_initialized:

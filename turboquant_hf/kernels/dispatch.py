@@ -104,6 +104,8 @@ def decode_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     sparse_v_threshold: float = 0.0,
+    counts: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`decode.reference.decode_attention` by the chosen backend.
 
@@ -112,17 +114,20 @@ def decode_attention(
 
     Args:
         sparse_v_threshold: see `decode.triton.decode_attention`; plain torch reads everything.
+        workspace: from `decode_workspace`, for calls that are recorded in CUDA graphs; of no use to other backends.
     """
     chosen = backend(query.device)
     arguments = (query, keys, values, sinks, tail, starts)
     options = {"scaling": scaling, "mask": mask, "softcap": softcap, "s_aux": s_aux}
+    if counts is not None:
+        options["counts"] = counts
     automatic = os.environ.get(VARIABLE, "auto").lower() == "auto"
     if query.device.type == "cuda" and (chosen == "cuda" or (automatic and sparse_v_threshold == 0.0)):
         module, _ = _cuda_module()
         reason = "not loaded" if module is None else module.supports(query, keys, values, tail, s_aux)
         if reason is None:
             with on_device(query.device):
-                return module.decode_attention(*arguments, **options)
+                return module.decode_attention(*arguments, **options, workspace=workspace)
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
@@ -130,6 +135,31 @@ def decode_attention(
     module = import_module("turboquant_hf.kernels.decode.triton")
     with on_device(query.device):
         return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
+
+
+def decode_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Memory (int32) that `decode_attention` may use for up to `rows` query rows of each of `batch_heads` KV heads."""
+    words = 1
+    if device.type == "cuda" and backend(device) != "torch" and _cuda_module()[0] is not None:
+        words = _cuda_module()[0].largest_workspace(batch_heads, rows, dim, device)
+    return torch.zeros(words, dtype=torch.int32, device=device)
+
+
+def append_tokens(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    ring: RawTokens,
+    sinks: RawTokens,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    ticket: torch.Tensor,
+    max_len: int,
+) -> None:
+    """`append.reference.append_tokens` by the chosen backend."""
+    plain = backend(keys.device) == "torch"
+    module = import_module(f"turboquant_hf.kernels.append.{'reference' if plain else 'triton'}")
+    with on_device(keys.device):
+        module.append_tokens(keys, values, ring, sinks, starts, counts, ticket, max_len)
 
 
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

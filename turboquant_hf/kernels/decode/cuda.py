@@ -137,7 +137,7 @@ def decode_attention(
     """`reference.decode_attention` in one launch; `supports` says for which arguments.
 
     workspace: int32, zeros at first and left so where it counts blocks; see `workspace_size`. None: one of this
-        module's, which grows and is shared by the calls of a stream.
+        module's, which grows and is shared by the calls of a stream. One that is too small is not used.
     splits: how many blocks share a head's tiles; 0 chooses by the card.
     """
     batch, query_heads, count, dim = query.shape
@@ -151,8 +151,11 @@ def decode_attention(
         splits = _splits(blocks, tiles, warps, _multiprocessors(query.device))
     query = query.contiguous()
     result = torch.empty_like(query)
+    words = workspace_size(blocks * splits, shape, warps)
     if workspace is None:
-        workspace = _workspace(workspace_size(blocks * splits, shape, warps), query.device)
+        workspace = _workspace(words, query.device)
+    elif workspace.numel() < words:
+        workspace = torch.zeros(words, dtype=torch.int32, device=query.device)
     rotation = keys.rotation
     value_rotation = values.rotation
     sink_keys, sink_values = sinks.keys.contiguous(), sinks.values.contiguous()
@@ -180,6 +183,12 @@ ARRIVALS = 1 << 16
 def workspace_size(blocks: int, shape: Shape, warps: int) -> int:
     """Words: arrivals, every block's two parts and their sums, every warp's sums over raw tokens."""
     return ARRIVALS + blocks * (2 * shape.rows * (shape.dim + 1) + warps * shape.rows * shape.dim)
+
+
+def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> int:
+    """Words that serve any call of up to `rows` query rows a KV head, however it splits its tiles."""
+    blocks = max(batch_heads * -(-rows // MAX_ROWS), 4 * _multiprocessors(device))
+    return ARRIVALS + blocks * MAX_ROWS * (2 * (dim + 1) + MAX_WARPS * dim)
 
 
 _WORKSPACES: dict[tuple, torch.Tensor] = {}

@@ -50,6 +50,7 @@ def fit_due(
     window: int,
     sinks: int,
     min_statistics: int,
+    patience: int = 2**30,
     center: bool,
     sizes: tuple[int, ...],
     balance: str,
@@ -58,7 +59,8 @@ def fit_due(
 ) -> None:
     """Learn the state of a layer from its ring once, when the first tile is due and enough tokens were seen.
 
-    That is when `window` tokens follow the first tile, and the longest sequence has `min_statistics`. The ring must
+    That is when `window` tokens follow the first tile, and the longest sequence has `min_statistics` or the padded
+    batch more than `patience` tokens. The ring must
     still hold everything then: a longer prompt is for `Quantizer.fit`.
 
     Args:
@@ -70,7 +72,8 @@ def fit_due(
         value_state: "gain" float32 [B, H], or nothing.
     """
     length = int(counts[1])
-    if int(fitted[0]) or length < window + tile or length - int(starts.min()) < min_statistics:
+    waits = length - int(starts.min()) < min_statistics and length <= patience
+    if int(fitted[0]) or length < window + tile or waits:
         return
     whole = length // tile
     position = torch.arange(whole * tile, device=keys.device)

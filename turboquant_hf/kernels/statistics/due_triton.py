@@ -75,7 +75,7 @@ def _write_gain(p_gain, energy, count, D: tl.constexpr):
 @triton.jit
 def _fit_kernel(
     p_keys, p_values, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, p_balance, p_order, p_key_gain,
-    p_value_gain, k_b, k_h, k_t, v_b, v_h, v_t, B, H, WINDOW, SINKS, MINIMUM,
+    p_value_gain, k_b, k_h, k_t, v_b, v_h, v_t, B, H, WINDOW, SINKS, MINIMUM, PATIENCE,
     T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, CENTER: tl.constexpr, SIZES: tl.constexpr, BALANCE: tl.constexpr, KEYS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -86,7 +86,8 @@ def _fit_kernel(
     least = length
     for b in range(0, B):
         least = tl.minimum(least, tl.load(p_starts + b).to(tl.int32))
-    if (tl.load(p_fitted + h) != 0) | (length < WINDOW + T) | (length - least < MINIMUM):
+    waits = (length - least < MINIMUM) & (length <= PATIENCE)
+    if (tl.load(p_fitted + h) != 0) | (length < WINDOW + T) | waits:
         return
     whole = length // T
     d = tl.arange(0, BLOCK_K)
@@ -144,6 +145,7 @@ def fit_due(
     window: int,
     sinks: int,
     min_statistics: int,
+    patience: int = 2**30,
     center: bool,
     sizes: tuple[int, ...],
     balance: str,
@@ -156,7 +158,7 @@ def fit_due(
     _fit_kernel[(heads,)](
         keys, values, energy, count, seen, counts, fitted, starts, key_state.get("balance", keys),
         key_state.get("order", keys), key_state.get("gain", keys), value_state.get("gain", values),
-        *keys.stride()[:3], *values.stride()[:3], batch, heads, window, sinks, min_statistics,
+        *keys.stride()[:3], *values.stride()[:3], batch, heads, window, sinks, min_statistics, patience,
         T=tile, DK=dim, DV=wide, BLOCK_T=padded_size(tile), BLOCK_K=padded_size(dim), BLOCK_V=padded_size(wide),
         CENTER=center, SIZES=tuple(sizes), BALANCE=balance,
         KEYS="balance" if "balance" in key_state else "gain" if "gain" in key_state else "none",
