@@ -83,6 +83,16 @@ class CachePreset:
         _check_keys("preset", data, {f.name for f in fields(cls)})
         return cls(**data)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back, also after a way through JSON or YAML."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["keys"], data["values"] = quantizer_data(self.keys), quantizer_data(self.values)
+        data["layers"] = [
+            [index, {role: quantizer_data(q) for role, q in vars(override).items() if q is not None}]
+            for index, override in self.layers
+        ]
+        return data
+
     @classmethod
     def from_yaml(cls, path: str | Path) -> CachePreset:
         """Read a preset file; its name defaults to the file's."""
@@ -174,6 +184,11 @@ def quantizer_from(data: str | Mapping[str, Any] | Quantizer, role: str) -> Quan
     if role == "values" and "channel_major" in allowed:
         options.setdefault("channel_major", True)
     return kind(**options)
+
+
+def quantizer_data(quantizer: Quantizer) -> dict[str, Any]:
+    """The inverse of `quantizer_from`."""
+    return {"quantizer": quantizer.name, **{f.name: getattr(quantizer, f.name) for f in fields(quantizer)}}
 
 
 def _layer_overrides(data: Any) -> tuple[tuple[int, LayerOverride], ...]:

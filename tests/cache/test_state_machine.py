@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.cache.tagged import Lossless, Tagged
-from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.cache import TurboQuantLayer, serialization
+from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.config import CachePreset
 
 HEADS = 2
@@ -31,18 +33,29 @@ class LayerMachine(RuleBasedStateMachine):
         quantizer=st.sampled_from([Tagged, Lossless]),
         starts=st.lists(st.sampled_from([0, 0, 3, 12, 20]), min_size=1, max_size=3),
         handles=st.booleans(),
+        offload=st.booleans(),
         seed=st.integers(0, 99),
     )
-    def start(self, tile, window, sinks, minimum, dtype, quantizer, starts, handles, seed):
+    def start(self, tile, window, sinks, minimum, dtype, quantizer, starts, handles, offload, seed):
         self.preset = CachePreset(
             keys=quantizer(), values=quantizer(), tile=tile, recent_window=window, sinks=sinks, min_statistics=minimum
         )
         self.dims, self.dtype = (6, 10), dtype
         self.generator = torch.Generator().manual_seed(seed)
         self.handles = handles
-        self.layer = TurboQuantLayer(self.preset, self.preset.keys, self.preset.values, lambda: self.handles)
+        self.offload = offload
+        self.layer = self.new_layer()
         self.clear(starts)
         self.layer.note_padding(starts)
+
+    def new_layer(self):
+        offloader = Offloader() if self.offload else None
+        layer = TurboQuantLayer(self.preset, self.preset.keys, self.preset.values, lambda: self.handles, offloader)
+        if self.offload:  # a neighbour that takes its turn in the staging buffers
+            other = TurboQuantLayer(self.preset, self.preset.keys, self.preset.values, lambda: False, offloader)
+            other.update(*(torch.ones(1, HEADS, 200, dim, dtype=self.dtype) for dim in self.dims))
+            self.neighbour = other
+        return layer
 
     def clear(self, starts):
         self.starts = list(starts)
@@ -138,6 +151,42 @@ class LayerMachine(RuleBasedStateMachine):
         self.layer.reset()
         self.clear(starts)
         self.layer.note_padding(starts)
+
+    @precondition(lambda self: self.offload)
+    @rule()
+    def neighbour_attends(self):
+        other = self.layer.offloader.layers[-1]
+        assert other is not self.layer
+        got = other.update(*(torch.ones(1, HEADS, 1, dim, dtype=self.dtype) for dim in self.dims))
+        assert all(bool((x == 1).all()) for x in got)
+
+    @rule()
+    def save_and_load(self):
+        """Through a file, into a layer of its own."""
+        tensors = {}
+        described = serialization._describe_packed(self.layer, "0.", tensors)
+        described, self.layer = json.loads(json.dumps(described)), self.new_layer()
+        serialization._fill_packed(self.layer, described, "0.", lambda name: tensors[name].clone(), None)
+
+    @rule(change=st.sampled_from(["batch", "heads", "dim", "dtype", "device", "rank"]))
+    def a_wrong_block_is_named(self, change):
+        keys, values = self.draw(3)
+        if not self.layer.is_initialized:
+            return
+        if change == "batch":
+            keys, values = (torch.cat([x, x]) for x in (keys, values))
+        elif change == "heads":
+            keys, values = keys[:, :1], values[:, :1]
+        elif change == "dim":
+            values = values[..., :-1]
+        elif change == "dtype":
+            keys = keys.double()
+        elif change == "device":
+            keys, values = keys.to("meta"), values.to("meta")
+        else:
+            keys = keys[0]
+        with pytest.raises(ValueError, match="does not continue this layer"):
+            self.layer.update(keys, values)
 
     @rule()
     def deepcopy(self):

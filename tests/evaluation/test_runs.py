@@ -213,3 +213,24 @@ def test_killed_process_ends_with_the_bytes_of_an_unbroken_run(tmp_path, tiny_fo
     for name in ("metrics.json", "predictions.jsonl", "config.yaml"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.slow
+def test_accelerate_launch_shares_the_units_out(tmp_path, tiny_folder):
+    """`accelerate launch` with two processes: the metrics of one process, byte for byte."""
+    text = tmp_path / "text.txt"
+    text.write_text("Some plain text to look through, line by line.\n" * 60)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main(needle_command(tiny_folder, text, one)) == 0
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        command += [f"--main_process_port={free.getsockname()[1]}", "-m", "turboquant_hf.cli"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command += needle_command(tiny_folder, text, two)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("metrics.json", "predictions.jsonl", "config.yaml"):
+        assert (two / name).read_bytes() == (one / name).read_bytes()
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}

@@ -97,8 +97,9 @@ ENCODER_DECODER = {
 FAMILIES = [
     Family("llama"),
     Family("llama", {"head_dim": 20}, label="llama-d20"),
-    Family("llama", {"num_key_value_heads": 4, "head_dim": 65 - 1}, label="llama-mha-d64"),
+    Family("llama", {"num_key_value_heads": 4, "head_dim": 64}, label="llama-mha-d64"),
     Family("llama", {"num_key_value_heads": 1}, label="llama-mqa"),
+    Family("llama", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}, label="llama-d256"),
     Family("mistral", {"sliding_window": 12}, packed=None),
     Family("mistral", {"sliding_window": None}, label="mistral-full"),
     Family("mixtral", {"sliding_window": None, **EXPERTS}),
@@ -146,6 +147,7 @@ FAMILIES = [
     Family("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     Family("cohere"),
     Family("cohere2", HALF_SLIDING),
+    Family("diffllama"),
     Family("glm", {"partial_rotary_factor": 0.5}),
     Family("glm4", {"partial_rotary_factor": 0.5}),
     Family("smollm3"),
@@ -155,6 +157,7 @@ FAMILIES = [
     Family("llama4_text", {**EXPERTS, "attention_chunk_size": 12, "num_hidden_layers": 4}, packed=1, label="llama4"),
     Family("gpt_neox"),
     Family("gpt2"),
+    Family("gpt2", {"n_embd": 36}, label="gpt2-d9"),
     Family("gpt_bigcode", {"multi_query": True}),
     Family("opt", {"word_embed_proj_dim": 32, "ffn_dim": 32}),
     Family("falcon"),
@@ -200,6 +203,24 @@ FAMILIES = [
     ),
     Family(
         "lfm2", {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4, "block_multiple_of": 8}
+    ),
+    Family(
+        "falcon_h1",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
+    Family(
+        "zamba2",
+        {
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+            "num_hidden_layers": 4,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "chunk_size": 8,
+            "num_mem_blocks": 1,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+        },
     ),
     Family("mamba", {"state_size": 8}, packed=None, label="mamba"),
     Family(

@@ -80,6 +80,16 @@ def test_lossless_equals_dynamic_cache(family, packed_counts):
             model.set_attn_implementation(own)
 
 
+SHARES = {"k8v4": 0.05, "k4v4": 0.5, "k4v3": 0.5, "k3v3": 0.6, "k2v2": 1.0}
+"""Of the divergence that a shuffled history causes, how much a preset may: random experts behind a sharp softmax answer
+to small errors, so only 8-bit keys must be very near, and 2 bits for each of 16 channels only nearer than nonsense."""
+
+
+def narrow(model) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    return (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) < 16
+
+
 DECODERS = [family for family in FAMILIES if family.packed and family.auto == "AutoModelForCausalLM"]
 
 
@@ -115,9 +125,14 @@ def test_quantized_history_is_near_and_a_shuffled_one_is_not(family):
         return (a.exp() * (a - b)).sum(-1).mean().item()
 
     reference = run("lossless")
-    near, nearer, far = run("k4v4"), run("k8v4"), run("lossless", spoil=True)
-    assert near.isfinite().all()
-    assert divergence(reference, far) > 1e-3, "the history matters to this model"
-    # Random experts behind a sharp softmax answer to small errors: 4-bit keys are near, 8-bit ones must be very near.
-    assert divergence(reference, near) < 0.5 * divergence(reference, far)
-    assert divergence(reference, nearer) < 0.05 * divergence(reference, far)
+    far = divergence(reference, run("lossless", spoil=True))
+    assert far > 1e-3, "the history matters to this model"
+    for preset, share in SHARES.items():
+        try:
+            got = run(preset)
+        except ValueError as error:
+            # 2-bit keys code an eighth of the channels apart: heads of 8 and 9 channels are too narrow for that.
+            assert preset == "k2v2" and "at least 2 channels" in str(error) and narrow(model), str(error)
+            continue
+        assert got.isfinite().all()
+        assert divergence(reference, got) < share * far, preset

@@ -136,6 +136,80 @@ def test_continuous_batching_is_refused(llama, inputs):
         llama.generate_batch(inputs["input_ids"].tolist(), generation_config=config)
 
 
+def test_continuous_batching_of_a_switched_model_is_refused(llama, inputs):
+    llama.set_attn_implementation("turboquant")
+    with pytest.raises(ValueError, match="own paged cache.*use generate"):
+        llama.generate_batch(inputs["input_ids"].tolist(), generation_config=GenerationConfig(max_new_tokens=2))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
+@torch.no_grad()
+def test_crop_anywhere(llama, inputs, attention):
+    """From every length back to every tenth: what follows is what a fresh cache gives."""
+    llama.set_attn_implementation(attention)
+    ids = inputs["input_ids"]
+    expected = llama(ids).logits
+    cache = TurboQuantCache(llama.config, "lossless", **TILES)
+    llama(ids, past_key_values=cache)
+    for keep in [*range(PROMPT - 1, 0, -10), *range(3, PROMPT, 7), *range(PROMPT - 1, 0, -1)]:
+        cache.crop(keep - cache.get_seq_length())
+        assert cache.get_seq_length() == keep
+        got = llama(ids[:, keep:], past_key_values=cache).logits
+        torch.testing.assert_close(got, expected[:, keep:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
+@pytest.mark.parametrize("preset", ["lossless", "k4v4", "k2v2"])
+def test_reset_and_reuse(small_llama, inputs, attention, preset):
+    """A cache that served another batch, with other padding, is as good as a new one."""
+    model = small_llama(head_dim=16)
+    model.set_attn_implementation(attention)
+    cache = TurboQuantCache(model.config, preset, **TILES)
+    padded = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1].clone()}
+    padded["attention_mask"][:, :11] = 0
+    for given in (inputs, padded, inputs):
+        expected = generate(model, given, past_key_values=TurboQuantCache(model.config, preset, **TILES))
+        assert torch.equal(generate(model, given, past_key_values=cache), expected)
+        assert cache.packed_layers[0].tiles[0].count
+        cache.reset()
+        assert cache.get_seq_length() == cache.nbytes == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("preset", ["k4v4", "k3v3"])
+def test_modes_of_a_preset_repeat_themselves(small_llama, inputs, packed, mode, preset):
+    """Two runs give the same tokens, as many as without compression."""
+    model = small_llama(head_dim=16)
+    packed["cache_config"]["preset"] = preset
+    runs = [generate(model, inputs, **MODES[mode], **packed) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert runs[0].shape == generate(model, inputs, **MODES[mode]).shape
+
+
+def test_gradient_checkpointing_leaves_the_cache_out(llama, inputs):
+    """transformers drops any cache there, and says so: the gradients are those without one."""
+    llama.set_attn_implementation("turboquant")
+    llama.train()
+    llama.gradient_checkpointing_enable()
+    ids, gradients = inputs["input_ids"], []
+    cache = TurboQuantCache(llama.config, "lossless")
+    for options in ({"use_cache": False}, {"past_key_values": cache}):
+        llama.zero_grad()
+        llama(ids, labels=ids, **options).loss.backward()
+        gradients.append([x.grad.clone() for x in llama.parameters()])
+    assert cache.get_seq_length() == 0
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_backward_after_a_step_with_a_cache_is_refused(llama, inputs):
+    llama.set_attn_implementation("turboquant")
+    ids = inputs["input_ids"]
+    loss = llama(ids, labels=ids, past_key_values=TurboQuantCache(llama.config, "lossless")).loss
+    with pytest.raises(RuntimeError, match="keeps no gradients.*use_cache=False"):
+        loss.backward()
+
+
 def test_training_is_refused(llama, inputs):
     llama.set_attn_implementation("turboquant")
     llama.train()

@@ -35,7 +35,7 @@ def turboquant_attention_forward(
     """
     options = {"dropout": dropout, "scaling": scaling, **kwargs}
     if not isinstance(key, PackedHandle):
-        return dense_attention(module, query, key, value, attention_mask, **options)
+        return dense_attention(module, query, key, densified(value), attention_mask, **options)
     if module.training and torch.is_grad_enabled():
         raise ValueError(NO_TRAINING)
     if isinstance(key, StaticHandle):
@@ -62,15 +62,21 @@ def _dynamic_attention(
     layer.observe(query)
     if layer.preset.encode_first:
         layer.commit()
-    packed = packed_attention(layer, query, attention_mask, **options) if key.length == layer.get_seq_length() else None
+    # Models may change one of the two on the way (differential attention): then it is a tensor.
+    whole = isinstance(value, PackedHandle) and value.layer is layer and key.length == layer.get_seq_length()
+    packed = packed_attention(layer, query, attention_mask, **options) if whole else None
     if packed is not None:
         output = (packed, None)
     else:
-        output = dense_attention(module, query, key.dense(), value.dense(), attention_mask, **options)
+        output = dense_attention(module, query, key.dense(), densified(value), attention_mask, **options)
     layer.commit()
     if query.requires_grad and torch.is_grad_enabled():
         output = (refuse_backward(output[0], query), None)
     return output
+
+
+def densified(x: torch.Tensor | PackedHandle) -> torch.Tensor:
+    return x.dense() if isinstance(x, PackedHandle) else x
 
 
 def causal_mask(q_length: int, kv_length: int, device: torch.device) -> torch.Tensor:

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
+from turboquant_hf.cache.hybrid import HybridLayer
 from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.cache.offload import Offloader
+from turboquant_hf.cache.serialization import config_field, model_fields, read_cache, save_cache
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 
 ATTENTION_NAME = "turboquant"
@@ -45,20 +48,6 @@ def never_packed() -> bool:
     return False
 
 
-def _head_dim(config: PreTrainedConfig) -> int | None:
-    """The one head dim of a model, or None: layers may differ, and older configs do not say."""
-    try:
-        head_dim = config.head_dim
-    except AttributeError:
-        return None
-    except Exception as error:
-        # Configs whose layers differ raise an error of their own, which not every version is able to import.
-        if type(error).__name__ != "AmbiguousGlobalPerLayerAttributeError":
-            raise
-        return None
-    return head_dim if isinstance(head_dim, int) else None
-
-
 class TurboQuantCache(DynamicCache):
     """A KV cache for `model.generate(past_key_values=...)` or for a model's forward.
 
@@ -68,6 +57,8 @@ class TurboQuantCache(DynamicCache):
     Args:
         config: the model's configuration.
         preset: a shipped preset's name, the path of a YAML file, a mapping, or a `CachePreset`.
+        offloading: keep packed tiles in host memory and fetch them a layer ahead (`cache.offload`); for contexts beyond
+            the GPU's memory.
         **overrides: any field of `CachePreset`, such as `recent_window=0` or `boundary_layers=2`.
 
     Raises:
@@ -80,13 +71,14 @@ class TurboQuantCache(DynamicCache):
         self,
         config: PreTrainedConfig,
         preset: str | Path | dict | CachePreset = DEFAULT_PRESET,
+        offloading: bool = False,
         **overrides: Any,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config={config!r} is not supported; allowed: the model's configuration (model.config)")
         self.preset = load_preset(preset, **overrides)
         super().__init__(config=config)
-        self._pack_layers(config)
+        self._pack_layers(config, offloading)
 
     @classmethod
     def from_yaml(cls, path: str | Path, config: PreTrainedConfig, **overrides: Any) -> TurboQuantCache:
@@ -94,7 +86,9 @@ class TurboQuantCache(DynamicCache):
         return cls(config, preset=CachePreset.from_yaml(path), **overrides)
 
     @classmethod
-    def from_dynamic(cls, cache: DynamicCache, config: PreTrainedConfig, preset: CachePreset) -> TurboQuantCache:
+    def from_dynamic(
+        cls, cache: DynamicCache, config: PreTrainedConfig, preset: CachePreset, offloading: bool = False
+    ) -> TurboQuantCache:
         """Take over an empty DynamicCache: its special layers as they are, packed ones for the rest."""
         new = cls.__new__(cls)
         new.__dict__.update(cache.__dict__)
@@ -102,26 +96,63 @@ class TurboQuantCache(DynamicCache):
         # Early versions give assisted decoding a cache without layers: full ones, so that all can be cropped.
         missing = config.get_text_config(decoder=True).num_hidden_layers if not cache.layers else 0
         new.layers = [*cache.layers, *(DynamicLayer() for _ in range(missing))]
-        new._pack_layers(config)
+        new._pack_layers(config, offloading)
         return new
 
-    def _pack_layers(self, config: PreTrainedConfig) -> None:
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one file, all or nothing; `load` continues from it. See `cache.serialization`.
+
+        Raises:
+            CacheFileError: a layer holds something that cannot be written.
+        """
+        save_cache(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, config: PreTrainedConfig, device: Any = None, offloading: bool = False
+    ) -> TurboQuantCache:
+        """The cache that `save` wrote, for a model of the same configuration (weights are not compared).
+
+        Args:
+            path: the file.
+            config: of the model that will go on with the cache.
+            device: where it goes: a device, {layer index: device}, or None for where it was.
+            offloading: as for a new cache.
+
+        Raises:
+            CacheFileError: the file is damaged, no saved cache, or belongs to another model or format version.
+        """
+        preset, fill = read_cache(path, config)
+        cache = cls(config, preset, offloading)
+        fill(cache, device)
+        return cache
+
+    def _pack_layers(self, config: PreTrainedConfig, offloading: bool) -> None:
+        if not isinstance(offloading, bool):
+            raise ValueError(f"offloading={offloading!r} is not supported; allowed: true, false")
+        # Not upstream's `offloading`, which would move whole layers.
+        self.offloader = Offloader() if offloading else None
+        self.model_fields = model_fields(config)
         self.layer_class_to_replicate = None
         decoder = config.get_text_config(decoder=True)
         latent = getattr(decoder, "kv_lora_rank", None) is not None
-        head_dim = _head_dim(decoder)
-        if head_dim is not None and not latent:
+        head_dim = config_field(decoder, "head_dim")
+        if isinstance(head_dim, int) and not latent:
             self.preset.validate(head_dim)
         reads_packed = never_packed if latent else LiveAttention(config)
-        packed = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        kinds = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+        packed = [index for index, layer in enumerate(self.layers) if type(layer) in kinds]
         for ordinal, index in enumerate(packed):
             keys, values = self.preset.layer_quantizers(ordinal, len(packed))
-            self.layers[index] = TurboQuantLayer(self.preset, keys, values, reads_packed)
+            layer = TurboQuantLayer(self.preset, keys, values, reads_packed, self.offloader)
+            plain = type(self.layers[index]) is DynamicLayer
+            self.layers[index] = layer if plain else HybridLayer(self.layers[index], layer)
 
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
         """The layers that this package holds, in order."""
-        return [layer for layer in self.layers if isinstance(layer, self.packed_layer_class)]
+        parts = (getattr(layer, "packed", layer) for layer in self.layers)  # of a hybrid layer, its attention
+        return [part for part in parts if isinstance(part, self.packed_layer_class)]
 
     @property
     def tokens(self) -> int:
@@ -152,8 +183,15 @@ class TurboQuantCache(DynamicCache):
 
     @property
     def spare_nbytes(self) -> int:
-        """Bytes allocated ahead for tokens to come, not counted in `nbytes`."""
-        return sum(layer.spare_nbytes for layer in self.packed_layers)
+        """Bytes allocated ahead for tokens to come and to stage offloaded tiles, not counted in `nbytes`."""
+        staging = self.offloader.staging_nbytes if self.offloader is not None else 0
+        return sum(layer.spare_nbytes for layer in self.packed_layers) + staging
+
+    @property
+    def offloaded_nbytes(self) -> int:
+        """The part of `nbytes` that is kept in host memory by `offloading=True`."""
+        layers = [layer for layer in self.packed_layers if layer.is_initialized and self.offloader is not None]
+        return sum(store.nbytes for layer in layers for store in layer.tiles)
 
     @property
     def dense_nbytes(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from turboquant_hf.cache.handles import PackedKeys, PackedValues
+from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
 from turboquant_hf.kernels.dispatch import query_energy
@@ -20,10 +21,7 @@ TAIL_SLACK = 16
 
 
 def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """Stored scales are clamped, which would make a plausible number of an infinity.
-
-    A NaN comes out as a NaN, or, with one-byte scales, which have none, as the largest scale that they hold.
-    """
+    """Stored scales are clamped, which would make a plausible number of an infinity."""
     return x if quantizer.marks_infinity else torch.where(x.isinf(), torch.nan, x)
 
 
@@ -52,7 +50,7 @@ class TurboQuantLayer(CacheLayerMixin):
         preset: sizes and limits.
         keys, values: this layer's quantizers.
         returns_handles: asked at every `update`: does the live attention implementation read packed tiles?
-        starts: left padding by sequence, noted before the first update (see `note_padding`).
+        offloader: keeps the tiles in host memory (`cache.offload`); None leaves them on the layer's device.
     """
 
     is_compileable = False
@@ -66,16 +64,23 @@ class TurboQuantLayer(CacheLayerMixin):
         keys: Quantizer,
         values: Quantizer,
         returns_handles: Callable[[], bool] = lambda: False,
+        offloader: Offloader | None = None,
     ) -> None:
         self.preset = preset
         self.quantizers = (keys, values)
         self._returns_handles = returns_handles
+        self.offloader = offloader
+        if offloader is not None:
+            offloader.layers.append(self)
+        self.tiles: tuple[TileStore, TileStore] | None = None
         self.noted_starts: list[int] | None = None
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.tiles: tuple[TileStore, TileStore] | None = None
+        if self.offloader is not None and self.tiles is not None:
+            self.offloader.forget(self.tiles[0])
+        self.tiles = None
         self.tail: TailBuffer | None = None
         self.sinks: SinkBuffer | None = None
         self.states: tuple[dict, dict] = ({}, {})
@@ -104,8 +109,9 @@ class TurboQuantLayer(CacheLayerMixin):
         batch, heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.head_dims = (key_states.shape[-1], value_states.shape[-1])
+        store = TileStore if self.offloader is None else self.offloader.store
         self.tiles = tuple(
-            TileStore(q.layout(dim, self.preset.tile, self.dtype), batch, heads, self.device)
+            store(q.layout(dim, self.preset.tile, self.dtype), batch, heads, self.device)
             for q, dim in zip(self.quantizers, self.head_dims, strict=True)
         )
         self.tail = TailBuffer(key_states, value_states, self.preset.recent_window + self.preset.tile + TAIL_SLACK)
@@ -122,6 +128,8 @@ class TurboQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self.commit()
+        if self.offloader is not None:
+            self.offloader.enter(self)
         source, key_states, value_states = key_states, key_states.detach(), value_states.detach()
         self.sinks.write(key_states, value_states, self.get_seq_length())
         self.tail.append(key_states, value_states)
@@ -175,8 +183,29 @@ class TurboQuantLayer(CacheLayerMixin):
         if not self._fitted:
             self._fit(stored)
         for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states, strict=True):
-            quantizer.encode_into(_nan_for_inf(x, quantizer), state, weight, store.extend(ready))
+            x = _nan_for_inf(x, quantizer)
+            if self.offloader is None:
+                quantizer.encode_into(x, state, weight, store.extend(ready))
+            else:
+                store.append(quantizer.encode(x, state, weight))
+        self._mark_bad_heads(fresh, weight)
         self.tail.drop_front(ready * tile)
+
+    def _mark_bad_heads(self, fresh: list[torch.Tensor], weight: torch.Tensor) -> None:
+        """Let NaN and inf be seen where scales of one byte, which have no pattern for NaN, would hide them.
+
+        The gain of a (sequence, head) that stored such a key or value becomes NaN, and with it all that is read of
+        the head's tiles: what attention over raw tensors makes of it too.
+        """
+        if not any("gain" in state for state in self.states):
+            return
+        skipped = weight[:, None, :, :, None] == 0
+        worst = torch.stack([x.masked_fill(skipped, 0.0).abs().amax(dim=(2, 3, 4)).float() for x in fresh])
+        bad = ~worst.isfinite().all(dim=0)
+        self.states = tuple(
+            {**state, "gain": state["gain"].masked_fill(bad, torch.nan)} if "gain" in state else state
+            for state in self.states
+        )
 
     def _seen_enough(self) -> bool:
         if not any(quantizer.needs_statistics for quantizer in self.quantizers):

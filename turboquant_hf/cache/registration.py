@@ -81,7 +81,7 @@ def _wrap(original):
             if isinstance(given, (TurboQuantCache, TurboQuantStaticCache)):
                 given.note_padding(_prompt_mask(model_kwargs, given))
             return result
-        preset, attention = _parse(generation_config.cache_config)
+        preset, attention, offloading = _parse(generation_config.cache_config)
         generation_config.cache_implementation = UPSTREAM[wanted][0]
         # With chunks, upstream's static cache is allocated at once: it is only a pattern here.
         chunk, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
@@ -104,7 +104,9 @@ def _wrap(original):
                     "nothing is compressed."
                 )
             return result
-        model_kwargs[name], packed = _convert(model_kwargs[name], self.config, preset, model_kwargs)
+        model_kwargs[name], packed = _convert(
+            model_kwargs[name], self.config, preset, offloading, model_kwargs
+        )
         if packed and attention == "auto":
             use_turboquant_attention(self)
         return result
@@ -119,14 +121,15 @@ def _cache_argument(model_kwargs: dict) -> str | None:
 
 
 def _parse(cache_config: Any):
-    """(preset, attention choice) from generate's `cache_config`, which is left as it is."""
+    """(preset, attention choice, offloading) from generate's `cache_config`, which is left as it is."""
     options = dict(cache_config) if cache_config else {}
     attention = options.pop("attention", "auto")
     if attention not in ATTENTION_CHOICES:
         raise ValueError(
             f"cache_config: attention={attention!r} is not supported; allowed: {', '.join(ATTENTION_CHOICES)}"
         )
-    return load_preset(options.pop("preset", DEFAULT_PRESET), **options), attention
+    offloading = options.pop("offloading", False)
+    return load_preset(options.pop("preset", DEFAULT_PRESET), **options), attention, offloading
 
 
 def _check_room(cache: TurboQuantStaticCache, tokens: int) -> None:
@@ -138,10 +141,12 @@ def _check_room(cache: TurboQuantStaticCache, tokens: int) -> None:
         )
 
 
-def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> tuple[Any, bool]:
+def _convert(
+    cache: Any, config: Any, preset: Any, offloading: Any, model_kwargs: dict
+) -> tuple[Any, bool]:
     """(the cache to use, whether it packs anything)."""
     if isinstance(cache, EncoderDecoderCache):
-        packed = _pack(cache.self_attention_cache, config, preset)
+        packed = _pack(cache.self_attention_cache, config, preset, offloading)
         cache.self_attention_cache = packed
         return cache, bool(packed.packed_layers)
     if type(cache) not in (DynamicCache, StaticCache):
@@ -149,7 +154,7 @@ def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> tuple[
             f"turboquant_hf: this model brings its own {type(cache).__name__}, which is kept: nothing is compressed."
         )
         return cache, False
-    packed = _pack(cache, config, preset)
+    packed = _pack(cache, config, preset, offloading)
     if not packed.packed_layers:
         logger.warning_once(
             "turboquant_hf: this model has no full-attention layer with a growing cache: nothing is compressed."
@@ -158,11 +163,13 @@ def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> tuple[
     return packed, bool(packed.packed_layers)
 
 
-def _pack(cache: Any, config: Any, preset: Any) -> TurboQuantCache | TurboQuantStaticCache:
+def _pack(cache: Any, config: Any, preset: Any, offloading: Any) -> TurboQuantCache | TurboQuantStaticCache:
     """Our cache in place of upstream's empty dynamic or static one."""
     if isinstance(cache, StaticCache):
+        if offloading is not False:
+            raise ValueError(f'offloading={offloading!r} is not supported by "{STATIC_NAME}"; allowed: false')
         return TurboQuantStaticCache.from_static(cache, config, preset)
-    return TurboQuantCache.from_dynamic(cache, config, preset)
+    return TurboQuantCache.from_dynamic(cache, config, preset, offloading)
 
 
 def _prompt_mask(model_kwargs: dict, cache: TurboQuantCache):

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from turboquant_hf.cache.cache import LiveAttention, TurboQuantCache, _head_dim, never_packed
+from turboquant_hf.cache.cache import LiveAttention, TurboQuantCache, never_packed
+from turboquant_hf.cache.serialization import config_field
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 
@@ -30,6 +31,7 @@ class TurboQuantStaticCache(StaticCache):
     """
 
     packed_layer_class = TurboQuantStaticLayer
+    offloader = None
     packed_layers = TurboQuantCache.packed_layers
     tokens = TurboQuantCache.tokens
     note_padding = TurboQuantCache.note_padding
@@ -66,8 +68,8 @@ class TurboQuantStaticCache(StaticCache):
     def _pack_layers(self, config: PreTrainedConfig) -> None:
         decoder = config.get_text_config(decoder=True)
         latent = getattr(decoder, "kv_lora_rank", None) is not None
-        head_dim = _head_dim(decoder)
-        if head_dim is not None and not latent:
+        head_dim = config_field(decoder, "head_dim")
+        if isinstance(head_dim, int) and not latent:
             self.preset.validate(head_dim)
         reads_packed = never_packed if latent else LiveAttention(config)
         workspaces: dict = {}

@@ -39,6 +39,11 @@ class TileStore:
         self.count += added
         return self.view(self.count - added)
 
+    def append(self, packed: dict[str, torch.Tensor]) -> None:
+        """Copy new tiles behind the stored ones."""
+        for name, array in self.extend(next(iter(packed.values())).shape[2]).items():
+            array.copy_(packed[name])
+
     def reserve(self, tiles: int) -> None:
         if tiles <= self.capacity:
             return
@@ -52,6 +57,10 @@ class TileStore:
         """Tiles [start, stop) without a copy; all stored tiles by default."""
         stop = self.count if stop is None else stop
         return {name: array[:, :, start:stop] for name, array in self.arrays.items()}
+
+    def resident(self) -> dict[str, torch.Tensor]:
+        """All stored tiles where they lie: on the host if they are offloaded."""
+        return self.view()
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every array by fn(array); fn may change the batch, never the other dimensions."""

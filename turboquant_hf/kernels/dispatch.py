@@ -7,6 +7,7 @@ call. Neither Triton nor a compiler is touched before the first call that wants 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -83,6 +84,13 @@ def _cuda_module() -> tuple[ModuleType | None, str | None]:
     return (module, None) if reason is None else (None, reason)
 
 
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Make a CUDA device the current one: kernels are launched on that, wherever their tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 def decode_attention(
     query: torch.Tensor,
     keys: PackedSide,
@@ -118,13 +126,15 @@ def decode_attention(
         module, _ = _cuda_module()
         reason = "not loaded" if module is None else module.supports(query, keys, values, tail, s_aux)
         if reason is None:
-            return module.decode_attention(*arguments, **options, workspace=workspace)
+            with on_device(query.device):
+                return module.decode_attention(*arguments, **options, workspace=workspace)
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
         return decode_reference.decode_attention(*arguments, **options)
     module = import_module("turboquant_hf.kernels.decode.triton")
-    return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
+    with on_device(query.device):
+        return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
 
 
 def decode_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> torch.Tensor:
@@ -148,12 +158,14 @@ def append_tokens(
     """`append.reference.append_tokens` by the chosen backend."""
     plain = backend(keys.device) == "torch"
     module = import_module(f"turboquant_hf.kernels.append.{'reference' if plain else 'triton'}")
-    module.append_tokens(keys, values, ring, sinks, starts, counts, ticket, max_len)
+    with on_device(keys.device):
+        module.append_tokens(keys, values, ring, sinks, starts, counts, ticket, max_len)
 
 
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """`encode.reference.tile_mean` by the chosen backend."""
-    return _encoder(x.device).tile_mean(x, weight)
+    with on_device(x.device):
+        return _encoder(x.device).tile_mean(x, weight)
 
 
 def encode_tiles(
@@ -173,21 +185,22 @@ def encode_tiles(
     out: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """`encode.reference.encode_tiles` by the chosen backend."""
-    return _encoder(x.device).encode_tiles(
-        x,
-        transform,
-        groups,
-        scale_rule=scale_rule,
-        scale_format=scale_format,
-        gain=gain,
-        order=order,
-        balance=balance,
-        mean=mean,
-        center=center,
-        weight=weight,
-        channel_major=channel_major,
-        out=out,
-    )
+    with on_device(x.device):
+        return _encoder(x.device).encode_tiles(
+            x,
+            transform,
+            groups,
+            scale_rule=scale_rule,
+            scale_format=scale_format,
+            gain=gain,
+            order=order,
+            balance=balance,
+            mean=mean,
+            center=center,
+            weight=weight,
+            channel_major=channel_major,
+            out=out,
+        )
 
 
 def decode_tiles(
@@ -200,48 +213,57 @@ def decode_tiles(
     channel_major: bool = False,
 ) -> torch.Tensor:
     """`encode.reference.decode_tiles` by the chosen backend."""
-    return _encoder(packed["codes"].device).decode_tiles(
-        packed, inverse, groups, scale_format=scale_format, gain=gain, channel_major=channel_major
-    )
+    device = packed["codes"].device
+    with on_device(device):
+        return _encoder(device).decode_tiles(
+            packed, inverse, groups, scale_format=scale_format, gain=gain, channel_major=channel_major
+        )
 
 
 def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
     """`statistics.reference.tile_energy` by the chosen backend."""
-    return _statistics(x.device).tile_energy(x, weight, center)
+    with on_device(x.device):
+        return _statistics(x.device).tile_energy(x, weight, center)
 
 
 def query_energy(
     query: torch.Tensor, heads: int, starts: torch.Tensor, position: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`statistics.reference.query_energy` by the chosen backend."""
-    return _statistics(query.device).query_energy(query, heads, starts, position)
+    with on_device(query.device):
+        return _statistics(query.device).query_energy(query, heads, starts, position)
 
 
 def balance_channels(
     energy: torch.Tensor, count: torch.Tensor, query_rms: torch.Tensor | None, sizes: tuple[int, ...], balance: str
 ) -> dict[str, torch.Tensor]:
     """`statistics.reference.balance_channels` by the chosen backend."""
-    return _statistics(energy.device).balance_channels(energy, count, query_rms, sizes, balance)
+    with on_device(energy.device):
+        return _statistics(energy.device).balance_channels(energy, count, query_rms, sizes, balance)
 
 
 def encode_due(ring: torch.Tensor, *arguments: Any, **options: Any) -> None:
     """`encode.reference.encode_due` by the chosen backend."""
-    _encoder(ring.device).encode_due(ring, *arguments, **options)
+    with on_device(ring.device):
+        _encoder(ring.device).encode_due(ring, *arguments, **options)
 
 
 def observe_due(query: torch.Tensor, *arguments: torch.Tensor) -> None:
     """`statistics.due.observe_due` by the chosen backend."""
-    _due(query.device).observe_due(query, *arguments)
+    with on_device(query.device):
+        _due(query.device).observe_due(query, *arguments)
 
 
 def fit_due(keys: torch.Tensor, *arguments: torch.Tensor, **options: Any) -> None:
     """`statistics.due.fit_due` by the chosen backend."""
-    _due(keys.device).fit_due(keys, *arguments, **options)
+    with on_device(keys.device):
+        _due(keys.device).fit_due(keys, *arguments, **options)
 
 
 def advance_due(counts: torch.Tensor, fitted: torch.Tensor, **options: int) -> None:
     """`statistics.due.advance_due` by the chosen backend."""
-    _due(counts.device).advance_due(counts, fitted, **options)
+    with on_device(counts.device):
+        _due(counts.device).advance_due(counts, fitted, **options)
 
 
 def _statistics(device: torch.device) -> ModuleType:

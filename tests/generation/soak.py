@@ -1,0 +1,172 @@
+"""Random use of one cache for a long time: `python -m tests.generation.soak [STEPS] [PRESET] [ATTENTION] [offload]`.
+
+Decode steps, chat turns, rejected candidates, crops, beam reorders and resets with other batches, on a tiny model. At
+checkpoints the next logits are compared with those of a fresh cache that reads the same tokens in one piece; at every
+reset the process's memory and its number of Python objects are noted.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tests.conftest import make_llama
+from turboquant_hf import TurboQuantCache
+
+TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
+MAX_TOKENS = 400
+CHECK_EVERY = 97
+PAGE = 4096
+
+
+@dataclass
+class Report:
+    """What was done and seen. errors: largest difference of logits at each checkpoint; memory: at each reset."""
+
+    steps: int = 0
+    operations: dict[str, int] = field(default_factory=dict)
+    errors: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
+    objects: list[int] = field(default_factory=list)
+    bytes_per_token: float = 0.0
+    seconds: float = 0.0
+
+    def growth(self, values: list[int]) -> int:
+        """From the mean of the second fifth to that of the last; the first is warming up."""
+        part = len(values) // 5
+        return round((sum(values[-part:]) - sum(values[part : 2 * part])) / part) if part else 0
+
+    def summary(self) -> dict:
+        return {
+            "steps": self.steps,
+            "operations": self.operations,
+            "checkpoints": len(self.errors),
+            "largest error": max(self.errors, default=0.0),
+            "mean KL to a fresh cache": sum(self.divergences) / max(len(self.divergences), 1),
+            "resets": len(self.resident),
+            "memory growth, MB": self.growth(self.resident) / 2**20,
+            "growth in Python objects": self.growth(self.objects),
+            "bytes a token, at most": round(self.bytes_per_token),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+class Soak:
+    """One model, one cache, the tokens [B, T] that went in, and where each sequence begins."""
+
+    def __init__(self, preset: str, attention: str, offloading: bool, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.model = make_llama(head_dim=16)
+        self.model.set_attn_implementation(attention)
+        self.preset, self.report = preset, Report()
+        self.cache = TurboQuantCache(self.model.config, preset, offloading=offloading, **TILES)
+        self.begin()
+
+    def begin(self) -> None:
+        batch, length = self.random.randint(1, 3), self.random.randint(1, 60)
+        self.starts = [self.random.choice([0, 0, self.random.randrange(length)]) for _ in range(batch)]
+        self.starts[self.random.randrange(batch)] = 0
+        self.ids = torch.empty(batch, 0, dtype=torch.long)
+        self.feed(length)
+
+    def mask(self, length: int) -> torch.Tensor:
+        return (torch.arange(length) >= torch.tensor(self.starts)[:, None]).long()
+
+    def run(self, ids: torch.Tensor, cache: TurboQuantCache) -> torch.Tensor:
+        mask = self.mask(cache.tokens + ids.shape[1])
+        if not cache.tokens:
+            cache.note_padding(mask)
+        return self.model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    def feed(self, tokens: int) -> None:
+        new = torch.tensor([[self.random.randrange(3, 199) for _ in range(tokens)] for _ in self.starts])
+        self.logits = self.run(new, self.cache)
+        self.ids = torch.cat([self.ids, new], dim=1)
+        assert self.cache.tokens == self.ids.shape[1] and self.logits.isfinite().all()
+
+    def crop(self) -> None:
+        length = self.ids.shape[1]
+        removed = min(self.random.choice([1, 3, 10, 50, 200]), length - max(self.starts) - 1)
+        if removed > 0:
+            self.cache.crop(-removed)
+            self.ids = self.ids[:, : length - removed]
+
+    def candidates(self) -> None:
+        """As assisted decoding: several tokens at once, some of them taken back."""
+        tokens = self.random.randint(2, 8)
+        self.feed(tokens)
+        rejected = self.random.randrange(tokens)
+        if rejected:
+            self.cache.crop(-rejected)
+            self.ids = self.ids[:, :-rejected]
+
+    def reorder(self) -> None:
+        order = [self.random.randrange(len(self.starts)) for _ in self.starts]
+        self.cache.reorder_cache(torch.tensor(order))
+        self.ids, self.starts = self.ids[order], [self.starts[row] for row in order]
+
+    def restart(self) -> None:
+        self.cache.reset()
+        assert self.cache.nbytes == self.cache.spare_nbytes == 0
+        gc.collect()
+        self.report.resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE)
+        self.report.objects.append(len(gc.get_objects()))
+        self.begin()
+
+    def check(self) -> None:
+        fresh = TurboQuantCache(self.model.config, self.preset, **TILES)
+        new = torch.full_like(self.ids[:, :1], 7)
+        self.run(self.ids, fresh)
+        expected, got = self.run(new, fresh), self.run(new, self.cache)
+        self.ids = torch.cat([self.ids, new], dim=1)
+        self.report.errors.append((got - expected).abs().max().item())
+        got, expected = got.log_softmax(-1), expected.log_softmax(-1)
+        self.report.divergences.append((expected.exp() * (expected - got)).sum(-1).mean().item())
+        held = self.cache.nbytes + self.cache.spare_nbytes
+        self.report.bytes_per_token = max(self.report.bytes_per_token, held / (self.ids.numel() + 200 * len(self.ids)))
+
+    @torch.inference_mode()
+    def soak(self, steps: int) -> Report:
+        """Go on until `steps` decode steps are done."""
+        begin, report = time.perf_counter(), self.report
+        operations = {self.crop: 6, self.candidates: 6, self.reorder: 4, self.restart: 2}
+        while report.steps < steps:
+            if self.ids.shape[1] > MAX_TOKENS:
+                operation = self.restart
+            elif self.random.random() < 0.9:
+                operation = None
+            else:
+                operation = self.random.choices([*operations, self.turn], [*operations.values(), 3])[0]
+            if operation is None:
+                self.feed(1)
+                report.steps += 1
+                if report.steps % CHECK_EVERY == 0:
+                    self.check()
+            else:
+                operation()
+                report.operations[operation.__name__] = report.operations.get(operation.__name__, 0) + 1
+        report.seconds = time.perf_counter() - begin
+        return report
+
+    def turn(self) -> None:
+        self.feed(self.random.randint(5, 60))
+
+
+def soak(steps: int, preset: str = "lossless", attention: str = "turboquant", offloading: bool = False, seed: int = 0):
+    """The `Report` of `steps` decode steps among random operations."""
+    return Soak(preset, attention, offloading, seed).soak(steps)
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    torch.set_num_threads(1)
+    report = soak(int(given[0]) if given else 100_000, *given[1:3], offloading="offload" in given[3:])
+    print(json.dumps(report.summary(), indent=1))

@@ -1,0 +1,32 @@
+"""A short version of the long run: what comes out equals a fresh cache, and memory stays flat."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.generation.soak import soak
+
+STEPS = 500
+
+
+@pytest.mark.parametrize(("attention", "offloading"), [("turboquant", False), ("sdpa", True)], ids=str)
+def test_random_use_equals_a_fresh_cache(attention, offloading):
+    report = soak(STEPS, "lossless", attention, offloading)
+    assert {"crop", "candidates", "reorder", "restart", "turn"} <= report.operations.keys()
+    assert len(report.errors) >= STEPS // 97 and max(report.errors) < 1e-3
+    dense = 2 * 2 * 2 * 16 * 4  # two layers, K and V, two heads of 16 channels in float32
+    assert report.bytes_per_token <= (3 if offloading else 1.5) * dense, "two layers are staged beside what is held"
+
+
+def test_random_use_of_a_preset_stays_near_a_fresh_cache():
+    """Not equal: statistics are frozen at another moment, and what a crop brings back is encoded again."""
+    report = soak(STEPS, "k4v4")
+    assert sum(report.divergences) / len(report.divergences) < 1.0, "a shuffled history causes 4"
+
+
+@pytest.mark.slow
+def test_memory_stays_flat():
+    report = soak(6000, "k4v4")
+    assert len(report.resident) > 20
+    assert report.growth(report.resident) < 16 * 2**20
+    assert report.growth(report.objects) < 200

@@ -1,0 +1,105 @@
+"""A layer with a recurrent state and full attention (Falcon-H1, Zamba2): KV is packed, the state stays upstream's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from turboquant_hf.cache.layer import TurboQuantLayer
+
+OF_ATTENTION = ("keys", "values", "is_initialized")
+
+
+class HybridLayer(LinearAttentionAndFullAttentionLayer):
+    """What a `LinearAttentionAndFullAttentionLayer` is, with the attention's part kept by a `TurboQuantLayer`.
+
+    Args:
+        layer: an empty one of transformers', whose recurrent part is taken over.
+        packed: holds the keys and values.
+    """
+
+    is_compileable = False
+
+    def __init__(self, layer: LinearAttentionAndFullAttentionLayer, packed: TurboQuantLayer) -> None:
+        vars(self).update({name: value for name, value in vars(layer).items() if name not in OF_ATTENTION})
+        self.packed = packed
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Positional: keys and values. By name: states of the recurrent part."""
+        if args:
+            self.packed.lazy_initialization(*args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        return self.packed.update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.packed.is_initialized
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self.packed.keys
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self.packed.values
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.packed.get_seq_length()
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        return self.packed.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens: int) -> None:
+        LinearAttentionLayer.crop(self, tokens)
+        self.packed.crop(tokens)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        self.packed.reset()
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+        self.packed.offload()
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)
+        self.packed.prefetch()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        self.packed.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_states(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.packed.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_states(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+        self.packed.batch_select_indices(indices)
+
+    def _map_states(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Upstream leaves the recurrent part of these two operations out. Early versions hold one state, later many."""
+        for name in ("conv_states", "recurrent_states"):
+            held = getattr(self, name, None)
+            if isinstance(held, dict):
+                setattr(self, name, {key: fn(x) if isinstance(x, torch.Tensor) else x for key, x in held.items()})
+            elif isinstance(held, torch.Tensor):
+                setattr(self, name, fn(held))
+
+
+def packed_part(layer: Any) -> TurboQuantLayer | None:
+    """What this package holds of a cache's layer, if anything."""
+    if isinstance(layer, HybridLayer):
+        return layer.packed
+    return layer if isinstance(layer, TurboQuantLayer) else None

@@ -1,0 +1,316 @@
+"""Caches on disk: one safetensors file, its header's metadata in JSON.
+
+A file holds what each layer holds: packed tiles, tail, sinks and frozen statistics of the packed ones, the fields of
+transformers' own (sliding windows, recurrent states). Beside them: the format's version, the preset, what of the
+model's configuration decides its keys and values, a checksum of every tensor, and per packed layer one token as it was
+decoded. That is decoded again on loading, so that a file whose bytes are read by other rules than those that wrote it
+is refused instead of misread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+
+from turboquant_hf.cache.hybrid import packed_part
+from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.config import CachePreset
+from turboquant_hf.version import __version__
+
+FORMAT, VERSION = "turboquant-cache", 1
+MODEL_FIELDS = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "layer_types", "sliding_window", "attention_chunk_size", "kv_lora_rank", "num_kv_shared_layers",
+    "rope_theta", "rope_parameters",
+)  # fmt: skip
+"""What of a model's configuration decides its keys and values. Weights are not compared."""
+WITNESS_ERROR = 0.02
+"""How far a token may be decoded from what the file says it was, relative: devices differ in rounding."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+class CacheFileError(ValueError):
+    """A file is no cache, is damaged, or belongs to another model or version; the message says which."""
+
+
+def save_cache(cache, path: str | Path) -> None:
+    """Write a `TurboQuantCache` to `path`, all or nothing: an older file stays whole until the new one is complete.
+
+    Raises:
+        CacheFileError: a layer holds something that cannot be written.
+        OSError: the disk's own complaint.
+    """
+    path = Path(path)
+    tensors: Tensors = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        packed, raw = packed_part(layer), None
+        if packed is not layer:
+            raw = _describe_raw(layer, f"{index}.", tensors)
+        described = None if packed is None else _describe_packed(packed, f"{index}.", tensors)
+        layers.append({"kind": type(layer).__name__, "packed": described, "raw": raw})
+    content = {
+        "package": __version__,
+        "transformers": transformers.__version__,
+        "preset": cache.preset.to_dict(),
+        "model": cache.model_fields,
+        "layers": layers,
+        "checksums": {name: _checksum(x) for name, x in tensors.items()},
+    }
+    text = json.dumps(content)
+    header = {"format": FORMAT, "version": str(VERSION), "content": text, "checksum": str(zlib.crc32(text.encode()))}
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, scratch, metadata=header)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_cache(path: str | Path, config: PreTrainedConfig) -> tuple[CachePreset, Callable[[Any, Any], None]]:
+    """(the preset that a file's cache was made with, what fills a new cache of that preset from the file).
+
+    The second takes the cache and where its layers go: a device, {layer index: device}, or None for the devices that
+    they were saved from. Nothing is read beyond the header before it is called.
+
+    Raises:
+        CacheFileError: see there. FileNotFoundError: there is no such file.
+    """
+    with _reading(path) as file:
+        header = file.metadata() or {}
+        if header.get("format") != FORMAT:
+            raise CacheFileError(f"{path} is no saved cache: format={header.get('format')!r}; allowed: {FORMAT!r}")
+        if header.get("version") != str(VERSION):
+            raise CacheFileError(f"{path}: version={header.get('version')!r} is not supported; allowed: '{VERSION}'")
+        text = header.get("content", "")
+        if header.get("checksum") != str(zlib.crc32(text.encode())):
+            raise CacheFileError(f"{path} is damaged: its metadata does not match its checksum")
+        content = json.loads(text)
+        preset = CachePreset.from_dict(content["preset"])
+    mine, theirs = model_fields(config), content["model"]
+    for name in MODEL_FIELDS:
+        if mine.get(name) != theirs.get(name):
+            raise CacheFileError(
+                f"{path} belongs to a model with {name}={theirs.get(name)!r}, this one has {mine.get(name)!r}"
+            )
+    return preset, lambda cache, device: _fill(cache, path, content, device)
+
+
+def model_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """`MODEL_FIELDS` of the part of a configuration that describes the decoder."""
+    decoder = config.get_text_config(decoder=True)
+    found = {name: config_field(decoder, name) for name in MODEL_FIELDS}
+    return json.loads(json.dumps({name: value for name, value in found.items() if value is not None}, default=str))
+
+
+def config_field(config: PreTrainedConfig, name: str) -> Any:
+    """A field of a configuration, or None: older ones do not say, and layers may differ in it."""
+    try:
+        return getattr(config, name, None)
+    except Exception as error:
+        # Configs whose layers differ raise an error of their own, which not every version is able to import.
+        if type(error).__name__ != "AmbiguousGlobalPerLayerAttributeError":
+            raise
+        return None
+
+
+def _fill(cache, path: str | Path, content: dict[str, Any], device: Any) -> None:
+    with _reading(path) as file:
+        layers = content["layers"]
+        if len(layers) != len(cache.layers):
+            raise CacheFileError(f"{path} has {len(layers)} layers, this model {len(cache.layers)}")
+
+        def read(name: str) -> torch.Tensor:
+            # Files are memory-mapped: what stays must be a copy.
+            x = file.get_tensor(name).clone()
+            if _checksum(x) != content["checksums"].get(name):
+                raise CacheFileError(f"{path} is damaged: {name} does not match its checksum")
+            return x
+
+        for index, (layer, described) in enumerate(zip(cache.layers, layers, strict=True)):
+            if type(layer).__name__ != described["kind"]:
+                written = f"{described['kind']} (transformers {content['transformers']})"
+                raise CacheFileError(f"{path}: layer {index} is a {written}, this model has a {type(layer).__name__}")
+            where = device.get(index) if isinstance(device, Mapping) else device
+            packed = packed_part(layer)
+            if packed is not None:
+                _fill_packed(packed, described["packed"], f"{index}.", read, where)
+            if packed is not layer:
+                _fill_raw(layer, described["raw"], f"{index}.", read, where)
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[Any]:
+    """The open file; whatever goes wrong with what it holds becomes a CacheFileError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except CacheFileError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise CacheFileError(f"{path} is damaged or no saved cache: {type(error).__name__}: {error}") from error
+
+
+def _checksum(x: torch.Tensor) -> int:
+    return zlib.crc32(x.reshape(-1).view(torch.uint8).numpy())
+
+
+def _put(tensors: Tensors, name: str, x: torch.Tensor) -> str:
+    x = x.detach()
+    tensors[name] = x.cpu().contiguous() if x.device.type != "cpu" else x.clone(memory_format=torch.contiguous_format)
+    return name
+
+
+# ---------------------------------------------------------------------- packed layers
+
+
+def _describe_packed(layer: TurboQuantLayer, prefix: str, tensors: Tensors) -> dict[str, Any]:
+    described: dict[str, Any] = {"noted": layer.noted_starts, "filled": False}
+    if not layer.is_initialized:
+        return described
+    layer.commit()
+    for side, store in enumerate(layer.tiles):
+        for name, x in store.resident().items():
+            _put(tensors, f"{prefix}tiles.{side}.{name}", x)
+        _put(tensors, f"{prefix}tail.{side}", layer.tail.view()[side])
+        _put(tensors, f"{prefix}sinks.{side}", layer.sinks.arrays[side])
+        for name, x in layer.states[side].items():
+            _put(tensors, f"{prefix}state.{side}.{name}", x)
+        if store.count:
+            _put(tensors, f"{prefix}witness.{side}", _witness(layer, side))
+    waiting = layer._query_energy is not None
+    if waiting:
+        _put(tensors, f"{prefix}query.energy", layer._query_energy)
+        _put(tensors, f"{prefix}query.count", layer._query_count)
+    return {
+        **described,
+        "filled": True,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "device": str(layer.device),
+        "shape": [layer.batch_size, layer.num_heads, *layer.head_dims],
+        "tiles": layer.tiles[0].count,
+        "tail": layer.tail.count,
+        "first": layer.sinks.first,
+        "fitted": layer._fitted,
+        "states": [sorted(state) for state in layer.states],
+        "query_tokens": layer._query_tokens,
+        "query": waiting,
+    }
+
+
+def _witness(layer: TurboQuantLayer, side: int) -> torch.Tensor:
+    """The first token of the newest tile, [B, H, D] float32."""
+    count = layer.tiles[side].count
+    return layer._decode(side, count - 1, count)[:, :, 0].float()
+
+
+def _fill_packed(layer: TurboQuantLayer, described: dict, prefix: str, read: Callable, device: Any) -> None:
+    layer.noted_starts = described["noted"]
+    if not described["filled"]:
+        return
+    batch, heads, *dims = described["shape"]
+    dtype = getattr(torch, described["dtype"])
+    device = torch.device(described["device"] if device is None else device)
+
+    def take(name: str, shape: tuple[int, ...] | None = None, kind: torch.dtype | None = None) -> torch.Tensor:
+        x = read(prefix + name)
+        if (shape is not None and tuple(x.shape) != shape) or (kind is not None and x.dtype != kind):
+            raise CacheFileError(f"{prefix}{name}: {x.dtype} {list(x.shape)} is not {kind} {list(shape)}")
+        return x.to(device)
+
+    layer.noted_starts = described["first"]
+    layer.lazy_initialization(*(torch.empty(batch, heads, 0, dim, dtype=dtype, device=device) for dim in dims))
+    layer.noted_starts = described["noted"]
+    tail = []
+    for side, dim in enumerate(dims):
+        fields = layer.quantizers[side].layout(dim, layer.preset.tile, dtype)
+        shape = (batch, heads, described["tiles"])
+        packed = {name: take(f"tiles.{side}.{name}", (*shape, *f.shape), f.dtype) for name, f in fields.items()}
+        if described["tiles"]:
+            layer.tiles[side].append(packed)
+        tail.append(take(f"tail.{side}", (batch, heads, described["tail"], dim), dtype))
+        sinks = take(f"sinks.{side}", (batch, heads, layer.preset.sinks, dim), dtype)
+        layer.sinks.arrays[side].copy_(sinks)
+    layer.tail.append(*tail)
+    layer.states = tuple(
+        {name: take(f"state.{side}.{name}") for name in names} for side, names in enumerate(described["states"])
+    )
+    if any(x.shape[0] != batch for state in layer.states for x in state.values()):
+        raise CacheFileError(f"{prefix}state: not of {batch} sequences")
+    layer._fitted, layer._query_tokens = described["fitted"], described["query_tokens"]
+    if described["query"]:
+        layer._query_energy, layer._query_count = take("query.energy"), take("query.count")
+    for side, dim in enumerate(dims if described["tiles"] else ()):
+        expected, got = take(f"witness.{side}", (batch, heads, dim), torch.float32), _witness(layer, side)
+        scale = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0.0
+        if not torch.allclose(got, expected, rtol=0.0, atol=float(WITNESS_ERROR * scale), equal_nan=True):
+            name = layer.quantizers[side].name
+            raise CacheFileError(f"layer {prefix[:-1]} was written by other rules than this version reads {name} by")
+
+
+# ---------------------------------------------------------------------- layers of transformers
+
+
+def _describe_raw(layer: Any, prefix: str, tensors: Tensors) -> dict[str, Any]:
+    try:
+        return {name: _plain(value, f"{prefix}raw.{name}", tensors) for name, value in _raw_fields(layer).items()}
+    except TypeError as error:
+        raise CacheFileError(f"layer {prefix[:-1]}, a {type(layer).__name__}, cannot be saved: {error}") from error
+
+
+def _raw_fields(layer: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(layer).items() if not isinstance(value, TurboQuantLayer)}
+
+
+def _plain(value: Any, name: str, tensors: Tensors) -> Any:
+    """JSON for what transformers' layers hold: tensors by name, containers and torch's own words as pairs."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return ["tensor", _put(tensors, name, value), str(value.device)]
+    if isinstance(value, (torch.device, torch.dtype)):
+        return [type(value).__name__, str(value).removeprefix("torch.")]
+    if isinstance(value, (list, tuple)):
+        return [type(value).__name__, [_plain(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]]
+    if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
+        return ["dict", [[key, _plain(item, f"{name}.{key}", tensors)] for key, item in value.items()]]
+    raise TypeError(f"{name.split('.')[-1]} is a {type(value).__name__}")
+
+
+def _fill_raw(layer: Any, described: dict, prefix: str, read: Callable, device: Any) -> None:
+    missing = _raw_fields(layer).keys() - described.keys()
+    odd = [name for name in described if callable(getattr(type(layer), name, None))]
+    if missing or odd:
+        raise CacheFileError(f"layer {prefix[:-1]}: a {type(layer).__name__} has other fields: {*missing, *odd}")
+
+    def value(item: Any) -> Any:
+        if not isinstance(item, list):
+            return item
+        kind, content, *saved = item
+        if kind == "tensor":
+            return read(content).to(saved[0] if device is None else device)
+        if kind == "device":
+            return torch.device(content if device is None else device)
+        if kind == "dtype":
+            return getattr(torch, content)
+        if kind == "dict":
+            return {key: value(entry) for key, entry in content}
+        return {"list": list, "tuple": tuple}[kind](value(entry) for entry in content)
+
+    vars(layer).update({name: value(item) for name, item in described.items()})
