@@ -54,6 +54,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.allocate",
         "per-layer widths under a bit budget, written as a preset",
     ),
+    "check": (
+        "turboquant_hf.evaluation.check",
+        "does a preset leave this model's answers alone, and if not, which one does",
+    ),
     "report": (
         "turboquant_hf.evaluation.report",
         "one HTML and Markdown page from the runs in some folders",
@@ -78,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[args.command]
     try:
         return import_module(module).run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
         return 2
 

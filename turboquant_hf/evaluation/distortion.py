@@ -13,7 +13,7 @@ import yaml
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.config import load_preset, quantizer_from
 from turboquant_hf.evaluation import common
-from turboquant_hf.evaluation.models import load_model
+from turboquant_hf.evaluation.models import forward, load_model
 from turboquant_hf.primitives import distortion, lloyd_max
 from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.resources import config_path
@@ -120,7 +120,7 @@ def capture(model, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tenso
     seen: dict[int, torch.Tensor] = {}
     for index, layer in enumerate(cache.packed_layers):
         layer.observe = lambda query, index=index: seen.__setitem__(index, query)
-    model(input_ids=tokens.to(model.device), past_key_values=cache, use_cache=True)
+    forward(model, tokens.to(model.device), cache)
     result = []
     for index, layer in enumerate(cache.packed_layers):
         keys, values = (x[0, :, SINKS:].float().cpu() for x in (layer.keys, layer.values))

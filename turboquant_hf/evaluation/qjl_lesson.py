@@ -16,7 +16,7 @@ import torch
 
 from turboquant_hf.cache import ATTENTION_NAME
 from turboquant_hf.config import CachePreset, load_preset, quantizer_from
-from turboquant_hf.evaluation import common, perplexity
+from turboquant_hf.evaluation import common, fidelity
 from turboquant_hf.evaluation.distortion import errors, round_trip
 from turboquant_hf.evaluation.models import load_model
 
@@ -166,8 +166,8 @@ def model_errors(args: argparse.Namespace) -> list[dict[str, Any]]:
         args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
     )
     _, text = common.read_text(args)
-    windows = perplexity.cut_windows(tokenizer(text, return_tensors="pt").input_ids[0], args.context, args.windows)
-    baseline, results = perplexity.measure(model, windows, presets, chunk=args.chunk)
+    windows = fidelity.cut_windows(tokenizer(text, return_tensors="pt").input_ids[0], args.context, args.windows)
+    baseline, results = fidelity.measure(model, windows, presets, chunk=args.chunk)
     columns = ("preset", "perplexity", "kl", "top1", "key_bits", "value_bits")
     return [{**{c: row[c] for c in columns}, "baseline": baseline} for row in results]
 
