@@ -1,6 +1,7 @@
 """The console command ``turboquant-hf``: one subcommand per row of ``COMMANDS``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[args.command]
     try:
         return import_module(module).run(args)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough: nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 
 from turboquant_hf.cache import ATTENTION_NAME
@@ -94,9 +95,12 @@ def prune(options: argparse.Namespace, setting: dict[str, Any]) -> None:
             try:
                 return {"rows": measure_pruned(model, window, press=press, **measured, **kept_raw), "notes": []}
             except ImportError as error:
-                return {"rows": [], "notes": [f"{press} is left out: {error}"]}
+                note = f"{press} is left out: {error}"
+            except KeyError as error:  # its hooks read arguments under names that newer transformers do not use
+                note = f"{press} does not run with transformers {transformers.__version__}: no argument {error}"
             except RuntimeError as error:  # layers of different lengths share one mask
-                return {"rows": [], "notes": [f"{press} does not compose with prefill in chunks: {error}"]}
+                note = f"{press} does not compose with text that follows in chunks: {error}"
+            return {"rows": [], "notes": [note]}
 
         return predict
 

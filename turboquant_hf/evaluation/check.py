@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a sentence; 0 when the preset stays below the limit, 1 when it does not."""
+    common.check_output(args.output)
     model, tokenizer = load_model(
         args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
     )

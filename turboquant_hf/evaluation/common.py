@@ -18,14 +18,19 @@ from turboquant_hf.evaluation.models import load_text, packaged_text
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, output: str | None = None) -> None:
     """--model, --device, --dtype, --output."""
     parser.add_argument(
         "--model", default="packaged", help="hub id, folder, GGUF file, or 'packaged' (SmolLM2-135M, the default)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--output", type=Path, default=None, help="folder for config.yaml and metrics.json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None if output is None else Path(output),
+        help=f"folder for config.yaml, metrics.json and pictures (default: {output or 'nothing is written'})",
+    )
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +117,12 @@ def average_bits(cache) -> tuple[float, float]:
     ]
     keys, values = (sum(side) / len(layers) for side in zip(*bits, strict=True))
     return keys, values
+
+
+def check_output(output: Path | None) -> None:
+    """Raise ValueError where a finished run lies: it is never repeated silently."""
+    if output is not None and (output / "metrics.json").is_file():
+        raise ValueError(f"output={str(output)!r} holds a finished run; name another or remove the folder")
 
 
 def write_run(output: Path | None, config: dict[str, Any], metrics: dict[str, Any]) -> None:

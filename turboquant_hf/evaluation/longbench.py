@@ -131,7 +131,7 @@ TASKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
+    common.add_model_arguments(parser, output="results/longbench")
     parser.add_argument(
         "--data", default=DATA, help="folder or zip file with <task>_e.jsonl files, or a `datasets` name"
     )
@@ -146,7 +146,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action=argparse.BooleanOptionalAction, default=True, help="use the chat template, if any"
     )
     common.add_reading_arguments(parser, chunk=0)
-    parser.set_defaults(output=Path("results/longbench"))
     add_settings(parser)
 
 

@@ -77,7 +77,7 @@ STYLES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
+    common.add_model_arguments(parser, output="results/needle")
     common.add_text_arguments(parser)
     common.add_preset_argument(parser, PRESETS)
     parser.add_argument(
@@ -104,7 +104,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_reading_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of keys, numbers and places (default: %(default)s)")
-    parser.set_defaults(output=Path("results/needle"))
     add_settings(parser)
 
 

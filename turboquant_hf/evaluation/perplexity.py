@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows", type=int, default=4, help="how many windows, spread over the text (default: %(default)s)"
     )
     parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time (default: %(default)s)")
-    parser.add_argument("--recent-window", type=int, default=None, help="override the presets' recent window")
+    parser.add_argument(
+        "--recent-window", type=int, default=None, metavar="TOKENS", help="override the presets' recent window"
+    )
     parser.add_argument("--raw-chunk", action="store_true", help="attend to a chunk before it is rounded")
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
     add_settings(parser)

@@ -29,9 +29,10 @@ def measure_pruned(
 
     `bits` are real bits per channel of the tokens that there were, pruned ones included.
 
-    kvpress 0.5.5 asks for transformers below 5.3 and reads a `cache_position` that later versions no longer pass, and
-    it replaces a layer's `keys` and `values`, which a packed layer does not allow. So it prunes a DynamicCache, with
-    that argument handed in, and the survivors are packed afterwards.
+    kvpress 0.5.5 asks for transformers below 5.3 and reads a `cache_position` that later versions no longer pass (with
+    it handed in, it runs up to the version that renames `past_key_values`, which raises KeyError). It replaces a
+    layer's `keys` and `values`, which a packed layer does not allow: so it prunes a DynamicCache, and the survivors
+    are packed afterwards.
     """  # fmt: skip
     import kvpress
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from turboquant_hf.evaluation.settings import add_settings, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
+    common.add_model_arguments(parser, output="results/retrieval")
     common.add_text_arguments(parser)
     common.add_preset_argument(parser, ["k4v4", "k3v3"])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
@@ -25,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=2, help="prompts a task and length (default: %(default)s)")
     common.add_reading_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
-    parser.set_defaults(output=Path("results/retrieval"))
     add_settings(parser)
 
 

@@ -18,6 +18,9 @@ EXCLUSIVE = ("text", "dataset")
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add --config, and let `settings` tell a flag that was given from one that was not. Call after all other flags."""
     defaults = vars(parser.parse_args([]))
+    for action in parser._actions:  # their defaults are about to go; help still has to show them
+        if action.help and action.dest in defaults:
+            action.help = action.help.replace("%(default)s", str(defaults[action.dest]))
     parser.set_defaults(**dict.fromkeys(defaults), defaults=defaults)
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, or the name of one in configs/eval")
 
@@ -46,8 +49,7 @@ def _read_config(name: str | None, allowed: set[str]) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = config_path("eval", f"{name}.yaml")
     if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in config_path("eval").glob("*.yaml")))
-        raise ValueError(f"config={name!r} is not supported; allowed: a YAML file, or one of {shipped}")
+        raise ValueError(f"config={name!r} is not supported; allowed: a YAML file, or the name of one in configs/eval")
     data = yaml.safe_load(path.read_text()) or {}
     if not isinstance(data, Mapping):
         raise ValueError(f"{path}: a settings file holds a mapping of fields, got {type(data).__name__}")
