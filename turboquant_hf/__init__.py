@@ -4,11 +4,11 @@ Importing this package adds the names "turboquant" to transformers' caches and a
 """
 
 from turboquant_hf.attention import register_attention
-from turboquant_hf.cache import TurboQuantCache, register_cache
+from turboquant_hf.cache import TurboQuantCache, TurboQuantStaticCache, register_cache
 from turboquant_hf.config import CachePreset, load_preset, preset_names
 from turboquant_hf.version import __version__
 
 register_attention()
 register_cache()
 
-__all__ = ["CachePreset", "TurboQuantCache", "__version__", "load_preset", "preset_names"]
+__all__ = ["CachePreset", "TurboQuantCache", "TurboQuantStaticCache", "__version__", "load_preset", "preset_names"]

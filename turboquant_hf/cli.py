@@ -59,6 +59,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.check",
         "does a preset leave this model's answers alone, and if not, which one does",
     ),
+    "benchmark": (
+        "turboquant_hf.evaluation.benchmark",
+        "speed and memory of kernels, encoding and decode steps beside the best 16-bit rivals",
+    ),
     "report": (
         "turboquant_hf.evaluation.report",
         "one HTML and Markdown page from the runs in some folders",

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig
-from transformers.models.t5 import modeling_t5
 
 VOCAB = 199
 
@@ -20,7 +19,6 @@ class Family:
     Attributes:
         options: of its config; common small sizes are filled in.
         packed: how many layers a cache of it packs; None where nothing is packed and a warning says so.
-        own_attention: the model has its attention in code and cannot switch.
         refused: what the one clear error says, where the model cannot be served.
     """
 
@@ -28,7 +26,6 @@ class Family:
     options: dict[str, Any] = field(default_factory=dict)
     auto: str = "AutoModelForCausalLM"
     packed: int | None = 2
-    own_attention: bool = False
     refused: str | None = None
     label: str = ""
 
@@ -160,21 +157,19 @@ FAMILIES = [
     Family("gpt2"),
     Family("gpt_bigcode", {"multi_query": True}),
     Family("opt", {"word_embed_proj_dim": 32, "ffn_dim": 32}),
-    Family("falcon", own_attention=True),
-    Family("bloom", own_attention=True),
-    Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, own_attention=True, packed=None),
-    Family("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 512}, own_attention=True),
+    Family("falcon"),
+    Family("bloom"),
+    Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, packed=None),
+    Family("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 512}),
     Family(
         "gpt_neo",
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 12},
-        own_attention=True,
     ),
     Family(
         "codegen",
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 512},
-        own_attention=True,
     ),
-    Family("xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 32}, own_attention=True),
+    Family("xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 32}),
     Family("deepseek_v2", {**MLA, "topk_method": "greedy"}, label="deepseek_v2"),
     Family("deepseek_v3", MLA),
     Family("qwen3_next", {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16}),
@@ -211,7 +206,6 @@ FAMILIES = [
         "t5",
         {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
         auto="AutoModelForSeq2SeqLM",
-        own_attention=not hasattr(modeling_t5, "ALL_ATTENTION_FUNCTIONS"),  # early versions
     ),
     Family("bart", ENCODER_DECODER, auto="AutoModelForSeq2SeqLM"),
     Family(
@@ -236,6 +230,11 @@ def available(family: Family) -> bool:
     except (ValueError, KeyError):
         return False
     return True
+
+
+def own_attention(model: torch.nn.Module) -> bool:
+    """Whether the model has its attention in its own code and cannot switch: fewer do with every transformers."""
+    return not model._can_set_attn_implementation()
 
 
 def build(family: Family, seed: int = 0, **options: Any) -> torch.nn.Module:

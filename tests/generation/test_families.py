@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.generation.families import FAMILIES, Family, available, build, prompt
+from tests.generation.families import FAMILIES, Family, available, build, own_attention, prompt
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.cache import TurboQuantLayer
 
@@ -74,7 +74,7 @@ def test_lossless_equals_dynamic_cache(family, packed_counts):
                 torch.testing.assert_close(a, b, msg=f"{attention}, step {step}")
             assert len(packed_counts) == (family.packed or 0)
             assert all(count >= 2 for count in packed_counts.values())
-            switched = attention == "auto" and family.packed and not family.own_attention
+            switched = attention == "auto" and family.packed and not own_attention(model)
             assert attention_of(model) == ("turboquant" if switched else own)
         if attention_of(model) != own:
             model.set_attn_implementation(own)
@@ -91,7 +91,7 @@ def test_quantized_history_is_near_and_a_shuffled_one_is_not(family):
     model = build(family)
     inputs = prompt(family, length=73)
     teacher = generate(model, inputs, new=8).sequences
-    if not family.own_attention:
+    if not own_attention(model):
         model.set_attn_implementation("turboquant")
 
     def run(preset, spoil=False):

@@ -11,7 +11,7 @@ import torch
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
 from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda
 from turboquant_hf.kernels.decode.reference import decode_attention
-from turboquant_hf.primitives import polynomial, uniform
+from turboquant_hf.primitives import grid
 
 TILE = 128
 KEYS = {
@@ -24,7 +24,7 @@ KEYS = {
 
 def groups_of(dim: int, widths) -> tuple[CodeGroup, ...]:
     sizes = [(round(share * dim), bits) for share, bits in widths]
-    return tuple(CodeGroup(n, (uniform if bits == 8 else polynomial)(bits, n)) for n, bits in sizes)
+    return tuple(CodeGroup(n, grid(bits, n)) for n, bits in sizes)
 
 
 def side(heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bool, scale_format: str) -> PackedSide:
@@ -42,7 +42,8 @@ def side(heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bo
             "balance": (torch.rand(*heads, dim) + 0.5).cuda(),
             "mean": (torch.randn(*shape, dim) * 0.5).half().cuda()[:, :, :tiles],
         }
-    rotation = torch.linalg.qr(torch.randn(dim, dim))[0].contiguous().cuda()
+    blocks = [torch.linalg.qr(torch.randn(group.size, group.size))[0] for group in groups]
+    rotation = torch.block_diag(*blocks).contiguous().cuda()
     gain = gain.cuda() if gain is not None else None
     packed = codes.cuda()[:, :, :tiles], scale.cuda()[:, :, :tiles]
     return PackedSide(*packed, groups, rotation, scale_format=scale_format, gain=gain, **conditioned)
@@ -50,11 +51,11 @@ def side(heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bo
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [(4, 1), (2, 3), (8, 1), (1, 5)], ids=str)
+@pytest.mark.parametrize("rows", [(4, 1), (2, 3), (8, 1), (1, 5), (16, 1), (4, 16)], ids=str)
 @pytest.mark.parametrize("extra", ["plain", "padded", "masked", "softcap"])
 @pytest.mark.parametrize(
     ("keys", "values", "dim"),
-    [("k5/3", 4, 128), ("k5/3/2", 3, 128), ("k8", 4, 96), ("k5/3", 2, 64), ("k4", 4, 256)],
+    [("k5/3", 4, 128), ("k5/3/2", 3, 128), ("k8", 8, 128), ("k5/3", 2, 64), ("k5/3/2", 5, 64), ("k4", 4, 256)],
 )
 def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
     torch.manual_seed(0)
@@ -83,32 +84,31 @@ def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
     assert error < (3e-3 if dtype == torch.bfloat16 else 1.5e-3)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
-def test_levels_in_half_arithmetic(bits):
-    """What decode.cu does to a code, step by step in float16: the codebook's level to a rounding error."""
-    codebook = (uniform if bits == 8 else polynomial)(bits, 128)
-    lead, terms, *rest = cuda._normalised(bits, codebook.coefficients)
-    c3, c5 = (torch.tensor(int(text[:-1], 16) & 0xFFFF).to(torch.int16).view(torch.float16).double() for text in rest)
-    main = max(width for width in (1, 2, 4, 8) if width <= bits)
-    code = torch.arange(2**bits)
-    for field in range(8 // main):
-        shift = main * field or 1
-        half = (0x6400 | code << shift | 1 << (shift - 1)).to(torch.int16).view(torch.float16).double()
-        x = (half * 2.0 ** (2 - shift - bits) - 2.0 ** (12 - shift - bits) - 2.0).half().double()
-        assert torch.equal(x, (2.0 * code + 1) / 2 ** (bits - 1) - 2)
-        if terms > 1:
-            square = (x * x).half().double()
-            inner = (square * c5 + c3).half().double() if terms > 2 else c3
-            x = (x * (square * inner + 1).half().double()).half().double()
-        assert torch.allclose(lead * x, torch.tensor(codebook.levels, dtype=torch.float64), rtol=1e-3, atol=0)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_levels_as_bytes(bits):
+    """What decode.cu makes of a code, permutation by permutation: the codebook's step, a constant away."""
+    steps = grid(bits, 128).steps
+    table = cuda.level_bytes(bits, steps)
+    for code, step in enumerate(steps):
+        if bits == 8:
+            byte = code
+        elif bits <= 3:
+            byte = table[code]
+        else:
+            low = code & 15 if bits == 4 or code & 16 else ~code & 15
+            # A selector with its top bit set repeats the byte's sign: all ones in these tables.
+            byte = table[low] if low < 8 else table[8 + (low & 7)]
+            assert byte & 128
+            byte ^= 0 if bits == 4 or code & 16 else 0x7F
+        assert byte == step + 0.5 + cuda.ROW_CENTRE[bits]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_source_compiles_without_spills(tmp_path, architecture):
-    described = tuple((g.size, g.bits, g.codebook.coefficients) for g in groups_of(128, KEYS["k5/3"]))
-    value = groups_of(128, ((1.0, 4),))[0]
-    text = cuda.source(128, described, (4, value.codebook.coefficients), "e3m5", "e4m4", bf16=True, warps=7)
+    described = (cuda._described(groups_of(128, widths)) for widths in (KEYS["k5/3"], ((1.0, 4),)))
+    keys, (values,) = described
+    text = cuda.source(cuda.Shape(128, keys, values, "e3m5", "e4m4", bf16=True), warps=7)
     (tmp_path / "decode.cu").write_text(text)
     command = f"nvcc -arch={architecture} -std=c++20 --use_fast_math -Xptxas -v -cubin -o decode.cubin decode.cu"
     result = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)

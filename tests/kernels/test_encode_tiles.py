@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from turboquant_hf.kernels.codes import tile_bytes
 from turboquant_hf.kernels.encode import reference
-from turboquant_hf.primitives import rotation_matrix, unpack
+from turboquant_hf.primitives import polynomial, rotation_matrix, unpack
 
 from .cases import groups_of
 
@@ -30,6 +31,12 @@ CASES = {f"{bits}-bit": {"groups": groups_of((32, bits)), "channel_major": bits 
         "scale_rule": "norm-corrected",
     },
     "d128": {"groups": groups_of((128, 3)), "tile": 128, "tiles": 1},
+    "polynomial": {"groups": groups_of((64, 5), (32, 4), (32, 3), make=polynomial), "dtype": torch.float16},
+    "polynomial-channel-major": {
+        "groups": groups_of((64, 4), make=polynomial), "channel_major": True, "mean": False, "dtype": torch.float16,
+        "tile": 128, "scale_rule": "norm-corrected", "scale_format": "e4m4",
+    },
+    "wide": {"groups": groups_of((144, 4)), "tile": 16, "dtype": torch.float16, "mean": False},
 }  # fmt: skip
 
 
@@ -76,6 +83,53 @@ def test_encode_then_decode(kernel, device, case):
         **{name: on_device(value) for name, value in common.items()},
     )  # fmt: skip
     assert (ours.cpu() - dense).norm() <= 2e-6 * dense.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [((32, 5), (32, 3)), ((24, 4), (36, 2)), ((160, 2),)], ids=str)
+def test_conditioned_tiles_into_views(kernel, device, widths, dtype):
+    """Centred, balanced and sorted in the kernel, written between the tiles that an array holds already."""
+    groups, tile = groups_of(*widths, make=polynomial), 32
+    dim, generator = sum(size for size, _ in widths), torch.Generator().manual_seed(1)
+    balance = 4.0 * torch.rand(2, 2, dim, generator=generator) + 0.1
+    x = torch.randn(2, 2, 3, tile, dim, generator=generator) / balance[:, :, None, None]
+    x = (x + 3 * torch.randn(2, 2, 1, 1, dim, generator=generator)).to(dtype)
+    order = torch.rand(2, 2, dim, generator=generator).argsort(dim=-1).to(torch.int16)
+    weight = (torch.rand(2, 3, tile, generator=generator) > 0.3).float()
+    common = {"scale_rule": "unbiased", "scale_format": "e3m5"}
+    arrays = {
+        "codes": torch.full((2, 2, 5, tile_bytes(groups, tile, False)), 7, dtype=torch.uint8),
+        "scale": torch.full((2, 2, 5, len(groups), tile), 7, dtype=torch.uint8),
+        "mean": torch.full((2, 2, 5, dim), 7, dtype=torch.float16),
+    }
+    arrays = {name: array.to(device) for name, array in arrays.items()}
+    rotation = rotation_matrix(dim)
+    kernel.encode_tiles(
+        x.to(device), rotation.to(device), groups, order=order.to(device), balance=balance.to(device), center=True,
+        weight=weight.to(device), out={name: array[:, :, 1:4] for name, array in arrays.items()}, **common,
+    )  # fmt: skip
+    for array in arrays.values():
+        assert (array[:, :, [0, 4]] == 7).all()
+    found = {name: array[:, :, 1:4].cpu() for name, array in arrays.items()}
+    torch.testing.assert_close(found["mean"], reference.tile_mean(x, weight), rtol=1e-3, atol=1e-6)
+    wanted = reference.encode_tiles(x, rotation, groups, order=order, balance=balance, mean=found["mean"], **common)
+    transform = reference.sorted_columns(rotation, order) * balance.unsqueeze(-2)
+    assert_codes_match(found["codes"], wanted["codes"], x, transform, groups, found["mean"], False)
+    assert ((found["scale"].int() - wanted["scale"].int()).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("center", [True, False], ids=["centred", "not-centred"])
+def test_infinities_leave_no_number(kernel, device, center):
+    """Stored scales are clamped, which would make a plausible number of an infinity."""
+    groups = groups_of((32, 4), make=polynomial)
+    x = torch.randn(1, 1, 2, 32, 32, dtype=torch.float16)
+    x[0, 0, 1, 5, 3] = torch.inf
+    options = {"scale_rule": "unbiased", "center": center, "balance": torch.ones(1, 1, 32, device=device)}
+    for encode, where in ((reference.encode_tiles, "cpu"), (kernel.encode_tiles, device)):
+        options["balance"] = options["balance"].to(where)
+        scale = encode(x.to(where), rotation_matrix(32).to(where), groups, **options)["scale"].isnan().cpu()
+        assert not scale[0, 0, 0].any()
+        assert scale[0, 0, 1].all() if center else scale[0, 0, 1].nonzero().tolist() == [[0, 5]]
 
 
 def assert_codes_match(ours, wanted, x, transform, groups, mean, channel_major):

@@ -8,7 +8,8 @@ import torch
 
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.attention.packed import packed_attention
-from turboquant_hf.cache import PackedHandle, TurboQuantLayer
+from turboquant_hf.attention.static import static_attention
+from turboquant_hf.cache import PackedHandle, StaticHandle, TurboQuantLayer
 from turboquant_hf.cache.layer import NO_TRAINING, refuse_backward
 
 
@@ -37,8 +38,23 @@ def turboquant_attention_forward(
         return dense_attention(module, query, key, value, attention_mask, **options)
     if module.training and torch.is_grad_enabled():
         raise ValueError(NO_TRAINING)
+    if isinstance(key, StaticHandle):
+        return static_attention(module, query, key, value, attention_mask, **options)
+    return _dynamic_attention(module, query, key, value, attention_mask, **options)
+
+
+@torch.compiler.disable  # the layer counts in Python
+def _dynamic_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: PackedHandle,
+    value: PackedHandle,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over handles of a `TurboQuantLayer`, which then encodes."""
     layer = key.layer
-    causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
+    causal = getattr(module, "is_causal", True) if options.get("is_causal") is None else options["is_causal"]
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
         attention_mask._turboquant_keys = None

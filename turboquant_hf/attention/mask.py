@@ -31,6 +31,8 @@ def turboquant_mask(
         if attention_mask is None:
             return None
         return _key_mask(attention_mask, kv_length, kwargs.get("kv_offset", 0))[:, None, None, :]
+    if plain and q_length == 1 and attention_mask is None and counts_for_itself(kwargs.get("q_offset")):
+        return None
     mask = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -46,6 +48,11 @@ def turboquant_mask(
             None if attention_mask is None else _key_mask(attention_mask, kv_length, kwargs.get("kv_offset", 0))
         )
     return mask
+
+
+def counts_for_itself(offset: Any) -> bool:
+    """Whether a cache says, by an int32 offset, that its reader knows which of its slots are in use."""
+    return isinstance(offset, torch.Tensor) and offset.dtype == torch.int32
 
 
 def _key_mask(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:

@@ -4,13 +4,18 @@ from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.cache.handles import PackedHandle, PackedKeys, PackedValues
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.registration import register_cache
+from turboquant_hf.cache.static import TurboQuantStaticCache
+from turboquant_hf.cache.static_layer import StaticHandle, TurboQuantStaticLayer
 
 __all__ = [
     "ATTENTION_NAME",
     "PackedHandle",
     "PackedKeys",
     "PackedValues",
+    "StaticHandle",
     "TurboQuantCache",
     "TurboQuantLayer",
+    "TurboQuantStaticCache",
+    "TurboQuantStaticLayer",
     "register_cache",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
@@ -74,6 +74,8 @@ class TurboQuantCache(DynamicCache):
         ValueError: for an unknown preset or field, or a head dim that a quantizer cannot serve.
     """
 
+    packed_layer_class = TurboQuantLayer
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -119,7 +121,12 @@ class TurboQuantCache(DynamicCache):
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
         """The layers that this package holds, in order."""
-        return [layer for layer in self.layers if isinstance(layer, TurboQuantLayer)]
+        return [layer for layer in self.layers if isinstance(layer, self.packed_layer_class)]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sequence that went in, padding included; 0 for a cache whose layers do not count them."""
+        return max((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)), default=0)
 
     def note_padding(self, attention_mask) -> None:
         """Tell an empty cache where each sequence begins, from a 0/1 mask [B, T] of left-padded input.
@@ -127,7 +134,7 @@ class TurboQuantCache(DynamicCache):
         `generate` does this itself. Without it padding still never reaches the output, but it counts as tokens
         when sinks are chosen and keys are measured.
         """
-        if self.get_seq_length() or attention_mask is None or attention_mask.dim() != 2:
+        if self.tokens or attention_mask is None or attention_mask.dim() != 2:
             return
         starts = (attention_mask != 0).int().argmax(dim=1).tolist()
         for layer in self.packed_layers:
@@ -159,14 +166,14 @@ class TurboQuantCache(DynamicCache):
         return self.dense_nbytes / self.nbytes if self.nbytes else 1.0
 
     def _raw_nbytes(self) -> int:
-        raw = [vars(layer) for layer in self.layers if not isinstance(layer, TurboQuantLayer)]
+        raw = [vars(layer) for layer in self.layers if not isinstance(layer, self.packed_layer_class)]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(raw)}
         return sum(storages.values())
 
     def __repr__(self) -> str:
         packed = len(self.packed_layers)
         return (
-            f"{type(self).__name__}(preset={self.preset.name!r}, tokens={self.get_seq_length()}, "
+            f"{type(self).__name__}(preset={self.preset.name!r}, tokens={self.tokens}, "
             f"layers={len(self.layers)} ({packed} packed), bytes={self.nbytes:,}, "
             f"{self.compression_ratio:.2f}x smaller than 16 bit)"
         )

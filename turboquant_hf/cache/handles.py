@@ -71,7 +71,7 @@ class PackedHandle:
         return self.shape[0]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("layer", "length"):
+        if name.startswith("__") or name in ("layer", "length", "pending"):
             raise AttributeError(name)
         return getattr(self.dense(), name)
 

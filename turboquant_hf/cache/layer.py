@@ -10,9 +10,9 @@ from transformers.cache_utils import CacheLayerMixin
 from turboquant_hf.cache.handles import PackedKeys, PackedValues
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
-from turboquant_hf.quantizers import QUANTIZERS, Quantizer
+from turboquant_hf.kernels.dispatch import query_energy
+from turboquant_hf.quantizers import Quantizer
 
-LOSSLESS = QUANTIZERS["lossless"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_TRAINING = "a packed cache keeps no gradients and serves no training: pass use_cache=False, or use torch.no_grad()"
 TAIL_SLACK = 16
@@ -24,7 +24,7 @@ def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
 
     A NaN comes out as a NaN, or, with one-byte scales, which have none, as the largest scale that they hold.
     """
-    return x if isinstance(quantizer, LOSSLESS) else torch.where(x.isinf(), torch.nan, x)
+    return x if quantizer.marks_infinity else torch.where(x.isinf(), torch.nan, x)
 
 
 class _RefuseBackward(torch.autograd.Function):
@@ -115,6 +115,7 @@ class TurboQuantLayer(CacheLayerMixin):
         self.sinks = SinkBuffer(key_states, value_states, self.preset.sinks, starts)
         self.is_initialized = True
 
+    @torch.compiler.disable  # counters in Python: a graph break here, where tracing would compile every step anew
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append [B, H, T, D] keys and values; returns what attention reads, as handles or dense tensors."""
         if not self.is_initialized:
@@ -151,10 +152,8 @@ class TurboQuantLayer(CacheLayerMixin):
         kv_heads = self.num_heads
         if heads % kv_heads or dim != self.head_dims[0]:
             return
-        weight = self._weight(self.get_seq_length() - tokens, tokens, sinks=False)
-        grouped = query.detach().float().reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
-        energy = (grouped.square() * weight[:, None, None, :, None]).sum(dim=(2, 3))
-        count = weight.sum(dim=1).clamp(min=0)[:, None, None] * (heads // kv_heads)
+        position = self.get_seq_length() - tokens
+        energy, count = query_energy(query.detach(), kv_heads, self.sinks.starts, position)
         if self._query_energy is None:
             self._query_energy, self._query_count = energy, count
         else:
@@ -176,7 +175,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if not self._fitted:
             self._fit(stored)
         for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states, strict=True):
-            store.append(quantizer.encode(_nan_for_inf(x, quantizer), state, weight))
+            quantizer.encode_into(_nan_for_inf(x, quantizer), state, weight, store.extend(ready))
         self.tail.drop_front(ready * tile)
 
     def _seen_enough(self) -> bool:
@@ -203,11 +202,10 @@ class TurboQuantLayer(CacheLayerMixin):
         own = self._query_energy / self._query_count.clamp(min=1)
         return torch.where(self._query_count > 0, own, pooled).sqrt()
 
-    def _weight(self, start: int, tokens: int, sinks: bool = True) -> torch.Tensor:
-        """[B, tokens] float32: 0 for padding (and for sinks, which are kept apart), 1 elsewhere."""
+    def _weight(self, start: int, tokens: int) -> torch.Tensor:
+        """[B, tokens] float32: 0 for padding and sinks (which are kept apart), 1 elsewhere."""
         position = torch.arange(start, start + tokens, device=self.device)
-        skipped = self.sinks.starts + (self.preset.sinks if sinks else 0)
-        return (position >= skipped[:, None]).float()
+        return (position >= self.sinks.starts[:, None] + self.preset.sinks).float()
 
     def _tiled(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (-1, self.preset.tile))

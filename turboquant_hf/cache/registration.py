@@ -1,4 +1,4 @@
-"""Teach `generate` the name "turboquant": transformers keeps no registry of cache implementations."""
+"""Teach `generate` the names "turboquant" and "turboquant_static": transformers keeps no registry of caches."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import inspect
 from typing import Any
 
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
 from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.cache.static import TurboQuantStaticCache
+from turboquant_hf.cache.static_plan import STEP_TOKENS
 from turboquant_hf.config import DEFAULT_PRESET, load_preset
 
 logger = logging.get_logger(__name__)
 
 CACHE_NAME = "turboquant"
+STATIC_NAME = "turboquant_static"
+UPSTREAM = {
+    CACHE_NAME: ("dynamic", ("DYNAMIC_CACHE_IMPLEMENTATIONS",)),
+    STATIC_NAME: ("static", ("STATIC_CACHE_IMPLEMENTATIONS", "ALL_STATIC_CACHE_IMPLEMENTATIONS")),
+}
+"""Our names -> upstream's cache that is built first, and the tables beside the one of all names."""
 ATTENTION_CHOICES = ("auto", "keep")
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What generate calls the cache among a model's arguments: the second name up to transformers 5.23."""
 
 
 def register_cache() -> bool:
@@ -27,19 +37,21 @@ def register_cache() -> bool:
     Returns:
         False when this version of transformers refuses the name; `past_key_values=` works all the same.
     """
-    for table in ("ALL_CACHE_IMPLEMENTATIONS", "DYNAMIC_CACHE_IMPLEMENTATIONS"):
-        names = getattr(configuration_utils, table, None)
-        if names is not None and CACHE_NAME not in names:
-            setattr(configuration_utils, table, type(names)((*names, CACHE_NAME)))
+    for ours, (_, tables) in UPSTREAM.items():
+        for table in ("ALL_CACHE_IMPLEMENTATIONS", *tables):
+            names = getattr(configuration_utils, table, None)
+            if names is not None and ours not in names:
+                setattr(configuration_utils, table, type(names)((*names, ours)))
     original = GenerationMixin._prepare_cache_for_generation
     if not hasattr(original, "_turboquant_original"):
         GenerationMixin._prepare_cache_for_generation = _wrap(original)
     _refuse_continuous_batching()
     try:
-        GenerationConfig(cache_implementation=CACHE_NAME).validate()
+        for ours in UPSTREAM:
+            GenerationConfig(cache_implementation=ours).validate()
     except ValueError as error:
         logger.warning_once(
-            f'turboquant_hf: this transformers refuses cache_implementation="{CACHE_NAME}" ({error}); '
+            f'turboquant_hf: this transformers refuses cache_implementation="{ours}" ({error}); '
             "pass past_key_values=TurboQuantCache(model.config) instead."
         )
         return False
@@ -53,8 +65,10 @@ def _wrap(original):
     def prepare(self, *args: Any, **kwargs: Any):
         bound = signature.bind(self, *args, **kwargs).arguments
         generation_config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
-        wanted = generation_config.cache_implementation == CACHE_NAME
-        given = model_kwargs.get("past_key_values")
+        wanted = generation_config.cache_implementation
+        wanted = wanted if wanted in UPSTREAM else None
+        name = _cache_argument(model_kwargs)
+        given = model_kwargs[name] if name else None
         _check_attention(self)
         if wanted and getattr(generation_config, "is_assistant", False):
             # An assistant's cache is cropped at every step and is small: let transformers choose.
@@ -62,30 +76,46 @@ def _wrap(original):
             return original(self, *args, **kwargs)
         if not wanted or given is not None:
             result = original(self, *args, **kwargs)
-            if isinstance(given, TurboQuantCache):
+            if isinstance(given, TurboQuantStaticCache):
+                _check_room(given, bound["max_cache_length"])
+            if isinstance(given, (TurboQuantCache, TurboQuantStaticCache)):
                 given.note_padding(_prompt_mask(model_kwargs, given))
             return result
         preset, attention = _parse(generation_config.cache_config)
-        generation_config.cache_implementation = "dynamic"
+        generation_config.cache_implementation = UPSTREAM[wanted][0]
+        # With chunks, upstream's static cache is allocated at once: it is only a pattern here.
+        chunk, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
+        if getattr(bound["generation_mode"], "value", None) == "assisted_generation":
+            # Candidates that are looked up in the prompt are checked, and cropped, even beyond the last token.
+            bound["max_cache_length"] += STEP_TOKENS + (generation_config.prompt_lookup_num_tokens or 0)
+        kept = self.__dict__.pop("_cache", None)  # early versions hold on to a static cache, to use it again
         try:
-            result = original(self, *args, **kwargs)
+            result = original(**bound)
         finally:
-            generation_config.cache_implementation = CACHE_NAME
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
+            generation_config.cache_implementation, generation_config.prefill_chunk_size = wanted, chunk
+            self.__dict__.pop("_cache", None)
+            if kept is not None:
+                self.__dict__["_cache"] = kept
+        name = _cache_argument(model_kwargs)
+        if name is None:
             if generation_config.use_cache is not False:
                 logger.warning_once(
                     f"turboquant_hf: {type(self).__name__} keeps its state in a cache of another kind: "
                     "nothing is compressed."
                 )
             return result
-        model_kwargs["past_key_values"], packed = _convert(cache, self.config, preset, model_kwargs)
+        model_kwargs[name], packed = _convert(model_kwargs[name], self.config, preset, model_kwargs)
         if packed and attention == "auto":
             use_turboquant_attention(self)
         return result
 
     prepare._turboquant_original = original
     return prepare
+
+
+def _cache_argument(model_kwargs: dict) -> str | None:
+    """The name under which a cache is among a model's arguments, or None where there is none."""
+    return next((name for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
 
 
 def _parse(cache_config: Any):
@@ -99,18 +129,27 @@ def _parse(cache_config: Any):
     return load_preset(options.pop("preset", DEFAULT_PRESET), **options), attention
 
 
+def _check_room(cache: TurboQuantStaticCache, tokens: int) -> None:
+    """Raise ValueError, before anything runs, where prompt and answer do not fit into a cache that the user gave."""
+    room = [layer.max_cache_len for layer in cache.packed_layers]
+    if room and tokens > room[0]:
+        raise ValueError(
+            f"max_cache_len={room[0]} of the given cache is not enough for this call; allowed: {tokens} and more"
+        )
+
+
 def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> tuple[Any, bool]:
     """(the cache to use, whether it packs anything)."""
     if isinstance(cache, EncoderDecoderCache):
-        packed = TurboQuantCache.from_dynamic(cache.self_attention_cache, config, preset)
+        packed = _pack(cache.self_attention_cache, config, preset)
         cache.self_attention_cache = packed
         return cache, bool(packed.packed_layers)
-    if type(cache) is not DynamicCache:
+    if type(cache) not in (DynamicCache, StaticCache):
         logger.warning_once(
             f"turboquant_hf: this model brings its own {type(cache).__name__}, which is kept: nothing is compressed."
         )
         return cache, False
-    packed = TurboQuantCache.from_dynamic(cache, config, preset)
+    packed = _pack(cache, config, preset)
     if not packed.packed_layers:
         logger.warning_once(
             "turboquant_hf: this model has no full-attention layer with a growing cache: nothing is compressed."
@@ -119,10 +158,17 @@ def _convert(cache: Any, config: Any, preset: Any, model_kwargs: dict) -> tuple[
     return packed, bool(packed.packed_layers)
 
 
+def _pack(cache: Any, config: Any, preset: Any) -> TurboQuantCache | TurboQuantStaticCache:
+    """Our cache in place of upstream's empty dynamic or static one."""
+    if isinstance(cache, StaticCache):
+        return TurboQuantStaticCache.from_static(cache, config, preset)
+    return TurboQuantCache.from_dynamic(cache, config, preset)
+
+
 def _prompt_mask(model_kwargs: dict, cache: TurboQuantCache):
     """The prompt's 2D mask, where it speaks of left padding in an empty cache."""
     mask = model_kwargs.get("attention_mask")
-    return None if "decoder_attention_mask" in model_kwargs or cache.get_seq_length() else mask
+    return None if "decoder_attention_mask" in model_kwargs or cache.tokens else mask
 
 
 def use_turboquant_attention(model: Any) -> bool:
@@ -167,7 +213,7 @@ def _refuse_continuous_batching() -> None:
     @functools.wraps(original)
     def init(self, generation_config=None, *args: Any, **kwargs: Any):
         config = self.generation_config if generation_config is None else generation_config
-        if getattr(config, "cache_implementation", None) == CACHE_NAME or _attention_of(self) == ATTENTION_NAME:
+        if getattr(config, "cache_implementation", None) in UPSTREAM or _attention_of(self) == ATTENTION_NAME:
             raise ValueError(
                 f'"{CACHE_NAME}" does not serve continuous batching (generate_batch), which brings its own paged cache '
                 'and attention; use generate, or cache_implementation=None and model.set_attn_implementation("sdpa").'

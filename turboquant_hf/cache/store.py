@@ -33,13 +33,11 @@ class TileStore:
     def capacity(self) -> int:
         return next(iter(self.arrays.values())).shape[2]
 
-    def append(self, packed: dict[str, torch.Tensor]) -> None:
-        """Copy new tiles behind the stored ones; the history is copied only when the capacity grows."""
-        added = next(iter(packed.values())).shape[2]
+    def extend(self, added: int) -> dict[str, torch.Tensor]:
+        """Count `added` tiles more and return their views, to be written; only growing the capacity copies."""
         self.reserve(self.count + added)
-        for name, array in self.arrays.items():
-            array[:, :, self.count : self.count + added] = packed[name]
         self.count += added
+        return self.view(self.count - added)
 
     def reserve(self, tiles: int) -> None:
         if tiles <= self.capacity:

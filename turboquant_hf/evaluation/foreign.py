@@ -55,7 +55,7 @@ class _PackedView:
     """What `common.average_bits` reads of a layer: each side reports its bytes over its elements."""
 
     def __init__(self, layer) -> None:
-        self.preset, self.dtype, self.head_dims = CachePreset(), layer.dtype, (0, 0)
+        self.preset, self.dtype, self.head_dims = CachePreset(), layer.keys.dtype, (0, 0)
         self.quantizers = [_StoredBits(layer, x) for x in (layer._quantized_keys, layer._quantized_values)]
 
 

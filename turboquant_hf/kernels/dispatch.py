@@ -11,6 +11,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -18,6 +19,8 @@ from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.decode import reference as decode_reference
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.kernels.encode import reference as encode_reference
+from turboquant_hf.kernels.statistics import due as statistics_due
+from turboquant_hf.kernels.statistics import reference as statistics_reference
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
 VARIABLE = "TURBOQUANT_BACKEND"
@@ -93,6 +96,8 @@ def decode_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     sparse_v_threshold: float = 0.0,
+    counts: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`decode.reference.decode_attention` by the chosen backend.
 
@@ -101,22 +106,49 @@ def decode_attention(
 
     Args:
         sparse_v_threshold: see `decode.triton.decode_attention`; plain torch reads everything.
+        workspace: from `decode_workspace`, for calls that are recorded in CUDA graphs; of no use to other backends.
     """
     chosen = backend(query.device)
     arguments = (query, keys, values, sinks, tail, starts)
     options = {"scaling": scaling, "mask": mask, "softcap": softcap, "s_aux": s_aux}
+    if counts is not None:
+        options["counts"] = counts
     automatic = os.environ.get(VARIABLE, "auto").lower() == "auto"
     if query.device.type == "cuda" and (chosen == "cuda" or (automatic and sparse_v_threshold == 0.0)):
         module, _ = _cuda_module()
         reason = "not loaded" if module is None else module.supports(query, keys, values, tail, s_aux)
         if reason is None:
-            return module.decode_attention(*arguments, **options)
+            return module.decode_attention(*arguments, **options, workspace=workspace)
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
         return decode_reference.decode_attention(*arguments, **options)
     module = import_module("turboquant_hf.kernels.decode.triton")
     return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
+
+
+def decode_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Memory (int32) that `decode_attention` may use for up to `rows` query rows of each of `batch_heads` KV heads."""
+    words = 1
+    if device.type == "cuda" and backend(device) != "torch" and _cuda_module()[0] is not None:
+        words = _cuda_module()[0].largest_workspace(batch_heads, rows, dim, device)
+    return torch.zeros(words, dtype=torch.int32, device=device)
+
+
+def append_tokens(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    ring: RawTokens,
+    sinks: RawTokens,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    ticket: torch.Tensor,
+    max_len: int,
+) -> None:
+    """`append.reference.append_tokens` by the chosen backend."""
+    plain = backend(keys.device) == "torch"
+    module = import_module(f"turboquant_hf.kernels.append.{'reference' if plain else 'triton'}")
+    module.append_tokens(keys, values, ring, sinks, starts, counts, ticket, max_len)
 
 
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -132,8 +164,13 @@ def encode_tiles(
     scale_rule: str,
     scale_format: str = "fp16",
     gain: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    balance: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
+    center: bool = False,
+    weight: torch.Tensor | None = None,
     channel_major: bool = False,
+    out: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """`encode.reference.encode_tiles` by the chosen backend."""
     return _encoder(x.device).encode_tiles(
@@ -143,8 +180,13 @@ def encode_tiles(
         scale_rule=scale_rule,
         scale_format=scale_format,
         gain=gain,
+        order=order,
+        balance=balance,
         mean=mean,
+        center=center,
+        weight=weight,
         channel_major=channel_major,
+        out=out,
     )
 
 
@@ -161,6 +203,57 @@ def decode_tiles(
     return _encoder(packed["codes"].device).decode_tiles(
         packed, inverse, groups, scale_format=scale_format, gain=gain, channel_major=channel_major
     )
+
+
+def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
+    """`statistics.reference.tile_energy` by the chosen backend."""
+    return _statistics(x.device).tile_energy(x, weight, center)
+
+
+def query_energy(
+    query: torch.Tensor, heads: int, starts: torch.Tensor, position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`statistics.reference.query_energy` by the chosen backend."""
+    return _statistics(query.device).query_energy(query, heads, starts, position)
+
+
+def balance_channels(
+    energy: torch.Tensor, count: torch.Tensor, query_rms: torch.Tensor | None, sizes: tuple[int, ...], balance: str
+) -> dict[str, torch.Tensor]:
+    """`statistics.reference.balance_channels` by the chosen backend."""
+    return _statistics(energy.device).balance_channels(energy, count, query_rms, sizes, balance)
+
+
+def encode_due(ring: torch.Tensor, *arguments: Any, **options: Any) -> None:
+    """`encode.reference.encode_due` by the chosen backend."""
+    _encoder(ring.device).encode_due(ring, *arguments, **options)
+
+
+def observe_due(query: torch.Tensor, *arguments: torch.Tensor) -> None:
+    """`statistics.due.observe_due` by the chosen backend."""
+    _due(query.device).observe_due(query, *arguments)
+
+
+def fit_due(keys: torch.Tensor, *arguments: torch.Tensor, **options: Any) -> None:
+    """`statistics.due.fit_due` by the chosen backend."""
+    _due(keys.device).fit_due(keys, *arguments, **options)
+
+
+def advance_due(counts: torch.Tensor, fitted: torch.Tensor, **options: int) -> None:
+    """`statistics.due.advance_due` by the chosen backend."""
+    _due(counts.device).advance_due(counts, fitted, **options)
+
+
+def _statistics(device: torch.device) -> ModuleType:
+    if backend(device) == "torch":
+        return statistics_reference
+    return import_module("turboquant_hf.kernels.statistics.triton")
+
+
+def _due(device: torch.device) -> ModuleType:
+    if backend(device) == "torch":
+        return statistics_due
+    return import_module("turboquant_hf.kernels.statistics.due_triton")
 
 
 def _encoder(device: torch.device) -> ModuleType:

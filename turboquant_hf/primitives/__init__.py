@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .codebook import Codebook, distortion, lloyd_max, nf4, polynomial, uniform
+from .codebook import Codebook, distortion, grid, lloyd_max, nf4, polynomial, uniform
 from .packing import pack, packed_size, planes, unpack
 from .polar import CircularCodebook, from_polar, polar_codebook, to_polar
 from .rotation import hadamard_matrix, has_hadamard, head_rotations, rotation_matrix
@@ -12,6 +12,7 @@ __all__ = [
     "Codebook",
     "distortion",
     "from_polar",
+    "grid",
     "hadamard_matrix",
     "has_hadamard",
     "head_rotations",

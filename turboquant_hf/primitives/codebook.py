@@ -31,6 +31,8 @@ class Codebook:
         name: for messages and tables.
         coefficients: (a, b, ...) where the levels are the odd polynomial a x + b x^3 + ... of x = 2 code + 1 -
             2**bits, so that a kernel computes them instead of looking them up; empty where they are not.
+        unit: where not 0, the levels are odd multiples of unit / 2, below 128 in number, and a kernel may take them
+            as bytes to the integer matrix units.
 
     Attributes:
         thresholds: the 2**bits - 1 midpoints between neighbouring levels.
@@ -41,6 +43,7 @@ class Codebook:
     levels: tuple[float, ...]
     name: str
     coefficients: tuple[float, ...] = ()
+    unit: float = 0.0
     thresholds: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -55,6 +58,11 @@ class Codebook:
     def bits(self) -> int:
         """Width of a code."""
         return len(self.levels).bit_length() - 1
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The whole numbers k with level = (k + 1/2) unit; empty without a unit."""
+        return tuple(round(level / self.unit - 0.5) for level in self.levels) if self.unit else ()
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest levels, ties to the lower: uint8 of the shape of x (any dtype, any shape)."""
@@ -118,7 +126,7 @@ def uniform(bits: int, dim: int | None = None) -> Codebook:
         else:
             low = left
     step = (low + high) / 2
-    return Codebook(tuple((grid * step).tolist()), f"uniform(bits={bits}, dim={dim})", (step / 2,))
+    return Codebook(tuple((grid * step).tolist()), f"uniform(bits={bits}, dim={dim})", (step / 2,), unit=step)
 
 
 @lru_cache(maxsize=512)
@@ -151,6 +159,49 @@ def polynomial(bits: int, dim: int | None = None) -> Codebook:
     coefficients = tuple(float(c) / (2 * half) ** (2 * i + 1) for i, c in enumerate(fit))
     both = torch.cat([-levels.flip(0), levels])
     return Codebook(tuple(both.tolist()), f"polynomial(bits={bits}, dim={dim})", coefficients)
+
+
+GRID_STEPS = 64
+"""Levels on one side of zero of the finest grid: 7 bits, what two byte permutations can select from."""
+
+
+@lru_cache(maxsize=512)
+@torch.inference_mode(False)
+def grid(bits: int, dim: int | None = None) -> Codebook:
+    """`lloyd_max` on a grid: levels are odd multiples of half a unit, at most 64 on a side.
+
+    A kernel that holds them as bytes multiplies them in the integer matrix units, with no conversion. Against
+    Lloyd-Max the error is up to 1 % larger at 4 bits and 4 % at 5; from 7 bits on it is `uniform`. The unit is the best
+    of those with between 3/4 and all of the grid in use; for each, Lloyd's iteration ends with its centroids rounded.
+
+    Args and errors: as in `lloyd_max`.
+    """
+    if bits >= 7:
+        return uniform(bits, dim)
+    density = _density(dim)
+    _check_bits(bits)
+    half = 2 ** (bits - 1)
+    levels = lloyd_max_levels(density, bits)[half:]
+    best = (math.inf, levels, 1.0)
+    for top in range(max(half, 3 * GRID_STEPS // 4), GRID_STEPS + 1) if bits > 1 else (1,):
+        unit = float(levels[-1]) / (top - 0.5)
+        steps = (levels / unit - 0.5).round()
+        for _ in range(8):
+            edges = torch.nn.functional.pad((steps[:-1] + steps[1:] + 1) * unit / 2, (1, 1))
+            edges[-1] = math.inf
+            mass, first = (tail[:-1] - tail[1:] for tail in density.tails(edges))
+            centre = first / mass
+            unit = float((mass * centre * (steps + 0.5)).sum() / (mass * (steps + 0.5).square()).sum())
+            steps = (centre / unit - 0.5).round().clamp(0, GRID_STEPS - 1)
+        chosen = (steps + 0.5) * unit
+        if bool((steps[1:] > steps[:-1]).all()):
+            best = min(best, (mean_squared_error(density, torch.cat([-chosen.flip(0), chosen])), chosen, unit), key=_first)
+    _, chosen, unit = best
+    return Codebook(tuple(torch.cat([-chosen.flip(0), chosen]).tolist()), f"grid(bits={bits}, dim={dim})", unit=unit)
+
+
+def _first(items: tuple) -> float:
+    return items[0]
 
 
 def nf4() -> Codebook:

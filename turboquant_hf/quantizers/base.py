@@ -38,6 +38,9 @@ class Quantizer(ABC):
     needs_statistics: ClassVar[bool] = False
     """Whether `fit` is worth waiting for: nothing is encoded before enough tokens were seen."""
 
+    marks_infinity: ClassVar[bool] = False
+    """Whether an infinity needs no care before `encode`: it counts as a NaN there, or is kept."""
+
     def validate(self, head_dim: int, tile: int) -> None:  # noqa: B027  (a hook with an empty default)
         """Raise ValueError where this quantizer cannot serve heads of `head_dim` channels in tiles of `tile`."""
 
@@ -58,6 +61,11 @@ class Quantizer(ABC):
     @abstractmethod
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
         """tiles [B, H, N, T, D] -> arrays [B, H, N, *field.shape] as `layout` says."""
+
+    def encode_into(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed) -> None:
+        """`encode`, its arrays written into `out`: views [B, H, N, ...] of storage, where possible without a copy."""
+        for name, array in self.encode(tiles, state, weight).items():
+            out[name].copy_(array)
 
     @abstractmethod
     def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:

@@ -14,13 +14,12 @@ from typing import ClassVar
 
 import torch
 
-from turboquant_hf.kernels.dispatch import encode_tiles, tile_mean
-from turboquant_hf.quantizers.base import Field, Packed, State, check_bits, check_choice
-from turboquant_hf.quantizers.rotated import RotatedQuantizer, sorted_columns
+from turboquant_hf.kernels.dispatch import balance_channels, tile_energy
+from turboquant_hf.kernels.encode.reference import sorted_columns
+from turboquant_hf.quantizers.base import Field, State, check_bits, check_choice
+from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 BALANCES = ("query", "key", "none")
-PRIOR_TOKENS = 256
-"""A sequence with fewer tokens borrows the rest of its statistics from the batch."""
 
 
 @dataclass(frozen=True)
@@ -59,34 +58,18 @@ class Conditioned(RotatedQuantizer):
         bits = (bits for _, bits in self.widths)
         return tuple((stop - start, width) for (start, stop), width in zip(pairwise(edges), bits, strict=True))
 
+    @property
+    def centered(self) -> bool:
+        return self.center
+
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
         fields = super().layout(head_dim, tile, dtype)
         return {**fields, "mean": Field((head_dim,), torch.float16)} if self.center else fields
 
     def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
-        x = tiles.float()
-        if self.center:
-            x = x - tile_mean(x, weight).unsqueeze(-2).float()
-        w = weight[:, None, :, :, None].float()
-        energy = (x.square() * w).sum(dim=(2, 3))
-        count = w.sum(dim=(2, 3)).expand_as(energy[..., :1])
-        key_rms = _root(_borrow(energy, count))
-        importance = key_rms
-        balance = torch.ones_like(key_rms)
-        if self.balance == "query" and query_rms is not None:
-            query = _root(query_rms.float().square())
-            balance, importance = (query / key_rms).sqrt(), query * key_rms
-        elif self.balance != "none":
-            balance = key_rms.rsqrt()
-        order = importance.argsort(dim=-1, descending=True, stable=True)
-        if len(self.widths) == 1:
-            order = torch.arange(tiles.shape[-1], device=tiles.device).expand_as(order).contiguous()
-        # Unit energy in each group after balancing: stored scales stay near 1 whatever the model's units.
-        energy = (balance * key_rms).square().gather(-1, order)
-        sizes = [size for size, _ in self.group_sizes(tiles.shape[-1])]
-        level = torch.cat([part.mean(-1, keepdim=True).expand_as(part) for part in energy.split(sizes, -1)], dim=-1)
-        balance = balance * torch.empty_like(level).scatter(-1, order, level.rsqrt())
-        return {"balance": balance, "order": order.to(torch.int16)}
+        sizes = tuple(size for size, _ in self.group_sizes(tiles.shape[-1]))
+        energy = tile_energy(tiles, weight, self.center)
+        return balance_channels(energy, weight.sum(dim=(1, 2)), query_rms, sizes, self.balance)
 
     def transform(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
         rotation = self.rotation_of(head_dim, num_heads, device)
@@ -95,30 +78,3 @@ class Conditioned(RotatedQuantizer):
     def inverse(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
         rotation = self.rotation_of(head_dim, num_heads, device)
         return (sorted_columns(rotation, state["order"]) / state["balance"].unsqueeze(-2)).transpose(-1, -2)
-
-    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
-        head_dim, num_heads = tiles.shape[-1], tiles.shape[1]
-        mean = tile_mean(tiles, weight) if self.center else None
-        packed = encode_tiles(
-            tiles,
-            self.transform(state, head_dim, num_heads, tiles.device),
-            self.groups(head_dim),
-            scale_rule=self.scale,
-            scale_format=self.scale_format,
-            mean=mean,
-            channel_major=self.channel_major,
-        )
-        return {**packed, "mean": mean} if self.center else packed
-
-
-def _borrow(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Mean squares [B, H, D] from sums and counts [B, H, 1], short sequences filled up with the batch's average."""
-    pooled = energy.sum(dim=0, keepdim=True) / count.sum(dim=0, keepdim=True).clamp(min=1.0)
-    missing = (PRIOR_TOKENS - count).clamp(min=0.0)
-    return (energy + missing * pooled) / (count + missing).clamp(min=1.0)
-
-
-def _root(mean_square: torch.Tensor) -> torch.Tensor:
-    """Root with a floor, so that a dead channel neither divides by zero nor draws unbounded balance."""
-    floor = 1e-6 * mean_square.mean(dim=-1, keepdim=True) + 1e-20
-    return torch.maximum(mean_square, floor).sqrt()

@@ -15,6 +15,7 @@ class Lossless(Quantizer):
     """Stores the model's own values bit for bit."""
 
     name: ClassVar[str] = "lossless"
+    marks_infinity: ClassVar[bool] = True
 
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
         return {"raw": Field((tile, head_dim * dtype.itemsize), torch.uint8)}

@@ -7,8 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from turboquant_hf.kernels.dispatch import tile_energy
+from turboquant_hf.kernels.encode.reference import sorted_columns
 from turboquant_hf.quantizers.base import State, check_bits
-from turboquant_hf.quantizers.rotated import RotatedQuantizer, sorted_columns
+from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Outlier(RotatedQuantizer):
         return ((strong, self.outlier_bits), (head_dim - strong, self.bits))
 
     def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
-        energy = (tiles.float().square() * weight[:, None, :, :, None].float()).sum(dim=(2, 3))
+        energy = tile_energy(tiles, weight, False)
         order = energy.argsort(dim=-1, descending=True, stable=True)
         return {**super().fit(tiles, weight, query_rms), "order": order.to(torch.int16)}
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, SCALE_RULES, CodeGroup, tile_bytes
 from turboquant_hf.kernels.decode import PackedSide
-from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles
-from turboquant_hf.primitives import head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
+from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles, tile_energy
+from turboquant_hf.kernels.statistics import typical_scale
+from turboquant_hf.primitives import grid, head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
 
-CODEBOOKS = {"lloyd-max": lloyd_max, "polynomial": polynomial, "uniform": uniform}
+CODEBOOKS = {"lloyd-max": lloyd_max, "grid": grid, "polynomial": polynomial, "uniform": uniform}
 ROTATIONS = ("auto", "hadamard", "qr", "identity")
 
 
@@ -34,6 +36,7 @@ class RotatedQuantizer(Quantizer):
         channel_major: pack along the tokens of a tile, as the value side of the decode kernel wants it.
     """
 
+    marks_infinity: ClassVar[bool] = True
     scale: str = "norm"
     scale_format: str = "fp16"
     codebook: str = "lloyd-max"
@@ -50,6 +53,11 @@ class RotatedQuantizer(Quantizer):
         check_choice(self.name, "rotation", self.rotation, ROTATIONS)
         if not isinstance(self.rounds, int) or self.rounds < 1:
             raise ValueError(f"{self.name}: rounds={self.rounds!r} is not supported; allowed: whole numbers from 1")
+
+    @property
+    def centered(self) -> bool:
+        """Whether the mean of every tile is stored and only the rest coded."""
+        return False
 
     @abstractmethod
     def group_sizes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
@@ -92,19 +100,38 @@ class RotatedQuantizer(Quantizer):
         return self.rotation_of(head_dim, num_heads, device).transpose(-1, -2)
 
     def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
-        return {} if self.scale_format == "fp16" else {"gain": typical_scale(tiles, weight)}
+        if self.scale_format == "fp16":
+            return {}
+        return {"gain": typical_scale(tile_energy(tiles, weight, False), weight.sum(dim=(1, 2)))}
 
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
+        return self._encode(tiles, state, weight, None)
+
+    def encode_into(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed) -> None:
+        self._encode(tiles, state, weight, out)
+
+    def _encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed | None) -> Packed:
         head_dim, num_heads = tiles.shape[-1], tiles.shape[1]
         return encode_tiles(
             tiles,
-            self.transform(state, head_dim, num_heads, tiles.device),
+            self.rotation_of(head_dim, num_heads, tiles.device),
             self.groups(head_dim),
-            scale_rule=self.scale,
-            scale_format=self.scale_format,
-            gain=state.get("gain"),
-            channel_major=self.channel_major,
+            weight=weight,
+            out=out,
+            **self.encoding(state),
         )
+
+    def encoding(self, state: State) -> dict[str, Any]:
+        """What `encode_tiles` is told beside the tiles, the rotation and the groups."""
+        return {
+            "scale_rule": self.scale,
+            "scale_format": self.scale_format,
+            "gain": state.get("gain"),
+            "order": state.get("order"),
+            "balance": state.get("balance"),
+            "center": self.centered,
+            "channel_major": self.channel_major,
+        }
 
     def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         num_heads, device = packed["codes"].shape[1], packed["codes"].device
@@ -132,20 +159,6 @@ class RotatedQuantizer(Quantizer):
             scale_format=self.scale_format,
             gain=state.get("gain"),
         )
-
-
-def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Columns of the rotation moved so that its j-th input is channel order[j]: [B, H, D, D]."""
-    index = order.long().unsqueeze(-2).expand(*order.shape, order.shape[-1])
-    source = rotation.expand_as(index)
-    return torch.zeros_like(source).scatter(-1, index, source)
-
-
-def typical_scale(tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Root mean square of a head's elements over the tokens that count: tiles [B, H, N, T, D] -> [B, H], above 0."""
-    w = weight[:, None, :, :, None].float()
-    energy = (tiles.float().square() * w).sum(dim=(2, 3, 4))
-    return (energy / (w.sum(dim=(2, 3, 4)) * tiles.shape[-1]).clamp(min=1.0)).sqrt().clamp(min=1e-12)
 
 
 @lru_cache(maxsize=256)

@@ -1,9 +1,10 @@
-"""The CUDA C++ kernels of decode.cu, compiled at run time by NVRTC: the fast path on NVIDIA cards from sm_80 on."""
+"""The CUDA C++ kernel of decode.cu, compiled at run time by NVRTC: the fast path on NVIDIA cards from sm_80 on."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -15,12 +16,15 @@ from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.primitives import packed_size
 
 TILE = 128
+HEAD_DIMS = (64, 128, 256)
+BITS = (2, 3, 4, 5, 8)
 MAX_ROWS = 8
-SLOTS = 2
-"""Parts of a tile (its keys, its values) that a warp has in shared memory: one at work, one on its way."""
-RAW_TOKENS = 8
-"""Sinks and tail tokens that one warp reads."""
-HEAD_DIMS = (64, 96, 128, 256)
+"""Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
+MAX_WARPS = 8
+UNROLL = (4, 4)
+"""Units of 16 tokens, and of 16 channels, that decode.cu has in one turn of its loops."""
+ROW_CENTRE = {2: 63.5, 3: 63.5, 4: 191.5, 5: 191.5, 8: 127.5}
+"""What a level's byte is, less (its step + 1/2), by the width of its code."""
 
 
 def available() -> str | None:
@@ -41,42 +45,76 @@ def supports(
 ) -> str | None:
     """None where `decode_attention` can serve this call, else the reason why not."""
     dim = query.shape[-1]
-    rows = query.shape[1] // keys.codes.shape[1] * query.shape[2]
     checks = (
         (query.is_cuda, "the query is not on a CUDA device"),
         (query.dtype in (torch.float16, torch.bfloat16), f"dtype {query.dtype}"),
         (query.dtype == tail.keys.dtype == tail.values.dtype, "query and cache differ in dtype"),
         (dim in HEAD_DIMS and tail.values.shape[-1] == dim, f"head dim {dim}"),
-        (rows <= MAX_ROWS, f"{rows} query rows a KV head, more than {MAX_ROWS}"),
         (keys.scale.shape[-1] == TILE, f"tiles of {keys.scale.shape[-1]} tokens"),
         (query.shape[2] <= tail.keys.shape[2], "new tokens outside the tail"),
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
-        (all(_row_fits(group.size, group) for group in keys.groups), "key groups too narrow or without polynomial"),
-        (_row_fits(TILE, values.groups[0]), "a value codebook without polynomial"),
+        (all(_row_fits(group.size, group) for group in keys.groups), "key groups too narrow, or levels off a grid"),
+        (_row_fits(TILE, values.groups[0]), "value levels off a grid"),
         (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
     )
     reason = next((reason for fine, reason in checks if not fine), None)
-    if reason is None and not _warps(dim, _described(keys), values.groups[0].bits, keys.mean is not None, query.device):
+    if reason is None and not _plan(_shape(query, keys, values), query.device):
         return "too little shared memory for two tiles"
     return reason
 
 
-def _described(keys: PackedSide) -> tuple[tuple[int, int, tuple[float, ...]], ...]:
-    return tuple((group.size, group.bits, group.codebook.coefficients) for group in keys.groups)
-
-
 def _row_fits(size: int, group: CodeGroup) -> bool:
-    main = max(width for width in (1, 2, 4, 8) if width <= group.bits)
-    extra = group.bits - main
-    return (
-        size % 16 == 0
-        and size * main // 32 >= 2
-        and (size * main // 32) % 4 in (0, 2)
-        and (size * main // 32 == 2 or size * main // 32 % 4 == 0)
-        and (extra == 0 or main // extra in (1, 2, 4))
-        and group.bits != 7
-        and 1 <= len(group.codebook.coefficients) <= 3
+    if size % 16 or group.bits not in BITS or not group.codebook.unit:
+        return False
+    steps = group.codebook.steps
+    main = size * _main_width(group.bits) // 32
+    fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
+    return fits and main >= 1 and (main in (1, 2) or main % 4 == 0)
+
+
+def _main_width(bits: int) -> int:
+    return max(width for width in (2, 4, 8) if width <= bits)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the kernel is compiled for. Groups are (channels, bits, levels' unit, levels' steps)."""
+
+    dim: int
+    keys: tuple[tuple[int, int, float, tuple[int, ...]], ...]
+    values: tuple[int, int, float, tuple[int, ...]]
+    key_format: str = "fp16"
+    value_format: str = "fp16"
+    bf16: bool = False
+    mean: bool = True
+    masked: bool = False
+    softcap: bool = False
+    wide: bool = False  # 8 query rows a block instead of 4
+
+    @property
+    def rows(self) -> int:
+        return 8 if self.wide else 4
+
+
+@lru_cache(maxsize=256)
+def _described(groups: tuple[CodeGroup, ...]) -> tuple[tuple[int, int, float, tuple[int, ...]], ...]:
+    return tuple((group.size, group.bits, group.codebook.unit, group.codebook.steps) for group in groups)
+
+
+def _shape(query, keys, values, mask=None, softcap=None) -> Shape:
+    rows = query.shape[1] // keys.codes.shape[1] * query.shape[2]
+    return Shape(
+        query.shape[-1],
+        _described(keys.groups),
+        _described(values.groups)[0],
+        keys.scale_format,
+        values.scale_format,
+        query.dtype == torch.bfloat16,
+        keys.mean is not None,
+        mask is not None,
+        softcap is not None,
+        rows > 4,
     )
 
 
@@ -92,65 +130,96 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
     splits: int = 0,
 ) -> torch.Tensor:
-    """`reference.decode_attention` in two launches; `supports` says for which arguments.
+    """`reference.decode_attention` in one launch; `supports` says for which arguments.
 
+    workspace: int32, zeros at first and left so where it counts blocks; see `workspace_size`. None: one of this
+        module's, which grows and is shared by the calls of a stream. One that is too small is not used.
     splits: how many blocks share a head's tiles; 0 chooses by the card.
     """
     batch, query_heads, count, dim = query.shape
     heads, tiles = keys.codes.shape[1:3]
     rows = query_heads // heads * count
-    split_kernel, merge_kernel, warps = _kernels(
-        dim,
-        _described(keys),
-        (values.groups[0].bits, values.groups[0].codebook.coefficients),
-        keys.scale_format,
-        values.scale_format,
-        query.dtype == torch.bfloat16,
-        keys.mean is not None,
-        mask is not None,
-        softcap is not None,
-        rows,
-        query.device,
-    )
+    shape = _shape(query, keys, values, mask, softcap)
+    kernel, warps = _kernel(shape, query.device)
+    chunks = -(-rows // shape.rows)
+    blocks = batch * heads * chunks
     if not splits:
-        sms = _multiprocessors(query.device)
-        splits = max(1, min(sms // (batch * heads), -(-tiles // warps)))
-    raw_splits = max(1, -(-(sinks.keys.shape[2] + tail.keys.shape[2]) // (RAW_TOKENS * warps)))
-    splits = (splits if tiles else 0) + raw_splits
+        splits = _splits(blocks, tiles, warps, _multiprocessors(query.device))
     query = query.contiguous()
-    part_output = query.new_empty((batch * heads, splits, rows, dim), dtype=torch.float32)
-    part_sums = query.new_empty((batch * heads, splits, rows, 2), dtype=torch.float32)
     result = torch.empty_like(query)
-    rotation = keys.rotation.reshape(-1, dim, dim)
+    words = workspace_size(blocks * splits, shape, warps)
+    if workspace is None:
+        workspace = _workspace(words, query.device)
+    elif workspace.numel() < words:
+        workspace = torch.zeros(words, dtype=torch.int32, device=query.device)
+    rotation = keys.rotation
+    value_rotation = values.rotation
     sink_keys, sink_values = sinks.keys.contiguous(), sinks.values.contiguous()
-    split_kernel(
-        (splits, batch * heads),
+    kernel(
+        (splits, batch * heads, chunks),
         (
-            query, _transposed(keys.rotation), keys.order, keys.balance, keys.gain,
-            keys.codes, keys.scale, keys.mean, values.codes, values.scale,
-            sink_keys, sink_values, tail.keys, tail.values, starts, mask, part_output, part_sums,
+            query, _transposed(rotation), keys.order, keys.balance, keys.gain, keys.codes, keys.scale, keys.mean,
+            values.codes, values.scale, value_rotation, values.gain, sink_keys, sink_values, tail.keys, tail.values,
+            starts, mask, None if s_aux is None else s_aux.float(), counts, workspace[ARRIVALS:], workspace, result,
         ),
         (
             heads, rows, count, tiles, _capacity(keys.codes), sink_keys.shape[2], tail.keys.shape[2],
-            tail.keys.stride(1) // dim, dim * dim if rotation.shape[0] > 1 else 0,
-            0 if mask is None else mask.stride(0), raw_splits, _float_bits(scaling), _float_bits(softcap or 0.0),
+            tail.keys.stride(1) // dim, tail.keys.shape[2] if counts is not None else 0,
+            dim * dim if rotation.dim() == 4 else 0, dim * dim if value_rotation.dim() == 4 else 0,
+            0 if mask is None else mask.stride(0), _float_bits(scaling), _float_bits(softcap or 0.0),
         ),
     )  # fmt: skip
-    value_rotation = values.rotation.reshape(-1, dim, dim)
-    merge_kernel(
-        (rows, batch * heads),
-        (part_output, part_sums, value_rotation, values.gain, None if s_aux is None else s_aux.float(), result),
-        (heads, rows, count, splits, raw_splits, dim * dim if value_rotation.shape[0] > 1 else 0),
-    )
     return result
+
+
+ARRIVALS = 1 << 16
+"""Words at the head of a workspace that count the blocks that are done, one for every head of a sequence."""
+
+
+def workspace_size(blocks: int, shape: Shape, warps: int) -> int:
+    """Words: arrivals, every block's two parts and their sums, every warp's sums over raw tokens."""
+    return ARRIVALS + blocks * (2 * shape.rows * (shape.dim + 1) + warps * shape.rows * shape.dim)
+
+
+def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> int:
+    """Words that serve any call of up to `rows` query rows a KV head, however it splits its tiles."""
+    blocks = max(batch_heads * -(-rows // MAX_ROWS), 4 * _multiprocessors(device))
+    return ARRIVALS + blocks * MAX_ROWS * (2 * (dim + 1) + MAX_WARPS * dim)
+
+
+_WORKSPACES: dict[tuple, torch.Tensor] = {}
+
+
+def _workspace(words: int, device: torch.device) -> torch.Tensor:
+    if torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
+        return torch.zeros(words, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    kept = _WORKSPACES.get(key)
+    if kept is None or kept.numel() < words:
+        kept = _WORKSPACES[key] = torch.zeros(words, dtype=torch.int32, device=device)
+    return kept
+
+
+@lru_cache(maxsize=1024)
+def _splits(blocks: int, tiles: int, warps: int, processors: int) -> int:
+    """Blocks a head so that waves of blocks are full and warps have equal numbers of tiles."""
+
+    def cost(splits: int) -> float:
+        rounds, busy = -(-tiles // (splits * warps)), min(1.0, tiles / (splits * warps))
+        return -(-blocks * splits // processors) * (rounds * (1 + busy) + 3) + 0.05 * splits
+
+    most = max(1, min(64, 4 * processors // blocks, tiles))
+    return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
 
 
 class _Launcher:
     """Launches one compiled kernel; its argument block is built once, because a decode step is bound by launches."""
 
-    def __init__(self, kernel, pointers: int, integers: int, threads: int, shared: int = 0) -> None:
+    def __init__(self, kernel, pointers: int, integers: int, threads: int, shared: int) -> None:
         self._kernel, self._threads, self._shared = kernel, threads, shared
         self._pointers = (ctypes.c_uint64 * pointers)()
         self._integers = (ctypes.c_int * integers)()
@@ -160,13 +229,13 @@ class _Launcher:
         self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
         self._lock = Lock()
 
-    def __call__(self, grid: tuple[int, int], tensors: tuple, integers: tuple[int, ...]) -> None:
+    def __call__(self, grid: tuple[int, int, int], tensors: tuple, integers: tuple[int, ...]) -> None:
         stream = torch.cuda.current_stream().cuda_stream
         with self._lock:  # the driver copies the arguments before it returns
             self._pointers[:] = [0 if x is None else x.data_ptr() for x in tensors]
             self._integers[:] = integers
             status = self._launch(
-                self._kernel.func, *grid, 1, self._threads, 1, 1, self._shared,
+                self._kernel.func, *grid, self._threads, 1, 1, self._shared,
                 ctypes.c_void_p(stream), self._arguments, None,
             )  # fmt: skip
         if status:
@@ -198,109 +267,135 @@ def _float_bits(x: float) -> int:
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
-def _half2_bits(x: float) -> str:
-    bits = struct.unpack("<H", struct.pack("<e", x))[0]
-    return f"0x{bits << 16 | bits:08X}u"
+# ---------------------------------------------------------------- the text that is compiled
 
 
-def source(
-    dim: int,
-    key_groups: tuple[tuple[int, int, tuple[float, ...]], ...],
-    value_group: tuple[int, tuple[float, ...]],
-    key_format: str = "fp16",
-    value_format: str = "fp16",
-    bf16: bool = False,
-    has_mean: bool = True,
-    masked: bool = False,
-    softcap: bool = False,
-    rows: int = MAX_ROWS,
-    warps: int = 8,
-    slots: int = SLOTS,
-) -> str:
-    """The text that is compiled: constants of one layer shape, then decode.cu."""
-    sizes = [size for size, _, _ in key_groups]
-    widths = [bits for _, bits, _ in key_groups]
-    row_bytes = [packed_size(size, bits) for size, bits, _ in key_groups]
-    leads, terms, c3, c5 = zip(*(_normalised(bits, odd) for _, bits, odd in key_groups), strict=True)
-    v_lead, v_terms, v_c3, v_c5 = _normalised(*value_group)
-    key_shift, key_unit = SCALE_FORMATS[key_format]
-    value_shift, value_unit = SCALE_FORMATS[value_format]
+def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
+    """The 16 bytes that decode.cu looks levels up in: byte = step + 1/2 + ROW_CENTRE.
+
+    2 and 3 bits: all levels; 4 bits: all levels, with the top bit set; 5 bits: those of the positive half.
+    """
+    if bits == 8:
+        return [0] * 16
+    kept = steps[16:] if bits == 5 else steps
+    table = [int(step + 0.5 + ROW_CENTRE[bits]) for step in kept]
+    return table + [0] * (16 - len(table))
+
+
+def source(shape: Shape, warps: int) -> str:
+    """Constants of one layer shape, then decode.cu."""
+    row_bytes = [packed_size(size, bits) for size, bits, _, _ in shape.keys]
+    offsets = [sum(row_bytes[:i]) for i in range(len(row_bytes))]
+    key_shift, key_unit = SCALE_FORMATS[shape.key_format]
+    value_shift, value_unit = SCALE_FORMATS[shape.value_format]
 
     def array(kind: str, name: str, items) -> str:
         return f"__device__ constexpr {kind} {name}[] = {{{', '.join(map(str, items))}}};"
 
+    def table(bits: int, steps: tuple[int, ...]) -> str:
+        words = struct.unpack("<4I", bytes(level_bytes(bits, steps)))
+        return "{" + ", ".join(f"0x{word:08X}u" for word in words) + "}"
+
     lines = [
-        f"#define RAW_BF16 {int(bf16)}",
-        f"#define HAS_MEAN {int(has_mean)}",
-        f"#define MASKED {int(masked)}",
-        f"#define SOFTCAP {int(softcap)}",
-        f"constexpr int D = {dim}, WARPS = {warps}, SLOTS = {slots}, ROWS = {rows};",
-        f"constexpr int KEY_GROUPS = {len(sizes)}, KEY_ROW_BYTES = {sum(row_bytes)};",
+        f"#define RAW_BF16 {int(shape.bf16)}",
+        f"#define HAS_MEAN {int(shape.mean)}",
+        f"#define MASKED {int(shape.masked)}",
+        f"#define SOFTCAP {int(shape.softcap)}",
+        f"#define WAIT_IN_SHARED {int(_wait_in_shared(shape))}",
+        f"constexpr int D = {shape.dim}, WARPS = {warps}, NT = {shape.rows // 4};",
+        f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {sum(row_bytes)};",
         f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
-        array("int", "KEY_SIZE", sizes),
-        array("int", "KEY_BITS", widths),
-        array("int", "KEY_TERMS", terms),
-        array("int", "KEY_OFFSET", [sum(row_bytes[:i]) for i in range(len(row_bytes))]),
-        array("unsigned int", "KEY_C3", c3),
-        array("unsigned int", "KEY_C5", c5),
-        array("float", "KEY_LEAD", [f"{lead * key_unit!r}f" for lead in leads]),
-        f"constexpr int VALUE_BITS = {value_group[0]}, VALUE_TERMS = {v_terms};",
-        f"constexpr unsigned int VALUE_C3 = {v_c3}, VALUE_C5 = {v_c5};",
-        f"constexpr float VALUE_LEAD = {v_lead * value_unit!r}f;",
-        f"constexpr int SHARED_BYTES = "
-        f"{shared_bytes(dim, key_groups, value_group[0], has_mean, warps, slots)};",
+        f"constexpr int KEY_UNROLL = {UNROLL[0]}, VALUE_UNROLL = {UNROLL[1]};",
+        f"constexpr int KEY_PAD = {key_pad(shape)};",
+        array("int", "KEY_SIZE", [group[0] for group in shape.keys]),
+        array("int", "KEY_BITS", [group[1] for group in shape.keys]),
+        array("int", "KEY_OFFSET", offsets),
+        array("float", "KEY_UNIT", [f"{group[2] * key_unit!r}f" for group in shape.keys]),
+        f"constexpr int VALUE_BITS = {shape.values[1]};",
+        "__device__ constexpr unsigned int LEVELS[][4] = {"
+        + ", ".join(table(bits, steps) for _, bits, _, steps in (*shape.keys, shape.values))
+        + "};",
+        f"constexpr float VALUE_UNIT = {shape.values[2] * value_unit!r}f;",
+        f"constexpr int SHARED_BYTES = {shared_bytes(shape, warps)};",
     ]
     return "\n".join(lines) + "\n" + Path(__file__).with_name("decode.cu").read_text()
 
 
-def shared_bytes(dim, key_groups, value_bits, has_mean, warps, slots) -> int:
+def shared_bytes(shape: Shape, warps: int) -> int:
     """Size of decode.cu's `Shared`."""
-
-    def staged(size: int, bits: int) -> int:
-        main = max(width for width in (1, 2, 4, 8) if width <= bits)
-        return 32 * max(size * main // 32, 4) * (2 if bits > main else 1)
-
-    keys = 16 * sum(staged(size, bits) for size, bits, _ in key_groups) + 8 * len(key_groups) * 128
-    keys += 128 * (-(-dim // 64)) if has_mean else 0
-    values = 2 * (dim // 16) * staged(TILE, value_bits) + 8 * 128
-    head = 4 * 8 * dim + 2 * 8 * (dim + 8) + 2 * 4 * warps * 8
-    body = max(4 * 8 * dim, 4 * warps * 8 * (dim + 1), warps * slots * max(keys, values))
-    return -(-(-(-head // 16) * 16 + body) // 16) * 16
-
-
-def _normalised(bits: int, coefficients: tuple[float, ...]) -> tuple[float, int, str, str]:
-    """(leading coefficient, terms, the next two divided by it as half2), for the centred code / 2^(bits - 1).
-
-    In that unit, within (-2, 2), the coefficients are far from the smallest halves.
-    """
-    unit = 2.0 ** (bits - 1)
-    a, b, c = (x * unit ** (2 * i + 1) for i, x in enumerate((*coefficients, 0.0, 0.0)[:3]))
-    return a, len(coefficients), _half2_bits(b / a), _half2_bits(c / a)
+    dim, rows = shape.dim, shape.rows
+    key_row = sum(packed_size(size, bits) for size, bits, _, _ in shape.keys)
+    key_scale, value_scale = (1 if SCALE_FORMATS[x][0] else 2 for x in (shape.key_format, shape.value_format))
+    pads = TILE // (TILE * _main_width(shape.values[1]) // 32) * key_pad(shape)
+    key_slot = TILE * key_row + pads + TILE * len(shape.keys) * key_scale + (2 * dim if shape.mean else 0)
+    value_slot = dim * packed_size(TILE, shape.values[1]) + TILE * value_scale
+    room = -(-key_slot // 128) * 128 + -(-value_slot // 128) * 128
+    total = max(warps * room, 4 * warps * rows * dim)
+    total += 4 * rows * dim * 3 + (4 * warps * rows * dim if _wait_in_shared(shape) else 0) + 32 * (len(shape.keys) + 1) + 2 * rows * dim
+    total += 4 * 2 * 2 * warps * rows + 4 * 2 * rows + 4
+    return -(-total // 128) * 128
 
 
-@lru_cache(maxsize=256)
-def _warps(dim: int, key_groups: tuple, value_bits: int, has_mean: bool, device: torch.device) -> int:
-    """Warps a block (one block a multiprocessor): as many as shared memory holds slots for, at most 8; 0 for none.
-
-    Measured at 131,072 tokens: 8 warps 92 us, 10 warps 110 us, two blocks of 4 warps 117 us.
-    """
-    limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 * 1024)
-    fitting = (w for w in range(8, 1, -1) if shared_bytes(dim, key_groups, value_bits, has_mean, w, SLOTS) <= limit)
-    return next(fitting, 0)
+def _wait_in_shared(shape: Shape) -> bool:
+    """Whether sums over raw tokens wait for the end in shared memory; else there is no room for them."""
+    return shape.dim <= 128 and max(bits for _, bits, _, _ in (*shape.keys, shape.values)) < 8
 
 
 @lru_cache(maxsize=64)
-def _kernels(dim, key_groups, value_group, key_format, value_format, bf16, has_mean, masked, softcap, rows, device):
-    warps = _warps(dim, key_groups, value_group[0], has_mean, device)
-    text = source(
-        dim, key_groups, value_group, key_format, value_format, bf16, has_mean, masked, softcap, rows, warps
-    )
+def key_pad(shape: Shape) -> int:
+    """Bytes behind the rows of keys of one lane part: the fewest passes through shared memory, by counting banks."""
+    row = sum(packed_size(size, bits) for size, bits, _, _ in shape.keys)
+    value_width = _main_width(shape.values[1])
+    own, step = TILE * value_width // 32, 2 if value_width == 8 else 1  # tokens of a lane part; of one lane to the next
+
+    def passes(pad: int) -> int:
+        rows = [((g >> 1) * own + (g & 1) * step) * row + (g >> 1) * pad for g in range(8)]
+        total, offset = 0, 0
+        for size, bits, _, _ in shape.keys:
+            align = row | offset | 16
+            for width, addresses in _pieces(size, bits, [start + offset for start in rows], align & -align):
+                lanes = 32 if width <= 4 else 128 // width
+                for first in range(0, 32, lanes):
+                    banks: dict[int, set[int]] = {}
+                    for address in addresses[first : first + lanes]:
+                        for word in range(address // 4, (address + width + 3) // 4):
+                            banks.setdefault(word % 32, set()).add(word)
+                    total += max(len(words) for words in banks.values())
+            offset += packed_size(size, bits)
+        return total
+
+    return min(range(0, 128, 16), key=lambda pad: (passes(pad), pad))
+
+
+def _pieces(size: int, bits: int, rows: list[int], align: int) -> list[tuple[int, list[int]]]:
+    """The loads of decode.cu's `Row::load`: (bytes a lane, address of every lane)."""
+    width = _main_width(bits)
+    own, plane = size * width // 32, size * width // 8
+    step = max(x for x in (1, 2, 4, 8, 16) if own % x == 0 and (x <= 4 or align % x == 0))
+    loads = []
+    for i in range(0, own, step):
+        loads.append((step, [row + t * own + i for row in rows for t in range(4)]))
+        if bits != width:
+            parts = 4 // width
+            loads.append((step, [row + plane + t % parts * own + i for row in rows for t in range(4)]))
+    return loads
+
+
+@lru_cache(maxsize=256)
+def _plan(shape: Shape, device: torch.device) -> int:
+    """Warps of a block, of which one fills a multiprocessor; 0 where two do not fit."""
+    limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 * 1024)
+    return next((warps for warps in range(MAX_WARPS, 1, -1) if shared_bytes(shape, warps) <= limit), 0)
+
+
+@lru_cache(maxsize=64)
+def _kernel(shape: Shape, device: torch.device) -> tuple[_Launcher, int]:
+    warps = _plan(shape, device)
+    text = source(shape, warps)
     options = ["--std=c++20", "--use_fast_math", "-default-device"]
     with torch.cuda.device(device):
-        split = torch.cuda._compile_kernel(text, "decode_split", nvcc_options=options)
-        merge = torch.cuda._compile_kernel(text, "decode_merge", nvcc_options=options)
-        shared = shared_bytes(dim, key_groups, value_group[0], has_mean, warps, SLOTS)
+        kernel = torch.cuda._compile_kernel(text, "decode_attention", nvcc_options=options)
+        shared = shared_bytes(shape, warps)
         if shared > 48 * 1024:
-            split.set_shared_memory_config(shared)
-    launchers = _Launcher(split, 18, 13, warps * 32, shared), _Launcher(merge, 6, 6, dim)
-    return *launchers, warps
+            kernel.set_shared_memory_config(shared)
+    return _Launcher(kernel, 23, 14, warps * 32, shared), warps

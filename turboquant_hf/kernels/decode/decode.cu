@@ -1,38 +1,49 @@
-// Attention of up to 8 query rows over packed tiles, sinks and tail. decode/reference.py defines the result,
-// cuda.py writes the constants above this text and launches it.
+// Attention of up to 4 NT query rows over packed tiles, sinks and tail, in one launch. decode/reference.py defines the
+// result; cuda.py writes the constants above this text and launches it.
 //
-// A warp takes whole tiles of 128 tokens. Codes go from global memory straight into the registers of a matrix
-// product: K is the big operand of S = K q^T (16 tokens x 16 channels), V^T that of O^T = V^T P^T (16 channels x 16
-// tokens). Which channel (token) stands where in a product does not matter as long as both operands agree, so a
-// lane keeps what it loaded: lane = 4 g + t owns bytes [t nb, (t + 1) nb) of rows g and g + 8. The tokens of an S
-// product are chosen as the V product that follows wants them; between the two P changes hands once, by movmatrix.
+// Levels are bytes (codebooks with a unit), so both products of attention run in the integer matrix units and no
+// code is ever converted: a byte permutation looks four levels up at once. Queries and probabilities are 15-bit
+// fixed-point numbers, split into a high and a low byte that fill neighbouring columns of the product; sums come back
+// as floats because the accumulators start at the bit pattern of 1.5 * 2^23.
+//
+// A warp takes whole tiles of 128 tokens: K is the big operand of S = K q^T (16 tokens x 32 channels), V^T that of
+// O^T = V^T P^T (16 channels x 32 tokens). Which channel (token) stands where in a product does not matter as long as
+// both operands agree, so lane = 4 g + t keeps the bytes that it loaded: its part of rows g and g + 8. The tokens of an
+// S product are chosen as the V product that follows wants them; between the two P changes hands by movmatrix.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
+typedef unsigned long long u64;
 
-// ---------------------------------------------------------------- half2 arithmetic without headers
+constexpr float NEVER = -1e30f;  // a score that is not seen; finite, so that differences stay numbers
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: adding a whole number below 2^22 puts it into the mantissa
+constexpr int MAGIC_BITS = 0x4B400000;
+constexpr float QUERY_TOP = 16256.f, PROBABILITY_TOP = 16383.f;  // 127 * 128; 127 * 128 + 127
 
-__device__ __forceinline__ u32 hfma2(u32 a, u32 b, u32 c) {
+// ---------------------------------------------------------------- instructions
+
+__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
     u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
     return d;
 }
-__device__ __forceinline__ u32 hmul2(u32 a, u32 b) {
-    u32 d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-__device__ __forceinline__ u32 pack_half2(float low, float high) {
-    u32 d;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
+__device__ __forceinline__ u32 high_half(u32 x) {  // opaque, so that masks before it are not moved behind
+    u32 y;
+    asm("shr.u32 %0, %1, 16;" : "=r"(y) : "r"(x));
+    return y;
 }
 __device__ __forceinline__ float half_to_float(u16 x) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
     return f;
+}
+__device__ __forceinline__ u16 float_to_half(float x) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
 }
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -44,160 +55,63 @@ __device__ __forceinline__ u32 transpose8x8(u32 x) {
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
 }
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+__device__ __forceinline__ void mma32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma16(int (&c)[4], u32 a0, u32 a1, u32 b0) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+}
+__device__ __forceinline__ void mma_raw(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if RAW_BF16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ float raw_to_float(const void* p, i64 i) {
+__device__ __forceinline__ u32 pack_raw(float low, float high) {
+    u32 d;
 #if RAW_BF16
-    return __uint_as_float((u32)((const u16*)p)[i] << 16);
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
 #else
-    return half_to_float(((const u16*)p)[i]);
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#endif
+    return d;
+}
+__device__ __forceinline__ float raw_to_float(u16 x) {
+#if RAW_BF16
+    return __uint_as_float((u32)x << 16);
+#else
+    return half_to_float(x);
 #endif
 }
-
-constexpr float NEVER = -1e30f;  // a score that is not seen; finite, so that differences stay numbers
-constexpr float LOG2E = 1.4426950408889634f;
-
-// ---------------------------------------------------------------- from bytes to half2
-
-__host__ __device__ constexpr int main_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
-__host__ __device__ constexpr int extra_width(int bits) { return bits - main_width(bits); }  // 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2
-
-template <int SIZE>
-__device__ __forceinline__ void copy_ahead(u32 to, const void* from) {
-    if constexpr (SIZE == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(SIZE) : "memory");
+__device__ __forceinline__ u16 float_to_raw(float x) {
+#if RAW_BF16
+    u32 bits = __float_as_uint(x);
+    return x != x ? 0x7FFF : (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+#else
+    return float_to_half(x);
+#endif
 }
-
-// A lane's piece of BYTES (2, or a multiple of 4) at an address that is a multiple of ALIGN. In shared memory the 32
-// lanes' pieces lie side by side, chunk by chunk; two bytes travel in the aligned word around them.
-template <int BYTES, int ALIGN>
-struct Piece {
-    static constexpr int CHUNK = BYTES % 16 == 0 && ALIGN % 16 == 0 ? 16 : BYTES % 8 == 0 && ALIGN % 8 == 0 ? 8 : 4;
-    static constexpr int WORDS = BYTES >= 4 ? BYTES / 4 : 1;
-    static constexpr int STAGED = 32 * 4 * WORDS;  // bytes of shared memory
-    static_assert(BYTES == 2 || BYTES % 4 == 0, "a lane owns 2 bytes or whole words");
-
-    static __device__ __forceinline__ void stage(u32 to, const u8* from, int lane) {
-        if (BYTES < 4) from = (const u8*)((i64)from & ~3ll);
-#pragma unroll
-        for (int i = 0; i < 4 * WORDS / CHUNK; i++) copy_ahead<CHUNK>(to + i * 32 * CHUNK + lane * CHUNK, from + i * CHUNK);
-    }
-    static __device__ __forceinline__ void fetch(u32 (&out)[WORDS], u32 at, const u8* from, int lane) {
-#pragma unroll
-        for (int i = 0; i < 4 * WORDS / CHUNK; i++) {
-            u32 x = at + i * 32 * CHUNK + lane * CHUNK;
-            if constexpr (CHUNK == 16)
-                asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                    : "=r"(out[4 * i]), "=r"(out[4 * i + 1]), "=r"(out[4 * i + 2]), "=r"(out[4 * i + 3]) : "r"(x));
-            else if constexpr (CHUNK == 8)
-                asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(out[2 * i]), "=r"(out[2 * i + 1]) : "r"(x));
-            else
-                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out[i]) : "r"(x));
-        }
-        if constexpr (BYTES < 4) out[0] = out[0] >> (8 * ((i64)from & 3)) & 0xFFFFu;
-    }
-};
-
-// Codes of field F in the low byte of each half of `w`, as (2 code + 1) / 2^(bits - 1) - 2, exactly: with the
-// exponent of 1024 the field is 1024 + (code << S) + (1 << S - 1), and one fused multiply-add takes it home. `e` holds
-// the high bits of the codes, P0 places further up.
-template <int P0, int P1, int F>
-__device__ __forceinline__ u32 centred_codes(u32 w, u32 e) {
-    constexpr int B = P0 + P1, S = F == 0 ? 1 : P0 * F;
-    if (F == 0) {
-        w <<= 1;
-        e <<= 1;
-    }
-    constexpr u32 M = (((1u << P0) - 1) << S) * 0x10001u;
-    u32 h = (w & M) | (0x64006400u | (1u << (S - 1)) * 0x10001u);
-    if constexpr (P1 > 0) {
-        constexpr u32 E = (((1u << P1) - 1) << (S + P0)) * 0x10001u;
-        h |= e & E;
-    }
-    constexpr u32 factor = (u32)(15 + 2 - S - B) << 10;
-    constexpr u32 offset = 0x8000u | (u32)(15 + 12 - S - B) << 10 | 1u << (S + B - 1);
-    return hfma2(h, factor * 0x10001u, offset * 0x10001u);
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    u32 a;
+    asm("{ .reg .u64 x; cvta.to.shared.u64 x, %1; cvt.u32.u64 %0, x; }" : "=r"(a) : "l"(p));
+    return a;
 }
-
-// x (1 + c3 x^2 + c5 x^4); the leading coefficient is in the query or the output.
-template <int TERMS>
-__device__ __forceinline__ u32 levels(u32 x, u32 c3, u32 c5) {
-    if constexpr (TERMS <= 1) return x;
-    u32 square = hmul2(x, x);
-    u32 factor = TERMS == 2 ? hfma2(square, c3, 0x3C003C00u) : hfma2(square, hfma2(square, c5, c3), 0x3C003C00u);
-    return hmul2(x, factor);
+// Packed bytes are read once: they leave the L2 cache first, and what every block reads stays.
+__device__ __forceinline__ u64 read_once_policy() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
 }
-
-// One row of N codes: what a lane owns of it, and its k-steps of two half2 each.
-template <int N, int BITS, int TERMS>
-struct Row {
-    static constexpr int P0 = main_width(BITS), P1 = extra_width(BITS);
-    static constexpr int BYTES = N * P0 / 32;  // a lane's part of the main plane
-    static constexpr int MAIN = N * P0 / 8, EXTRA = N * P1 / 8;
-    static constexpr int WORDS = BYTES >= 4 ? BYTES / 4 : 1;
-    static constexpr int FIELDS = 8 / P0;
-    static constexpr int STEPS = N / 16;
-    static constexpr int RATIO = P1 ? P0 / P1 : 1;  // bytes of the main plane for one of the extra plane
-    static_assert(BYTES >= 2 && N % 16 == 0, "a lane owns at least two bytes of a row");
-    u32 w[WORDS], e[WORDS];
-
-    // ALIGN: what the address of the row's first byte is a multiple of.
-    template <int ALIGN> using Part = Piece<BYTES, (BYTES < ALIGN ? BYTES : ALIGN)>;
-    static constexpr int STAGED = 32 * 4 * WORDS * (P1 ? 2 : 1);
-    static constexpr int PARTS = 4 / RATIO;  // the extra plane is this many lane parts long
-
-    template <int ALIGN>
-    static __device__ __forceinline__ void stage(u32 to, const u8* row, int lane) {
-        int t = lane & 3;
-        Part<ALIGN>::stage(to, row + t * BYTES, lane);
-        if constexpr (P1 > 0) Part<ALIGN>::stage(to + STAGED / 2, row + MAIN + (t % PARTS) * BYTES, lane);
-    }
-    template <int ALIGN>
-    __device__ __forceinline__ void fetch(u32 at, const u8* row, int lane) {
-        int t = lane & 3;
-        Part<ALIGN>::fetch(w, at, row + t * BYTES, lane);
-        if constexpr (P1 > 0) {
-            Part<ALIGN>::fetch(e, at + STAGED / 2, row + MAIN + (t % PARTS) * BYTES, lane);
-#pragma unroll
-            for (int i = 0; i < WORDS; i++) {
-                if (BYTES < 4) e[i] = spread(e[i]);
-                e[i] >>= P1 * (t / PARTS);  // now field f stands where the main one does
-            }
-        }
-        if (BYTES < 4) w[0] = spread(w[0]);
-    }
-    // Two bytes, one to each half.
-    static __device__ __forceinline__ u32 spread(u32 x) { return (x & 0xFFu) | (x & 0xFF00u) << 8; }
-
-    // The two half2 of k-step `step` (a compile-time constant after unrolling).
-    template <int STEP>
-    __device__ __forceinline__ void get(u32& first, u32& second, u32 c3, u32 c5) const {
-        if constexpr (BYTES >= 4) {
-            constexpr int I = STEP / FIELDS, F = STEP % FIELDS;
-            u32 extra = P1 ? e[I] : 0;
-            first = levels<TERMS>(centred_codes<P0, P1, F>(w[I], extra << P0), c3, c5);
-            second = levels<TERMS>(centred_codes<P0, P1, F>(w[I] >> 8, extra >> (8 - P0)), c3, c5);
-        } else {
-            u32 extra = P1 ? e[0] << P0 : 0;
-            first = levels<TERMS>(centred_codes<P0, P1, 2 * STEP>(w[0], extra), c3, c5);
-            second = levels<TERMS>(centred_codes<P0, P1, 2 * STEP + 1>(w[0], extra), c3, c5);
-        }
-    }
-
-    // Index in the row of element `i` (0..3: first.low, first.high, second.low, second.high) of k-step STEP.
-    static __host__ __device__ __forceinline__ constexpr int index(int step, int i, int t) {
-        if (BYTES >= 4) {
-            int byte = i == 0 ? 0 : i == 1 ? 2 : i == 2 ? 1 : 3;
-            return t * BYTES + 4 * (step / FIELDS) + byte + (step % FIELDS) * MAIN;
-        }
-        return t * BYTES + (i & 1) + (2 * step + (i >> 1)) * MAIN;
-    }
-};
+__device__ __forceinline__ void copy16(u32 to, const u8* from, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
 
 template <int I, int N, class Fn>
 __device__ __forceinline__ void unrolled(Fn&& fn) {
@@ -207,122 +121,163 @@ __device__ __forceinline__ void unrolled(Fn&& fn) {
     }
 }
 
-// ---------------------------------------------------------------- keys: a tuple of groups
+// ---------------------------------------------------------------- from bytes to levels
 
-template <int G> using KeyRow = Row<KEY_SIZE[G], KEY_BITS[G], KEY_TERMS[G]>;
+__host__ __device__ constexpr int main_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : 2; }
+// Twice what is to be subtracted from a level's byte to centre it.
+__host__ __device__ constexpr int twice_bias(int bits) { return bits == 8 ? 255 : bits >= 4 ? 383 : 127; }
 
-template <int G>
-struct KeyRows {
-    KeyRow<G> row;
-    KeyRows<G + 1> rest;
+// BYTES of shared memory at `lane` + OFFSET, the address a multiple of ALIGN.
+template <int BYTES, int ALIGN, int OFFSET>
+__device__ __forceinline__ void load_piece(u32* out, u32 lane) {
+    if constexpr (BYTES == 1)
+        asm volatile("ld.shared.u8 %0, [%1+%2];" : "=r"(out[0]) : "r"(lane), "n"(OFFSET));
+    else if constexpr (BYTES == 2)
+        asm volatile("ld.shared.u16 %0, [%1+%2];" : "=r"(out[0]) : "r"(lane), "n"(OFFSET));
+    else {
+        constexpr int STEP = BYTES % 16 == 0 && ALIGN % 16 == 0 ? 16 : BYTES % 8 == 0 && ALIGN % 8 == 0 ? 8 : 4;
+        unrolled<0, BYTES / STEP>([&]<int I>() {
+            if constexpr (STEP == 16)
+                asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4+%5];"
+                    : "=r"(out[4 * I]), "=r"(out[4 * I + 1]), "=r"(out[4 * I + 2]), "=r"(out[4 * I + 3])
+                    : "r"(lane), "n"(OFFSET + 16 * I));
+            else if constexpr (STEP == 8)
+                asm volatile("ld.shared.v2.u32 {%0,%1}, [%2+%3];"
+                    : "=r"(out[2 * I]), "=r"(out[2 * I + 1]) : "r"(lane), "n"(OFFSET + 8 * I));
+            else
+                asm volatile("ld.shared.u32 %0, [%1+%2];" : "=r"(out[I]) : "r"(lane), "n"(OFFSET + 4 * I));
+        });
+    }
+}
+
+// The table of one codebook, and the constants that go with it. They come from shared memory to stay in registers: what
+// the compiler knows to be the same in all lanes it copies before every permutation.
+struct Levels {
+    u32 table[4], top_bits, mirror;
+    __device__ __forceinline__ void read(u32 at) {
+        load_piece<16, 16, 0>(table, at);
+        load_piece<4, 4, 16>(&top_bits, at);
+        load_piece<4, 4, 20>(&mirror, at);
+    }
 };
-template <>
-struct KeyRows<KEY_GROUPS> {};
 
-__host__ __device__ constexpr int key_align(int offset) {
-    int x = KEY_ROW_BYTES | offset | 32;
+// One packed row of N codes: what a lane owns of it, as UNITS words of four levels.
+template <int N, int BITS>
+struct Row {
+    static constexpr int WIDTH = main_width(BITS);
+    static constexpr bool EXTRA = BITS != WIDTH;         // one more bit in a plane of its own: 5 = 4 + 1, 3 = 2 + 1
+    static constexpr int BYTES = N * WIDTH / 32;         // a lane's part of the main plane
+    static constexpr int WORDS = BYTES >= 4 ? BYTES / 4 : 1;
+    static constexpr int UNITS = N / 16;
+    static constexpr int PLANE = N * WIDTH / 8;
+    static constexpr int PARTS = EXTRA ? 4 / WIDTH : 1;  // the extra plane is this many lane parts long
+    static_assert(N % 16 == 0 && (BYTES < 4 || BYTES % 4 == 0) && BYTES != 3, "a lane owns 1 or 2 bytes, or whole words");
+    u32 w[WORDS], e[WORDS];
+
+    // The row begins at `row` + OFFSET.
+    template <int ALIGN, int OFFSET>
+    __device__ __forceinline__ void load(u32 row, int t) {
+        load_piece<BYTES, ALIGN, OFFSET>(w, row + t * BYTES);
+        if constexpr (EXTRA) {
+            load_piece<BYTES, ALIGN, OFFSET + PLANE>(e, row + t % PARTS * BYTES);
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) e[i] >>= t / PARTS;  // now field f stands in bit WIDTH * f of its byte
+        }
+    }
+
+    template <int U>
+    __device__ __forceinline__ u32 levels(const Levels& book) const {
+        if constexpr (BITS == 8) {
+            return w[U];
+        } else if constexpr (WIDTH == 4) {
+            constexpr int I = BYTES >= 4 ? U / 2 : 0;
+            constexpr bool HIGH = BYTES >= 4 && U % 2;
+            u32 code = w[I];
+            // Levels of a 5-bit code are symmetric: the extra bit is the sign, and turns the others round where it is 0.
+            if constexpr (EXTRA) code ^= ~((e[I] & 0x11111111u) * 15u);
+            u32 other = code ^ book.top_bits;
+            // A set top bit of a selector repeats the sign of the byte, a 1 in these tables: one of the two is all ones.
+            u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
+            level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
+            if constexpr (EXTRA) {
+                u32 sign = e[I] << 3;
+                level ^= permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
+            }
+            return level;
+        } else {
+            constexpr int I = BYTES >= 4 ? U / 4 : 0;
+            u32 even = w[I] & 0x33333333u, odd = w[I] >> 2 & 0x33333333u;
+            if constexpr (EXTRA) {
+                even |= e[I] << 2 & 0x44444444u;
+                odd |= e[I] & 0x44444444u;
+            }
+            u32 selector = BYTES == 1 ? even | odd << 8 : U % 2 ? odd : even;
+            return permute(book.table[0], book.table[1], BYTES >= 4 && U % 4 / 2 ? high_half(selector) : selector);
+        }
+    }
+
+    // Index in the row of byte j of unit u in lane part t.
+    static __host__ __device__ __forceinline__ constexpr int index(int u, int j, int t) {
+        if (WIDTH == 8) return t * BYTES + 4 * u + j;
+        if (WIDTH == 4) {
+            int byte = BYTES >= 4 ? 2 * u + (j >> 1) : j >> 1;
+            return t * BYTES + byte + (j & 1) * PLANE;
+        }
+        if (BYTES == 1) return t + ((j >> 1) + 2 * (j & 1)) * PLANE;
+        int byte = (BYTES >= 4 ? 4 * (u / 4) + 2 * (u % 4 / 2) : 0) + (j >> 1);
+        return t * BYTES + byte + ((u & 1) + 2 * (j & 1)) * PLANE;
+    }
+};
+
+template <int G> using KeyRow = Row<KEY_SIZE[G], KEY_BITS[G]>;
+typedef Row<128, VALUE_BITS> ValueRow;
+
+__host__ __device__ constexpr int key_align(int offset, int bytes) {
+    int x = KEY_ROW_BYTES | offset | bytes | 16;
     return x & -x;
 }
-__host__ __device__ constexpr int key_staged(int groups) {  // bytes of shared memory of the first groups of 32 lanes' rows
-    int sum = 0;
-    for (int i = 0; i < groups; i++) {
-        int bytes = KEY_SIZE[i] * main_width(KEY_BITS[i]) / 32;
-        sum += 32 * (bytes < 4 ? 4 : bytes) * (extra_width(KEY_BITS[i]) ? 2 : 1);
-    }
-    return sum;
-}
-template <int G>
-__device__ __forceinline__ void stage_keys(u32 to, const u8* token, int lane) {
-    if constexpr (G < KEY_GROUPS) {
-        KeyRow<G>::template stage<key_align(KEY_OFFSET[G])>(to + key_staged(G), token + KEY_OFFSET[G], lane);
-        stage_keys<G + 1>(to, token, lane);
-    }
-}
-template <int G>
-__device__ __forceinline__ void fetch_keys(KeyRows<G>& rows, u32 at, const u8* token, int lane) {
-    if constexpr (G < KEY_GROUPS) {
-        rows.row.template fetch<key_align(KEY_OFFSET[G])>(at + key_staged(G), token + KEY_OFFSET[G], lane);
-        fetch_keys<G + 1>(rows.rest, at, token, lane);
-    }
-}
 
-// S += scale * K q^T for 16 tokens: `a` holds the rows g, `b` the rows g + 8 of the product.
-template <int G>
-__device__ __forceinline__ void score(float (&s)[4], const KeyRows<G>& a, const KeyRows<G>& b, const u32 (*q)[2],
-                                      const float (*scale)[2]) {
-    if constexpr (G < KEY_GROUPS) {
-        float c[4] = {0.f, 0.f, 0.f, 0.f};
-        unrolled<0, KeyRow<G>::STEPS>([&]<int STEP>() {
-            u32 a0, a1, a2, a3;
-            a.row.template get<STEP>(a0, a2, KEY_C3[G], KEY_C5[G]);
-            b.row.template get<STEP>(a1, a3, KEY_C3[G], KEY_C5[G]);
-            mma(c, a0, a1, a2, a3, q[STEP][0], q[STEP][1]);
-        });
-        s[0] += c[0] * scale[0][0];
-        s[1] += c[1] * scale[0][0];
-        s[2] += c[2] * scale[0][1];
-        s[3] += c[3] * scale[0][1];
-        score<G + 1>(s, a.rest, b.rest, q + KeyRow<G>::STEPS, scale + 1);
-    }
-}
-
-template <int G>
-__device__ __forceinline__ void load_query(u32 (*q)[2], const u16 (*rotated)[D + 8], int g, int t, int base) {
-    if constexpr (G < KEY_GROUPS) {
-#pragma unroll
-        for (int step = 0; step < KeyRow<G>::STEPS; step++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                u32 low = rotated[g][base + KeyRow<G>::index(step, 2 * half, t)];
-                u32 high = rotated[g][base + KeyRow<G>::index(step, 2 * half + 1, t)];
-                q[step][half] = low | high << 16;
-            }
-        load_query<G + 1>(q + KeyRow<G>::STEPS, rotated, g, t, base + KEY_SIZE[G]);
-    }
-}
-
-// Scales of two neighbouring tokens. FORMAT 0: halves; otherwise the left shift that makes a byte a half.
-template <int FORMAT>
-using ScalePair = Piece<FORMAT ? 2 : 4, FORMAT ? 2 : 4>;
-
-template <int FORMAT>
-__device__ __forceinline__ void fetch_scales(float (&out)[2], u32 at, const u8* from, int lane) {
-    u32 x[1];
-    ScalePair<FORMAT>::fetch(x, at, from, lane);
-    out[0] = half_to_float(FORMAT ? (u16)((x[0] & 0xFF) << FORMAT) : (u16)x[0]);
-    out[1] = half_to_float(FORMAT ? (u16)((x[0] >> 8) << FORMAT) : (u16)(x[0] >> 16));
-}
-
-typedef Row<128, VALUE_BITS, VALUE_TERMS> ValueRow;
-constexpr int VALUE_ROW_BYTES = 16 * VALUE_BITS;
-constexpr int QUERY_STEPS = D / 16, CHANNEL_TILES = D / 16;
-
-// Layout of a slot: a tile's keys (16 rows, scales, mean) or its values (rows, scales).
-constexpr int SCALE_PAIR = 128, MEAN_WORDS = (D + 63) / 64;
-constexpr int KEY_ROWS = key_staged(KEY_GROUPS), KEY_SCALES = 16 * KEY_ROWS;
-constexpr int KEY_MEAN = KEY_SCALES + 8 * KEY_GROUPS * SCALE_PAIR;
-constexpr int KEY_SLOT = KEY_MEAN + (HAS_MEAN ? 128 * MEAN_WORDS : 0);
-constexpr int VALUE_SCALES = 2 * CHANNEL_TILES * ValueRow::STAGED, VALUE_SLOT = VALUE_SCALES + 8 * SCALE_PAIR;
-constexpr int SLOT = KEY_SLOT > VALUE_SLOT ? KEY_SLOT : VALUE_SLOT;
+constexpr int NR = 4 * NT;  // query rows of a block; column 2 t + {0, 1} of product nt holds row 4 nt + t, high and low
+constexpr int UNITS = D / 16, CHANNEL_TILES = D / 16, VALUE_ROW_BYTES = 16 * VALUE_BITS;
 constexpr int KEY_SCALE_BYTES = KEY_FORMAT ? 1 : 2, VALUE_SCALE_BYTES = VALUE_FORMAT ? 1 : 2;
+// The tokens of an S product: the lane's own, index(0, 2 (g & 1), g >> 1), and a constant for the unit and the row half.
+// Rows of keys that stand for one value of g >> 1 are followed by KEY_PAD bytes, so that lanes meet different banks.
+constexpr int OWN_TOKENS = ValueRow::BYTES;
+__host__ __device__ constexpr int key_place(int token) { return token * KEY_ROW_BYTES + token / OWN_TOKENS * KEY_PAD; }
+// Every warp has room for one tile's keys (codes, scales, mean) and one tile's values (codes, scales).
+constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES, KEY_CODES = key_place(128), KEY_SCALES = 128 * KEY_GROUPS * KEY_SCALE_BYTES;
+constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
+constexpr int KEY_ROOM = (KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0) + 127) / 128 * 128;
+constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
+constexpr int THREADS = 32 * WARPS;
 
-// First of the two neighbouring tokens that lane group g holds in the S product of V's k-step `step`.
-__device__ __forceinline__ int token_of(int step, int g) {
-    return ValueRow::index(step, g & 1, g >> 1);
+__host__ __device__ constexpr int widest_group() {
+    int most = 0;
+    for (int size : KEY_SIZE) most = size > most ? size : most;
+    return most;
 }
+// Products with a rotation: half a warp stands for 16 columns, its other half for the other half of the rows. A lane
+// holds this many elements of its column at once, loaded before what they are multiplied with.
+constexpr int QUERY_PIECE = widest_group() / 2 < 64 ? widest_group() / 2 : 64, VALUE_PIECE = D / 2 < 64 ? D / 2 : 64;
 
 struct Shared {
-    float raw[8][D];        // queries times scaling * log2(e)
-    u16 rotated[8][D + 8];  // the same in the coded domain, halves
-    float maximum[WARPS][8], sum[WARPS][8];
     union {
-        float sorted[D][8];
-        float output[WARPS][8][D + 1];
-        __align__(16) u8 slots[WARPS][SLOTS][SLOT];
+        __align__(128) u8 rooms[WARPS][KEY_ROOM + VALUE_ROOM];
+        float output[WARPS][NR][D];  // of every warp, in the values' coded domain
     };
+    float raw[NR][D];                   // queries times scaling * log2(e)
+    float balanced[NR][D];
+    float sorted[NR][D];                // in the order of the coded channels; later the block's result
+    u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads, the values' last
+#if WAIT_IN_SHARED
+    float waiting[WARPS][NR][D];        // sums over raw tokens
+#endif
+    u8 bytes[2 * NR][D];                // 2 n + {0, 1}: high and low bytes of coded query n
+    float maximum[2][WARPS][NR], sum[2][WARPS][NR];
+    float top[NR], total[NR];
+    int last;
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "cuda.py computes another size");
-
 
 __device__ __forceinline__ float cap(float s, float softcap) {
 #if SOFTCAP
@@ -332,374 +287,697 @@ __device__ __forceinline__ float cap(float s, float softcap) {
 #endif
 }
 
-// ---------------------------------------------------------------- the split kernel
-//
-// grid (splits, B * H). The first `raw_splits` attend to sinks and tail, the others share the tiles.
-// Leaves for each split and query row: output[D] (raw splits: in the model's domain, others: the values' coded one),
-// maximum, sum.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode_split(
-    const void* query, const float* rotation_t, const u16* order, const float* balance, const float* key_gain,
-    const u8* key_codes, const u8* key_scales, const u16* key_means, const u8* value_codes, const u8* value_scales,
-    const void* sink_keys, const void* sink_values, const void* tail_keys, const void* tail_values,
-    const i64* starts, const u8* mask, float* part_output, float* part_sums,
-    int heads, int rows, int queries, int tiles, int capacity, int sinks, int tail, int tail_stride, int rotation_stride,
-    int mask_stride, int raw_splits, int scaling_bits, int softcap_bits) {
-    extern __shared__ __align__(16) char memory[];
+template <int FORMAT, int OFFSET>
+__device__ __forceinline__ float load_scale(u32 lane) {  // FORMAT 0: halves; else the shift from byte to half
+    u32 x[1];
+    load_piece<FORMAT ? 1 : 2, 1, OFFSET>(x, lane);
+    return half_to_float((u16)(x[0] << FORMAT));
+}
+
+// A block of memory to shared memory; every GROUP bytes are followed by PAD.
+template <int BYTES, int GROUP = BYTES, int PAD = 0>
+__device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane, u64 policy) {
+    static_assert(BYTES % 16 == 0 && GROUP % 16 == 0, "whole pieces");
+#pragma unroll
+    for (int i = 0; i < BYTES; i += 512) {
+        const int at = i + 16 * lane, pad = PAD == 0 ? 0 : (GROUP % 512 == 0 ? i / GROUP : at / GROUP) * PAD;
+        if (i + 512 <= BYTES || at < BYTES) copy16(to + at + pad, from + at, policy);
+    }
+}
+
+// Units of a group's coded query in the lanes' order: rows 4 nt + g / 2, byte g % 2.
+// What accumulators of a product with biased levels begin with, from the sums of the columns' high and low bytes.
+__device__ __forceinline__ void debias(int (&start)[2], const int (&sums)[4], int twice) {
+    int high = twice * sums[0], low = twice * sums[1];
+    start[0] = MAGIC_BITS - (high >> 1);
+    start[1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);  // half a high unit is 64 low ones
+}
+
+template <int G>
+__device__ __forceinline__ void load_query(u32 (*q)[NT], const Shared& shared, int g, int t, int channel) {
+    if constexpr (G < KEY_GROUPS) {
+#pragma unroll
+        for (int u = 0; u < KeyRow<G>::UNITS; u++)
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) {
+                u32 x = 0;
+#pragma unroll
+                for (int j = 0; j < 4; j++) x |= (u32)shared.bytes[8 * nt + g][channel + KeyRow<G>::index(u, j, t)] << 8 * j;
+                q[u][nt] = x;
+            }
+        load_query<G + 1>(q + KeyRow<G>::UNITS, shared, g, t, channel + KEY_SIZE[G]);
+    }
+}
+
+// Scores of the two tokens that unit U of the values wants from this lane, without unit and mean. `rows` and `scales`:
+// the lane's own token's in the slot.
+template <int G, int U>
+__device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, const u32 (*q)[NT],
+                                      const int (*start_at)[NT][2], const Levels* books, int t) {
+    if constexpr (G < KEY_GROUPS) {
+        typedef KeyRow<G> R;
+        constexpr int ALIGN = key_align(KEY_OFFSET[G], R::BYTES);
+        constexpr int LOW = ValueRow::index(U, 0, 0), HIGH = ValueRow::index(U, 1, 0);
+        R a, b;
+        a.template load<ALIGN, key_place(LOW) + KEY_OFFSET[G]>(rows, t);
+        b.template load<ALIGN, key_place(HIGH) + KEY_OFFSET[G]>(rows, t);
+        int c[NT][4];
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            c[nt][0] = c[nt][2] = start_at[G][nt][0];
+            c[nt][1] = c[nt][3] = start_at[G][nt][1];
+        }
+        unrolled<0, R::UNITS / 2>([&]<int I>() {
+            u32 a0 = a.template levels<2 * I>(books[G]), a1 = b.template levels<2 * I>(books[G]);
+            u32 a2 = a.template levels<2 * I + 1>(books[G]), a3 = b.template levels<2 * I + 1>(books[G]);
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) mma32(c[nt], a0, a1, a2, a3, q[2 * I][nt], q[2 * I + 1][nt]);
+        });
+        if constexpr (R::UNITS % 2) {
+            u32 a0 = a.template levels<R::UNITS - 1>(books[G]), a1 = b.template levels<R::UNITS - 1>(books[G]);
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) mma16(c[nt], a0, a1, q[R::UNITS - 1][nt]);
+        }
+        float first = load_scale<KEY_FORMAT, (128 * G + LOW) * KEY_SCALE_BYTES>(scales);
+        float second = load_scale<KEY_FORMAT, (128 * G + HIGH) * KEY_SCALE_BYTES>(scales);
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            // 128 (high - MAGIC) is exact, so that the sum of both bytes is rounded once.
+            float x = fmaf(__int_as_float(c[nt][0]), 128.f, -128.f * MAGIC) + (__int_as_float(c[nt][1]) - MAGIC);
+            float y = fmaf(__int_as_float(c[nt][2]), 128.f, -128.f * MAGIC) + (__int_as_float(c[nt][3]) - MAGIC);
+            s[nt][0] = G ? fmaf(x, first, s[nt][0]) : x * first;
+            s[nt][1] = G ? fmaf(y, second, s[nt][1]) : y * second;
+        }
+        score<G + 1, U>(s, rows, scales, q + R::UNITS, start_at, books, t);
+    }
+}
+
+// grid (splits, B * H, ceil(rows / NR)). `counts`, where it is not null, holds {tiles, length} on the device and the tail
+// is a ring of `ring` tokens; `work` takes the blocks' parts, `arrivals` (zeros, left as zeros) counts blocks of a head.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
+    const u16* query, const float* rotation_t, const u16* order, const float* balance, const float* key_gain,
+    const u8* key_codes, const u8* key_scales, const u8* key_means, const u8* value_codes, const u8* value_scales,
+    const float* value_rotation, const float* value_gain, const u16* sink_keys, const u16* sink_values,
+    const u16* tail_keys, const u16* tail_values, const i64* starts, const u8* mask, const float* s_aux,
+    const int* counts, float* work, int* arrivals, u16* result,
+    int heads, int all_rows, int queries, int tiles, int capacity, int sinks, int tail, int tail_stride, int ring,
+    int rotation_stride, int value_rotation_stride, int mask_stride, int scaling_bits, int softcap_bits) {
+    extern __shared__ __align__(128) char memory[];
     Shared& shared = *(Shared*)memory;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int bh = blockIdx.y, b = bh / heads, h = bh % heads;
-    const int split = blockIdx.x, splits = gridDim.x;
+    const int bh = blockIdx.y, b = bh / heads, h = bh % heads, split = blockIdx.x, splits = gridDim.x;
+    const int row0 = blockIdx.z * NR, rows = all_rows - row0 < NR ? all_rows - row0 : NR;
     const float scaling = __int_as_float(scaling_bits), softcap = __int_as_float(softcap_bits);
-    const float factor = scaling * (SOFTCAP ? 1.f : LOG2E);
+    if (counts) {
+        tiles = counts[0];
+        tail = counts[1] - 128 * tiles;
+    }
     const i64 start = starts[b];
+    const int packed = 128 * tiles;
+    // `work`: every block's two parts, their maxima and sums, and what waits of every warp's raw tokens.
+    const i64 parts = ((i64)blockIdx.z * gridDim.y + bh) * splits;
+    float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (2 * NR * D);
+#if WAIT_IN_SHARED
+    float* waiting = &shared.waiting[warp][0][0];
+#else
+    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR) + ((parts + split) * WARPS + warp) * (NR * D);
+#endif
 
-    for (int i = threadIdx.x; i < 8 * D; i += blockDim.x) {
-        int n = i / D, c = i % D;
-        shared.raw[n][c] = n < rows ? raw_to_float(query, ((i64)bh * rows + n) * D + c) * factor : 0.f;
+    // -------- copies ahead: a tile's values arrive while its keys are at work, the next tile's keys while they are
+    const int stride = splits * WARPS, begin = warp * splits + split;
+    const u32 key_room = shared_address(&shared.rooms[warp][0]), value_room = key_room + KEY_ROOM;
+    const u64 policy = read_once_policy();
+    auto copy_keys = [&](int tile) {
+        if (tile < tiles) {
+            const i64 slot = (i64)bh * capacity + tile;
+            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, lane, policy);
+            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, lane, policy);
+            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane, policy);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    auto copy_values = [&](int tile) {
+        if (tile < tiles) {
+            const i64 slot = (i64)bh * capacity + tile;
+            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, lane, policy);
+            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane, policy);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    auto all_but_newest_arrived = [] {
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        __syncwarp();
+    };
+    if (threadIdx.x <= KEY_GROUPS)
+#pragma unroll
+        for (int i = 0; i < 6; i++)
+            shared.books[threadIdx.x][i] = i == 4 ? 0x88888888u : i == 5 ? 0x7F7F7F7Fu : LEVELS[threadIdx.x][i];
+
+    // -------- the query in the coded domain: q' = gain * unit * R diag(1 / balance) q, sorted, in 15 bits
+    const float factor = scaling * (SOFTCAP ? 1.f : LOG2E);
+    auto group_of = [](int c, int& low, int& size, float& unit) {  // the rotation is block-diagonal
+#pragma unroll
+        for (int group = 0, edge = 0; group < KEY_GROUPS; group++) {
+            if (c >= edge) {
+                low = edge;
+                size = KEY_SIZE[group];
+                unit = KEY_UNIT[group];
+            }
+            edge += KEY_SIZE[group];
+        }
+    };
+    const float* columns = rotation_t + (i64)h * rotation_stride;
+    const int half = lane >> 4;
+    float piece[QUERY_PIECE];
+    int low, size;
+    float lead;
+    auto load_columns = [&](int c, int first) {
+        group_of(c, low, size, lead);
+        low += half * (size /= 2);
+#pragma unroll
+        for (int j = 0; j < QUERY_PIECE; j++) piece[j] = first + j < size ? columns[(low + first + j) * D + c] : 0.f;
+    };
+    // What the query needs is asked for before the tiles: their copies fill the memory's queues.
+    constexpr int OWN = (D + THREADS - 1) / THREADS;
+    if (16 * warp < D) load_columns(16 * warp + (lane & 15), 0);
+    float own_balance[OWN];
+    u16 own_query[OWN][NR];
+    int own_order[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int c = threadIdx.x + i * THREADS < D ? threadIdx.x + i * THREADS : 0;
+        own_balance[i] = balance ? balance[(i64)bh * D + c] : 1.f;
+        own_order[i] = order ? order[(i64)bh * D + c] : c;
+#pragma unroll
+        for (int n = 0; n < NR; n++) own_query[i][n] = n < rows ? query[((i64)bh * all_rows + row0 + n) * D + c] : 0;
+    }
+    const float gain = key_gain ? key_gain[bh] : 1.f;
+    copy_keys(begin);
+    copy_values(begin);
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int c = threadIdx.x + i * THREADS;
+        if (c < D)
+#pragma unroll
+            for (int n = 0; n < NR; n++) {
+                float x = raw_to_float(own_query[i][n]) * factor;
+                shared.raw[n][c] = x;
+                shared.balanced[n][c] = x / own_balance[i];
+            }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int j = threadIdx.x + i * THREADS;
+        if (j < D)
+#pragma unroll
+            for (int n = 0; n < NR; n++) shared.sorted[n][j] = shared.balanced[n][own_order[i]];
+    }
+    __syncthreads();
+    // A rotation keeps the norm, so that no coordinate exceeds it: the unit needs no second look.
+    float query_unit[NR];
+#pragma unroll
+    for (int n = 0; n < NR; n++) {
+        float square = 0.f;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            int edge, count;
+            float weight;
+            group_of(lane + 32 * i, edge, count, weight);
+            float x = shared.sorted[n][lane + 32 * i] * weight;
+            square += x * x;
+        }
+#pragma unroll
+        for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
+        query_unit[n] = fmaxf(sqrtf(square) * gain, 1e-30f) / QUERY_TOP;
+    }
+    for (int base = 16 * warp; base < D; base += 16 * WARPS) {
+        const int c = base + (lane & 15);
+        float acc[NR] = {};
+        if (base != 16 * warp) load_columns(c, 0);
+        for (int first = 0; first < size; first += QUERY_PIECE) {
+            if (first) load_columns(c, first);
+#pragma unroll
+            for (int j = 0; j < QUERY_PIECE; j++)
+                if (first + j < size)
+#pragma unroll
+                    for (int n = 0; n < NR; n++) acc[n] += piece[j] * shared.sorted[n][low + first + j];
+        }
+#pragma unroll
+        for (int n = 0; n < NR; n++) {
+            acc[n] += __shfl_xor_sync(~0u, acc[n], 16);
+            int v = __float2int_rn(acc[n] * (lead * gain) / query_unit[n]), high = (v + 64) >> 7;
+            shared.bytes[2 * n + half][c] = (u8)(half ? v - 128 * high : high);
+        }
     }
     __syncthreads();
 
-    float* out = part_output + ((i64)bh * splits + split) * rows * D;
-    float* sums = part_sums + ((i64)bh * splits + split) * rows * 2;
-
-    if (split < raw_splits) {  // sinks and tail: a warp a token, lanes over channels
-        constexpr int C = (D + 31) / 32;
-        float maximum[8], sum[8], o[8][C];
+    // -------- sinks and tail, 16 tokens at a time, the last warps first: S = K q^T, O = P V in the model's dtype
+    bool spilled_rows = false;
+    {
+        constexpr int BLOCKS = D / 32, CHANNELS = D / 8;
+        float o[CHANNELS][4], maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
+        for (int first = 16 * (stride - 1 - begin); first < sinks + tail; first += 16 * stride) {
+            auto place = [&](int i, const u16* sink, const u16* recent) {  // past the end: the last token again
+                i = i < sinks + tail ? i : sinks + tail - 1;
+                int slot = i < sinks ? i : ring ? (packed + i - sinks) % ring : i - sinks;
+                return i < sinks ? sink + ((i64)bh * sinks + slot) * D : recent + ((i64)bh * tail_stride + slot) * D;
+            };
+            uint4 k[2][BLOCKS], v[4][CHANNELS / 8];
 #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            maximum[n] = NEVER;
-            sum[n] = 0.f;
+            for (int r = 0; r < 2; r++)
 #pragma unroll
-            for (int c = 0; c < C; c++) o[n][c] = 0.f;
-        }
-        const int packed = tiles * 128;
-        for (int i = split * WARPS + warp; i < sinks + tail; i += raw_splits * WARPS) {
-            bool sink = i < sinks;
-            i64 position = sink ? start + i : (i64)packed + i - sinks;
-            bool seen = sink ? position < packed : position >= start;
-#if MASKED
-            seen = seen && mask[(i64)b * mask_stride + position];
-#endif
-            if (!seen) continue;
-            const void* keys = sink ? sink_keys : tail_keys;
-            const void* values = sink ? sink_values : tail_values;
-            i64 base = sink ? ((i64)bh * sinks + i) * D : ((i64)bh * tail_stride + i - sinks) * D;
-            float k[C], v[C];
+                for (int i = 0; i < BLOCKS; i++)
+                    k[r][i] = *(const uint4*)(place(first + g + 8 * r, sink_keys, tail_keys) + 32 * i + 8 * t);
 #pragma unroll
-            for (int c = 0; c < C; c++) {
-                int channel = lane + 32 * c;
-                k[c] = channel < D ? raw_to_float(keys, base + channel) : 0.f;
-                v[c] = channel < D ? raw_to_float(values, base + channel) : 0.f;
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int i = 0; i < CHANNELS / 8; i++)
+                    v[r][i] = *(const uint4*)(place(first + 2 * t + r % 2 + r / 2 * 8, sink_values, tail_values) + g * CHANNELS + 8 * i);
+            float s[4] = {};
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++) {
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (g < rows) x = *(const uint4*)(query + ((i64)bh * all_rows + row0 + g) * D + 32 * i + 8 * t);
+                mma_raw(s, k[0][i].x, k[1][i].x, k[0][i].y, k[1][i].y, x.x, x.y);
+                mma_raw(s, k[0][i].z, k[1][i].z, k[0][i].w, k[1][i].w, x.z, x.w);
             }
+            float p[4], fade[2];
 #pragma unroll
-            for (int n = 0; n < 8; n++) {
-                if (n >= ROWS) break;
-                float s = 0.f;
-#pragma unroll
-                for (int c = 0; c < C; c++) s += k[c] * (lane + 32 * c < D ? shared.raw[n][lane + 32 * c] : 0.f);
-#pragma unroll
-                for (int d = 16; d; d >>= 1) s += __shfl_xor_sync(~0u, s, d);
+            for (int r = 0; r < 4; r++) {
+                const int i = first + g + r / 2 * 8;
+                bool sink = i < sinks;
+                i64 position = sink ? start + i : (i64)packed + i - sinks;
+                bool seen = i < sinks + tail && (sink ? position < packed : position >= start);
+#if MASKED
+                seen = seen && mask[(i64)b * mask_stride + position];
+#endif
                 // Query row n is token n % queries of the newest `queries`.
-                if (!sink && i - sinks > tail - queries + n % queries) continue;
-                s = cap(s, softcap);
-                float larger = fmaxf(maximum[n], s), fade = exp2_fast(maximum[n] - larger), p = exp2_fast(s - larger);
-                maximum[n] = larger;
-                sum[n] = sum[n] * fade + p;
-#pragma unroll
-                for (int c = 0; c < C; c++) o[n][c] = o[n][c] * fade + p * v[c];
+                seen = seen && (sink || i - sinks <= tail - queries + (row0 + 2 * t + r % 2) % queries);
+                s[r] = seen ? cap(s[r] * factor, softcap) : NEVER;
             }
-        }
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
-            if (lane == 0) {
-                shared.maximum[warp][n] = maximum[n];
-                shared.sum[warp][n] = sum[n];
-            }
-#pragma unroll
-            for (int c = 0; c < C; c++)
-                if (lane + 32 * c < D) shared.output[warp][n][lane + 32 * c] = o[n][c];
-        }
-    } else {
-        // q' = gain * R diag(1 / balance) q, sorted; the leading coefficient of each group's levels comes with it.
-        const float gain = key_gain ? key_gain[bh] : 1.f;
-        for (int j = threadIdx.x; j < D; j += blockDim.x) {
-            int source = order ? order[(i64)bh * D + j] : j;
-            float r = balance ? 1.f / balance[(i64)bh * D + source] : 1.f;
-#pragma unroll
-            for (int n = 0; n < 8; n++) shared.sorted[j][n] = r * shared.raw[n][source];
-        }
-        __syncthreads();
-        for (int c = threadIdx.x; c < D; c += blockDim.x) {
-            float acc[8] = {};
-            const float* column = rotation_t + (i64)h * rotation_stride + c;
-#pragma unroll 32
-            for (int j = 0; j < D; j++) {
-                float r = column[j * D];
-#pragma unroll
-                for (int n = 0; n < 8; n++) acc[n] += r * shared.sorted[j][n];
-            }
-            float lead = gain;
-            int edge = 0;
-#pragma unroll
-            for (int group = 0; group < KEY_GROUPS; group++) {
-                if (c >= edge) lead = gain * KEY_LEAD[group];
-                edge += KEY_SIZE[group];
-            }
-#pragma unroll
-            for (int n = 0; n < 8; n++) shared.rotated[n][c] = (u16)pack_half2(acc[n] * lead, 0.f);
-        }
-        __syncthreads();
-        u32 q[QUERY_STEPS][2];
-        load_query<0>(q, shared.rotated, g, t, 0);
-
-        float o[CHANNEL_TILES][4];
-#pragma unroll
-        for (int m = 0; m < CHANNEL_TILES; m++) o[m][0] = o[m][1] = o[m][2] = o[m][3] = 0.f;
-        float maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
-        const int stride = (splits - raw_splits) * WARPS, begin = (split - raw_splits) * WARPS + warp;
-        u32 ring;
-        asm("{ .reg .u64 x; cvta.to.shared.u64 x, %1; cvt.u32.u64 %0, x; }" : "=r"(ring) : "l"(&shared.slots[warp][0][0]));
-
-        auto stage = [&](int job) {  // an even job is a tile's keys, the next its values
-            const int tile = begin + (job >> 1) * stride;
-            if (tile < tiles) {
-                const i64 slot = (i64)bh * capacity + tile;
-                const u32 to = ring + (u32)(job % SLOTS) * SLOT;
-                if (job & 1) {
-                    const u8* codes = value_codes + slot * (D * VALUE_ROW_BYTES);
-                    const u8* scales = value_scales + slot * (128 * VALUE_SCALE_BYTES);
-#pragma unroll
-                    for (int row = 0; row < 2 * CHANNEL_TILES; row++)
-                        ValueRow::template stage<16>(to + row * ValueRow::STAGED, codes + (8 * row + g) * VALUE_ROW_BYTES, lane);
-#pragma unroll
-                    for (int step = 0; step < 8; step++)
-                        ScalePair<VALUE_FORMAT>::stage(to + VALUE_SCALES + step * SCALE_PAIR,
-                                                       scales + token_of(step, g) * VALUE_SCALE_BYTES, lane);
-                } else {
-                    const u8* codes = key_codes + slot * (128 * KEY_ROW_BYTES);
-                    const u8* scales = key_scales + slot * (128 * KEY_GROUPS * KEY_SCALE_BYTES);
-#pragma unroll
-                    for (int step = 0; step < 8; step++) {
-                        const u8* token = codes + token_of(step, g) * KEY_ROW_BYTES;
-                        stage_keys<0>(to + 2 * step * KEY_ROWS, token, lane);
-                        stage_keys<0>(to + (2 * step + 1) * KEY_ROWS, token + KEY_ROW_BYTES, lane);
-#pragma unroll
-                        for (int group = 0; group < KEY_GROUPS; group++)
-                            ScalePair<KEY_FORMAT>::stage(to + KEY_SCALES + (step * KEY_GROUPS + group) * SCALE_PAIR,
-                                                         scales + (group * 128 + token_of(step, g)) * KEY_SCALE_BYTES, lane);
-                    }
-                    if (HAS_MEAN)
-#pragma unroll
-                        for (int c = 0; c < MEAN_WORDS; c++)
-                            if (2 * lane + 64 * c < D)
-                                copy_ahead<4>(to + KEY_MEAN + c * 128 + lane * 4, key_means + slot * D + 2 * lane + 64 * c);
-                }
-            }
-            asm volatile("cp.async.commit_group;" ::: "memory");
-        };
-        auto arrived = [] { asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 1) : "memory"); };
-
-        __syncthreads();  // the slots lie over `sorted`
-#pragma unroll
-        for (int job = 0; job < SLOTS - 1; job++) stage(job);
-        int job = 0;
-        for (int tile = begin; tile < tiles; tile += stride) {
-            stage(job + SLOTS - 1);
-            arrived();
-            u32 at = ring + (u32)(job % SLOTS) * SLOT;
-            job++;
-            const i64 slot = (i64)bh * capacity + tile;
-            const u8* codes = key_codes + slot * (128 * KEY_ROW_BYTES);
-            const u8* scales = key_scales + slot * (128 * KEY_GROUPS * KEY_SCALE_BYTES);
-
-            float base[2] = {0.f, 0.f};
-#if HAS_MEAN
-            {  // q . mean: lanes over channels, then 8 sums folded over the warp at once
-                float acc[8] = {};
-#pragma unroll
-                for (int c = 0; c < MEAN_WORDS; c++) {
-                    int channel = 2 * lane + 64 * c;
-                    if (channel < D) {
-                        u32 x;
-                        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at + KEY_MEAN + c * 128 + lane * 4));
-                        float low = half_to_float((u16)x), high = half_to_float((u16)(x >> 16));
-#pragma unroll
-                        for (int n = 0; n < ROWS; n++) acc[n] += low * shared.raw[n][channel] + high * shared.raw[n][channel + 1];
-                    }
-                }
-#pragma unroll
-                for (int width = 4, bit = 16; width; width >>= 1, bit >>= 1)
-#pragma unroll
-                    for (int n = 0; n < width; n++) {
-                        float mine = lane & bit ? acc[n + width] : acc[n], other = lane & bit ? acc[n] : acc[n + width];
-                        acc[n] = mine + __shfl_xor_sync(~0u, other, bit);
-                    }
-                acc[0] += __shfl_xor_sync(~0u, acc[0], 2);
-                acc[0] += __shfl_xor_sync(~0u, acc[0], 1);
-                // Row n now lies in the lanes whose bits 4, 3, 2 are n's bits 2, 1, 0.
-                base[0] = __shfl_sync(~0u, acc[0], (2 * t) << 2);
-                base[1] = __shfl_sync(~0u, acc[0], (2 * t + 1) << 2);
-            }
-#endif
-            float s[8][4];
-#pragma unroll
-            for (int step = 0; step < 8; step++) {
-                KeyRows<0> a, c;
-                const u8* token = codes + token_of(step, g) * KEY_ROW_BYTES;
-                fetch_keys<0>(a, at + 2 * step * KEY_ROWS, token, lane);
-                fetch_keys<0>(c, at + (2 * step + 1) * KEY_ROWS, token + KEY_ROW_BYTES, lane);
-                float scale[KEY_GROUPS][2];
-#pragma unroll
-                for (int group = 0; group < KEY_GROUPS; group++)
-                    fetch_scales<KEY_FORMAT>(scale[group], at + KEY_SCALES + (step * KEY_GROUPS + group) * SCALE_PAIR,
-                                             scales + (group * 128 + token_of(step, g)) * KEY_SCALE_BYTES, lane);
-                s[step][0] = s[step][2] = base[0];
-                s[step][1] = s[step][3] = base[1];
-                score<0>(s[step], a, c, q, scale);
-            }
-            const i64 first = (i64)tile * 128;
-            if (MASKED || SOFTCAP || first < start + sinks) {
-#pragma unroll
-                for (int step = 0; step < 8; step++)
-#pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        i64 position = first + token_of(step, g) + r;
-                        bool seen = position >= start + sinks;
-#if MASKED
-                        seen = seen && mask[(i64)b * mask_stride + position];
-#endif
-                        s[step][2 * r] = seen ? cap(s[step][2 * r], softcap) : NEVER;
-                        s[step][2 * r + 1] = seen ? cap(s[step][2 * r + 1], softcap) : NEVER;
-                    }
-            }
-            // Online softmax over the tile; a thread holds rows 2t and 2t + 1 of the queries.
-            float fade[2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                float top = maximum[r];
-#pragma unroll
-                for (int step = 0; step < 8; step++) top = fmaxf(top, fmaxf(s[step][r], s[step][r + 2]));
+                float top = fmaxf(maximum[r], fmaxf(s[r], s[r + 2]));
 #pragma unroll
                 for (int d = 4; d < 32; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
                 fade[r] = exp2_fast(maximum[r] - top);
                 maximum[r] = top;
-                sum[r] *= fade[r];
+                p[r] = s[r] == NEVER ? 0.f : exp2_fast(s[r] - top);
+                p[r + 2] = s[r + 2] == NEVER ? 0.f : exp2_fast(s[r + 2] - top);
+                sum[r] = sum[r] * fade[r] + p[r] + p[r + 2];
             }
-            stage(job + SLOTS - 1);
-            arrived();
-            at = ring + (u32)(job % SLOTS) * SLOT;
-            job++;
-            u32 p[8][2];
-            const u8* vscales = value_scales + slot * (128 * VALUE_SCALE_BYTES);
+            u32 a0 = transpose8x8(pack_raw(p[0], p[1])), a2 = transpose8x8(pack_raw(p[2], p[3]));
+            // The fade of query row g lies with the lanes whose columns hold it.
+            float even = __shfl_sync(~0u, fade[0], g >> 1), odd = __shfl_sync(~0u, fade[1], g >> 1);
+            const float mine = g & 1 ? odd : even;
 #pragma unroll
-            for (int step = 0; step < 8; step++) {
-                float scale[2];
-                fetch_scales<VALUE_FORMAT>(scale, at + VALUE_SCALES + step * SCALE_PAIR,
-                                           vscales + token_of(step, g) * VALUE_SCALE_BYTES, lane);
-                float e0 = exp2_fast(s[step][0] - maximum[0]), e1 = exp2_fast(s[step][1] - maximum[1]);
-                float e2 = exp2_fast(s[step][2] - maximum[0]), e3 = exp2_fast(s[step][3] - maximum[1]);
-                sum[0] += e0 + e2;
-                sum[1] += e1 + e3;
-                p[step][0] = transpose8x8(pack_half2(e0 * scale[0], e1 * scale[0]));
-                p[step][1] = transpose8x8(pack_half2(e2 * scale[1], e3 * scale[1]));
+            for (int j = 0; j < CHANNELS; j++) {
+                o[j][0] = spilled_rows ? o[j][0] * mine : 0.f;
+                o[j][1] = spilled_rows ? o[j][1] * mine : 0.f;
+                o[j][2] = o[j][3] = 0.f;
+                const u32 *x0 = &v[0][j / 8].x, *x1 = &v[1][j / 8].x, *x2 = &v[2][j / 8].x, *x3 = &v[3][j / 8].x;
+                const int w = j % 8 / 2;
+                mma_raw(o[j], a0, 0, a2, 0, permute(x0[w], x1[w], j % 2 ? 0x7632 : 0x5410),
+                        permute(x2[w], x3[w], j % 2 ? 0x7632 : 0x5410));
             }
-#pragma unroll
-            for (int m = 0; m < CHANNEL_TILES; m++) {
-                ValueRow a, c;
-                a.template fetch<16>(at + 2 * m * ValueRow::STAGED, nullptr, lane);
-                c.template fetch<16>(at + (2 * m + 1) * ValueRow::STAGED, nullptr, lane);
-                o[m][0] *= fade[0];
-                o[m][1] *= fade[1];
-                o[m][2] *= fade[0];
-                o[m][3] *= fade[1];
-                unrolled<0, 8>([&]<int STEP>() {
-                    u32 a0, a1, a2, a3;
-                    a.template get<STEP>(a0, a2, VALUE_C3, VALUE_C5);
-                    c.template get<STEP>(a1, a3, VALUE_C3, VALUE_C5);
-                    mma(o[m], a0, a1, a2, a3, p[STEP][0], p[STEP][1]);
-                });
-            }
+            spilled_rows = true;
         }
-        asm volatile("cp.async.wait_all;" ::: "memory");
-        __syncthreads();  // `output` lies over everybody's slots
 #pragma unroll
-        for (int r = 0; r < 2; r++)
+        for (int r = 0; r < 2; r++) {
 #pragma unroll
             for (int d = 4; d < 32; d <<= 1) sum[r] += __shfl_xor_sync(~0u, sum[r], d);
-        if (g == 0)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                shared.maximum[warp][2 * t + r] = maximum[r];
-                shared.sum[warp][2 * t + r] = sum[r];
+            if (g == 0 && 2 * t + r < NR) {
+                shared.maximum[1][warp][2 * t + r] = maximum[r];
+                shared.sum[1][warp][2 * t + r] = sum[r];
             }
+        }
+        if (spilled_rows && g < NR) {
+            float* mine = waiting + g * D;
+#pragma unroll
+            for (int j = 0; j < CHANNELS; j++) {
+                mine[2 * t * CHANNELS + j] = o[j][0];
+                mine[(2 * t + 1) * CHANNELS + j] = o[j][1];
+            }
+        }
+    }
+
+    // -------- tiles
+    u32 q[UNITS][NT];
+    load_query<0>(q, shared, g, t, 0);
+    int start_at[KEY_GROUPS][NT][2];  // what accumulators begin with: MAGIC_BITS less the levels' bias
+    float unit[NT];
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+        unit[nt] = t & 2 ? t & 1 ? query_unit[4 * nt + 3] : query_unit[4 * nt + 2] : t & 1 ? query_unit[4 * nt + 1] : query_unit[4 * nt];
+#pragma unroll
+        for (int group = 0, u = 0; group < KEY_GROUPS; u += KEY_SIZE[group++] / 16) {
+            int c[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int i = 0; i < KEY_SIZE[group] / 16; i++) mma16(c, 0x01010101u, 0x01010101u, q[u + i][nt]);
+            debias(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
+        }
+    }
+    float o[CHANNEL_TILES][NT][2], maximum[NT], sum[NT];
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+        maximum[nt] = NEVER;
+        sum[nt] = 0.f;
+#pragma unroll
+        for (int m = 0; m < CHANNEL_TILES; m++) o[m][nt][0] = o[m][nt][1] = 0.f;
+    }
+    Levels key_levels[KEY_GROUPS], value_levels;
+#pragma unroll
+    for (int group = 0; group < KEY_GROUPS; group++) key_levels[group].read(shared_address(shared.books[group]));
+    value_levels.read(shared_address(shared.books[KEY_GROUPS]));
+    constexpr int OWN_STEP = ValueRow::index(0, 2, 0);
+    const int own_token = (g >> 1) * OWN_TOKENS + (g & 1) * OWN_STEP;
+    for (int tile = begin; tile < tiles; tile += stride) {
+        all_but_newest_arrived();
+        float base[NT];
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) base[nt] = 0.f;
+#if HAS_MEAN
+        {  // q . mean: lanes over channels, then the rows' sums folded over the warp at once
+            float acc[NR] = {};
+#pragma unroll
+            for (int c = 0; c < D / 64; c++) {
+                u32 x;
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(key_room + KEY_CODES + KEY_SCALES + 128 * c + 4 * lane));
+                float low = half_to_float((u16)x), high = half_to_float((u16)(x >> 16));
+#pragma unroll
+                for (int n = 0; n < NR; n++) {
+                    float2 r = *(const float2*)&shared.raw[n][64 * c + 2 * lane];
+                    acc[n] += low * r.x + high * r.y;
+                }
+            }
+#pragma unroll
+            for (int width = NR / 2, bit = 16; width; width >>= 1, bit >>= 1)
+#pragma unroll
+                for (int n = 0; n < width; n++) {
+                    float mine = lane & bit ? acc[n + width] : acc[n], other = lane & bit ? acc[n] : acc[n + width];
+                    acc[n] = mine + __shfl_xor_sync(~0u, other, bit);
+                }
+#pragma unroll
+            for (int bit = 16 / NR; bit; bit >>= 1) acc[0] += __shfl_xor_sync(~0u, acc[0], bit);
+            // The highest bits of the lane now say the row.
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) base[nt] = __shfl_sync(~0u, acc[0], (4 * nt + t) * (32 / NR));
+        }
+#endif
+        float s[8][NT][2];
+        u32 rows = key_room + key_place((g >> 1) * OWN_TOKENS) + (g & 1) * OWN_STEP * KEY_ROW_BYTES;
+        u32 scales = key_room + KEY_CODES + own_token * KEY_SCALE_BYTES;
+        // Loops over units and channels are not unrolled whole: their code would not fit the instruction cache.
+#pragma unroll 1
+        for (int turn = 0; turn < 8 / KEY_UNROLL; turn++) {
+            float x[KEY_UNROLL][NT][2];
+            unrolled<0, KEY_UNROLL>([&]<int U>() { score<0, U>(x[U], rows, scales, q, start_at, key_levels, t); });
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {  // the newest scores enter behind the others
+#pragma unroll
+                    for (int u = 0; u < 8 - KEY_UNROLL; u++) s[u][nt][r] = s[u + KEY_UNROLL][nt][r];
+#pragma unroll
+                    for (int u = 0; u < KEY_UNROLL; u++) s[8 - KEY_UNROLL + u][nt][r] = fmaf(x[u][nt][r], unit[nt], base[nt]);
+                }
+            constexpr int NEXT = ValueRow::index(KEY_UNROLL, 0, 0);
+            static_assert(KEY_UNROLL == 8 || NEXT < OWN_TOKENS, "turns differ by whole rows of the lane's own tokens");
+            rows += NEXT * KEY_ROW_BYTES;
+            scales += NEXT * KEY_SCALE_BYTES;
+        }
+        const i64 first = (i64)tile * 128;
+        if (MASKED || SOFTCAP || first < start + sinks) {
+            unrolled<0, 8>([&]<int U>() {
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    i64 position = first + own_token + ValueRow::index(U, r, 0);
+                    bool seen = position >= start + sinks;
+#if MASKED
+                    seen = seen && mask[(i64)b * mask_stride + position];
+#endif
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) s[U][nt][r] = seen ? cap(s[U][nt][r], softcap) : NEVER;
+                }
+            });
+        }
+        float highest[NT];
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            highest[nt] = maximum[nt];
+#pragma unroll
+            for (int u = 0; u < 8; u++) highest[nt] = fmaxf(highest[nt], fmaxf(s[u][nt][0], s[u][nt][1]));
+        }
+        __syncwarp();  // a copy ahead writes to the slot that was read last
+        copy_keys(tile + stride);
+        float fade[NT];
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+#pragma unroll
+            for (int d = 4; d < 32; d <<= 1) highest[nt] = fmaxf(highest[nt], __shfl_xor_sync(~0u, highest[nt], d));
+            fade[nt] = exp2_fast(maximum[nt] - highest[nt]);
+            maximum[nt] = highest[nt];
+            sum[nt] *= fade[nt];
+        }
+        all_but_newest_arrived();
+        // Probabilities times the values' scales, in units of 1 / PROBABILITY_TOP of the tile's largest.
+        float largest[NT];
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) largest[nt] = 1e-30f;
+        const u32 value_scale = value_room + VALUE_CODES + own_token * VALUE_SCALE_BYTES;
+        unrolled<0, 16>([&]<int I>() {
+            constexpr int U = I / 2, R = I % 2;
+            float scale = load_scale<VALUE_FORMAT, ValueRow::index(U, R, 0) * VALUE_SCALE_BYTES>(value_scale);
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) {
+                float p = exp2_fast(s[U][nt][R] - maximum[nt]);
+                sum[nt] += p;
+                s[U][nt][R] = p * scale;
+                largest[nt] = fmaxf(largest[nt], s[U][nt][R]);
+            }
+        });
+        u32 p[8][NT];
+        float back[NT];
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+#pragma unroll
+            for (int d = 4; d < 32; d <<= 1) largest[nt] = fmaxf(largest[nt], __shfl_xor_sync(~0u, largest[nt], d));
+            const float grow = __fdividef(PROBABILITY_TOP, largest[nt]);
+            back[nt] = largest[nt] * (1.f / PROBABILITY_TOP);
+#pragma unroll
+            for (int u = 0; u < 8; u++) {
+                u32 x = __float_as_uint(fmaf(s[u][nt][0], grow, 8388608.f)), y = __float_as_uint(fmaf(s[u][nt][1], grow, 8388608.f));
+                u32 both = permute(x, y, 0x5410);
+                p[u][nt] = transpose8x8(permute(both >> 7 & 0x007F007Fu, both & 0x007F007Fu, 0x6420));
+            }
+        }
+        int bias[NT][2];
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            int c[4] = {0, 0, 0, 0};  // every row: the sum of the column's bytes
+#pragma unroll
+            for (int u = 0; u < 8; u += 2)
+                mma32(c, 0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u, p[u][nt], p[u + 1][nt]);
+            debias(bias[nt], c, twice_bias(VALUE_BITS));
+        }
+        u32 value_rows = value_room + g * VALUE_ROW_BYTES;
+#pragma unroll 1
+        for (int turn = 0; turn < CHANNEL_TILES / VALUE_UNROLL; turn++) {
+            float next[VALUE_UNROLL][NT][2];
+            unrolled<0, VALUE_UNROLL>([&]<int M>() {
+                ValueRow x, y;
+                x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, t);
+                y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, t);
+                int c[NT][4];
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++) {
+                    c[nt][0] = c[nt][2] = bias[nt][0];
+                    c[nt][1] = c[nt][3] = bias[nt][1];
+                }
+                unrolled<0, 4>([&]<int I>() {
+                    u32 a0 = x.template levels<2 * I>(value_levels), a1 = y.template levels<2 * I>(value_levels);
+                    u32 a2 = x.template levels<2 * I + 1>(value_levels), a3 = y.template levels<2 * I + 1>(value_levels);
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) mma32(c[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
+                });
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        float high = fmaf(__int_as_float(c[nt][2 * r]), 128.f, -128.f * MAGIC);
+                        float low = __int_as_float(c[nt][2 * r + 1]) - MAGIC;
+                        next[M][nt][r] = fmaf(o[M][nt][r], fade[nt], back[nt] * (high + low));
+                    }
+            });
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+#pragma unroll
+                    for (int m = 0; m < CHANNEL_TILES - VALUE_UNROLL; m++) o[m][nt][r] = o[m + VALUE_UNROLL][nt][r];
+#pragma unroll
+                    for (int m = 0; m < VALUE_UNROLL; m++) o[CHANNEL_TILES - VALUE_UNROLL + m][nt][r] = next[m][nt][r];
+                }
+            value_rows += 16 * VALUE_UNROLL * VALUE_ROW_BYTES;
+        }
+        __syncwarp();
+        copy_values(tile + stride);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();  // `output` lies over everybody's rooms
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+#pragma unroll
+        for (int d = 4; d < 32; d <<= 1) sum[nt] += __shfl_xor_sync(~0u, sum[nt], d);
+        if (g == 0) {
+            shared.maximum[0][warp][4 * nt + t] = maximum[nt];
+            shared.sum[0][warp][4 * nt + t] = sum[nt];
+        }
 #pragma unroll
         for (int m = 0; m < CHANNEL_TILES; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) shared.output[warp][2 * t + (i & 1)][16 * m + g + 8 * (i >> 1)] = o[m][i];
+            for (int r = 0; r < 2; r++) shared.output[warp][4 * nt + t][16 * m + g + 8 * r] = o[m][nt][r];
     }
+    const float* matrix = value_rotation + (i64)h * value_rotation_stride;
+    float turn[VALUE_PIECE];
+    auto load_matrix = [&](int c, int first) {
+#pragma unroll
+        for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(half * (D / 2) + first + j) * D + c];
+    };
+    if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * D; i += blockDim.x) {
-        int n = i / D, c = i % D;
-        float top = NEVER, sum = 0.f, o = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.maximum[w][n]);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            float weight = exp2_fast(shared.maximum[w][n] - top);
-            sum += weight * shared.sum[w][n];
-            o += weight * shared.output[w][n][c];
-        }
-        out[i] = o;
-        if (c == 0) {
-            sums[2 * n] = top;
-            sums[2 * n + 1] = top == NEVER ? 0.f : sum;
-        }
-    }
-}
 
-// ---------------------------------------------------------------- the merge kernel
-//
-// grid (rows, B * H), D threads: weigh the splits, turn the packed part back, add sinks and tail, write the result.
-extern "C" __global__ void __launch_bounds__(D) decode_merge(
-    const float* part_output, const float* part_sums, const float* rotation, const float* value_gain, const float* s_aux,
-    void* result, int heads, int rows, int queries, int splits, int raw_splits, int rotation_stride) {
-    __shared__ float coded[D];
-    const int n = blockIdx.x, bh = blockIdx.y, h = bh % heads, c = threadIdx.x;
-    const float* sums = part_sums + ((i64)bh * splits * rows + n) * 2;
-    const float* parts = part_output + ((i64)bh * splits * rows + n) * D + c;
-    float top = NEVER;
-    for (int i = 0; i < splits; i++)
-        if (sums[(i64)i * rows * 2 + 1] > 0.f) top = fmaxf(top, sums[(i64)i * rows * 2]);
-    float aux = 0.f;
-    if (s_aux) {
-        float logit = s_aux[h * (rows / queries) + n / queries] * LOG2E;
-        top = fmaxf(top, logit);
-        aux = exp2f(logit - top);
+    // -------- one result a block: `sorted` takes the packed part, `raw` that of raw tokens. A thread keeps to one row.
+    constexpr int ROW_THREADS = THREADS / NR;
+    const int n = threadIdx.x / ROW_THREADS, first_channel = n < NR ? threadIdx.x % ROW_THREADS : D;
+    if (n < NR) {
+        float top = NEVER, total = 0.f, weight[2][WARPS];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, fmaxf(shared.maximum[0][w][n], shared.maximum[1][w][n]));
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+#pragma unroll
+            for (int kind = 0; kind < 2; kind++) {
+                float sum = shared.sum[kind][w][n];
+                weight[kind][w] = top == NEVER || sum == 0.f ? 0.f : exp2_fast(shared.maximum[kind][w][n] - top);
+                total += weight[kind][w] * sum;
+            }
+        if (first_channel == 0) {
+            shared.top[n] = top;
+            shared.total[n] = total;
+        }
+        for (int c = first_channel; c < D; c += ROW_THREADS) {
+            float packed_o = 0.f, raw_o = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                packed_o += weight[0][w] * shared.output[w][n][c];
+                if (shared.sum[1][w][n] > 0.f) raw_o += weight[1][w] * waiting[(w - warp) * NR * D + n * D + c];
+            }
+            shared.sorted[n][c] = packed_o;
+            shared.raw[n][c] = raw_o;
+        }
     }
-    float total = aux, packed = 0.f, raw = 0.f;
-#pragma unroll 4
-    for (int i = 0; i < splits; i++) {
-        float sum = sums[(i64)i * rows * 2 + 1];
-        float weight = sum > 0.f ? exp2f(sums[(i64)i * rows * 2] - top) : 0.f;
-        total += weight * sum;
-        float o = sum > 0.f ? parts[(i64)i * rows * D] : 0.f;
-        if (i < raw_splits)
-            raw += weight * o;
-        else
-            packed += weight * o;
-    }
-    coded[c] = packed * VALUE_LEAD * (value_gain ? value_gain[bh] : 1.f);
     __syncthreads();
-    const float* matrix = rotation + (i64)h * rotation_stride + c;
-    float x = 0.f;
-#pragma unroll 8
-    for (int i = 0; i < D; i++) x += coded[i] * matrix[i * D];
-    x = total > 0.f ? (x + raw) / total : 0.f;
-    i64 where = ((i64)bh * rows + n) * D + c;
-#if RAW_BF16
-    u32 bits = __float_as_uint(x);
-    ((u16*)result)[where] = x != x ? 0x7FFF : (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-#else
-    ((u16*)result)[where] = (u16)pack_half2(x, 0.f);
-#endif
+    if (splits > 1) {
+        float* part_output = work + (parts + split) * (2 * NR * D);
+        for (int i = threadIdx.x; i < NR * D; i += THREADS) {
+            part_output[i] = (&shared.sorted[0][0])[i];
+            part_output[NR * D + i] = (&shared.raw[0][0])[i];
+        }
+        if (threadIdx.x < NR) {
+            all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x] = shared.top[threadIdx.x];
+            all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x + 1] = shared.total[threadIdx.x];
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {  // the barrier and this fence together order all threads' writes
+            __threadfence();
+            int* arrival = arrivals + blockIdx.z * gridDim.y + bh;
+            shared.last = atomicAdd(arrival, 1) == splits - 1;
+            if (shared.last) *arrival = 0;
+            __threadfence();
+        }
+        __syncthreads();
+        if (!shared.last) return;
+        // The last block of a head adds the parts up, 16 at a time, all of them asked for at once.
+        constexpr int OWN_CHANNELS = (D + ROW_THREADS - 1) / ROW_THREADS, PIECE = OWN_CHANNELS <= 2 ? 16 : 4;
+        float top = NEVER, total = 0.f, packed_o[OWN_CHANNELS] = {}, raw_o[OWN_CHANNELS] = {};
+        for (int first = 0; first < splits && n < NR; first += PIECE) {
+            float2 sums[PIECE];
+            float x[PIECE][OWN_CHANNELS], y[PIECE][OWN_CHANNELS];
+#pragma unroll
+            for (int j = 0; j < PIECE; j++) {
+                const i64 part = parts + (first + j < splits ? first + j : 0);
+                sums[j] = __ldcg((const float2*)(all_sums + part * (2 * NR) + 2 * n));
+                if (first + j >= splits) sums[j].x = NEVER;
+#pragma unroll
+                for (int i = 0; i < OWN_CHANNELS; i++) {
+                    const int c = first_channel + i * ROW_THREADS < D ? first_channel + i * ROW_THREADS : 0;
+                    x[j][i] = __ldcg(work + part * (2 * NR * D) + n * D + c);
+                    y[j][i] = __ldcg(work + part * (2 * NR * D) + NR * D + n * D + c);
+                }
+            }
+            float larger = top;
+#pragma unroll
+            for (int j = 0; j < PIECE; j++) larger = fmaxf(larger, sums[j].x);
+            const float fade = exp2_fast(top - larger);
+            top = larger;
+            total *= fade;
+#pragma unroll
+            for (int i = 0; i < OWN_CHANNELS; i++) {
+                packed_o[i] *= fade;
+                raw_o[i] *= fade;
+            }
+#pragma unroll
+            for (int j = 0; j < PIECE; j++) {
+                const float weight = sums[j].x == NEVER ? 0.f : exp2_fast(sums[j].x - top);
+                total += weight * sums[j].y;
+#pragma unroll
+                for (int i = 0; i < OWN_CHANNELS; i++) {
+                    packed_o[i] += weight * x[j][i];
+                    raw_o[i] += weight * y[j][i];
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < OWN_CHANNELS; i++) {
+            const int c = first_channel + i * ROW_THREADS;
+            if (c < D) {
+                shared.sorted[n][c] = packed_o[i];
+                shared.raw[n][c] = raw_o[i];
+                if (c == 0) {
+                    shared.top[n] = top;
+                    shared.total[n] = total;
+                }
+            }
+        }
+        __syncthreads();
+    }
+
+    // -------- turn the packed part back and write
+    const float value_lead = VALUE_UNIT * (value_gain ? value_gain[bh] : 1.f);
+    for (int base = 16 * warp; base < D; base += 16 * WARPS) {
+        const int c = base + (lane & 15);
+        float acc[NR] = {};
+        for (int first = 0; first < D / 2; first += VALUE_PIECE) {
+            if (base != 16 * warp || first) load_matrix(c, first);
+#pragma unroll
+            for (int j = 0; j < VALUE_PIECE; j++)
+#pragma unroll
+                for (int n = 0; n < NR; n++) acc[n] += turn[j] * shared.sorted[n][half * (D / 2) + first + j];
+        }
+#pragma unroll
+        for (int n = 0; n < NR; n++) {
+            acc[n] += __shfl_xor_sync(~0u, acc[n], 16);
+            if (n >= rows || half != (n & 1)) continue;
+            float total = shared.total[n], x = acc[n] * value_lead + shared.raw[n][c];
+            if (s_aux) {  // a logit that takes probability and carries no value
+                float logit = s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, top = fmaxf(shared.top[n], logit);
+                float fade = exp2_fast(shared.top[n] - top);
+                x *= fade;
+                total = total * fade + exp2_fast(logit - top);
+            }
+            result[((i64)bh * all_rows + row0 + n) * D + c] = float_to_raw(total > 0.f ? x / total : 0.f);
+        }
+    }
 }

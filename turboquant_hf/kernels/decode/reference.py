@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -88,6 +88,7 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of the newest Q tokens over everything that is stored, themselves included.
 
@@ -104,10 +105,15 @@ def decode_attention(
         mask: bool [B, N T + L], False hides a position; on top of `starts`.
         softcap: scores become softcap * tanh(scores / softcap).
         s_aux: [Hq] logits that take probability and carry no value.
+        counts: int32 [2], (tiles in use, length), for buffers of fixed size: the arrays of `keys` and `values` then
+            have room for more tiles, `mask` for more positions, and `tail` is a ring in which position p has slot
+            p % R. None: everything given is in use.
 
     Returns:
         [B, Hq, Q, Dv] in the query's dtype.
     """
+    if counts is not None:
+        keys, values, tail, mask = _in_use(keys, values, tail, mask, *counts.tolist())
     batch, query_heads, count, dim = query.shape
     heads = keys.codes.shape[1]
     packed = keys.codes.shape[2] * keys.scale.shape[-1]
@@ -145,6 +151,25 @@ def decode_attention(
         out = out + weight @ values.mean.float()
     out = out + p_sinks @ sinks.values.float() + p_tail @ tail.values.float()
     return out.reshape(batch, query_heads, count, -1).to(query.dtype)
+
+
+def _in_use(
+    keys: PackedSide, values: PackedSide, ring: RawTokens, mask: torch.Tensor | None, tiles: int, length: int
+) -> tuple[PackedSide, PackedSide, RawTokens, torch.Tensor | None]:
+    """What `tiles` and `length` leave of buffers of fixed size, the ring unrolled."""
+    keys, values = (
+        replace(
+            side,
+            codes=side.codes[:, :, :tiles],
+            scale=side.scale[:, :, :tiles],
+            mean=None if side.mean is None else side.mean[:, :, :tiles],
+        )
+        for side in (keys, values)
+    )
+    first = tiles * keys.scale.shape[-1]
+    slots = torch.arange(first, length, device=ring.keys.device) % ring.keys.shape[2]
+    tail = RawTokens(ring.keys.index_select(2, slots), ring.values.index_select(2, slots))
+    return keys, values, tail, None if mask is None else mask[:, :length]
 
 
 def _visible(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
-from turboquant_hf.kernels.encode.triton import (
+from turboquant_hf.kernels.encode.spec import (
     GroupSpec,
     decode_levels,
     group_count,
@@ -148,7 +148,7 @@ def _store_group(p_out, o_row, m_row, acc, GROUP: tl.constexpr):
 def _split_kernel(
     p_rotated, p_query, p_key_codes, p_key_scale, p_key_mean, p_value_codes, p_value_scale, p_value_mean,
     p_key_levels, p_value_levels, p_key_gain, p_value_gain, p_sink_keys, p_sink_values, p_tail_keys, p_tail_values,
-    p_starts, p_mask, p_out, p_raw_out, p_peak, p_total,
+    p_starts, p_mask, p_counts, p_out, p_raw_out, p_peak, p_total,
     kc_b, kc_h, kc_n, ks_b, ks_h, ks_n, km_b, km_h, km_n, vc_b, vc_h, vc_n, vs_b, vs_h, vs_n, vm_b, vm_h, vm_n,
     sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, tk_b, tk_h, tk_t, tv_b, tv_h, tv_t, mask_b, mask_t,
     tiles, tiles_per_split, splits, tail, raw_tokens, scaling, softcap, sparse_v_threshold,
@@ -157,7 +157,7 @@ def _split_kernel(
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DTYPE: tl.constexpr, RAW_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, KEY_GAIN: tl.constexpr, VALUE_GAIN: tl.constexpr, KEY_MEAN: tl.constexpr,
     VALUE_MEAN: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    CAUSAL_TILES: tl.constexpr, SPARSE: tl.constexpr,
+    CAUSAL_TILES: tl.constexpr, SPARSE: tl.constexpr, COUNTS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -166,6 +166,10 @@ def _split_kernel(
     h = (head % H).to(tl.int64)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = m < M
+    if COUNTS:
+        tiles = tl.load(p_counts)
+        tail = tl.load(p_counts + 1) - tiles * T
+        tiles_per_split = (tiles + splits - 1) // splits
     length = tiles * T + tail
     newest = length - Q + m % Q
     start = tl.load(p_starts + b).to(tl.int32)
@@ -289,7 +293,7 @@ def _split_kernel(
             seen = (slot < tail) & (position >= start)
             if MASK:
                 seen &= tl.load(p_mask + b * mask_b + position * mask_t, mask=slot < tail, other=0) != 0
-            wide = slot.to(tl.int64)
+            wide = (position % RING if COUNTS else slot).to(tl.int64)
             peak, total, raw = _raw_step(
                 p_keys + (wide * tk_t)[:, None], p_values + (wide * tv_t)[:, None], d, dv, slot < tail,
                 seen[:, None] & (position[:, None] <= newest[None, :]), q, peak, total, raw,
@@ -368,6 +372,7 @@ def decode_attention(
     s_aux: torch.Tensor | None = None,
     sparse_v_threshold: float = 0.0,
     num_splits: int | None = None,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Equivalent to `reference.decode_attention`, with products in half precision unless the query is float32.
 
@@ -412,7 +417,8 @@ def decode_attention(
     _split_kernel[(batch * heads, parts, row_blocks)](
         rotated, rows, *(none if x is None else x for x in tensors), key_levels, value_levels,
         *(none if x is None else x for x in gains), *raws, starts,
-        none if mask is None else mask.view(torch.uint8), part, raw_part, peak, total,
+        none if mask is None else mask.view(torch.uint8), none if counts is None else counts,
+        part, raw_part, peak, total,
         *(stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
         *(stride for x in raws for stride in x.stride()[:3]), *((0, 0) if mask is None else mask.stride()),
         tiles, per_split, splits, length, RAW_TOKENS, float(scaling), float(softcap or 1.0), float(sparse_v_threshold),
@@ -423,8 +429,9 @@ def decode_attention(
         RAW_DTYPE=tl.float16 if tail.keys.dtype == torch.float16 else tl.float32,
         PRECISION="ieee" if single else "tf32",
         KEY_MEAN=keys.mean is not None, VALUE_MEAN=values.mean is not None,
-        MASK=mask is not None, SOFTCAP=softcap is not None, CAUSAL_TILES=length < count,
-        SPARSE=sparse_v_threshold > 0.0, **_launch(dim, block_m, (*key_spec.groups, *value_spec.groups)),
+        MASK=mask is not None, SOFTCAP=softcap is not None, CAUSAL_TILES=counts is None and length < count,
+        SPARSE=sparse_v_threshold > 0.0, COUNTS=counts is not None, RING=1 if counts is None else length,
+        **_launch(dim, block_m, (*key_spec.groups, *value_spec.groups)),
     )  # fmt: skip
     _merge_kernel[(batch * heads, m)](
         part, raw_part, peak, total, none if s_aux is None else s_aux.contiguous(), packed, raw,

@@ -9,12 +9,16 @@ from turboquant_hf.primitives import pack, packed_size, unpack
 
 
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the tokens of each tile. x: [B, H, N, T, D]; weight: [B, N, T], 0 for padding -> [B, H, N, D] fp16."""
+    """Mean over the tokens of each tile. x: [B, H, N, T, D]; weight: [B, N, T], 0 for padding -> [B, H, N, D] fp16.
+
+    An infinity counts as a NaN, here and in `encode_tiles`: clamped, it would pass for a number.
+    """
+    x = _nan_for_inf(x.float())
     if weight is None:
-        mean = x.float().mean(dim=-2)
+        mean = x.mean(dim=-2)
     else:
         w = weight[:, None, :, :, None].float()
-        mean = (x.float() * w).sum(dim=-2) / w.sum(dim=-2).clamp(min=1.0)
+        mean = (x * w).sum(dim=-2) / w.sum(dim=-2).clamp(min=1.0)
     limit = torch.finfo(torch.float16).max
     return mean.clamp(-limit, limit).to(torch.float16)
 
@@ -27,27 +31,45 @@ def encode_tiles(
     scale_rule: str,
     scale_format: str = "fp16",
     gain: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    balance: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
+    center: bool = False,
+    weight: torch.Tensor | None = None,
     channel_major: bool = False,
+    out: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Transform, scale, code and pack tiles.
 
     Args:
         x: [B, H, N, T, D], any float dtype; the arithmetic is float32.
-        transform: [D, D] or [B or 1, H, D, D]; a vector v becomes y = transform @ (v - mean).
+        transform: [D, D] or [B or 1, H, D, D]; a vector v becomes y = transform @ (balance * (v - mean))[order].
+            One for all sequences is taken for a constant: kernels keep what they make of it.
         groups: how y is cut; sizes add up to D.
         scale_rule: "norm" |y| / sqrt(size), "norm-corrected" |y| / |c|, "mse" <y, c> / <c, c>, or "unbiased"
             |y|^2 / <y, c> (EDEN, RaBitQ), for the codebook vector c of a group.
         scale_format: see `kernels.codes.store_scale`.
         gain: float32 [B, H], what scales are divided by before they are stored.
+        order: int16 [B, H, D], a permutation of the channels.
+        balance: float32 [B, H, D], what channels are multiplied by; expected to bring the input near 1.
         mean: [B, H, N, D], subtracted before the transform.
+        center: take (and return) `tile_mean(x, weight)` as the mean.
+        weight: [B, N, T], of use with `center`.
+        out: arrays (or views of some, [B, H, N, ...]) to write to, instead of new ones.
 
     Returns:
-        {"codes": uint8 [B, H, N, bytes], "scale": [B, H, N, G, T]}.
+        {"codes": uint8 [B, H, N, bytes], "scale": [B, H, N, G, T]} and with `center` "mean" [B, H, N, D] fp16: `out`
+        where it is given.
     """
-    v = x.float()
+    v = _nan_for_inf(x.float())
+    if center:
+        mean = tile_mean(x, weight)
     if mean is not None:
         v = v - mean.unsqueeze(-2).float()
+    if order is not None:
+        transform = sorted_columns(transform, order)
+    if balance is not None:
+        transform = transform * balance.unsqueeze(-2)
     matrix = transform if transform.dim() == 2 else transform.unsqueeze(2)
     y = v @ matrix.float().transpose(-1, -2)
 
@@ -64,7 +86,65 @@ def encode_tiles(
     scale = torch.stack(scales, dim=-2)
     if gain is not None:
         scale = scale / gain[:, :, None, None, None]
-    return {"codes": packed, "scale": store_scale(scale, scale_format)}
+    made = {"codes": packed, "scale": store_scale(scale, scale_format), **({"mean": mean} if center else {})}
+    if out is None:
+        return made
+    for name, array in made.items():
+        out[name].copy_(array)
+    return out
+
+
+def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Columns of the rotation moved so that its j-th input is channel order[j]: [B, H, D, D]."""
+    index = order.long().unsqueeze(-2).expand(*order.shape, order.shape[-1])
+    source = rotation.expand_as(index)
+    return torch.zeros_like(source).scatter(-1, index, source)
+
+
+def encode_due(
+    ring: torch.Tensor,
+    transform: torch.Tensor,
+    groups: tuple[CodeGroup, ...],
+    counts: torch.Tensor,
+    fitted: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    tile: int,
+    window: int,
+    sinks: int,
+    scale_rule: str,
+    scale_format: str = "fp16",
+    gain: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    balance: torch.Tensor | None = None,
+    center: bool = False,
+    channel_major: bool = False,
+    out: dict[str, torch.Tensor],
+) -> None:
+    """Encode the next tile of a ring of raw tokens, if it is due (`kernels.statistics.due` has the whole step).
+
+    Due is tile number counts[0] where the layer is fitted, the arrays have room for it, and `window` tokens follow it.
+    `ring`, `counts`, `fitted` and `starts` are described there, all others in `encode_tiles`.
+
+    Args:
+        sinks: positions below starts + sinks carry no weight in a mean.
+        out: arrays [B, H, capacity, ...] as `encode_tiles` names them; tile n goes to [:, :, n].
+    """
+    tiles, length = counts.tolist()
+    if not int(fitted[0]) or length < (tiles + 1) * tile + window or tiles >= out["codes"].shape[2]:
+        return
+    slot = tiles * tile % ring.shape[2]
+    position = torch.arange(tiles * tile, (tiles + 1) * tile, device=ring.device)
+    weight = (position >= starts[:, None] + sinks)[:, None].float()
+    encode_tiles(
+        ring[:, :, None, slot : slot + tile], transform, groups, scale_rule=scale_rule, scale_format=scale_format,
+        gain=gain, order=order, balance=balance, center=center, weight=weight, channel_major=channel_major,
+        out={name: array[:, :, tiles : tiles + 1] for name, array in out.items()},
+    )  # fmt: skip
+
+
+def _nan_for_inf(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isinf(), torch.nan, x)
 
 
 def _scale(y: torch.Tensor, code: torch.Tensor, rule: str) -> torch.Tensor:

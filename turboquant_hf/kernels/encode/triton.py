@@ -1,267 +1,63 @@
-"""Triton kernels that encode and decode whole tiles, and the unpacking that the attention kernel shares.
+"""Triton kernels that encode tiles: one program takes a run of tiles of one KV head.
 
-One program takes one tile of one KV head: the transform is a matrix product, codes are counts of thresholds below a
-coordinate, and bytes are gathered plane by plane (`primitives.packing` describes them).
+A tile is read once. Its mean is taken, the rest is balanced and turned by matrix products in half precision that are
+exact enough (`_operand`, `_prepared`), a polynomial and one comparison find a code (`GroupSpec.guess`), and bytes are
+sums over an axis of fields (`primitives.packing` describes them).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
 
-from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
-from turboquant_hf.primitives import Codebook, packed_size, planes
+from turboquant_hf.kernels.codes import CodeGroup, tile_bytes
+from turboquant_hf.kernels.encode.dequantize import decode_tiles
+from turboquant_hf.kernels.encode.spec import (
+    group_block,
+    group_count,
+    group_of,
+    level_table,
+    padded_size,
+    plane_count,
+    plane_of,
+    rows_contiguous,
+    term_of,
+    terms_of,
+    threshold_table,
+    tile_spec,
+)
 
-MAX_CHUNK = 128
-MAX_COEFFICIENTS = 6
-FP16_TOLERANCE = 2.0**-13
+__all__ = ["decode_tiles", "encode_tiles", "tile_mean"]
 
-
-# ---------------------------------------------------------------- what a kernel is told about the codes
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """One `CodeGroup` inside a tile. Everything a kernel is compiled for is a field, so that compiled code is never
-    taken for another layout's.
-
-    Attributes:
-        size, bits: as in `CodeGroup`; block is the power of two >= 16 that holds `size`.
-        start: the group's first channel.
-        offset: its first byte, in a token's row (token-major) or in the tile (channel-major).
-        length: codes of a packed row: one token's channels, or one channel's tokens when channel-major.
-        row_bytes: bytes of one packed row of this group.
-        row_stride: from one row to the next: a whole token when token-major.
-        root: square root of `size`.
-        planes: of every plane its width, shift of the field in the code, bytes, first byte in the row, and the power
-            of two that holds the bytes.
-        chunk, chunks: codes of a row that are unpacked together (a power of two from 16), and how often.
-        first_chunk: chunks of the groups before.
-        aligned: whether fields are runs of whole chunks: a chunk then has one shift and neighbouring bytes.
-        coefficients: () for a table look-up, else (1, c1, ...): level = lead * x * (1 + c1 x^2 + ...) with
-            x = (2 code + 1) / 2^bits - 1.
-        lead: factor of the levels.
-        table: where the group's levels start in the levels tensor.
-    """
-
-    size: int
-    block: int
-    bits: int
-    start: int
-    offset: int
-    length: int
-    row_bytes: int
-    row_stride: int
-    root: float
-    planes: tuple[tuple[int, int, int, int, int], ...]
-    chunk: int
-    chunks: int
-    first_chunk: int
-    aligned: bool
-    coefficients: tuple[float, ...]
-    lead: float
-    table: int
-
-
-@dataclass(frozen=True)
-class TileSpec:
-    """The groups of a tile, the bytes of one token's row (token-major only), and how scales are stored.
-
-    A stored scale is shifted left by `shift` to be a half (0: it is one), and multiplied by `unit`.
-    """
-
-    groups: tuple[GroupSpec, ...]
-    row_bytes: int
-    shift: int
-    unit: float
-
-
-@lru_cache(maxsize=256)
-def tile_spec(
-    groups: tuple[CodeGroup, ...], tile: int, scale_format: str, *, channel_major: bool, exact: bool
-) -> TileSpec:
-    """What kernels are compiled for; `exact` reads levels from the table unless a polynomial hits them in float32."""
-    specs, start, offset, table, first_chunk = [], 0, 0, 0, 0
-    token_bytes = tile_bytes(groups, tile, channel_major) // tile
-    for group in groups:
-        length = tile if channel_major else group.size
-        octets = packed_size(length, 1)
-        rows, row_bytes = [], 0
-        for width, shift in planes(group.bits):
-            rows.append((width, shift, octets * width, row_bytes, triton.next_power_of_2(octets * width)))
-            row_bytes += octets * width
-        run = rows[-1][2]
-        aligned = length % 8 == 0 and run >= 16 and run & (run - 1) == 0
-        whole = run if octets & (octets - 1) == 0 else octets * 8 & -(octets * 8)
-        chunk = max(16, min(whole, MAX_CHUNK, padded_size(length)))
-        # The other operand of a channel-major tile, padded to a power of two, is cut in chunks too.
-        chunks = (padded_size(length) if channel_major else length + chunk - 1) // chunk
-        lead, coefficients = odd_polynomial(group.codebook, 1e-7 if exact else FP16_TOLERANCE)
-        specs.append(
-            GroupSpec(
-                size=group.size, block=padded_size(group.size), bits=group.bits, start=start, offset=offset,
-                length=length, row_bytes=row_bytes, row_stride=row_bytes if channel_major else token_bytes,
-                root=group.size**0.5, planes=tuple(rows), chunk=chunk, chunks=chunks, first_chunk=first_chunk,
-                aligned=aligned, coefficients=coefficients, lead=lead, table=table,
-            )  # fmt: skip
-        )
-        start += group.size
-        offset += row_bytes * (group.size if channel_major else 1)
-        table += 2**group.bits
-        first_chunk += chunks
-    return TileSpec(tuple(specs), token_bytes, *SCALE_FORMATS[scale_format])
-
-
-def padded_size(size: int) -> int:
-    """The power of two >= 16 that holds `size`."""
-    return max(16, triton.next_power_of_2(size))
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def level_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
-    """The levels of all groups one after the other, float32."""
-    return torch.cat([group.codebook.tensor(device) for group in groups])
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
-    """The thresholds of all groups, each followed by one +inf, so that offsets are those of the levels."""
-    rows = [torch.tensor((*group.codebook.thresholds, float("inf")), dtype=torch.float32) for group in groups]
-    return torch.cat(rows).to(device)
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def odd_polynomial(codebook: Codebook, tolerance: float) -> tuple[float, tuple[float, ...]]:
-    """(lead, (1, c1, c2, ...)) with level = lead * x * (1 + c1 x^2 + ...), or (1, ()) where none fits.
-
-    x = (2 code + 1) / 2^bits - 1. `Codebook.coefficients`, where a codebook has them, are taken as they are; else the
-    fit's largest error relative to a level is at most `tolerance`, with at most MAX_COEFFICIENTS terms, beyond which
-    a table is as fast.
-    """
-    if codebook.coefficients:
-        # Theirs is the polynomial in 2 code + 1 - 2^bits.
-        scaled = [c * 2.0 ** (codebook.bits * (2 * i + 1)) for i, c in enumerate(codebook.coefficients)]
-        return scaled[0], tuple(c / scaled[0] for c in scaled)
-    levels = torch.tensor(codebook.levels, dtype=torch.float64, device="cpu")
-    if (levels + levels.flip(0)).abs().max() > 1e-6 * levels.abs().max():
-        return 1.0, ()
-    count = len(levels)
-    x = (2 * torch.arange(count, dtype=torch.float64, device="cpu") + 1) / count - 1
-    for terms in range(1, min(MAX_COEFFICIENTS, count // 2) + 1):
-        basis = torch.stack([x ** (2 * i + 1) for i in range(terms)], dim=1) / levels.abs()[:, None]
-        fit = torch.linalg.lstsq(basis, levels.sign()[:, None]).solution
-        if (basis @ fit - levels.sign()[:, None]).abs().max() <= tolerance:
-            fit = fit.flatten().tolist()
-            return fit[0], tuple(c / fit[0] for c in fit)
-    return 1.0, ()
-
-
-@triton.constexpr_function
-def group_count(spec):
-    return len(spec.groups)
-
-
-@triton.constexpr_function
-def group_of(spec, index):
-    return spec.groups[index]
-
-
-@triton.constexpr_function
-def plane_count(group):
-    return len(group.planes)
-
-
-@triton.constexpr_function
-def plane_of(group, index, entry):
-    return group.planes[index][entry]
-
-
-@triton.constexpr_function
-def coefficient(group, index):
-    return group.coefficients[index]
-
-
-@triton.constexpr_function
-def term_count(group):
-    return len(group.coefficients)
-
-
-# ---------------------------------------------------------------- unpacking
-
-
-@triton.jit
-def load_scales(p_scale, mask, SHIFT: tl.constexpr):
-    """Stored scales as float32, without their unit (`codes.load_scale`)."""
-    stored = tl.load(p_scale, mask=mask, other=0)
-    if SHIFT:
-        stored = (stored.to(tl.int16) << SHIFT).to(tl.float16, bitcast=True)
-    return stored.to(tl.float32)
-
-
-@triton.jit
-def _unpack_field(p_rows, GROUP: tl.constexpr, PLANE: tl.constexpr, index: tl.constexpr):
-    """The bits of chunk `index` that lie in one plane, moved to their place in the code: int32 [R, chunk]."""
-    WIDTH: tl.constexpr = plane_of(GROUP, PLANE, 0)
-    SHIFT: tl.constexpr = plane_of(GROUP, PLANE, 1)
-    BYTES: tl.constexpr = plane_of(GROUP, PLANE, 2)
-    MASK: tl.constexpr = (1 << WIDTH) - 1
-    i = tl.arange(0, GROUP.chunk)
-    p_plane = p_rows + plane_of(GROUP, PLANE, 3)
-    if GROUP.aligned:
-        RUNS: tl.constexpr = BYTES // GROUP.chunk
-        byte = tl.load(p_plane + (index % RUNS * GROUP.chunk + i)[None, :]).to(tl.int32)
-        field = (byte >> (index // RUNS * WIDTH)) & MASK
-    else:
-        code = index * GROUP.chunk + i
-        byte = tl.load(p_plane + (code % BYTES)[None, :]).to(tl.int32)
-        field = (byte >> tl.minimum(code // BYTES * WIDTH, 8)[None, :]) & MASK
-    return field << SHIFT
-
-
-@triton.jit
-def unpack_chunk(p_rows, GROUP: tl.constexpr, index: tl.constexpr):
-    """Codes [index * chunk, ...) of packed rows whose first bytes are p_rows [R, 1]: int32 [R, chunk].
-
-    Codes past the end of a row are arbitrary, but read from inside the row.
-    """
-    codes = _unpack_field(p_rows, GROUP, 0, index)
-    for plane in tl.static_range(1, plane_count(GROUP)):
-        codes |= _unpack_field(p_rows, GROUP, plane, index)
-    return codes
-
-
-@triton.jit
-def decode_levels(codes, p_levels, GROUP: tl.constexpr, DTYPE: tl.constexpr):
-    """Codebook levels divided by GROUP.lead, of DTYPE (float16 or float32)."""
-    TERMS: tl.constexpr = term_count(GROUP)
-    if TERMS == 0:
-        return tl.load(p_levels + GROUP.table + codes).to(DTYPE)
-    else:
-        # Integer to float by writing the code into a mantissa: exact, and at full rate where a conversion is not.
-        if DTYPE == tl.float16:
-            x = ((codes * 2) | ((25 - GROUP.bits) << 10)).to(tl.int16).to(tl.float16, bitcast=True)
-            x -= 2.0 ** (10 - GROUP.bits) + 1.0 - 0.5**GROUP.bits
-        else:
-            x = ((codes * 2) | ((150 - GROUP.bits) << 23)).to(tl.float32, bitcast=True)
-            x -= 2.0 ** (23 - GROUP.bits) + 1.0 - 0.5**GROUP.bits
-        if TERMS == 1:
-            return x
-        else:
-            square = x * x
-            rest = square * coefficient(GROUP, TERMS - 1)
-            for term in tl.static_range(TERMS - 2):
-                rest = (rest + coefficient(GROUP, TERMS - 2 - term)) * square
-            return x + x * rest
+MAGIC = tl.constexpr(12582912.0)
+"""1.5 * 2**23: added to a small float32, it leaves the nearest whole number in the low bits."""
+RAW, SPLIT, FULL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""How a product is made: of the input as it is, of its two halves in float16, or in float32."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TILES = 4
+"""Tiles of a program where that leaves enough programs: what does not depend on the tile is read once."""
+WARPS = 8
+REGISTERS = 128
+"""Of a thread: two programs then share an SM, one computes where the other waits. Worth the few that spill."""
 
 
 # ---------------------------------------------------------------- means
+
+
+@triton.jit
+def masked_mean(x, weight, T: tl.constexpr, WEIGHT: tl.constexpr):
+    """Mean over the tokens (axis 0) of float32 x, rounded to half as it is stored. An infinity gives NaN."""
+    if WEIGHT:
+        mean = tl.sum(x * weight[:, None], axis=0) / tl.maximum(tl.sum(weight, axis=0), 1.0)
+    else:
+        mean = tl.sum(x, axis=0) / T
+    mean = tl.where(tl.abs(mean) < float("inf"), tl.clamp(mean, -65504.0, 65504.0), float("nan"))
+    return mean.to(tl.float16)
 
 
 @triton.jit
@@ -271,51 +67,143 @@ def _mean_kernel(
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1).to(tl.int64)
-    b = head // H
-    h = head % H
-    d = tl.arange(0, BLOCK_D)
-    m_d = d < D
-    sum = tl.zeros((BLOCK_D,), tl.float32)
-    total = tl.zeros((), tl.float32)
-    for low in tl.static_range(0, T, BLOCK_T):
-        t = low + tl.arange(0, BLOCK_T)
-        o_x = b * x_b + h * x_h + n * x_n + (t * x_t)[:, None] + d[None, :]
-        x = tl.load(p_x + o_x, mask=(t < T)[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-        if WEIGHT:
-            w = tl.load(p_weight + b * w_b + n * w_n + t * w_t, mask=t < T, other=0.0).to(tl.float32)
-            x *= w[:, None]
-            total += tl.sum(w, axis=0)
-        sum += tl.sum(x, axis=0)
+    b, h = head // H, head % H
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    t = tl.arange(0, BLOCK_T)
+    o_x = b * x_b + h * x_h + n * x_n + (t * x_t)[:, None] + d[None, :]
+    x = tl.load(p_x + o_x, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    w = 0.0
     if WEIGHT:
-        mean = sum / tl.maximum(total, 1.0)
-    else:
-        mean = sum / T
-    mean = tl.clamp(mean, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(p_out + (head * N + n) * D + d, mean.to(tl.float16), mask=m_d)
+        w = tl.load(p_weight + b * w_b + n * w_n + t * w_t, mask=t < T, other=0.0).to(tl.float32)
+    tl.store(p_out + (head * N + n) * D + d, masked_mean(x, w, T, WEIGHT), mask=d < D)
 
 
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """Equivalent to `reference.tile_mean`."""
     batch, heads, tiles, tile, dim = x.shape
-    x = _rows_contiguous(x)
+    x = rows_contiguous(x)
     out = torch.empty((batch, heads, tiles, dim), dtype=torch.float16, device=x.device)
     strides = (0, 0, 0) if weight is None else weight.stride()
     if out.numel():
-        _mean_kernel[(batch * heads, tiles)](
+        block = min(64, padded_size(dim))
+        _mean_kernel[(batch * heads, tiles, triton.cdiv(dim, block))](
             x, x if weight is None else weight, out, *x.stride()[:4], *strides, heads, tiles,
-            T=tile, D=dim, WEIGHT=weight is not None, BLOCK_T=min(32, padded_size(tile)), BLOCK_D=padded_size(dim),
+            T=tile, D=dim, WEIGHT=weight is not None, BLOCK_T=padded_size(tile), BLOCK_D=block,
         )  # fmt: skip
     return out
 
 
-# ---------------------------------------------------------------- encode
+# ---------------------------------------------------------------- the product
+
+
+@triton.jit
+def _ranks(p_order, channels, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The places of channels in an order [D]: int32."""
+    d = tl.arange(0, BLOCK_D)
+    order = tl.load(p_order + d, mask=d < D, other=-1).to(tl.int32)
+    return tl.sum(tl.where(order[:, None] == channels[None, :], d[:, None], 0), axis=0)
+
+
+@triton.jit
+def _group_parts(p_matrix, row, m_row, part_stride, D: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr):
+    """Rows `row` of the columns that make one group, a tensor for each part."""
+    c = tl.arange(0, GROUP.block)
+    o_row = row[:, None] * D + (GROUP.start + c)[None, :]
+    mask = m_row[:, None] & (c < GROUP.size)[None, :]
+    found = ()
+    for part in tl.static_range(PARTS):
+        found = found + (tl.load(p_matrix + part * part_stride + o_row, mask=mask, other=0.0),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _matrices(
+    p_matrix, row, m_row, part_stride, D: tl.constexpr, SPEC: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """`_group_parts` of all groups, one after the other."""
+    found = ()
+    for g in tl.static_range(group_count(SPEC)):
+        found = found + _group_parts(p_matrix, row, m_row, part_stride, D, group_of(SPEC, g), PARTS)
+    return found
+
+
+@triton.jit
+def _prepared(x, mean, balance, MEAN: tl.constexpr, BALANCE: tl.constexpr, PATH: tl.constexpr):
+    """What is multiplied by the matrix, as two tensors of the products' type (the second of use to SPLIT only)."""
+    if PATH == RAW:
+        return x, x
+    else:
+        v = x.to(tl.float32)
+        if MEAN:
+            v -= mean.to(tl.float32)[None, :]
+        if BALANCE:
+            v *= balance[None, :]
+        if PATH == FULL:
+            return v, v
+        else:
+            high = v.to(tl.float16)
+            return high, (v - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _product(acc, high, low, matrices, FIRST: tl.constexpr, PARTS: tl.constexpr, PATH: tl.constexpr):
+    """acc + v A^T, small terms first."""
+    if PATH == FULL:
+        return tl.dot(high, matrices[FIRST], acc, input_precision="tf32x3")
+    else:
+        for part in tl.static_range(1, PARTS):
+            acc = tl.dot(high, matrices[FIRST + PARTS - part], acc)
+        if PATH == SPLIT:
+            acc = tl.dot(low, matrices[FIRST], acc)
+        return tl.dot(high, matrices[FIRST], acc)
+
+
+# ---------------------------------------------------------------- codes
+
+
+@triton.jit
+def _odd(x, GROUP: tl.constexpr, NAME: tl.constexpr):
+    """x (c0 + c1 x^2 + ...) with the coefficients that the group has under this name."""
+    TERMS: tl.constexpr = terms_of(GROUP, NAME)
+    sum = tl.zeros_like(x) + term_of(GROUP, NAME, TERMS - 1)
+    if TERMS > 1:
+        square = x * x
+        for term in tl.static_range(1, TERMS):
+            sum = sum * square + term_of(GROUP, NAME, TERMS - 1 - term)
+    return x * sum
+
+
+@triton.jit
+def _rounded(point, p_thresholds, p_levels, GROUP: tl.constexpr):
+    """Codes of the nearest levels, int32 of which the low 8 bits count, and the levels."""
+    BITS: tl.constexpr = GROUP.bits
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    if terms_of(GROUP, "guess") == 0:
+        codes = tl.zeros(point.shape, tl.int32)
+        for step in tl.static_range(BITS):
+            higher = codes + (1 << (BITS - 1 - step))
+            codes = tl.where(point > tl.load(p_thresholds + GROUP.table + higher - 1), higher, codes)
+        return codes, tl.load(p_levels + GROUP.table + codes)
+    else:
+        moved = _odd(tl.clamp(point, -GROUP.edge, GROUP.edge), GROUP, "guess") + MAGIC
+        number = moved - MAGIC
+        whole = moved.to(tl.int32, bitcast=True) - 0x4B400000
+        if terms_of(GROUP, "midpoints") == 0:
+            # NaN has no guess: it must not reach outside the table.
+            low = tl.minimum(tl.maximum(whole + (HALF - 1), 0), 2 * HALF - 2)
+            codes = low + (point > tl.load(p_thresholds + GROUP.table + low)).to(tl.int32)
+            return codes, tl.load(p_levels + GROUP.table + codes)
+        else:
+            above = point > _odd(number, GROUP, "midpoints")
+            level = _odd(2.0 * number + tl.where(above, 1.0, -1.0), GROUP, "levels")
+            return whole + tl.where(above, HALF, HALF - 1), level
 
 
 @triton.jit
 def _pack_plane(
     codes, p_rows, GROUP: tl.constexpr, PLANE: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr
 ):  # fmt: skip
-    """Store one plane of codes [tokens, channels]; p_rows points to row 0's first byte."""
+    """Store one plane of codes [tokens, channels] whose rows are of any length; p_rows points to row 0's first byte."""
     WIDTH: tl.constexpr = plane_of(GROUP, PLANE, 0)
     SHIFT: tl.constexpr = plane_of(GROUP, PLANE, 1)
     BYTES: tl.constexpr = plane_of(GROUP, PLANE, 2)
@@ -346,37 +234,49 @@ def _pack_plane(
 
 
 @triton.jit
-def _encode_group(
-    p_x, p_mean, p_transform, p_thresholds, p_levels, p_codes, p_scale, gain,
-    x_t, GROUP: tl.constexpr, SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr, MEAN: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
+def _pack_regular(
+    codes, p_rows, GROUP: tl.constexpr, PLANE: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr
 ):  # fmt: skip
-    BLOCK_C: tl.constexpr = GROUP.block
-    BITS: tl.constexpr = GROUP.bits
-    t = tl.arange(0, BLOCK_T)
-    c = tl.arange(0, BLOCK_C)
-    m_c = c < GROUP.size
-    y = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for low in range(0, D, BLOCK_K):
-        k = low + tl.arange(0, BLOCK_K)
-        m_x = (t < T)[:, None] & (k < D)[None, :]
-        x = tl.load(p_x + (t * x_t)[:, None] + k[None, :], mask=m_x, other=0.0).to(tl.float32)
-        if MEAN:
-            x -= tl.load(p_mean + k, mask=k < D, other=0.0).to(tl.float32)[None, :]
-        o_matrix = (GROUP.start + c)[None, :] * D + k[:, None]
-        matrix = tl.load(p_transform + o_matrix, mask=m_c[None, :] & (k < D)[:, None], other=0.0).to(tl.float32)
-        y = tl.dot(x, matrix, y, input_precision="tf32x3")
+    """`_pack_plane` for rows of a power of two of codes: the fields of a byte stand along an axis of their own."""
+    WIDTH: tl.constexpr = plane_of(GROUP, PLANE, 0)
+    SHIFT: tl.constexpr = plane_of(GROUP, PLANE, 1)
+    BYTES: tl.constexpr = plane_of(GROUP, PLANE, 2)
+    FIELDS: tl.constexpr = 8 // WIDTH
+    FIELD: tl.constexpr = (1 << WIDTH) - 1
+    ROWS: tl.constexpr = codes.shape[0]
+    COLUMNS: tl.constexpr = codes.shape[1]
+    j = tl.arange(0, BYTES)
+    p_plane = p_rows + plane_of(GROUP, PLANE, 3)
+    f = tl.arange(0, FIELDS) * WIDTH
+    field = (codes >> SHIFT) & FIELD
+    if CHANNEL_MAJOR:
+        byte = tl.sum(tl.reshape(field, (FIELDS, BYTES, COLUMNS)) << f[:, None, None], axis=0)
+        c = tl.arange(0, COLUMNS)
+        p_byte = p_plane + (c * GROUP.row_stride)[None, :] + j[:, None]
+        mask = (c < GROUP.size)[None, :] & (j >= 0)[:, None]
+    else:
+        byte = tl.sum(tl.reshape(field, (ROWS, FIELDS, BYTES)) << f[None, :, None], axis=1)
+        t = tl.arange(0, ROWS)
+        p_byte = p_plane + (t * GROUP.row_stride)[:, None] + j[None, :]
+        mask = (t < T)[:, None] & (j >= 0)[None, :]
+    tl.store(p_byte, byte.to(tl.uint8), mask=mask)
 
+
+@triton.jit
+def _write_group(
+    y, p_thresholds, p_levels, p_codes, p_scale, factor, t, GROUP: tl.constexpr, SPEC: tl.constexpr, T: tl.constexpr,
+    RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`)."""
+    BLOCK_T: tl.constexpr = y.shape[0]
+    BLOCK_C: tl.constexpr = y.shape[1]
     square = tl.sum(y * y, axis=1)
+    square = tl.where(square < float("inf"), square, float("nan"))
     norm = tl.sqrt_rn(square)
-    unit = tl.maximum(norm / GROUP.root, 1e-30)
-    point = tl.div_rn(y, unit[:, None] + tl.zeros_like(y))
-    codes = tl.zeros((BLOCK_T, BLOCK_C), tl.int32)
-    for step in tl.static_range(BITS):
-        higher = codes + (1 << (BITS - 1 - step))
-        codes = tl.where(point > tl.load(p_thresholds + GROUP.table + higher - 1), higher, codes)
-
-    level = tl.where(m_c[None, :], tl.load(p_levels + GROUP.table + codes), 0.0)
+    point = y * tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), tl.maximum(norm / GROUP.root, 1e-30))[:, None]
+    codes, level = _rounded(point, p_thresholds, p_levels, GROUP)
+    if BLOCK_C != GROUP.size:
+        level = tl.where((tl.arange(0, BLOCK_C) < GROUP.size)[None, :], level, 0.0)
     if RULE == "norm":
         scale = norm / GROUP.root
     elif RULE == "norm-corrected":
@@ -385,7 +285,7 @@ def _encode_group(
         scale = tl.sum(y * level, axis=1) / tl.sum(level * level, axis=1)
     else:
         scale = square / tl.maximum(tl.sum(y * level, axis=1), 1e-30)
-    scale = scale / gain
+    scale = scale * factor
     if SPEC.shift:
         half = tl.where(scale == scale, tl.clamp(scale / SPEC.unit, 0.0, 65504.0), 65504.0).to(tl.float16)
         bits = half.to(tl.int16, bitcast=True).to(tl.int32)
@@ -394,31 +294,134 @@ def _encode_group(
         stored = tl.minimum(scale, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
     tl.store(p_scale + t, stored, mask=t < T)
 
+    if FOLDED:
+        # Rows t and t + T / 2 were put 8 apart, into one thread of a matrix product: back to the order of tokens.
+        codes = tl.permute(tl.reshape(codes, (BLOCK_T // 16, 2, 8, BLOCK_C)), (1, 0, 2, 3))
+        codes = tl.reshape(codes, (BLOCK_T, BLOCK_C))
     for plane in tl.static_range(plane_count(GROUP)):
-        _pack_plane(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
+        if GROUP.regular:
+            _pack_regular(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
+        else:
+            _pack_plane(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
+
+
+# ---------------------------------------------------------------- encode
 
 
 @triton.jit
 def _encode_kernel(
-    p_x, p_mean, p_transform, p_thresholds, p_levels, p_gain, p_codes, p_scale,
-    x_b, x_h, x_n, x_t, a_b, a_h, H, N, BYTES,
-    SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    MEAN: tl.constexpr, GAIN: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
+    p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_codes, p_scale,
+    p_counts, p_fitted, x_b, x_h, x_n, x_t, w_b, w_n, w_t, m_b, m_h, m_n, c_b, c_h, c_n, s_b, s_h, s_n,
+    part_stride, a_b, a_h, u_h, H, N, TILES, RING, SINKS, WINDOW,
+    SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr,
+    ORDER: tl.constexpr, BALANCE: tl.constexpr, GAIN: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
+    DUE: tl.constexpr,
 ):  # fmt: skip
+    """MEAN: "none", "given" or "taken" (and stored); WEIGHT: "none", "given", or "starts" (first positions).
+
+    DUE: tile number counts[0] of a ring of RING tokens, if it is full, older than the window, and fitted.
+    """
+    GROUPS: tl.constexpr = group_count(SPEC)
+    CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    FOLDED: tl.constexpr = CHANNEL_MAJOR and T == BLOCK_T
     head = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1).to(tl.int64)
-    b = head // H
-    h = head % H
-    tile = head * N + n
+    b, h = head // H, head % H
+    first = tl.program_id(1) * TILES
+    last = tl.minimum(first + TILES, N)
+    slot_shift = 0
+    if DUE:
+        first = tl.load(p_counts)
+        last = first + 1
+        slot_shift = (first * T // RING * RING).to(tl.int64)
+        if (tl.load(p_fitted + h) == 0) | (tl.load(p_counts + 1) < WINDOW + last * T) | (first >= N):
+            return
+
+    row = tl.arange(0, BLOCK_T)
+    t = row
+    if FOLDED:
+        t = row // 16 * 8 + row % 8 + row // 8 % 2 * (T // 2)
+    p_matrix += b * a_b + h * a_h
+    p_units += h * u_h
     gain = 1.0
     if GAIN:
         gain = tl.load(p_gain + head)
-    for g in tl.static_range(group_count(SPEC)):
-        _encode_group(
-            p_x + b * x_b + h * x_h + n * x_n, p_mean + tile * D, p_transform + b * a_b + h * a_h,
-            p_thresholds, p_levels, p_codes + tile * BYTES, p_scale + (tile * group_count(SPEC) + g) * T, gain,
-            x_t, group_of(SPEC, g), SPEC, T, D, BLOCK_T, BLOCK_K, MEAN, RULE, CHANNEL_MAJOR,
-        )  # fmt: skip
+    k = tl.arange(0, BLOCK_K)
+    factors = 1.0
+    if CHUNKS == 1:
+        source = k
+        if ORDER:
+            source = _ranks(p_order + head * D, k, D, BLOCK_D)
+        matrices = _matrices(p_matrix, source, k < D, part_stride, D, SPEC, PARTS)
+        if BALANCE:
+            factors = tl.load(p_balance + head * D + k, mask=k < D, other=0.0)
+
+    for n in range(first, last):
+        tile = tl.full((), 0, tl.int64) + n
+        p_rows = p_x + b * x_b + h * x_h + tile * x_n - slot_shift * x_t + (t * x_t)[:, None]
+        weight = 0.0
+        if WEIGHT == "given":
+            weight = tl.load(p_weight + b * w_b + tile * w_n + t * w_t, mask=t < T, other=0.0).to(tl.float32)
+        elif WEIGHT == "starts":
+            weight = ((t < T) & (n * T + t >= tl.load(p_weight + b).to(tl.int32) + SINKS)).to(tl.float32)
+        for g in tl.static_range(GROUPS):
+            y = tl.zeros((BLOCK_T, group_block(SPEC, g)), tl.float32)
+            for low in tl.static_range(0, D, BLOCK_K):
+                if CHUNKS > 1 or g == 0:
+                    x = tl.load(p_rows + (low + k)[None, :], mask=(t < T)[:, None] & (low + k < D)[None, :], other=0.0)
+                    p_part = p_mean + b * m_b + h * m_h + tile * m_n + low + k
+                    mean = 0.0
+                    if MEAN == "given":
+                        mean = tl.load(p_part, mask=low + k < D, other=0.0)
+                    elif MEAN == "taken":
+                        mean = masked_mean(x.to(tl.float32), weight, T, WEIGHT != "none")
+                        if g == 0:
+                            tl.store(p_part, mean, mask=low + k < D)
+                    if CHUNKS > 1 and BALANCE:
+                        some = tl.load(p_balance + head * D + low + k, mask=low + k < D, other=0.0)
+                        high, rest = _prepared(x, mean, some, MEAN != "none", BALANCE, PATH)
+                    else:
+                        high, rest = _prepared(x, mean, factors, MEAN != "none", BALANCE, PATH)
+                if CHUNKS > 1:
+                    source = low + k
+                    if ORDER:
+                        source = _ranks(p_order + head * D, low + k, D, BLOCK_D)
+                    part = _group_parts(p_matrix, source, low + k < D, part_stride, D, group_of(SPEC, g), PARTS)
+                    y = _product(y, high, rest, part, 0, PARTS, PATH)
+                else:
+                    y = _product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
+            _write_group(
+                y, p_thresholds, p_levels, p_codes + b * c_b + h * c_h + tile * c_n,
+                p_scale + b * s_b + h * s_h + tile * s_n + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
+                SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
+            )  # fmt: skip
+
+
+_OPERANDS = WeakIdKeyDictionary()
+"""What `_operand` made of a matrix, as long as that lives."""
+
+
+def _operand(
+    transform: torch.Tensor, groups: tuple[CodeGroup, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A shared matrix [D, D] or [1, H, D, D] as products read it: parts of `dtype`, and what to multiply them by.
+
+    A group's rows are divided by their largest element. A Hadamard matrix then has one exact part, any other a sum
+    of two (float16) or three (bfloat16) that is off by 2^-24 at most. Waits for the device, once for a matrix.
+
+    Returns: [parts, 1 or H, D, D], transposed; float32 [1 or H, groups].
+    """
+    known = _OPERANDS.setdefault(transform, {})
+    if (groups, dtype) not in known:
+        rows = transform.float().reshape(-1, *transform.shape[-2:]).split([group.size for group in groups], dim=1)
+        units = torch.stack([part.abs().amax(dim=(1, 2)) for part in rows], dim=1).clamp(min=1e-30)
+        rest = torch.cat([part / units[:, i, None, None] for i, part in enumerate(rows)], dim=1).transpose(1, 2)
+        parts = []
+        while not parts or (dtype != torch.float32 and float(rest.abs().max()) > 2.0**-24):
+            parts.append(rest.to(dtype))
+            rest = rest - parts[-1].float()
+        known[groups, dtype] = torch.stack(parts).contiguous(), units
+    return known[groups, dtype]
 
 
 def encode_tiles(
@@ -429,134 +432,124 @@ def encode_tiles(
     scale_rule: str,
     scale_format: str = "fp16",
     gain: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    balance: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
+    center: bool = False,
+    weight: torch.Tensor | None = None,
     channel_major: bool = False,
+    out: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Equivalent to `reference.encode_tiles`; products are float32 to within a few units in the last place."""
     batch, heads, tiles, tile, dim = x.shape
-    x, device = _rows_contiguous(x), x.device
-    spec = tile_spec(groups, tile, scale_format, channel_major=channel_major, exact=True)
-    size = tile_bytes(groups, tile, channel_major)
-    codes = torch.empty((batch, heads, tiles, size), dtype=torch.uint8, device=device)
-    scale_dtype = torch.float16 if scale_format == "fp16" else torch.uint8
-    scale = torch.empty((batch, heads, tiles, len(groups), tile), dtype=scale_dtype, device=device)
-    matrix = transform.float().contiguous()
-    if codes.numel():
-        _encode_kernel[(batch * heads, tiles)](
-            x, x if mean is None else mean.contiguous(), matrix, threshold_table(groups, device),
-            level_table(groups, device), x if gain is None else gain.contiguous(), codes, scale,
-            *x.stride()[:4], *_head_strides(matrix), heads, tiles, size,
-            SPEC=spec, T=tile, D=dim, BLOCK_T=padded_size(tile), BLOCK_K=32, MEAN=mean is not None,
-            GAIN=gain is not None, RULE=scale_rule, CHANNEL_MAJOR=channel_major,
-            num_warps=8, num_stages=1,
-        )  # fmt: skip
-    return {"codes": codes, "scale": scale}
-
-
-# ---------------------------------------------------------------- decode
-
-
-@triton.jit
-def _unpack_elements(p_rows, row, code, GROUP: tl.constexpr):
-    """Codes `code` of packed rows `row` (index tensors that broadcast): int32."""
-    codes = tl.zeros_like(row + code)
-    for plane in tl.static_range(plane_count(GROUP)):
-        o_byte = code % plane_of(GROUP, plane, 2) + plane_of(GROUP, plane, 3)
-        byte = tl.load(p_rows + row * GROUP.row_stride + o_byte).to(tl.int32)
-        field = (byte >> (code // plane_of(GROUP, plane, 2) * plane_of(GROUP, plane, 0))) & (
-            (1 << plane_of(GROUP, plane, 0)) - 1
+    x = rows_contiguous(x)
+    if out is None:
+        out = new_arrays(x, groups, scale_format, center, channel_major)
+    if x.numel():
+        arguments = _arguments(
+            x, transform, groups, scale_rule, scale_format, gain, order, balance, mean, center, channel_major, out
         )
-        codes |= field << plane_of(GROUP, plane, 1)
-    return codes
-
-
-@triton.jit
-def _decode_group(
-    acc, p_codes, p_scale, p_levels, p_inverse, d, GROUP: tl.constexpr, SHIFT: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
-):  # fmt: skip
-    t = tl.arange(0, BLOCK_T)
-    token = tl.minimum(t, T - 1)[:, None]
-    scale = load_scales(p_scale + t, t < T, SHIFT)
-    for low in range(0, GROUP.size, BLOCK_C):
-        c = low + tl.arange(0, BLOCK_C)
-        channel = tl.minimum(c, GROUP.size - 1)[None, :]
-        if CHANNEL_MAJOR:
-            codes = _unpack_elements(p_codes + GROUP.offset, channel, token, GROUP)
-        else:
-            codes = _unpack_elements(p_codes + GROUP.offset, token, channel, GROUP)
-        y = tl.load(p_levels + GROUP.table + codes) * scale[:, None]
-        m_matrix = (c < GROUP.size)[:, None] & (d < D)[None, :]
-        matrix = tl.load(p_inverse + d[None, :] * D + (GROUP.start + c)[:, None], mask=m_matrix, other=0.0)
-        acc = tl.dot(y, matrix, acc, input_precision="tf32x3")
-    return acc
-
-
-@triton.jit
-def _decode_kernel(
-    p_codes, p_scale, p_levels, p_inverse, p_gain, p_mean, p_out,
-    c_b, c_h, c_n, s_b, s_h, s_n, m_b, m_h, m_n, a_b, a_h, H, N,
-    SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr, MEAN: tl.constexpr, GAIN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1).to(tl.int64)
-    b = head // H
-    h = head % H
-    t = tl.arange(0, BLOCK_T)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for g in tl.static_range(group_count(SPEC)):
-        acc = _decode_group(
-            acc, p_codes + b * c_b + h * c_h + n * c_n, p_scale + b * s_b + h * s_h + n * s_n + g * T, p_levels,
-            p_inverse + b * a_b + h * a_h, d, group_of(SPEC, g), SPEC.shift, T, D, BLOCK_T, BLOCK_C, CHANNEL_MAJOR,
-        )  # fmt: skip
-    acc *= SPEC.unit
-    if GAIN:
-        acc *= tl.load(p_gain + head)
-    if MEAN:
-        mean = tl.load(p_mean + b * m_b + h * m_h + n * m_n + d, mask=d < D, other=0.0)
-        acc += mean.to(tl.float32)[None, :]
-    o_out = (head * N + n) * T * D + t[:, None] * D + d[None, :]
-    tl.store(p_out + o_out, acc, mask=(t < T)[:, None] & (d < D)[None, :])
-
-
-def decode_tiles(
-    packed: dict[str, torch.Tensor],
-    inverse: torch.Tensor,
-    groups: tuple[CodeGroup, ...],
-    *,
-    scale_format: str = "fp16",
-    gain: torch.Tensor | None = None,
-    channel_major: bool = False,
-) -> torch.Tensor:
-    """Equivalent to `reference.decode_tiles`; products are float32 to within a few units in the last place."""
-    codes, scale, mean = _rows_contiguous(packed["codes"]), packed["scale"], packed.get("mean")
-    batch, heads, tiles = codes.shape[:3]
-    tile, dim, device = scale.shape[-1], inverse.shape[-1], codes.device
-    scale = scale if scale.stride()[3:] == (tile, 1) else scale.contiguous()
-    mean = mean if mean is None else _rows_contiguous(mean)
-    spec = tile_spec(groups, tile, scale_format, channel_major=channel_major, exact=True)
-    matrix = inverse.float().contiguous()
-    out = torch.empty((batch, heads, tiles, tile, dim), dtype=torch.float32, device=device)
-    if out.numel():
-        block = min(MAX_CHUNK, padded_size(dim))
-        _decode_kernel[(batch * heads, tiles, triton.cdiv(dim, block))](
-            codes, scale, level_table(groups, device), matrix, out if gain is None else gain.contiguous(),
-            out if mean is None else mean, out, *codes.stride()[:3], *scale.stride()[:3],
-            *((0, 0, 0) if mean is None else mean.stride()[:3]), *_head_strides(matrix), heads, tiles,
-            SPEC=spec, T=tile, D=dim, BLOCK_T=padded_size(tile), BLOCK_D=block, BLOCK_C=32,
-            MEAN=mean is not None, GAIN=gain is not None, CHANNEL_MAJOR=channel_major, num_warps=8,
+        per_program = max(1, min(TILES, batch * heads * tiles // 256))
+        weight = weight if center else None
+        strides = (0, 0, 0) if weight is None else weight.stride()
+        _encode_kernel[(batch * heads, triton.cdiv(tiles, per_program))](
+            **arguments, p_weight=x if weight is None else weight, WEIGHT="none" if weight is None else "given",
+            w_b=strides[0], w_n=strides[1], w_t=strides[2], N=tiles, TILES=per_program,
+            p_counts=x, p_fitted=x, RING=0, SINKS=0, WINDOW=0, DUE=False,
         )  # fmt: skip
     return out
 
 
-def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def encode_due(
+    ring: torch.Tensor,
+    transform: torch.Tensor,
+    groups: tuple[CodeGroup, ...],
+    counts: torch.Tensor,
+    fitted: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    tile: int,
+    window: int,
+    sinks: int,
+    scale_rule: str,
+    scale_format: str = "fp16",
+    gain: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    balance: torch.Tensor | None = None,
+    center: bool = False,
+    channel_major: bool = False,
+    out: dict[str, torch.Tensor],
+) -> None:
+    """Equivalent to `reference.encode_due`; the host does not wait."""
+    x = ring.unflatten(2, (-1, tile))
+    arguments = _arguments(
+        x, transform, groups, scale_rule, scale_format, gain, order, balance, None, center, channel_major, out
+    )
+    _encode_kernel[(x.shape[0] * x.shape[1], 1)](
+        p_weight=starts, WEIGHT="starts" if center else "none", w_b=0, w_n=0, w_t=0,
+        N=out["codes"].shape[2], TILES=1, p_counts=counts, p_fitted=fitted, RING=ring.shape[2], SINKS=sinks,
+        WINDOW=window, DUE=True, **{**arguments, "maxnreg": None},
+    )  # fmt: skip
 
 
-def _head_strides(matrix: torch.Tensor) -> tuple[int, int]:
-    """Steps from one sequence's and one head's matrix to the next, of [D, D] or [B or 1, H, D, D]."""
-    if matrix.dim() == 2:
-        return 0, 0
-    return (0 if matrix.shape[0] == 1 else matrix.stride(0)), matrix.stride(1)
+def _arguments(
+    x, transform, groups, scale_rule, scale_format, gain, order, balance, mean, center, channel_major, out
+) -> dict:
+    """What a launch is told about tiles x [B, H, N, T, D], and how it is compiled."""
+    tile, dim = x.shape[-2:]
+    shared = transform.dim() == 2 or transform.shape[0] == 1
+    if INTERPRETED and x.dtype == torch.bfloat16:  # its products of bfloat16 are of the bytes
+        x = x.float()
+    if x.dtype == torch.float32 or not shared or (balance is None and (center or mean is not None)):
+        path, dtype = FULL, torch.float32
+    elif balance is not None:  # brings the input near 1, where two halves hold all of it
+        path, dtype = SPLIT, torch.float16
+    else:
+        path, dtype = RAW, x.dtype
+    if shared:
+        matrix, units = _operand(transform, groups, dtype)
+        parts, heads = matrix.shape[:2]
+        a_b, a_h, u_h = 0, (dim * dim if heads > 1 else 0), (len(groups) if heads > 1 else 0)
+    else:
+        matrix, units = transform.float().transpose(-1, -2).contiguous(), _ones(len(groups), x.device)
+        parts, heads, (a_b, a_h), u_h = 1, 1, matrix.stride()[:2], 0
+    block = padded_size(dim)
+    kept = out["mean"] if center else mean
+    m_b, m_h, m_n = (0, 0, 0) if kept is None else kept.stride()[:3]
+    (c_b, c_h, c_n), (s_b, s_h, s_n) = out["codes"].stride()[:3], out["scale"].stride()[:3]
+    x_b, x_h, x_n, x_t = x.stride()[:4]
+    return {
+        "p_x": x, "p_mean": x if kept is None else kept, "p_matrix": matrix, "p_units": units,
+        "p_order": x if order is None else order.contiguous(),
+        "p_balance": x if balance is None else balance.contiguous(),
+        "p_gain": x if gain is None else gain.contiguous(), "p_thresholds": threshold_table(groups, x.device),
+        "p_levels": level_table(groups, x.device), "p_codes": out["codes"], "p_scale": out["scale"],
+        "x_b": x_b, "x_h": x_h, "x_n": x_n, "x_t": x_t, "m_b": m_b, "m_h": m_h, "m_n": m_n,
+        "c_b": c_b, "c_h": c_h, "c_n": c_n, "s_b": s_b, "s_h": s_h, "s_n": s_n,
+        "part_stride": heads * dim * dim, "a_b": a_b, "a_h": a_h, "u_h": u_h, "H": x.shape[1],
+        "SPEC": tile_spec(groups, tile, scale_format, channel_major=channel_major, exact=True),
+        "T": tile, "D": dim, "BLOCK_T": padded_size(tile), "BLOCK_D": block,
+        "BLOCK_K": 32 if path == FULL else min(block, 128), "PATH": path, "PARTS": parts,
+        "MEAN": "taken" if center else "none" if mean is None else "given", "ORDER": order is not None,
+        "BALANCE": balance is not None, "GAIN": gain is not None, "RULE": scale_rule, "CHANNEL_MAJOR": channel_major,
+        "num_warps": WARPS if block <= 128 else 2 * WARPS, "num_stages": 1, "maxnreg": REGISTERS,
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _ones(count: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(1, count, dtype=torch.float32, device=device)
+
+
+def new_arrays(x, groups, scale_format, center, channel_major) -> dict[str, torch.Tensor]:
+    """Empty arrays for the tiles x [B, H, N, T, D]."""
+    *lead, tile, dim = x.shape
+    scale_dtype = torch.float16 if scale_format == "fp16" else torch.uint8
+    out = {
+        "codes": torch.empty((*lead, tile_bytes(groups, tile, channel_major)), dtype=torch.uint8, device=x.device),
+        "scale": torch.empty((*lead, len(groups), tile), dtype=scale_dtype, device=x.device),
+    }
+    if center:
+        out["mean"] = torch.empty((*lead, dim), dtype=torch.float16, device=x.device)
+    return out

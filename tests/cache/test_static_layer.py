@@ -1,0 +1,163 @@
+"""`TurboQuantStaticLayer` by itself: ring, tiles, sinks, crops, batch operations, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turboquant_hf.cache.static_due import DueState
+from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
+from turboquant_hf.cache.static_plan import PLANS
+from turboquant_hf.cache.static_state import StaticState
+from turboquant_hf.config import load_preset
+
+SIZES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 24}
+
+
+def make_layer(preset="lossless", max_len=200, **options):
+    preset = load_preset(preset, **{**SIZES, **options})
+    return TurboQuantStaticLayer(preset, *preset.layer_quantizers(0, 1), max_len)
+
+
+def states(tokens, batch=2, seed=0, dim=16):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, 2, tokens, dim, generator=generator) for _ in range(2))
+
+
+def feed(layer, keys, values, steps):
+    """Update in pieces of the given sizes; returns what the last update returned."""
+    position = 0
+    for step in steps:
+        result = layer.update(*(x[:, :, position : position + step] for x in (keys, values)))
+        position += step
+    return result
+
+
+SPLITS = {
+    "one-chunk": [150],
+    "chunks": [40, 17, 60, 33],
+    "steps": [1] * 150,
+    "blocks": [16] * 9 + [6],
+    "chunk-and-steps": [70, *[1] * 40, 20, *[5] * 4],
+    "short-first": [3, 9, 16, 30, *[4] * 23],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_any_way_of_feeding_holds_the_same(split):
+    keys, values = states(150)
+    layer = make_layer()
+    result = feed(layer, keys, values, SPLITS[split])
+    for got, given in zip(result, (keys, values), strict=True):
+        assert got.shape[2] == 200 and torch.equal(got[:, :, :150], given) and not got[:, :, 150:].any()
+    assert layer.counts[:2].tolist() == [(150 - 8) // 8, 150]
+    assert int(layer.get_seq_length()) == 150 and layer.get_mask_sizes(1) == (200, 0)
+
+
+@pytest.mark.parametrize("preset", ["k4v4", "int4", "polar-4"])
+def test_steps_and_chunks_encode_alike(preset):
+    """One by one or at once, after the same first chunk: the same codes."""
+    keys, values = states(120, dim=32)
+    results = []
+    for steps in ([40, 80], [40, *[1] * 80], [40, *[7] * 11, 3]):
+        layer = make_layer(preset)
+        feed(layer, keys, values, steps)
+        results.append(layer.dense())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+    assert (results[0][0][:, :, :120] - keys).abs().max() > 1e-3
+
+
+def test_sinks_follow_the_padding():
+    keys, values = states(60)
+    layer = make_layer("k2v2", min_statistics=16)
+    layer.note_padding([0, 13])
+    feed(layer, keys, values, [60])
+    dense = layer.dense()
+    for row, start in ((0, 0), (1, 13)):
+        assert torch.equal(dense[0][row, :, start : start + 4], keys[row, :, start : start + 4])
+        assert not torch.equal(dense[0][row, :, start + 4 : start + 8], keys[row, :, start + 4 : start + 8])
+
+
+@pytest.mark.parametrize("keep", [149, 140, 130, 129, 128, 100, 96, 50, 3, 0])
+def test_crop_and_continue(keep):
+    keys, values = states(150)
+    more = states(40, seed=1)
+    layer = make_layer()
+    feed(layer, keys, values, [100, *[1] * 50])
+    layer.crop(keep - 150)
+    assert int(layer.get_seq_length()) == keep
+    feed(layer, *more, [1] * 40)
+    got = layer.keys[:, :, : keep + 40]
+    assert torch.equal(got, torch.cat([keys[:, :, :keep], more[0]], dim=2))
+    layer.crop(10)
+    assert int(layer.get_seq_length()) == 10
+
+
+def test_reorder_keeps_addresses():
+    keys, values = states(90, batch=3)
+    layer = make_layer("lossless")
+    layer.note_padding([0, 5, 9])
+    feed(layer, keys, values, [60, *[1] * 30])
+    address = layer.arena.data_ptr()
+    layer.reorder_cache(torch.tensor([2, 2, 0]))
+    assert layer.arena.data_ptr() == address
+    assert torch.equal(layer.values[:, :, :90], values[[2, 2, 0]])
+    for refused in (lambda: layer.batch_repeat_interleave(2), lambda: layer.batch_select_indices(torch.tensor([0]))):
+        with pytest.raises(NotImplementedError, match="static cache keeps its batch size"):
+            refused()
+    layer.reset()
+    assert layer.arena.data_ptr() == address and int(layer.get_seq_length()) == 0 and not layer.keys.any()
+
+
+def test_a_full_layer_says_so():
+    layer = make_layer(max_len=40)
+    feed(layer, *states(40), [30, 10])
+    with pytest.raises(ValueError, match="max_cache_len=40 is not enough: 40 tokens are held and 1 more came"):
+        layer.update(*states(1))
+    with pytest.raises(ValueError, match="does not continue this layer's"):
+        layer.update(*states(1, batch=1))
+
+
+def test_much_padding_does_not_overflow_the_ring():
+    """Every row is mostly padding: the first encode comes when the ring is full, not after `min_statistics` tokens."""
+    keys, values = states(150)
+    layer = make_layer("k4v4")
+    layer.note_padding([130, 100])
+    feed(layer, keys, values, [1] * 150)
+    assert layer.plan.ring == 48 and layer.counts[0] > 0
+    got = layer.keys
+    assert torch.equal(got[0, :, 142:150], keys[0, :, 142:]) and got.isfinite().all()
+
+
+def test_memory_is_what_is_held():
+    layer = make_layer("k4v4", max_len=4096)
+    feed(layer, *states(1000, dim=64), [1000])
+    total = layer.arena.untyped_storage().nbytes() + layer.counts.untyped_storage().nbytes()
+    assert layer.nbytes + layer.spare_nbytes == total
+    assert layer.dense_nbytes == 2 * 2 * 2 * 1000 * 128 and layer.nbytes < layer.spare_nbytes
+
+
+@pytest.mark.parametrize("preset", ["lossless", "int4", "paper-prod-4", "paper-3.5", "k4v4"])
+def test_steps_that_nobody_waits_for_encode_the_same(preset):
+    """`DueState` without kernels, beside `StaticState`: one tile a step, the same codes in the end."""
+    keys, values = states(100, dim=32)
+    layer = make_layer(preset)
+    layer.note_padding([0, 21])
+    feed(layer, keys, values, [1])
+    name = layer.plan_name
+    layer.plan.clear(layer.arena, layer.counts)
+    layer._set_starts()
+    arenas = [(layer.arena.clone(), layer.counts.clone()) for _ in range(2)]
+    plain, due = StaticState(name, *arenas[0]), DueState(name, *arenas[1])
+    for n in range(100):
+        new = [x[:, :, n : n + 1] for x in (keys, values)]
+        query = torch.randn(2, 4, 1, 32, generator=torch.Generator().manual_seed(n))
+        for state, commit in ((plain, plain.commit), (due, due._commit_where_due)):
+            state.append(*new)
+            StaticState.observe(state, query)
+            commit()
+    assert PLANS[name].capacity >= plain.read_counts()[0] == due.read_counts()[0] > 5
+    for a, b in zip(plain.dense(), due.dense(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,232 @@
+"""The preallocated cache: DynamicCache's tokens with `lossless`, those of "turboquant" with every other preset."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.generation.families import FAMILIES, available, build, prompt
+from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
+
+TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
+KINDS = ("llama", "gemma2", "gemma3n", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "falcon", "t5")
+PICKED = [family for family in FAMILIES if (family.label or family.kind) in KINDS]
+
+
+def generate(model, inputs, **options):
+    torch.manual_seed(0)
+    defaults = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    return model.generate(**inputs, **{**defaults, **options})
+
+
+def static(preset="lossless", attention="auto", **options):
+    """The arguments of `generate` that ask for a preallocated packed cache."""
+    config = {"preset": preset, "attention": attention, **TILES, **options}
+    return {"cache_implementation": "turboquant_static", "cache_config": config}
+
+
+def padded(batch=2, length=45, padding=19):
+    ids = torch.randint(3, 199, (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1:, :padding] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", PICKED, ids=lambda family: family.label or family.kind)
+def test_lossless_equals_dynamic_cache(family):
+    if not available(family):
+        pytest.skip("this transformers does not know it")
+    model, inputs = build(family), prompt(family)
+    if family.auto == "AutoModelForCausalLM":
+        inputs["attention_mask"][1, :11] = 0
+    expected = generate(model, inputs)
+    try:
+        generate(model, inputs, cache_implementation="static")
+    except (KeyError, ValueError, AttributeError) as error:
+        pytest.skip(f"this transformers has no static cache for it: {error!r}")
+    assert torch.equal(generate(model, inputs, **static(attention="keep")), expected)
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # the SDPA of early versions drops the soft-cap
+        expected = generate(model, inputs)
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(generate(model, inputs, **static()), expected)
+    if model._can_set_attn_implementation():
+        assert model.config.get_text_config(decoder=True)._attn_implementation == "turboquant"
+
+
+MODES = {
+    "sampling": {"do_sample": True, "num_return_sequences": 3, "temperature": 1.3},
+    "beams": {"num_beams": 4, "num_return_sequences": 3},
+    "chunked-prefill": {"prefill_chunk_size": 20},
+    "short-chunks": {"prefill_chunk_size": 5},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", [0, 19])
+def test_modes(llama, mode, padding):
+    inputs = padded(padding=padding)
+    expected = generate(llama, inputs, **MODES[mode])
+    assert torch.equal(generate(llama, inputs, **MODES[mode], **static()), expected)
+
+
+@pytest.mark.parametrize("length", [3, 17, 64])
+def test_long_answers_from_short_prompts(llama, length):
+    """The first encode, and several tiles, are crossed while tokens come one by one."""
+    inputs = padded(length=length, padding=length // 3)
+    expected = generate(llama, inputs, max_new_tokens=90)
+    assert torch.equal(generate(llama, inputs, max_new_tokens=90, **static()), expected)
+
+
+@pytest.mark.parametrize("preset", ["k4v4", "k2v2", "kivi-4", "paper-prod-4", "polar-4"])
+@pytest.mark.parametrize("length", [5, 60])
+def test_quantized_equals_the_dynamic_cache(small_llama, preset, length):
+    """The same statistics and codes: logits differ by the rounding of another order of sums."""
+    model = small_llama(head_dim=32)
+    inputs = padded(length=length, padding=length // 3)
+    options = {"tile": 32, "recent_window": 16, "min_statistics": 48, "attention": "auto"}
+    runs = {}
+    for name in ("turboquant", "turboquant_static"):
+        config = {"preset": preset, **options}
+        runs[name] = generate(
+            model, inputs, max_new_tokens=70, cache_implementation=name, cache_config=config,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    dynamic, ours = runs["turboquant"], runs["turboquant_static"]
+    assert torch.equal(dynamic.sequences, ours.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(dynamic.logits), rtol=1e-3, atol=1e-3)
+    raw = generate(model, inputs, max_new_tokens=70, output_logits=True, return_dict_in_generate=True)
+    assert (torch.stack(raw.logits) - torch.stack(ours.logits)).abs().max() > 1e-2, "something was packed"
+
+
+def test_a_padded_batch_equals_single_prompts(small_llama):
+    model = small_llama(head_dim=32)
+    lossy = static("k4v4", tile=32, recent_window=16, min_statistics=300)  # beyond this: statistics are batch-wide
+    inputs = padded(length=60, padding=25)
+    both = generate(model, inputs, **static())
+    for row, start in ((0, 0), (1, 25)):
+        one = {name: x[row : row + 1, start:] for name, x in inputs.items()}
+        assert torch.equal(generate(model, one, **static())[0, -24:], both[row, -24:])
+    assert generate(model, inputs, **lossy).shape == both.shape
+
+
+def test_assisted_decoding_and_prompt_lookup(llama, small_llama):
+    inputs = {name: x[:1] for name, x in padded(padding=0).items()}
+    length = {"max_new_tokens": 40, "eos_token_id": 198}
+    expected = generate(llama, inputs, **length)
+    assistant = small_llama(num_hidden_layers=1)
+    for options in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 20}):
+        assert torch.equal(generate(llama, inputs, **length, **options, **static()), expected)
+
+
+def test_turns_with_one_cache(llama):
+    llama.set_attn_implementation("turboquant")
+    inputs = padded(padding=0)
+    cache = TurboQuantStaticCache(llama.config, 160, "lossless", **TILES)
+    first = generate(llama, inputs, past_key_values=cache)
+    more = torch.cat([first, torch.randint(3, 199, (2, 30), generator=torch.Generator().manual_seed(3))], dim=1)
+    second = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    assert torch.equal(generate(llama, second, past_key_values=cache), generate(llama, second))
+    cache.reset()
+    assert torch.equal(generate(llama, inputs, past_key_values=cache), first)
+
+
+def test_what_does_not_fit_is_named_before_it_runs(llama):
+    llama.set_attn_implementation("turboquant")
+    inputs = padded()
+    cache = TurboQuantStaticCache(llama.config, 60, "lossless", **TILES)
+    with pytest.raises(ValueError, match="max_cache_len=60 of the given cache is not enough.*68 and more"):
+        generate(llama, inputs, past_key_values=cache)
+    with pytest.raises(ValueError, match="max_cache_len=40 is not enough: 0 tokens are held and 45 more came"):
+        llama(**inputs, past_key_values=TurboQuantStaticCache(llama.config, 40, "lossless", **TILES))
+    with pytest.raises(ValueError, match="max_cache_len=0 is not supported"):
+        TurboQuantStaticCache(llama.config, 0)
+    with pytest.raises(ValueError, match="encode_first=True is not supported by a static cache"):
+        generate(llama, inputs, **static(encode_first=True))
+
+
+@pytest.fixture
+def compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def teacher_forced(model, forward, tokens, cache, steps):
+    """Logits [B, steps, V] of feeding `tokens` one by one behind a prefill of the first 20."""
+    with torch.no_grad():
+        model(input_ids=tokens[:, :20], past_key_values=cache)
+        new = [forward(input_ids=tokens[:, n : n + 1], past_key_values=cache).logits for n in range(20, 20 + steps)]
+    return torch.cat(new, dim=1)
+
+
+@pytest.mark.parametrize(
+    "kind, backend, preset",
+    [
+        ("llama", "eager", "lossless"),
+        ("llama", "aot_eager", "k4v4"),
+        ("gpt_oss", "aot_eager", "k4v4"),
+        pytest.param("llama", "inductor", "k4v4", marks=pytest.mark.slow),
+    ],
+)
+def test_one_graph_serves_every_step(compiler, kind, backend, preset):
+    """Across the first encode and several tiles, and again with a second cache: no break, no second graph."""
+    model = build(next(family for family in FAMILIES if family.kind == kind), head_dim=32)
+    model.set_attn_implementation("turboquant")
+    tokens = torch.randint(3, 199, (2, 60), generator=torch.Generator().manual_seed(0))
+    steps = 11 if kind == "gpt_oss" else 40  # its other layers are upstream's, which change graphs at the window
+    options = {"tile": 8, "recent_window": 8, "min_statistics": 24}
+
+    def cache():
+        return TurboQuantStaticCache(model.config, 64, preset, **options)
+
+    expected = teacher_forced(model, model, tokens, cache(), steps)
+    with torch._dynamo.config.patch(error_on_recompile=kind == "llama"):
+        compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
+        for _ in range(2):
+            result = teacher_forced(model, compiled, tokens, cache(), steps)
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert not counters["graph_break"]
+    if kind == "llama":
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_prefill_needs_an_allocated_cache(compiler, llama):
+    llama.set_attn_implementation("turboquant")
+    inputs = {name: x for name, x in padded(padding=0).items() if name == "input_ids"}
+    compiled = torch.compile(llama.forward, fullgraph=True, backend="aot_eager")
+    cache = TurboQuantStaticCache(llama.config, 80, "lossless", **TILES)
+    with torch.no_grad(), pytest.raises(Exception, match="cannot be allocated inside a compiled region"):
+        compiled(**inputs, past_key_values=cache)
+    cache.early_initialization(batch_size=2, num_heads=2, head_dim=8, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        result = compiled(**inputs, past_key_values=cache).logits
+        torch.testing.assert_close(result, llama(**inputs).logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(cache.packed_layers[0].counts[:2], torch.tensor([4, 45], dtype=torch.int32))
+
+
+def test_generate_compiles_by_itself(compiler, llama):
+    """Where transformers compiles (here: told to do so on a CPU), it engages and changes nothing."""
+    from transformers import CompileConfig
+
+    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    inputs = padded()
+    expected = generate(llama, inputs)
+    assert torch.equal(generate(llama, inputs, compile_config=config, **static()), expected)
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
+
+
+def test_the_dynamic_cache_may_be_compiled_around(compiler, llama):
+    """Its state is Python's, so graphs break at it; nothing crashes and nothing changes."""
+    llama.set_attn_implementation("turboquant")
+    tokens = torch.randint(3, 199, (2, 60), generator=torch.Generator().manual_seed(0))
+
+    def cache():
+        return TurboQuantCache(llama.config, "k4v4", tile=8, recent_window=8, min_statistics=24)
+
+    expected = teacher_forced(llama, llama, tokens, cache(), 12)
+    compiled = torch.compile(llama.forward, backend="aot_eager")
+    torch.testing.assert_close(teacher_forced(llama, compiled, tokens, cache(), 12), expected, rtol=1e-4, atol=1e-4)

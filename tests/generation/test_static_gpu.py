@@ -1,0 +1,141 @@
+"""The preallocated cache on a GPU: compiled by generate, recorded in a CUDA graph, the same tokens as step by step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.conftest import make_llama
+from turboquant_hf import TurboQuantStaticCache
+from turboquant_hf.cache import static_ops
+from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
+from turboquant_hf.config import load_preset
+
+pytestmark = pytest.mark.gpu
+OPTIONS = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture
+def model():
+    torch._dynamo.reset()
+    counters.clear()
+    yield make_llama(head_dim=64, hidden_size=256).to("cuda", torch.float16)
+    torch._dynamo.reset()
+
+
+def generate(model, inputs, name, preset, **options):
+    config = {"preset": preset, "min_statistics": 256}
+    return model.generate(
+        **inputs, **OPTIONS, cache_implementation=name, cache_config=config, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["k4v4", "k3v3", "lossless"])
+@pytest.mark.parametrize("length", [100, 400])
+def test_compiled_generation_equals_the_eager_dynamic_cache(model, preset, length):
+    """From below the first encode across it, and over several tiles behind it."""
+    ids = torch.randint(3, 199, (2, length), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, : length // 3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = generate(model, inputs, "turboquant", preset)
+    eager = generate(model, inputs, "turboquant_static", preset, disable_compile=True)
+    compiled = generate(model, inputs, "turboquant_static", preset)
+    assert counters["stats"]["unique_graphs"] > 0, "transformers compiles by itself"
+    graphs = counters["stats"]["unique_graphs"]
+    again = generate(model, inputs, "turboquant_static", preset)
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    for result in (eager, compiled, again):
+        # Half precision: a token may tip where two are equally likely. Until then, all logits agree.
+        same = (result.sequences == expected.sequences).all(0)[length:].long().cumprod(0).sum().item()
+        assert same > 20
+        for a, b in zip(result.logits[:same], expected.logits[:same], strict=True):
+            assert (a - b).norm() < 2e-2 * b.norm()
+
+
+def test_reduce_overhead_compiles_once(model):
+    model.set_attn_implementation("turboquant")
+    ids = torch.randint(3, 199, (1, 700), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    results = []
+    for forward in (model.forward, compiled, compiled):
+        cache = TurboQuantStaticCache(model.config, 800, "k4v4")
+        logits = []
+        with torch.no_grad():
+            model(input_ids=ids[:, :400], past_key_values=cache)
+            for n in range(400, 690):
+                torch.compiler.cudagraph_mark_step_begin()
+                logits.append(forward(input_ids=ids[:, n : n + 1], past_key_values=cache).logits.clone())
+        results.append(torch.cat(logits, 1).float())
+        assert cache.packed_layers[0].counts[:2].tolist() == [(690 - 128) // 128, 690]
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for result in results[1:]:
+        assert (result - results[0]).norm() < 1e-2 * results[0].norm()
+
+
+@pytest.mark.parametrize("preset", ["k4v4", "k2v2", "lossless", "paper-3.5"])
+def test_a_recorded_step_replays_across_tiles(preset):
+    """append, attend and commit in one CUDA graph, from an empty cache over the first encode and several tiles."""
+    preset = load_preset(preset, min_statistics=256)
+    generator = torch.Generator("cuda").manual_seed(0)
+    batch, heads, groups, dim, steps = 2, 2, 3, 128, 700
+    keys, values = torch.randn(2, steps, batch, heads, 1, dim, device="cuda", generator=generator).half()
+    queries = torch.randn(steps, batch, heads * groups, 1, dim, device="cuda", generator=generator).half()
+    packed = preset.name not in ("lossless",)
+
+    def make():
+        layer = TurboQuantStaticLayer(preset, *preset.layer_quantizers(0, 1), 720)
+        layer.note_padding([0, 37])
+        layer.lazy_initialization(keys[0], values[0])
+        return layer
+
+    def step(layer, key, value, query):
+        static_ops.append(key, value, layer.arena, layer.counts, layer.plan_name)
+        if packed:
+            return static_ops.attend(
+                query, layer.arena, layer.counts, layer.workspace, None, None, dim**-0.5, None, layer.plan_name
+            )
+        dense = layer.dense()
+        layer.commit(query)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, *(x.repeat_interleave(groups, 1) for x in dense), layer.visible(1)
+        ).transpose(1, 2)
+
+    eager = make()
+    expected = [step(eager, keys[n], values[n], queries[n]).clone() for n in range(steps)]
+
+    layer = make()
+    inputs = [x[0].clone() for x in (keys, values, queries)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(layer, *inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.plan.clear(layer.arena, layer.counts)
+    layer.note_padding([0, 37])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step(layer, *inputs)
+    for n in range(steps):
+        for x, new in zip(inputs, (keys, values, queries), strict=True):
+            x.copy_(new[n])
+        graph.replay()
+        torch.testing.assert_close(output, expected[n], rtol=1e-3, atol=1e-3, msg=f"step {n}")
+    assert torch.equal(layer.counts[:2].cpu(), torch.tensor([(steps - 128) // 128, steps], dtype=torch.int32))
+    assert torch.equal(eager.counts, layer.counts)
+    for a, b in zip(eager.dense(), layer.dense(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_full_cache_drops_what_does_not_fit():
+    preset = load_preset("k4v4")
+    layer = TurboQuantStaticLayer(preset, *preset.layer_quantizers(0, 1), 300)
+    new = torch.randn(1, 2, 290, 64, device="cuda").half()
+    layer.update(new, new)
+    for _ in range(3):
+        layer.update(*[torch.ones(1, 2, 6, 64, device="cuda").half()] * 2)
+    assert layer.counts[1].item() == 300 and layer.keys.isfinite().all()
+    with pytest.raises(ValueError, match="max_cache_len=300 is not enough"):
+        layer.update(new, new)

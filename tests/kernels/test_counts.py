@@ -1,0 +1,161 @@
+"""Kernels that read on the device how much a buffer of fixed size holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from turboquant_hf.kernels.append import reference as append_reference
+from turboquant_hf.kernels.decode import reference
+from turboquant_hf.kernels.decode.reference import RawTokens
+
+from .cases import attention_inputs, moved
+
+TILE, RING = 32, 96
+
+
+@pytest.fixture
+def triton_decode(device):
+    from turboquant_hf.kernels.decode import triton
+
+    return triton.decode_attention
+
+
+@pytest.fixture
+def triton_append(device):
+    from turboquant_hf.kernels.append import triton
+
+    return triton.append_tokens
+
+
+def in_buffers(arguments, capacity, ring=RING):
+    """The same call as whole buffers: `capacity` tiles, those behind the used ones and idle ring slots poisoned."""
+    query, keys, values, sinks, tail, starts = arguments
+    tiles, count = keys.codes.shape[2], tail.keys.shape[2]
+
+    def grown(x):
+        poison = torch.nan if x.is_floating_point() else 255
+        return torch.cat([x, torch.full_like(x[:, :, :1], poison).expand(-1, -1, capacity - tiles, *x.shape[3:])], 2)
+
+    def side(x):
+        means = {} if x.mean is None else {"mean": grown(x.mean)}
+        return replace(x, codes=grown(x.codes), scale=grown(x.scale), **means)
+
+    slots = (tiles * TILE + torch.arange(count)) % ring
+    raws = []
+    for x in (tail.keys, tail.values):
+        buffer = torch.full((*x.shape[:2], ring, x.shape[3]), torch.nan)
+        buffer[:, :, slots] = x
+        raws.append(buffer)
+    counts = torch.tensor([tiles, tiles * TILE + count], dtype=torch.int32)
+    return (query, side(keys), side(values), sinks, RawTokens(*raws), starts), counts
+
+
+CASES = {
+    "empty-tiles": {"tiles": 1, "tail": 40},
+    "wrapped": {"tiles": 2, "tail": 60},
+    "several-splits": {"tiles": 5, "tail": 33, "heads": 1},
+    "queries": {"tiles": 3, "tail": 21, "queries": 5},
+    "full-ring": {"tiles": 3, "tail": RING},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_reads_counts(case):
+    arguments = attention_inputs(batch=2, **CASES[case])
+    arguments = (*arguments[:5], torch.tensor([0, 37]))
+    mask = torch.rand(2, 7 * TILE + RING, generator=torch.Generator().manual_seed(1)) > 0.2
+    buffers, counts = in_buffers(arguments, capacity=6)
+    length = int(counts[1])
+    expected = reference.decode_attention(*arguments, scaling=0.2, mask=mask[:, :length])
+    torch.testing.assert_close(
+        reference.decode_attention(*buffers, scaling=0.2, mask=mask, counts=counts), expected
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_decode_reads_counts(triton_decode, device, case, masked):
+    arguments = attention_inputs(batch=2, **CASES[case])
+    arguments = (*arguments[:5], torch.tensor([0, 37]))
+    mask = torch.rand(2, 7 * TILE + RING, generator=torch.Generator().manual_seed(1)) > 0.2
+    buffers, counts = in_buffers(arguments, capacity=6)
+    expected = reference.decode_attention(
+        *arguments, scaling=0.2, mask=mask[:, : int(counts[1])] if masked else None
+    )
+    moved_mask = mask.to(device) if masked else None
+    out = triton_decode(
+        *moved(buffers, device, torch.float32), scaling=0.2, mask=moved_mask, counts=counts.to(device)
+    )
+    torch.testing.assert_close(out.cpu(), expected, rtol=2e-4, atol=2e-5)
+
+
+def test_decode_without_any_tile(triton_decode, device):
+    arguments = attention_inputs(batch=2, tiles=1, tail=40)
+    arguments = (*arguments[:5], torch.tensor([0, 3]))
+    query, keys, values, sinks, tail, starts = arguments
+
+    def none(side):
+        return replace(side, codes=side.codes[:, :, :0], scale=side.scale[:, :, :0],
+                       mean=None if side.mean is None else side.mean[:, :, :0])  # fmt: skip
+
+    empty = (query, none(keys), none(values), sinks, tail, starts)
+    buffers, counts = in_buffers((query, keys, values, sinks, tail, starts), capacity=2)
+    slots = torch.arange(40)
+    rings = [torch.full_like(x, torch.nan) for x in (buffers[4].keys, buffers[4].values)]
+    for ring, x in zip(rings, (tail.keys, tail.values), strict=True):
+        ring[:, :, slots] = x
+    buffers = (*buffers[:4], RawTokens(*rings), starts)
+    counts = torch.tensor([0, 40], dtype=torch.int32)
+    expected = reference.decode_attention(*empty, scaling=0.2)
+    out = triton_decode(*moved(buffers, device, torch.float32), scaling=0.2, counts=counts.to(device))
+    torch.testing.assert_close(out.cpu(), expected, rtol=2e-4, atol=2e-5)
+
+
+def append_inputs(queries, length, starts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, dim, value_dim = len(starts), 2, 24, 16
+    # As models give them: heads and tokens exchanged.
+    keys = torch.randn(batch, queries, heads, dim, generator=generator).transpose(1, 2)
+    values = torch.randn(batch, queries, heads, value_dim, generator=generator).transpose(1, 2)
+    ring = RawTokens(torch.zeros(batch, heads, RING, dim), torch.zeros(batch, heads, RING, value_dim))
+    sinks = RawTokens(torch.zeros(batch, heads, 4, dim), torch.zeros(batch, heads, 4, value_dim))
+    counts = torch.tensor([1, length], dtype=torch.int32)
+    return keys, values, ring, sinks, torch.tensor(starts), counts, torch.zeros(1, dtype=torch.int32)
+
+
+APPENDS = {"start": (5, 0), "wraps": (16, 90), "one": (1, 97), "last-fits": (4, 196), "too-many": (6, 196)}
+
+
+@pytest.mark.parametrize("case", APPENDS)
+def test_append_reference(case):
+    queries, length = APPENDS[case]
+    keys, values, ring, sinks, starts, counts, ticket = append_inputs(queries, length, [0, 3])
+    append_reference.append_tokens(keys, values, ring, sinks, starts, counts, ticket, 200)
+    assert counts.tolist() == [1, min(length + queries, 200)]
+    for j in range(queries):
+        slot, kept = (length + j) % RING, length + j < 200
+        assert torch.equal(ring.keys[:, :, slot], keys[:, :, j] * kept)
+        assert torch.equal(ring.values[:, :, slot], values[:, :, j] * kept)
+    if case == "start":
+        assert torch.equal(sinks.keys[0], keys[0, :, :4]) and torch.equal(sinks.values[1, :, :2], values[1, :, 3:])
+        assert not sinks.keys[1, :, 2:].any()
+    else:
+        assert not sinks.keys.any()
+
+
+@pytest.mark.parametrize("case", APPENDS)
+def test_append_kernel(triton_append, device, case):
+    expected, given = (append_inputs(*APPENDS[case], [0, 3]) for _ in range(2))
+    append_reference.append_tokens(*expected, 200)
+
+    def on(x):
+        return RawTokens(x.keys.to(device), x.values.to(device)) if isinstance(x, RawTokens) else x.to(device)
+
+    given = [on(x) for x in given]
+    triton_append(*given, 200)
+    for ours, theirs in zip(given[2:4], expected[2:4], strict=True):
+        assert torch.equal(ours.keys.cpu(), theirs.keys) and torch.equal(ours.values.cpu(), theirs.values)
+    assert torch.equal(given[5].cpu(), expected[5]) and given[6].item() == 0

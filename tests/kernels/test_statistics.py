@@ -1,0 +1,172 @@
+"""Statistics, and the steps of a device-side cache: Triton against the reference, both against `fit` and `encode`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turboquant_hf.kernels.encode import reference as encode_reference
+from turboquant_hf.kernels.statistics import due, reference
+from turboquant_hf.quantizers import QUANTIZERS
+
+
+@pytest.fixture
+def kernel(device):
+    from turboquant_hf.kernels.statistics import triton
+
+    return triton
+
+
+def moved(values, device):
+    """A copy of the tensors in nested tuples, lists and dicts on a device."""
+    if isinstance(values, torch.Tensor):
+        return values.clone().to(device)
+    if isinstance(values, dict):
+        return {name: moved(value, device) for name, value in values.items()}
+    return [moved(value, device) for value in values] if isinstance(values, (tuple, list)) else values
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 32, 40), (1, 3, 9, 24, 64), (1, 1, 1, 128, 80)], ids=str)
+@pytest.mark.parametrize("center", [True, False], ids=["centred", "raw"])
+def test_tile_energy(kernel, device, shape, center):
+    x = (torch.randn(shape) + 5 * torch.randn(shape[-1])).half()
+    weight = (torch.rand(shape[0], *shape[2:4]) > 0.2).float()
+    found = kernel.tile_energy(x.to(device), weight.to(device), center).cpu()
+    torch.testing.assert_close(found, reference.tile_energy(x, weight, center), rtol=2e-4, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "position", "starts"), [(1, 7, [3, 0]), (300, 0, [0, 290]), (20, 5, [30, 11])], ids=str
+)
+def test_query_energy(kernel, device, tokens, position, starts):
+    query = torch.randn(2, tokens, 6, 40).bfloat16().transpose(1, 2)
+    starts = torch.tensor(starts)
+    found = kernel.query_energy(query.to(device), 2, starts.to(device), position)
+    wanted = reference.query_energy(query, 2, starts, position)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("balance", ["query", "key", "none"])
+@pytest.mark.parametrize("sizes", [(20, 20), (40,), (8, 8, 24)], ids=str)
+def test_balance_channels(kernel, device, sizes, balance):
+    energy, query = torch.rand(3, 2, 40) * 100, torch.rand(3, 2, 40)
+    energy[1, :, 3], query[0, 1, 5:9] = 0.0, query[0, 1, 5]
+    energy[0, 1, 5:9] = energy[0, 1, 5]
+    count = torch.tensor([400.0, 30.0, 0.0])
+    for known in (query, None):
+        found = kernel.balance_channels(*moved((energy, count, known), device), sizes, balance)
+        wanted = reference.balance_channels(energy, count, known, sizes, balance)
+        assert torch.equal(found["order"].cpu(), wanted["order"])
+        torch.testing.assert_close(found["balance"].cpu(), wanted["balance"], rtol=1e-5, atol=0.0)
+
+
+def test_an_order_with_nan_is_still_one(kernel, device):
+    energy = torch.rand(1, 1, 40)
+    energy[..., [3, 17]] = torch.nan
+    for module, where in ((reference, "cpu"), (kernel, device)):
+        order = module.balance_channels(*moved((energy, torch.ones(1), None), where), (20, 20), "key")["order"]
+        assert order.cpu().sort().values.tolist() == [[list(range(40))]]
+
+
+KEYS = QUANTIZERS["conditioned"](widths=((0.5, 5), (0.5, 3)), codebook="polynomial", scale_format="e3m5")
+VALUES = QUANTIZERS["mse"](codebook="polynomial", scale="norm-corrected", scale_format="e4m4", channel_major=True)
+TILE, WINDOW, SINKS, MINIMUM, RING, CAPACITY = 16, 16, 2, 40, 64, 5
+
+
+class Steps:
+    """The state of one layer, and a step of it."""
+
+    def __init__(self, encoder, steps, device, dtype, batch, heads, dim):
+        self.encoder, self.steps, self.dim, self.heads = encoder, steps, dim, heads
+        new = {"dtype": torch.float32, "device": device}
+        self.rings = [torch.zeros(batch, heads, RING, dim, dtype=dtype, device=device) for _ in range(2)]
+        self.energy, self.count = torch.zeros(batch, heads, dim, **new), torch.zeros(batch, heads, **new)
+        self.seen, self.fitted = (torch.zeros(heads, dtype=torch.int32, device=device) for _ in range(2))
+        self.counts = torch.zeros(2, dtype=torch.int32, device=device)
+        order = torch.zeros(batch, heads, dim, dtype=torch.int16, device=device)
+        self.states = ({"balance": torch.zeros_like(self.energy), "order": order}, {"gain": self.count.clone()})
+        self.arrays = [
+            {
+                name: torch.zeros(batch, heads, CAPACITY, *field.shape, dtype=field.dtype, device=device)
+                for name, field in quantizer.layout(dim, TILE, dtype).items()
+            }
+            for quantizer in (KEYS, VALUES)
+        ]
+
+    def step(self, keys, values, query, starts, position):
+        tokens = keys.shape[2]
+        for ring, new in zip(self.rings, (keys, values), strict=True):
+            for i in range(tokens):
+                ring[:, :, (position + i) % RING] = new[:, :, i]
+        self.counts[1] = position + tokens
+        common = (self.counts, self.fitted, starts)
+        shared = {"tile": TILE, "window": WINDOW}
+        self.steps.observe_due(query, self.energy, self.count, self.seen, *common)
+        self.steps.fit_due(
+            *self.rings, self.energy, self.count, self.seen, *common, **shared, sinks=SINKS, min_statistics=MINIMUM,
+            center=KEYS.center, sizes=tuple(size for size, _ in KEYS.group_sizes(self.dim)), balance=KEYS.balance,
+            key_state=self.states[0], value_state=self.states[1],
+        )  # fmt: skip
+        for q, ring, state, out in zip((KEYS, VALUES), self.rings, self.states, self.arrays, strict=True):
+            self.encoder.encode_due(
+                ring, q.rotation_of(self.dim, self.heads, ring.device), q.groups(self.dim), *common, **shared,
+                sinks=SINKS, out=out, **q.encoding(state),
+            )  # fmt: skip
+        self.steps.advance_due(self.counts, self.fitted, **shared, capacity=CAPACITY)
+
+
+def run_steps(encoder, steps, device, dtype):
+    """A left-padded batch, token by token after a short prompt, until the arrays are full: (layer, keys, values)."""
+    generator = torch.Generator().manual_seed(3)
+    batch, heads, dim, total = 2, 2, 32, TILE * CAPACITY + 2 * TILE
+    channel = torch.rand(dim, generator=generator) + 0.2
+    keys = (torch.randn(batch, heads, total, dim, generator=generator) * channel + 2 * channel.flip(0)).to(dtype)
+    values = torch.randn(batch, heads, total, dim, generator=generator).to(dtype)
+    query = torch.randn(batch, 2 * heads, total, dim, generator=generator).to(dtype)
+    starts = torch.tensor([0, 9], device=device)
+    layer = Steps(encoder, steps, device, dtype, batch, heads, dim)
+    keys, values, query = moved((keys, values, query), device)
+    position = 0
+    while position < total:
+        stop = position + (20 if position == 0 else 1)
+        layer.step(*(x[:, :, position:stop] for x in (keys, values, query)), starts, position)
+        position = stop
+        tiles = max(position - WINDOW, 0) // TILE if position >= MINIMUM else 0
+        assert int(layer.counts[0]) == min(tiles, CAPACITY, position - MINIMUM + 1 if tiles else 0)
+    return layer, keys, values, query, starts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_reference_steps_are_fit_and_encode(dtype):
+    layer, keys, values, query, starts = run_steps(encode_reference, due, "cpu", dtype)
+    whole = MINIMUM // TILE
+    weight = (torch.arange(whole * TILE) >= starts[:, None] + SINKS).float().unflatten(1, (whole, TILE))
+    energy, count = reference.query_energy(query[:, :, :MINIMUM], 2, starts, 0)
+    for index, (quantizer, x) in enumerate(((KEYS, keys), (VALUES, values))):
+        first = x[:, :, : whole * TILE].unflatten(2, (whole, TILE))
+        state = quantizer.fit(first, weight, (energy / count).sqrt())
+        for name, value in state.items():
+            torch.testing.assert_close(layer.states[index][name], value, rtol=1e-6, atol=0.0)
+        tiles = x[:, :, : CAPACITY * TILE].unflatten(2, (CAPACITY, TILE))
+        every = (torch.arange(CAPACITY * TILE) >= starts[:, None] + SINKS).float().unflatten(1, (CAPACITY, TILE))
+        packed = quantizer.encode(tiles, layer.states[index], every)
+        for name, array in packed.items():
+            assert torch.equal(layer.arrays[index][name], array), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=str)
+def test_steps(kernel, device, dtype):
+    from turboquant_hf.kernels.encode import triton as encoder
+    from turboquant_hf.kernels.statistics import due_triton
+
+    ours, *_ = run_steps(encoder, due_triton, device, dtype)
+    theirs, *_ = run_steps(encode_reference, due, "cpu", dtype)
+    for found, wanted in zip(ours.states, theirs.states, strict=True):
+        for name, value in found.items():
+            torch.testing.assert_close(value.cpu(), wanted[name], rtol=1e-5, atol=0.0)
+    assert torch.equal(ours.seen.cpu(), theirs.seen)
+    for found, wanted in zip(ours.arrays, theirs.arrays, strict=True):
+        for name, array in found.items():
+            different = (array.cpu().float() != wanted[name].float()).float().mean()
+            assert different <= 2e-3, f"{name}: {different}"

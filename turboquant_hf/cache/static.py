@@ -1,0 +1,85 @@
+"""`TurboQuantStaticCache`: a StaticCache whose full-attention layers are packed and preallocated, for torch.compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from turboquant_hf.cache.cache import LiveAttention, TurboQuantCache, _head_dim, never_packed
+from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
+from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
+
+
+class TurboQuantStaticCache(StaticCache):
+    """A packed cache whose buffers never grow or move: one compiled graph serves every step.
+
+    Sliding-window, linear-attention and other special layers are transformers' own static ones.
+
+    Args:
+        config: the model's configuration.
+        max_cache_len: tokens that fit, prompt and answer together.
+        preset: a shipped preset's name, the path of a YAML file, a mapping, or a `CachePreset`.
+        **overrides: any field of `CachePreset`.
+
+    Raises:
+        ValueError: for an unknown preset or field, a length that is not a positive number, or a head dim that a
+            quantizer cannot serve; from `update`, when more tokens come than fit.
+    """
+
+    packed_layer_class = TurboQuantStaticLayer
+    packed_layers = TurboQuantCache.packed_layers
+    tokens = TurboQuantCache.tokens
+    note_padding = TurboQuantCache.note_padding
+    nbytes = TurboQuantCache.nbytes
+    spare_nbytes = TurboQuantCache.spare_nbytes
+    dense_nbytes = TurboQuantCache.dense_nbytes
+    compression_ratio = TurboQuantCache.compression_ratio
+    _raw_nbytes = TurboQuantCache._raw_nbytes
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_cache_len: int,
+        preset: str | Path | dict | CachePreset = DEFAULT_PRESET,
+        **overrides: Any,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config={config!r} is not supported; allowed: the model's configuration (model.config)")
+        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
+            raise ValueError(f"max_cache_len={max_cache_len!r} is not supported; allowed: whole numbers from 1")
+        self.preset = load_preset(preset, **overrides)
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        self._pack_layers(config)
+
+    @classmethod
+    def from_static(cls, cache: StaticCache, config: PreTrainedConfig, preset: CachePreset) -> TurboQuantStaticCache:
+        """Take over an empty StaticCache: its special layers as they are, packed ones for the rest."""
+        new = cls.__new__(cls)
+        new.__dict__.update(cache.__dict__)
+        new.preset, new.layers = preset, list(cache.layers)
+        new._pack_layers(config)
+        return new
+
+    def _pack_layers(self, config: PreTrainedConfig) -> None:
+        decoder = config.get_text_config(decoder=True)
+        latent = getattr(decoder, "kv_lora_rank", None) is not None
+        head_dim = _head_dim(decoder)
+        if head_dim is not None and not latent:
+            self.preset.validate(head_dim)
+        reads_packed = never_packed if latent else LiveAttention(config)
+        workspaces: dict = {}
+        packed = [index for index, layer in enumerate(self.layers) if type(layer) is StaticLayer]
+        for ordinal, index in enumerate(packed):
+            keys, values = self.preset.layer_quantizers(ordinal, len(packed))
+            length = self.layers[index].max_cache_len
+            self.layers[index] = TurboQuantStaticLayer(self.preset, keys, values, length, reads_packed, workspaces)
+
+    def __repr__(self) -> str:
+        packed = len(self.packed_layers)
+        return (
+            f"{type(self).__name__}(preset={self.preset.name!r}, layers={len(self.layers)} ({packed} packed), "
+            f"bytes={self.nbytes:,}, {self.spare_nbytes:,} more ahead)"
+        )

@@ -1,0 +1,238 @@
+"""Kernel level: decode attention of one layer, every backend beside every SDPA that PyTorch has."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.config import load_preset
+from turboquant_hf.evaluation.benchmark.data import Source, packed_layer, tile_nbytes
+from turboquant_hf.evaluation.benchmark.rows import Recorder
+from turboquant_hf.evaluation.benchmark.settings import Group
+from turboquant_hf.evaluation.benchmark.timing import measure, relative_error, rotation_count
+from turboquant_hf.kernels import dispatch
+from turboquant_hf.kernels.decode import PackedSide, RawTokens
+from turboquant_hf.kernels.decode import reference as decode_reference
+
+ERROR_BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-3}
+"""Largest relative error at which a speed counts: a few roundings of the dtype, of tf32 products in float32."""
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+REPEATED_LIMIT = 2**30
+"""Bytes of repeated keys and values up to which SDPA over one KV head a query head is tried too."""
+
+
+def backends(device: torch.device, asked: list[str] | None = None) -> list[str]:
+    """The names of TURBOQUANT_BACKEND to measure: all fast ones on a CUDA device, plain torch elsewhere.
+
+    Raises: ValueError for a name that does not exist.
+    """
+    for name in asked or ():
+        if name not in dispatch.BACKENDS:
+            raise ValueError(f"backend={name!r} is not supported; allowed: {', '.join(dispatch.BACKENDS)}")
+    if asked:
+        return list(asked)
+    return [name for name in dispatch.BACKENDS if name not in ("auto", "torch")] if device.type == "cuda" else ["torch"]
+
+
+@contextmanager
+def using_backend(name: str) -> Iterator[None]:
+    """TURBOQUANT_BACKEND is `name` within the block."""
+    before = os.environ.get(dispatch.VARIABLE)
+    os.environ[dispatch.VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[dispatch.VARIABLE]
+        else:
+            os.environ[dispatch.VARIABLE] = before
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one `decode_attention` call."""
+
+    query: torch.Tensor
+    keys: PackedSide
+    values: PackedSide
+    sinks: RawTokens
+    tail: RawTokens
+    starts: torch.Tensor
+
+    @classmethod
+    def of_layer(cls, layer: TurboQuantLayer, query: torch.Tensor) -> Inputs:
+        parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
+        sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
+        raws = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())
+        return cls(query, *sides, *raws, layer.sinks.starts)
+
+    def attend(self) -> torch.Tensor:
+        """By the backend that TURBOQUANT_BACKEND names."""
+        return dispatch.decode_attention(
+            self.query, self.keys, self.values, self.sinks, self.tail, self.starts, scaling=self.scaling
+        )
+
+    @property
+    def scaling(self) -> float:
+        return self.query.shape[-1] ** -0.5
+
+    def exact(self) -> torch.Tensor:
+        """The reference in float32, a sequence at a time: [B, Hq, 1, D]."""
+        return torch.cat([self._exact_sequence(b) for b in range(self.query.shape[0])])
+
+    def _exact_sequence(self, index: int) -> torch.Tensor:
+        one = slice(index, index + 1)
+
+        def side(x: PackedSide) -> PackedSide:
+            names = ("codes", "scale", "order", "balance", "mean", "gain")
+            return replace(x, **{n: getattr(x, n)[one] for n in names if getattr(x, n) is not None})
+
+        raws = [RawTokens(x.keys[one].float(), x.values[one].float()) for x in (self.sinks, self.tail)]
+        return decode_reference.decode_attention(
+            self.query[one].float(), side(self.keys), side(self.values), *raws, self.starts[one], scaling=self.scaling
+        )
+
+
+def run_group(group: Group, names: list[str], device: torch.device, bandwidth: float, recorder: Recorder) -> None:
+    """Rows of every cell: SDPA over the dense tensors first, then each preset by each backend."""
+    for batch, tokens in group.cells:
+        common = {
+            "level": "kernel", "shape": group.shape.name, "dtype": group.dtype, "batch": batch, "tokens": tokens,
+            "kv_heads": group.shape.kv_heads, "group": group.shape.group, "head_dim": group.shape.head_dim,
+        }  # fmt: skip
+        shape, best = group.shape, None
+        with recorder.guard({**common, "backend": "sdpa"}):
+            source = Source(batch, shape.kv_heads, shape.group, shape.head_dim, group.torch_dtype, device)
+            best = run_dense(source, tokens, common, bandwidth, recorder)
+        for preset in group.presets:
+            row = {**common, "preset": preset}
+            with recorder.guard(row):
+                source = Source(batch, shape.kv_heads, shape.group, shape.head_dim, group.torch_dtype, device)
+                layer = packed_layer(load_preset(preset), source, tokens)
+                run_packed(layer, source.queries(1), names, row, bandwidth, best, recorder)
+            recorder.release()
+
+
+def run_dense(
+    source: Source, tokens: int, common: dict[str, Any], bandwidth: float, recorder: Recorder
+) -> float | None:
+    """One row a SDPA backend, each with its fastest way to group heads; returns the best time in microseconds."""
+    keys, values = source.keys_and_values(tokens)
+    query, device = source.queries(1), keys.device
+    nbytes = 2 * keys.numel() * keys.itemsize
+    exact = torch.cat([_exact_dense(query[b], keys[b], values[b]) for b in range(len(query))])
+    copies = [(keys, values), *((keys.clone(), values.clone()) for _ in range(1, rotation_count(nbytes, device)))]
+    found = []
+    for name, backend in SDPA.items() if device.type == "cuda" else (("default", None),):
+        row = {**common, "backend": f"sdpa {name}", "bytes": nbytes, "floor_us": 1e6 * nbytes / bandwidth}
+        ways, reasons = {}, []
+        for way, attend in _ways(query, source.group, nbytes).items():
+            if name == "math" and way != "grouped":
+                continue  # it repeats heads itself, and is never the fastest
+            try:
+                with sdpa_kernel(backend) if backend is not None else _nothing():
+                    error = relative_error(attend(*copies[0]), exact)
+                    if error <= ERROR_BOUNDS[keys.dtype]:
+                        ways[way] = measure([partial(attend, *pair) for pair in copies], device), error
+                    else:
+                        reasons.append(f"{way}: relative error {error:.1e}")
+            except (RuntimeError, torch.OutOfMemoryError) as failure:
+                reasons.append(f"{way}: {str(failure).splitlines()[0]}")
+        if ways:
+            way, (timing, error) = min(ways.items(), key=lambda item: item[1][0].seconds)
+            found.append(recorder.add(timed_row({**row, "way": way, "error": error}, timing, bandwidth)))
+        else:
+            recorder.add({**row, "us": None, "reason": "; ".join(reasons)})
+    best = min((row["us"] for row in found), default=None)
+    for row in found:
+        row["ratio_to_fp16"], row["speedup"] = row["us"] / best, best / row["us"]
+    return best
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _ways(query: torch.Tensor, group: int, nbytes: int) -> dict[str, Callable[..., torch.Tensor]]:
+    """How SDPA can be told that query heads share a KV head; all give [B, Hq, 1, D]."""
+
+    def grouped(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(query, keys, values, enable_gqa=group > 1)
+
+    def folded(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        rows = query.unflatten(1, (-1, group)).squeeze(3)
+        return scaled_dot_product_attention(rows, keys, values).flatten(1, 2).unsqueeze(2)
+
+    def repeated(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        return scaled_dot_product_attention(query, keys, values)
+
+    ways = {"grouped": grouped}
+    if group > 1:
+        ways["query heads as rows"] = folded
+        if group * nbytes <= REPEATED_LIMIT:
+            ways["repeated"] = repeated
+    return ways
+
+
+def _exact_dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """One sequence in float32: query [Hq, 1, D], keys and values [H, T, D] -> [1, Hq, 1, D]."""
+    rows = query.float().squeeze(1).unflatten(0, (keys.shape[0], -1))
+    scores = rows @ keys.float().transpose(1, 2) * query.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ values.float()).flatten(0, 1)[None, :, None]
+
+
+def run_packed(
+    layer: TurboQuantLayer,
+    query: torch.Tensor,
+    names: list[str],
+    row: dict[str, Any],
+    bandwidth: float,
+    best: float | None,
+    recorder: Recorder,
+) -> None:
+    """One row a backend over a filled layer."""
+    inputs, device = Inputs.of_layer(layer, query), query.device
+    nbytes = tile_nbytes(layer)
+    row = {**row, "bytes": nbytes, "floor_us": 1e6 * nbytes / bandwidth}
+    exact = inputs.exact()
+    copies = [inputs]
+    for _ in range(1, rotation_count(nbytes, device)):
+        copies.append(Inputs.of_layer(copy.deepcopy(layer), query))
+    for name in names:
+        with recorder.guard({**row, "backend": name}), using_backend(name):
+            dispatch.backend(device)  # says why the backend is not available
+            error = relative_error(inputs.attend(), exact)
+            checked = {**row, "backend": name, "error": error}
+            if error > ERROR_BOUNDS[query.dtype]:
+                reason = f"relative error {error:.1e} above {ERROR_BOUNDS[query.dtype]:.0e}"
+                recorder.add({**checked, "us": None, "reason": reason})
+                continue
+            made = timed_row(checked, measure([x.attend for x in copies], device), bandwidth)
+            if best is not None:
+                made["ratio_to_fp16"], made["speedup"] = made["us"] / best, best / made["us"]
+            recorder.add(made)
+
+
+def timed_row(row: dict[str, Any], timing, bandwidth: float) -> dict[str, Any]:
+    rate = row["bytes"] / timing.seconds
+    return {
+        **row, "us": timing.us, "spread": timing.spread, "timing": timing.method, "gbps": rate / 1e9,
+        "copy_share": rate / bandwidth,
+    }  # fmt: skip

@@ -1,0 +1,139 @@
+"""What a benchmark runs: shapes and groups of cells, read from a YAML file and narrowed by flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama-like model: channels, query heads, KV heads, channels a head, MLP width, vocabulary."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells (batch, tokens) that one level measures alike.
+
+    Attributes:
+        presets: of the packed caches.
+        caches: names of rivals at the model level (`model.RIVALS`).
+        layers: of the model.
+        static_cells: cells at which caches of fixed size (of ours, with the first preset) are measured under
+            torch.compile too; each takes a compilation of half a minute.
+    """
+
+    shape: Shape
+    cells: tuple[tuple[int, int], ...]
+    dtype: str = "bfloat16"
+    presets: tuple[str, ...] = ("k4v4",)
+    caches: tuple[str, ...] = ("dynamic",)
+    layers: int = 8
+    static_cells: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
+        for name in ("cells", "static_cells"):
+            cells = tuple(tuple(cell) for cell in getattr(self, name))
+            for cell in cells:
+                if len(cell) != 2 or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in cell):
+                    raise ValueError(f"{name}={list(cell)!r} is not supported; allowed: [batch, tokens], both from 1")
+            object.__setattr__(self, name, cells)
+        for name in ("presets", "caches"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+LEVELS = ("kernel", "encode", "model")
+OPTIONS = {"shape", "cells", "dtype", "presets", "caches", "layers", "static_cells"}
+
+
+def read_groups(data: Mapping[str, Any], section: str, levels: Sequence[str] = LEVELS) -> dict[str, list[Group]]:
+    """level -> its groups in `data[section]`.
+
+    Raises:
+        ValueError: for an unknown section, shape or field, or an impossible cell.
+    """
+    shapes = read_shapes(data)
+    if section not in data:
+        raise ValueError(f"section={section!r} is not in the settings; allowed: {', '.join(sorted(set(data)))}")
+    found: dict[str, list[Group]] = {}
+    for level in levels:
+        found[level] = []
+        for entry in data[section].get(level) or ():
+            for key in entry:
+                if key not in OPTIONS:
+                    raise ValueError(f"{section}.{level}: unknown field {key!r}; allowed: {', '.join(sorted(OPTIONS))}")
+            found[level].append(Group(**{**entry, "shape": shape_of(shapes, entry.get("shape"))}))
+    return found
+
+
+def read_shapes(data: Mapping[str, Any]) -> dict[str, Shape]:
+    """The named shapes of a settings file."""
+    try:
+        return {name: Shape(name, **sizes) for name, sizes in data["shapes"].items()}
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"shapes: {error}; a shape has {', '.join(list(Shape.__annotations__)[1:])}") from None
+
+
+def shape_of(shapes: Mapping[str, Shape], name: str | None) -> Shape:
+    if name not in shapes:
+        raise ValueError(f"shape={name!r} is not supported; allowed: {', '.join(shapes)}")
+    return shapes[name]
+
+
+def narrow(
+    groups: Sequence[Group],
+    shapes: Mapping[str, Shape],
+    *,
+    names: Sequence[str] | None = None,
+    batch: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+    presets: Sequence[str] | None = None,
+    dtype: str | None = None,
+) -> list[Group]:
+    """Groups with what the flags replace; a shape that no group has borrows the first group's cells."""
+    chosen = list(groups)
+    if names:
+        chosen = []
+        for name in names:
+            own = [group for group in groups if group.shape.name == name]
+            chosen += own or [replace(group, shape=shape_of(shapes, name)) for group in groups[:1]]
+    result: list[Group] = []
+    for group in chosen:
+        changes: dict[str, Any] = {}
+        if batch or tokens:
+            batches = batch or dict.fromkeys(b for b, _ in group.cells)
+            lengths = tokens or dict.fromkeys(t for _, t in group.cells)
+            cells = tuple((b, t) for b in batches for t in lengths)
+            changes |= {"cells": cells, "static_cells": cells if group.static_cells else ()}
+        if presets:
+            changes["presets"] = tuple(presets)
+        if dtype:
+            changes["dtype"] = dtype
+        group = replace(group, **changes)
+        if group not in result:
+            result.append(group)
+    return result

@@ -1,0 +1,92 @@
+"""Decode steps of a model, eager or compiled, and their time."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """SDPA without cuDNN, which plans anew (65 ms) at every length and so would lose every decode step."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+class Stepper:
+    """Feeds one token a sequence at a time, as `generate` does: greedy, and waiting for each token.
+
+    compiled: by `torch.compile(mode="reduce-overhead")`, that is with CUDA graphs.
+    """
+
+    def __init__(self, model, compiled: bool) -> None:
+        self._model, self._compiled = model, compiled
+        self._forward = (
+            torch.compile(model.forward, mode="reduce-overhead", dynamic=False) if compiled else model.forward
+        )
+        # Later versions of transformers call it `cache`, and warn of the old name.
+        names = inspect.signature(model.forward).parameters
+        self._cache_name = "past_key_values" if "past_key_values" in names or "cache" not in names else "cache"
+
+    @property
+    def warmup(self) -> int:
+        """Steps before the timed ones: launchers are built, graphs recorded."""
+        return 8 if self._model.device.type == "cuda" else 1
+
+    def first_ids(self, batch: int) -> torch.Tensor:
+        return torch.arange(batch, device=self._model.device)[:, None] % self._model.config.vocab_size
+
+    def step(self, cache, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, vocabulary] after one more token of every sequence."""
+        if self._compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        output = self._forward(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
+        return output.logits[:, -1]
+
+    def time(self, cache, batch: int, steps: int) -> dict[str, Any]:
+        """Milliseconds a step: medians on the device's clock (events around the forward) and on the host's.
+
+        The host's includes choosing the token and waiting for it. Steps that encode a tile (one in 128) are in the
+        mean, and in the slowest step, where they fall.
+        """
+        cuda = self._model.device.type == "cuda"
+        ids = self.first_ids(batch)
+        for _ in range(self.warmup):
+            ids = self.step(cache, ids).argmax(-1, keepdim=True).clone()
+        device_ms, host_ms = [], []
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+        if cuda:
+            torch.cuda.synchronize()
+        for _ in range(steps):
+            begin = time.perf_counter()
+            if cuda:
+                events[0].record()
+            logits = self.step(cache, ids)
+            if cuda:
+                events[1].record()
+            ids = logits.argmax(-1, keepdim=True).clone()
+            if cuda:
+                torch.cuda.synchronize()
+            host_ms.append((time.perf_counter() - begin) * 1e3)
+            device_ms.append(events[0].elapsed_time(events[1]) if cuda else host_ms[-1])
+        return {
+            "ms": statistics.median(device_ms), "host_ms": statistics.median(host_ms),
+            "mean_ms": statistics.fmean(device_ms), "slowest_ms": max(device_ms), "steps": steps,
+            "timing": "events" if cuda else "host",
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Drop compiled code and its graphs."""
+        if self._compiled:
+            self._forward = None
+            torch.compiler.reset()

@@ -1,0 +1,117 @@
+"""Time on a device: medians of CUDA graph replays, or of plain calls where no graph can be captured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+CALLS = 12
+"""Calls in one graph, at least: a replay's own launch is then a small part."""
+ROTATION = 150 * 2**20
+"""Bytes that the buffers of one rotation should have together: three times the L2 cache of an H100 (50 MB)."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median, the spread (80th less 20th percentile, over the median) and how it was taken."""
+
+    seconds: float
+    spread: float
+    method: str
+
+    @property
+    def us(self) -> float:
+        return self.seconds * 1e6
+
+
+def rotation_count(nbytes: int, device: torch.device, most: int = 32) -> int:
+    """How many buffers of `nbytes` to rotate over, so that no call finds its input in a cache."""
+    if device.type != "cuda":
+        return 1
+    return max(1, min(most, -(-ROTATION // max(nbytes, 1))))
+
+
+def measure(
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 0.1,
+    least: int = 15,
+    graph: bool = True,
+) -> Timing:
+    """Median time of one call, over `calls` in turn: the same work on different buffers.
+
+    Runs for about `seconds` and at least `least` rounds. On a CUDA device all calls are captured in one graph, whose
+    replays are timed by events; without a graph the events include what the host adds.
+    """
+    if device.type != "cuda":
+        return _measure_host(calls, seconds, min(least, 5))
+    for _ in range(2):
+        for call in calls:
+            call()
+    torch.cuda.synchronize(device)
+    many = list(calls) * (-(-CALLS // len(calls)) if graph else 1)
+    if not graph:
+        return _measure_events(lambda: [call() for call in many], len(many), seconds, least, "events")
+    try:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            for call in many:
+                call()
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return _measure_events(lambda: [call() for call in many], len(many), seconds, least, "events, no graph")
+    timing = _measure_events(captured.replay, len(many), seconds, least, "graph")
+    captured.reset()
+    return timing
+
+
+def _measure_events(run: Callable[[], object], calls: int, seconds: float, least: int, method: str) -> Timing:
+    def timed() -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e-3
+
+    first = min(timed() for _ in range(2))
+    count = int(max(least, min(200, seconds / max(first, 1e-7))))
+    return _summary([timed() / calls for _ in range(count)], method)
+
+
+def _measure_host(calls: Sequence[Callable[[], object]], seconds: float, least: int) -> Timing:
+    for call in calls:
+        call()
+    taken: list[float] = []
+    while len(taken) < least or (sum(taken) < seconds and len(taken) < 200):
+        begin = time.perf_counter()
+        calls[len(taken) % len(calls)]()
+        taken.append(time.perf_counter() - begin)
+    return _summary(taken, "host")
+
+
+def _summary(taken: Sequence[float], method: str) -> Timing:
+    ordered = sorted(taken)
+    median = statistics.median(ordered)
+    low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
+    return Timing(median, (high - low) / median, method)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy on the device, counting bytes read and bytes written."""
+    size = 2**30 if device.type == "cuda" else 2**25
+    source = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    timing = measure([lambda: target.copy_(source)], device, graph=False, least=30)
+    return 2 * size / timing.seconds
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm of `exact`; NaN and infinities give infinity."""
+    error = ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+    return error if error == error else float("inf")

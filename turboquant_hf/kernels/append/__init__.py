@@ -1,0 +1,1 @@
+"""Storing the newest tokens of a cache whose buffers never move."""

@@ -1,0 +1,72 @@
+"""Triton: one launch that stores a step's tokens and counts them, whatever the cache holds."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_hf.kernels.decode.reference import RawTokens
+
+
+@triton.jit
+def _store_rows(p_new, p_ring, p_sinks, d, m_d, slot, sink, m_token, m_sink, q, new_q, D: tl.constexpr):
+    row = tl.load(p_new + q * new_q + d, mask=m_d & m_token, other=0.0)
+    tl.store(p_ring + slot * D + d, row, mask=m_d & m_token)
+    tl.store(p_sinks + sink * D + d, row, mask=m_d & m_token & m_sink)
+
+
+@triton.jit
+def _append_kernel(
+    p_keys, p_values, p_ring_keys, p_ring_values, p_sink_keys, p_sink_values, p_starts, p_counts, p_ticket,
+    key_b, key_h, key_q, value_b, value_h, value_q, max_len,
+    H: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    b = head // H
+    h = head % H
+    length = tl.load(p_counts + 1)
+    start = tl.load(p_starts + b).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    for q in range(Q):
+        position = length + q
+        slot = position % R
+        sink = position - start
+        m_sink = (sink >= 0) & (sink < S)
+        _store_rows(
+            p_keys + b * key_b + h * key_h, p_ring_keys + head * R * D, p_sink_keys + head * S * D,
+            d, d < D, slot, sink, position < max_len, m_sink, q, key_q, D,
+        )  # fmt: skip
+        _store_rows(
+            p_values + b * value_b + h * value_h, p_ring_values + head * R * DV, p_sink_values + head * S * DV,
+            dv, dv < DV, slot, sink, position < max_len, m_sink, q, value_q, DV,
+        )  # fmt: skip
+    # Whoever comes last counts the tokens: all others have read the length by then.
+    tl.debug_barrier()
+    if tl.atomic_add(p_ticket, 1) == tl.num_programs(0) - 1:
+        tl.store(p_ticket, 0)
+        tl.store(p_counts + 1, tl.minimum(length + Q, max_len))
+
+
+def append_tokens(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    ring: RawTokens,
+    sinks: RawTokens,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    ticket: torch.Tensor,
+    max_len: int,
+) -> None:
+    """Equivalent to `reference.append_tokens`. Ring and sinks must be contiguous."""
+    batch, heads, count, dim = keys.shape
+    value_dim = values.shape[3]
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    _append_kernel[(batch * heads,)](
+        keys, values, ring.keys, ring.values, sinks.keys, sinks.values, starts, counts, ticket,
+        *keys.stride()[:3], *values.stride()[:3], max_len,
+        H=heads, Q=count, D=dim, DV=value_dim, R=ring.keys.shape[2], S=sinks.keys.shape[2],
+        BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=triton.next_power_of_2(value_dim), num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,178 @@
+"""Triton kernels of `due`: nothing waits for the host, and a step that nothing is due in leaves at once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_hf.kernels.encode.spec import padded_size
+from turboquant_hf.kernels.encode.triton import masked_mean
+from turboquant_hf.kernels.statistics.triton import borrowed, sum_of_squares, write_state
+
+
+@triton.jit
+def _observe_kernel(
+    p_query, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, q_b, q_h, q_t, H, GROUP, TOKENS,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    if tl.load(p_fitted + h) != 0:
+        return
+    d = tl.arange(0, BLOCK_D)
+    first = tl.maximum(tl.load(p_starts + b).to(tl.int32) - (tl.load(p_counts + 1) - TOKENS), 0)
+    sum = sum_of_squares(p_query + b * q_b + h * GROUP * q_h, first, TOKENS, q_t, GROUP, q_h, D, BLOCK_T, BLOCK_D)
+    p_sum = p_energy + head * D + d
+    tl.store(p_sum, tl.load(p_sum, mask=d < D, other=0.0) + sum, mask=d < D)
+    tl.store(p_count + head, tl.load(p_count + head) + tl.maximum(TOKENS - first, 0) * GROUP)
+    if b == 0:
+        tl.store(p_seen + h, tl.load(p_seen + h) + TOKENS)
+
+
+def observe_due(
+    query: torch.Tensor,
+    energy: torch.Tensor,
+    count: torch.Tensor,
+    seen: torch.Tensor,
+    counts: torch.Tensor,
+    fitted: torch.Tensor,
+    starts: torch.Tensor,
+) -> None:
+    """Equivalent to `due.observe_due`. One program a head: for steps of few tokens."""
+    (batch, query_heads, tokens, dim), heads = query.shape, energy.shape[1]
+    _observe_kernel[(batch * heads,)](
+        query, energy, count, seen, counts, fitted, starts, *query.stride()[:3], heads, query_heads // heads, tokens,
+        D=dim, BLOCK_T=16, BLOCK_D=padded_size(dim),
+    )  # fmt: skip
+
+
+@triton.jit
+def _ring_energy(
+    p_rows, row_stride, start, whole, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    CENTER: tl.constexpr,
+):  # fmt: skip
+    """`tile_energy` of one head's first `whole` tiles [BLOCK_D]; positions below `start` do not count."""
+    d = tl.arange(0, BLOCK_D)
+    t = tl.arange(0, BLOCK_T)
+    energy = tl.zeros((BLOCK_D,), tl.float32)
+    for n in range(0, whole):
+        row = n * T + t
+        p_x = p_rows + (row * row_stride)[:, None] + d[None, :]
+        x = tl.load(p_x, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        weight = ((t < T) & (row >= start)).to(tl.float32)
+        if CENTER:
+            x -= masked_mean(x, weight, T, True).to(tl.float32)[None, :]
+        energy += tl.sum(x * x * weight[:, None], axis=0)
+    return energy
+
+
+@triton.jit
+def _write_gain(p_gain, energy, count, D: tl.constexpr):
+    tl.store(p_gain, tl.maximum(tl.sqrt(tl.sum(energy, axis=0) / tl.maximum(count * D, 1.0)), 1e-12))
+
+
+@triton.jit
+def _fit_kernel(
+    p_keys, p_values, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, p_balance, p_order, p_key_gain,
+    p_value_gain, k_b, k_h, k_t, v_b, v_h, v_t, B, H, WINDOW, SINKS, MINIMUM, PATIENCE,
+    T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, CENTER: tl.constexpr, SIZES: tl.constexpr, BALANCE: tl.constexpr, KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+):  # fmt: skip
+    """KEYS: "balance", "gain" or "none"; VALUES: "gain" or "none". One program takes one head of all sequences."""
+    h = tl.program_id(0).to(tl.int64)
+    length = tl.load(p_counts + 1)
+    least = length
+    for b in range(0, B):
+        least = tl.minimum(least, tl.load(p_starts + b).to(tl.int32))
+    waits = (length - least < MINIMUM) & (length <= PATIENCE)
+    if (tl.load(p_fitted + h) != 0) | (length < WINDOW + T) | waits:
+        return
+    whole = length // T
+    d = tl.arange(0, BLOCK_K)
+    pooled = tl.zeros((BLOCK_K,), tl.float32)
+    query_pooled = tl.zeros((BLOCK_K,), tl.float32)
+    pooled_count = 0.0
+    query_pooled_count = 0.0
+    for b in range(0, B):
+        head = b * H + h
+        start = tl.load(p_starts + b).to(tl.int32) + SINKS
+        number = tl.maximum(whole * T - start, 0).to(tl.float32)
+        if KEYS == "balance":
+            energy = _ring_energy(p_keys + b * k_b + h * k_h, k_t, start, whole, T, DK, BLOCK_T, BLOCK_K, CENTER)
+            # The place of the result keeps the sums until all sequences have been seen.
+            tl.store(p_balance + head * DK + d, energy, mask=d < DK)
+            pooled += energy
+            pooled_count += number
+            if BALANCE == "query":
+                query_pooled += tl.load(p_energy + head * DK + d, mask=d < DK, other=0.0)
+                query_pooled_count += tl.load(p_count + head)
+        elif KEYS == "gain":
+            energy = _ring_energy(p_keys + b * k_b + h * k_h, k_t, start, whole, T, DK, BLOCK_T, BLOCK_K, False)
+            _write_gain(p_key_gain + head, energy, number, DK)
+        if VALUES == "gain":
+            energy = _ring_energy(p_values + b * v_b + h * v_h, v_t, start, whole, T, DV, BLOCK_T, BLOCK_V, False)
+            _write_gain(p_value_gain + head, energy, number, DV)
+    if KEYS == "balance":
+        tl.debug_barrier()
+        known = 2 * tl.load(p_seen + h) >= length
+        for b in range(0, B):
+            head = b * H + h
+            number = tl.maximum(whole * T - (tl.load(p_starts + b).to(tl.int32) + SINKS), 0).to(tl.float32)
+            energy = tl.load(p_balance + head * DK + d, mask=d < DK, other=0.0)
+            key = borrowed(energy, number, pooled, pooled_count)
+            query = key
+            if BALANCE == "query":
+                count = tl.load(p_count + head)
+                own = tl.load(p_energy + head * DK + d, mask=d < DK, other=0.0) / tl.maximum(count, 1.0)
+                query = tl.where(count > 0, own, query_pooled / tl.maximum(query_pooled_count, 1.0))
+            write_state(key, query, known, p_balance + head * DK, p_order + head * DK, DK, BLOCK_K, SIZES, BALANCE)
+    tl.store(p_fitted + h, 1)
+
+
+def fit_due(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    energy: torch.Tensor,
+    count: torch.Tensor,
+    seen: torch.Tensor,
+    counts: torch.Tensor,
+    fitted: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    tile: int,
+    window: int,
+    sinks: int,
+    min_statistics: int,
+    patience: int = 2**30,
+    center: bool,
+    sizes: tuple[int, ...],
+    balance: str,
+    key_state: dict[str, torch.Tensor],
+    value_state: dict[str, torch.Tensor],
+) -> None:
+    """Equivalent to `due.fit_due`."""
+    batch, heads, _, dim = keys.shape
+    wide = values.shape[-1]
+    _fit_kernel[(heads,)](
+        keys, values, energy, count, seen, counts, fitted, starts, key_state.get("balance", keys),
+        key_state.get("order", keys), key_state.get("gain", keys), value_state.get("gain", values),
+        *keys.stride()[:3], *values.stride()[:3], batch, heads, window, sinks, min_statistics, patience,
+        T=tile, DK=dim, DV=wide, BLOCK_T=padded_size(tile), BLOCK_K=padded_size(dim), BLOCK_V=padded_size(wide),
+        CENTER=center, SIZES=tuple(sizes), BALANCE=balance,
+        KEYS="balance" if "balance" in key_state else "gain" if "gain" in key_state else "none",
+        VALUES="gain" if "gain" in value_state else "none", num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _advance_kernel(p_counts, p_fitted, WINDOW, T, CAPACITY):
+    tiles = tl.load(p_counts)
+    if (tl.load(p_fitted) != 0) & (tl.load(p_counts + 1) >= (tiles + 1) * T + WINDOW) & (tiles < CAPACITY):
+        tl.store(p_counts, tiles + 1)
+
+
+def advance_due(counts: torch.Tensor, fitted: torch.Tensor, *, tile: int, window: int, capacity: int) -> None:
+    """Equivalent to `due.advance_due`."""
+    _advance_kernel[(1,)](counts, fitted, window, tile, capacity, num_warps=1)

@@ -1,0 +1,97 @@
+"""Plain torch: the definition of every statistic that a quantizer takes."""
+
+from __future__ import annotations
+
+import torch
+
+from turboquant_hf.kernels.encode.reference import tile_mean
+
+PRIOR_TOKENS = 256
+"""A sequence with fewer tokens borrows the rest of its statistics from the batch."""
+
+
+def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
+    """Sums of squares over the tokens that count, of what is left of x without its tile's mean where `center`.
+
+    Args:
+        x: [B, H, N, T, D].
+        weight: [B, N, T], 1 for a token that counts and 0 for padding and sinks.
+
+    Returns: float32 [B, H, D].
+    """
+    x = x.float()
+    if center:
+        x = x - tile_mean(x, weight).unsqueeze(-2).float()
+    return (x.square() * weight[:, None, :, :, None].float()).sum(dim=(2, 3))
+
+
+def query_energy(
+    query: torch.Tensor, heads: int, starts: torch.Tensor, position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of squares of the queries that read a KV head, padding left out.
+
+    Args:
+        query: [B, Hq, q, D], the queries at positions position, position + 1, ... ; Hq is a multiple of `heads`.
+        starts: int64 [B], every sequence's first position.
+
+    Returns: float32 [B, heads, D], and the numbers of summed queries, float32 [B, 1, 1].
+    """
+    tokens, group = query.shape[2], query.shape[1] // heads
+    weight = (torch.arange(position, position + tokens, device=query.device) >= starts[:, None]).float()
+    grouped = query.float().unflatten(1, (heads, group))
+    energy = (grouped.square() * weight[:, None, None, :, None]).sum(dim=(2, 3))
+    return energy, weight.sum(dim=1)[:, None, None] * group
+
+
+def balance_channels(
+    energy: torch.Tensor,
+    count: torch.Tensor,
+    query_rms: torch.Tensor | None,
+    sizes: tuple[int, ...],
+    balance: str,
+) -> dict[str, torch.Tensor]:
+    """The state of conditioned keys (`quantizers.conditioned`) from their energies.
+
+    Args:
+        energy: float32 [B, H, D], sums of squares over `count` float32 [B] tokens.
+        query_rms: float32 [B, H, D], or None where the queries are unknown.
+        sizes: channels of every group, the most important first; one group keeps the channels' order.
+        balance: "query" (without queries as "key"), "key" or "none".
+
+    Returns: {"balance": float32 [B, H, D], "order": int16 [B, H, D]}.
+    """
+    key_rms = _root(_borrow(energy, count[:, None, None]))
+    importance, factor = key_rms, torch.ones_like(key_rms)
+    if balance == "query" and query_rms is not None:
+        query = _root(query_rms.float().square())
+        factor, importance = (query / key_rms).sqrt(), query * key_rms
+    elif balance != "none":
+        factor = key_rms.rsqrt()
+    order = importance.argsort(dim=-1, descending=True, stable=True)
+    if len(sizes) == 1:
+        order = torch.arange(energy.shape[-1], device=energy.device).expand_as(order).contiguous()
+    # Unit energy in each group after balancing: stored scales stay near 1 whatever the model's units.
+    sorted_energy = (factor * key_rms).square().gather(-1, order)
+    parts = sorted_energy.split(list(sizes), -1)
+    level = torch.cat([part.mean(-1, keepdim=True).expand_as(part) for part in parts], dim=-1)
+    factor = factor * torch.empty_like(level).scatter(-1, order, level.rsqrt())
+    return {"balance": factor, "order": order.to(torch.int16)}
+
+
+def typical_scale(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Root mean square of a head's elements from energies [B, H, D] over `count` [B] tokens: [B, H], above 0."""
+    mean_square = energy.sum(dim=-1) / (count[:, None] * energy.shape[-1]).clamp(min=1.0)
+    return mean_square.sqrt().clamp(min=1e-12)
+
+
+def _borrow(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Mean squares [B, H, D] from sums and counts [B, 1, 1], short sequences filled up with the batch's average."""
+    pooled = energy.sum(dim=0, keepdim=True) / count.sum(dim=0, keepdim=True).clamp(min=1.0)
+    missing = (PRIOR_TOKENS - count).clamp(min=0.0)
+    return (energy + missing * pooled) / (count + missing).clamp(min=1.0)
+
+
+def _root(mean_square: torch.Tensor) -> torch.Tensor:
+    """Root with a floor, so that a dead channel neither divides by zero nor draws unbounded balance."""
+    floor = 1e-6 * mean_square.mean(dim=-1, keepdim=True) + 1e-20
+    return torch.maximum(mean_square, floor).sqrt()

@@ -1,0 +1,218 @@
+"""Triton kernels of the statistics: what is measured is read once and summed in float32."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous
+from turboquant_hf.kernels.encode.triton import masked_mean
+from turboquant_hf.kernels.statistics.reference import PRIOR_TOKENS, typical_scale
+
+__all__ = ["balance_channels", "query_energy", "tile_energy", "typical_scale"]
+
+TILES = 4
+QUERIES = 256
+PROGRAMS = 1024
+PRIOR = tl.constexpr(float(PRIOR_TOKENS))
+
+
+# ---------------------------------------------------------------- energies
+
+
+@triton.jit
+def sum_of_squares(
+    p_rows, first, last, row_stride, heads, head_stride, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Sums of squares [BLOCK_D] over rows first to last - 1 of several heads."""
+    d = tl.arange(0, BLOCK_D)
+    t = tl.arange(0, BLOCK_T)
+    sum = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for g in range(0, heads):
+        for low in range(first, last, BLOCK_T):
+            row = (low + t).to(tl.int64)
+            p_x = p_rows + g * head_stride + (row * row_stride)[:, None] + d[None, :]
+            x = tl.load(p_x, mask=(row < last)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            sum += x * x
+    return tl.sum(sum, axis=0)
+
+
+@triton.jit
+def _query_kernel(
+    p_query, p_starts, p_out, q_b, q_h, q_t, H, GROUP, TOKENS, POSITION, QUERIES, PARTS,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    b, h = head // H, head % H
+    d = tl.arange(0, BLOCK_D)
+    start = tl.load(p_starts + b).to(tl.int32) - POSITION
+    first = tl.maximum(part * QUERIES, start)
+    last = tl.minimum((part + 1) * QUERIES, TOKENS)
+    p_rows = p_query + b * q_b + h * GROUP * q_h
+    sum = sum_of_squares(p_rows, first, last, q_t, GROUP, q_h, D, BLOCK_T, BLOCK_D)
+    tl.store(p_out + (head * PARTS + part) * D + d, sum, mask=d < D)
+
+
+def query_energy(
+    query: torch.Tensor, heads: int, starts: torch.Tensor, position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equivalent to `reference.query_energy`."""
+    query = rows_contiguous(query)
+    batch, query_heads, tokens, dim = query.shape
+    group = query_heads // heads
+    parts = max(1, triton.cdiv(tokens, QUERIES))
+    out = torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=query.device)
+    if out.numel():
+        _query_kernel[(batch * heads, parts)](
+            query, starts, out, *query.stride()[:3], heads, group, tokens, position, QUERIES, parts,
+            D=dim, BLOCK_T=max(16, min(64, 8192 // padded_size(dim))), BLOCK_D=padded_size(dim),
+        )  # fmt: skip
+    count = (position + tokens - starts.clamp(min=position)).clamp(min=0).float()[:, None, None] * group
+    return (out[:, :, 0] if parts == 1 else out.sum(dim=2)), count
+
+
+@triton.jit
+def _tile_kernel(
+    p_x, p_weight, p_out, x_b, x_h, x_n, x_t, w_b, w_n, w_t, H, N, TILES, PARTS,
+    T: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    b, h = head // H, head % H
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    t = tl.arange(0, BLOCK_T)
+    sum = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for n in range(part * TILES, tl.minimum((part + 1) * TILES, N)):
+        tile = tl.full((), 0, tl.int64) + n
+        p_rows = p_x + b * x_b + h * x_h + tile * x_n + (t * x_t)[:, None] + d[None, :]
+        x = tl.load(p_rows, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        weight = tl.load(p_weight + b * w_b + tile * w_n + t * w_t, mask=t < T, other=0.0).to(tl.float32)
+        if CENTER:
+            x -= masked_mean(x, weight, T, True).to(tl.float32)[None, :]
+        sum += x * x * weight[:, None]
+    tl.store(p_out + (head * PARTS + part) * D + d, tl.sum(sum, axis=0), mask=d < D)
+
+
+def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
+    """Equivalent to `reference.tile_energy`."""
+    x = rows_contiguous(x)
+    batch, heads, tiles, tile, dim = x.shape
+    per_program = max(1, min(TILES, batch * heads * tiles // PROGRAMS))
+    parts = triton.cdiv(tiles, per_program)
+    out = torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=x.device)
+    if out.numel():
+        block = min(64, padded_size(dim))
+        _tile_kernel[(batch * heads, parts, triton.cdiv(dim, block))](
+            x, weight, out, *x.stride()[:4], *weight.stride(), heads, tiles, per_program, parts,
+            T=tile, D=dim, CENTER=center, BLOCK_T=padded_size(tile), BLOCK_D=block,
+        )  # fmt: skip
+    return out.sum(dim=2)
+
+
+# ---------------------------------------------------------------- the state of conditioned keys
+
+
+@triton.jit
+def root(mean_square, D: tl.constexpr):
+    """Root with a floor (`reference._root`); channels past D are 0 in the sum."""
+    return tl.sqrt(tl.maximum(mean_square, 1e-6 * (tl.sum(mean_square, axis=0) / D) + 1e-20))
+
+
+@triton.jit
+def borrowed(energy, count, pooled, pooled_count):
+    """`reference._borrow` of one sequence; `pooled` are the batch's sums."""
+    missing = tl.maximum(-(count - PRIOR), 0.0)
+    average = pooled / tl.maximum(pooled_count, 1.0)
+    return (energy + missing * average) / tl.maximum(count + missing, 1.0)
+
+
+@triton.jit
+def write_state(
+    key, query, known, p_balance, p_order, D: tl.constexpr, BLOCK_D: tl.constexpr, SIZES: tl.constexpr,
+    BALANCE: tl.constexpr,
+):  # fmt: skip
+    """Balance and order of one head from mean squares [BLOCK_D] of keys and, where `known`, of queries."""
+    d = tl.arange(0, BLOCK_D)
+    key = root(tl.where(d < D, key, 0.0), D)
+    importance, factor = key, tl.zeros_like(key) + 1.0
+    if BALANCE != "none":
+        factor = 1.0 / tl.sqrt(key)
+    if BALANCE == "query":
+        query = root(tl.where(d < D, query, 0.0), D)
+        factor = tl.where(known, tl.sqrt(query / key), factor)
+        importance = tl.where(known, query * key, importance)
+    if size_count(SIZES) == 1:
+        rank = d
+    else:
+        # A NaN stands first, as in argsort, and never twice: the order stays one.
+        importance = tl.where(importance == importance, importance, float("inf"))
+        importance = tl.where(d < D, importance, -1.0)
+        before = (importance[:, None] > importance[None, :]) | (
+            (importance[:, None] == importance[None, :]) & (d[:, None] < d[None, :])
+        )
+        rank = tl.sum(before.to(tl.int32), axis=0)
+    energy = factor * key * factor * key
+    level = tl.zeros_like(energy) + 1.0
+    for g in tl.static_range(size_count(SIZES)):
+        inside = (rank >= size_edge(SIZES, g)) & (rank < size_edge(SIZES, g + 1))
+        mean = tl.sum(tl.where(inside, energy, 0.0), axis=0) / (size_edge(SIZES, g + 1) - size_edge(SIZES, g))
+        level = tl.where(inside, mean, level)
+    tl.store(p_balance + d, factor / tl.sqrt(level), mask=d < D)
+    tl.store(p_order + rank, d.to(tl.int16), mask=d < D)
+
+
+@triton.constexpr_function
+def size_count(sizes):
+    return len(sizes)
+
+
+@triton.constexpr_function
+def size_edge(sizes, index):
+    total = 0
+    for size in sizes[:index]:
+        total += size
+    return total
+
+
+@triton.jit
+def _state_kernel(
+    p_energy, p_count, p_query, p_balance, p_order, B, H, D: tl.constexpr, BLOCK_D: tl.constexpr, SIZES: tl.constexpr,
+    BALANCE: tl.constexpr, KNOWN: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    d = tl.arange(0, BLOCK_D)
+    pooled = tl.zeros((BLOCK_D,), tl.float32)
+    pooled_count = 0.0
+    for other in range(0, B):
+        pooled += tl.load(p_energy + (other * H + h) * D + d, mask=d < D, other=0.0)
+        pooled_count += tl.load(p_count + other)
+    energy = tl.load(p_energy + head * D + d, mask=d < D, other=0.0)
+    key = borrowed(energy, tl.load(p_count + b), pooled, pooled_count)
+    query = key
+    if KNOWN:
+        query = tl.load(p_query + head * D + d, mask=d < D, other=0.0)
+        query = query * query
+    write_state(key, query, KNOWN, p_balance + head * D, p_order + head * D, D, BLOCK_D, SIZES, BALANCE)
+
+
+def balance_channels(
+    energy: torch.Tensor,
+    count: torch.Tensor,
+    query_rms: torch.Tensor | None,
+    sizes: tuple[int, ...],
+    balance: str,
+) -> dict[str, torch.Tensor]:
+    """Equivalent to `reference.balance_channels`."""
+    batch, heads, dim = energy.shape
+    energy = energy.contiguous()
+    query = energy if query_rms is None else query_rms.float().contiguous()
+    out = {"balance": torch.empty_like(energy), "order": torch.empty_like(energy, dtype=torch.int16)}
+    if energy.numel():
+        _state_kernel[(batch * heads,)](
+            energy, count.contiguous(), query, out["balance"], out["order"], batch, heads, D=dim,
+            BLOCK_D=padded_size(dim), SIZES=tuple(sizes), BALANCE=balance, KNOWN=query_rms is not None,
+        )  # fmt: skip
+    return out
