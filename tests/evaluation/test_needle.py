@@ -124,6 +124,13 @@ def test_decode_greedy_ends_before_a_stop_token(tiny):
     )
 
 
+def test_decode_greedy_ends_when_there_is_enough(tiny):
+    tokens = torch.randint(0, 250, (2, 40), generator=torch.Generator().manual_seed(0))
+    whole = decoding.decode_greedy(tiny, *_prefilled(tiny, tokens), steps=8)
+    some = decoding.decode_greedy(tiny, *_prefilled(tiny, tokens), steps=8, enough=lambda s: min(map(len, s)) >= 3)
+    assert some == [tokens[:3] for tokens in whole]
+
+
 def _prefilled(model, tokens):
     cache = decoding.new_cache(model, None)
     return decoding.prefill(model, tokens, cache), cache

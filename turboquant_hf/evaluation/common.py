@@ -52,7 +52,7 @@ def add_preset_argument(parser: argparse.ArgumentParser, default: Sequence[str])
     )
 
 
-def add_reading_arguments(parser: argparse.ArgumentParser, chunk: int = 128) -> None:
+def add_reading_arguments(parser: argparse.ArgumentParser, chunk: int = 512) -> None:
     """--chunk, --recent-window, --attention: how a prompt is read before an answer is decoded."""
     parser.add_argument(
         "--chunk", type=int, default=chunk, help="prompt tokens fed at a time; 0: all at once (default: %(default)s)"

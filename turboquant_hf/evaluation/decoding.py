@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from transformers import Cache, DynamicCache
@@ -52,16 +52,31 @@ def prefill(model, tokens: torch.Tensor, cache: Cache, chunk: int = 128) -> torc
 
 
 @torch.inference_mode()
-def decode_greedy(model, logits: torch.Tensor, cache: Cache, steps: int, stop: Collection[int] = ()) -> list[list[int]]:
-    """Up to `steps` most likely tokens for each of B sequences, from logits [B, V]; ends before a token of `stop`."""
+def decode_greedy(
+    model,
+    logits: torch.Tensor,
+    cache: Cache,
+    steps: int,
+    stop: Collection[int] = (),
+    enough: Callable[[list[list[int]]], bool] = lambda sequences: False,
+) -> list[list[int]]:
+    """Up to `steps` most likely tokens for each of B sequences, from logits [B, V].
+
+    Ends before a token of `stop`, and for all sequences once `enough` says so of what there is.
+    """
     chosen = []
     for step in range(steps):
         token = logits.argmax(dim=-1)
         chosen.append(token.tolist())
         running = [not any(row[i] in stop for row in chosen) for i in range(len(token))]
-        if step + 1 == steps or not any(running):
+        if step + 1 == steps or not any(running) or enough(_cut(chosen, stop)):
             break
         logits = forward(model, token[:, None], cache).logits[:, -1]
+    return _cut(chosen, stop)
+
+
+def _cut(chosen: list[list[int]], stop: Collection[int]) -> list[list[int]]:
+    """Tokens by step -> by sequence, each up to its first token of `stop`."""
     sequences = [list(tokens) for tokens in zip(*chosen, strict=True)]
     return [s[: next((i for i, token in enumerate(s) if token in stop), len(s))] for s in sequences]
 

@@ -22,7 +22,7 @@ from turboquant_hf.evaluation.settings import add_settings, settings
 
 PRESETS = ("k4v4", "k3v3", "k2v2", "paper-mse-3", "paper-mse-2")
 EXTRA_TOKENS = 3
-"""Tokens decoded beyond the answer's own number."""
+"""Tokens decoded beyond the answer's own number, where it has not come out yet."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,15 @@ def predict(model, haystack: Haystack, preset, unit: dict[str, Any], options: ar
     logits = decoding.prefill(model, torch.tensor(prompts, device=model.device), cache, options.chunk)
     nll = decoding.answer_nll(model, logits, cache, targets)
     steps = max(map(len, targets)) + EXTRA_TOKENS
-    decoded = decoding.decode_greedy(model, logits, cache, steps, decoding.stop_tokens(model, haystack.tokenizer))
+
+    def found(tokens: list[list[int]]) -> list[bool]:
+        texts = haystack.tokenizer.batch_decode(tokens)
+        return [answer.lower() in text.lower() for answer, text in zip(answers, texts, strict=True)]
+
+    stop = decoding.stop_tokens(model, haystack.tokenizer)
+    decoded = decoding.decode_greedy(model, logits, cache, steps, stop, enough=lambda tokens: all(found(tokens)))
     texts = haystack.tokenizer.batch_decode(decoded)
-    found = [answer.lower() in text.lower() for answer, text in zip(answers, texts, strict=True)]
-    return {"answers": list(answers), "predictions": texts, "found": found, "nll": nll}
+    return {"answers": list(answers), "predictions": texts, "found": found(decoded), "nll": nll}
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
