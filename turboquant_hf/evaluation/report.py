@@ -162,7 +162,8 @@ def _memory(summary: Section) -> Section:
                 preset.validate(dim)
             except ValueError:
                 continue
-            rows.append([name, dim, *(expected_compression(preset, dim, tokens, 32, 8) for tokens in MEMORY_TOKENS)])
+            ratios = (expected_compression(preset, dim, tokens, 32, 8) for tokens in MEMORY_TOKENS)
+            rows.append([name, dim, *(round(ratio, 2) for ratio in ratios)])
     if rows:
         header = ["preset", "head dim", *(f"{tokens:,} tokens" for tokens in MEMORY_TOKENS)]
         section.tables.append(Table(header, rows))

@@ -130,7 +130,10 @@ def run_prompts(
         haystack = Haystack(tokenizer, text)
         return lambda unit: predict(model, haystack, caches[unit["preset"]], unit, options)
 
-    return run_units(options, make_units(list(caches)), load, summarize, finish)
+    def metrics(records: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"model": options.model, "text": options.haystack, **summarize(records)}
+
+    return run_units(options, make_units(list(caches)), load, metrics, finish)
 
 
 def fingerprint(*contents: Any) -> str:
