@@ -90,6 +90,14 @@ def heatmaps(results: Sequence[Mapping[str, Any]]) -> bytes:
     return stream.getvalue()
 
 
+LABEL_SHIFTS = (3, *(sign * step for step in range(8, 400, 8) for sign in (-1, 1)))
+
+
+def _meet(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+    """Whether two labels (left, height, length) overlap."""
+    return abs(one[1] - other[1]) < 8 and one[0] < other[0] + other[2] and other[0] < one[0] + one[2]
+
+
 def pareto(points: Mapping[str, tuple[float, float]]) -> bytes:
     from matplotlib.figure import Figure
 
@@ -99,13 +107,20 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> bytes:
     front = pareto_front(places)
     axis.scatter(*zip(*places, strict=True), color="0.6", s=24)
     axis.plot(*zip(*(places[i] for i in front), strict=True), "o-", color="C0", label="Pareto front")
-    for index, (name, place) in enumerate(points.items()):
-        color = "C0" if index in front else "0.4"
-        axis.annotate(name, place, textcoords="offset points", xytext=(5, 4), fontsize=7, color=color)
     axis.set(
         yscale="log", xlabel="real bits per channel, mean of keys and values", ylabel="KL to the uncompressed model"
     )
     axis.margins(x=0.12)
+    figure.draw_without_rendering()
+    taken: list[tuple[float, float, float]] = []
+    for index in sorted(range(len(places)), key=lambda i: (i not in front, -places[i][1])):
+        name, (x, y) = list(points)[index], axis.transData.transform(places[index]) * 72 / figure.dpi
+        # The first height, in points, at which the label covers none that is written: about 4 by 8 points a letter.
+        free = (s for s in LABEL_SHIFTS if not any(_meet((x, y + s, 4 * len(name)), other) for other in taken))
+        shift = next(free, LABEL_SHIFTS[0])
+        taken.append((x, y + shift, 4 * len(name)))
+        color = "C0" if index in front else "0.4"
+        axis.annotate(name, places[index], textcoords="offset points", xytext=(5, shift), fontsize=7, color=color)
     axis.grid(alpha=0.3)
     axis.legend()
     stream = io.BytesIO()
