@@ -80,7 +80,7 @@ def test_report_computes_the_memory_of_shipped_presets(tmp_path):
     assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     memory = text.split("## Memory")[1].split("##")[0]
-    assert "32,768 tokens, d 64" in memory and "| k4v4 | 3.45 | 3.72 |" in memory and "other" not in memory
+    assert "32k, d 64" in memory and "| k4v4 | 3.45 | 3.72 |" in memory and "other" not in memory
 
 
 def test_report_says_where_nothing_was_found(tmp_path, capsys):

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         results = []
         for section, name, preset in variants:
             found = by_preset[replace(preset, name="")]
-            bits = (found["key_bits"] + found["value_bits"]) / 2
-            results.append({**found, "preset": f"{section}: {name}", "section": section, "variant": name, "bits": bits})
+            named = {"preset": f"{section}: {name}", "section": section, "variant": name}
+            results.append({**found, **named, "bits": 16 / found["compression_ratio"]})
         return {"tool": "ablate", "baseline": {"perplexity": baseline}, "results": results}
 
     def finish(metrics: dict[str, Any], output: Path) -> None:
@@ -96,7 +96,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """KL against real bits per channel (mean of keys and values), with the Pareto front."""
+    """KL against the bits per channel that a cache of this context holds, raw tokens included, and the Pareto front."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
@@ -115,12 +115,15 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     front = pareto_front(points)
     axis.plot(*zip(*(points[i] for i in front), strict=True), color="0.3", linewidth=1, label="Pareto front", zorder=0)
     for i in front:
+        section, name = results[i]["section"], results[i]["variant"]
         axis.annotate(
-            results[i]["variant"], points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8
+            f"{section}: {name}" if name.isdigit() else name, points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8
         )
     axis.margins(x=0.15, y=0.1)
     axis.set(
-        yscale="log", xlabel="real bits per channel, mean of keys and values", ylabel="KL to the uncompressed model"
+        yscale="log",
+        xlabel="bits held per channel at this context, raw tokens and rotations included",
+        ylabel="KL to the uncompressed model",
     )
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)

@@ -14,7 +14,8 @@ h1 { margin-bottom: .3rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid #c
 nav { color: #555; margin-bottom: 1.5rem } nav a { margin-right: 1rem; white-space: nowrap; color: #06c }
 .wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 } caption { text-align: left; color: #555 }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #e5e5e5; font-variant-numeric: tabular-nums }
-th:first-child, .text { text-align: left } th { background: #f4f4f4 } tr:hover td { background: #fafafa }
+th:first-child, .text { text-align: left } td:first-child { white-space: nowrap }
+th { background: #f4f4f4 } tr:hover td { background: #fafafa }
 img { max-width: 100% } figure { margin: 1rem 0 } .note { color: #555; max-width: 60rem }
 @media print { body { max-width: none } h2 { break-after: avoid } figure { break-inside: avoid } }
 """

@@ -161,11 +161,11 @@ def _memory(summary: Section) -> Section:
         places = [(dim, tokens) for dim in HEAD_DIMS for tokens in MEMORY_TOKENS]
         rows.append([name, *(round(expected_compression(preset, *place, 32, 8), 2) for place in places)])
     if rows:
-        header = ["preset", *(f"{tokens:,} tokens, d {dim}" for dim in HEAD_DIMS for tokens in MEMORY_TOKENS)]
+        header = ["preset", *(f"{tokens // 1024}k, d {dim}" for dim in HEAD_DIMS for tokens in MEMORY_TOKENS)]
         section.tables.append(Table(header, rows))
         section.notes.append(
-            "Times smaller than a 16-bit cache: 32 layers of 8 KV heads, one sequence. Scales, means, sinks, the "
-            "recent window, statistics and rotations are counted; room allocated ahead is not."
+            "Times smaller than a 16-bit cache: 32 layers of 8 KV heads of d channels, one sequence. Scales, means, "
+            "sinks, the recent window, statistics and rotations are counted; room allocated ahead is not."
         )
     return section
 
