@@ -116,8 +116,9 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.plot(*zip(*(points[i] for i in front), strict=True), color="0.3", linewidth=1, label="Pareto front", zorder=0)
     for i in front:
         section, name = results[i]["section"], results[i]["variant"]
+        label = f"{section}: {name}" if name.isdigit() else name
         axis.annotate(
-            f"{section}: {name}" if name.isdigit() else name, points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8
+            label, points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8
         )
     axis.margins(x=0.15, y=0.1)
     axis.set(
