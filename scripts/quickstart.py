@@ -7,8 +7,8 @@ from transformers import DynamicCache, set_seed
 
 from turboquant_hf import TurboQuantCache, load_preset
 from turboquant_hf.evaluation.common import format_table
+from turboquant_hf.evaluation.fidelity import cut_windows, measure
 from turboquant_hf.evaluation.models import load_model, packaged_text
-from turboquant_hf.evaluation.perplexity import cut_windows, measure
 
 PRESETS = ("k8v4", "k4v4", "k3v3", "k2v2", "paper-mse-3")
 CONTEXT = 1280

@@ -1,6 +1,7 @@
 """The console command ``turboquant-hf``: one subcommand per row of ``COMMANDS``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -54,6 +55,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.allocate",
         "per-layer widths under a bit budget, written as a preset",
     ),
+    "check": (
+        "turboquant_hf.evaluation.check",
+        "does a preset leave this model's answers alone, and if not, which one does",
+    ),
     "benchmark": (
         "turboquant_hf.evaluation.benchmark",
         "speed and memory of kernels, encoding and decode steps beside the best 16-bit rivals",
@@ -82,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[args.command]
     try:
         return import_module(module).run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough: nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
         print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
         return 2
 

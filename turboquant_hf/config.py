@@ -39,8 +39,9 @@ class CachePreset:
         min_statistics: tokens seen before the first encode, for quantizers that measure their input.
         boundary_layers: how many KV layers at each end keep their values at 8 bits.
         sparse_v_threshold: a tile whose largest attention probability is below it is not read for values; 0 is off.
-        encode_first: encode new tokens before they are attended to, where they fill tiles, instead of after. Nothing
-            outside the recent window is then read raw: worse answers, for measuring the quantizers alone.
+        encode_first: encode new tokens before they are attended to instead of after, and read those that fill no tile
+            yet through a trial encode. Nothing outside the recent window is then read raw, not even the answer's own
+            tokens: slower and worse, for measuring the quantizers alone.
         layers: overrides by KV-layer ordinal (compressed layers counted from 0; negative from the end).
     """
 

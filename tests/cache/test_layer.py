@@ -394,3 +394,28 @@ def test_a_bad_number_reaches_the_output_of_its_head(name, bad, side):
     output = decode_attention(torch.randn(2, 4, 1, 64), *sides, *raw, layer.sinks.starts, scaling=0.125)
     assert output[1, :2].isnan().all()
     assert output[0].isfinite().all() and output[1, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("recent_window", [0, 2])
+def test_encode_first_reads_tokens_that_fill_no_tile_through_the_quantizer(recent_window):
+    keys, values = states(29, dim=64)
+    layer = preset_layer("paper-mse-3", encode_first=True, recent_window=recent_window, tile=8, sinks=2)
+    dense = layer.update(keys[:, :, :27], values[:, :, :27])
+    whole = preset_layer("paper-mse-3", tile=8, sinks=2)
+    expected = whole.update(*(torch.nn.functional.pad(x, (0, 0, 0, 3)) for x in (keys, values)))
+    rounded = 27 - recent_window
+    for read, codes, raw in zip(dense, (whole.dense(0), whole.dense(1)), (keys, values), strict=True):
+        # One vector's code does not depend on its tile, so the trial gives what the full tile will.
+        torch.testing.assert_close(read[:, :, :rounded], codes[:, :, :rounded])
+        assert torch.equal(read[:, :, rounded:], raw[:, :, rounded:27])
+        assert not torch.equal(read[:, :, 24:rounded], raw[:, :, 24:rounded])
+    assert expected[0].shape[2] == 32 and layer.tiles[0].count == rounded // 8
+
+
+def test_encode_first_centres_a_few_tokens_by_a_whole_tile():
+    """A mean of the new tokens alone would store a single one exactly."""
+    keys, values = states(129, dim=64)
+    layer = preset_layer("k3v3", encode_first=True, tile=64, min_statistics=64)
+    read, _ = layer.update(keys, values)
+    error = (read[:, :, 128] - keys[:, :, 128]).norm() / keys[:, :, 128].norm()
+    assert error > 0.05

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from turboquant_hf import load_preset
-from turboquant_hf.evaluation import baselines, perplexity
+from turboquant_hf.evaluation import fidelity, foreign, non_uniform, pruning
 from turboquant_hf.evaluation.distortion import round_trip
 
 
@@ -24,7 +24,7 @@ def window():
 def test_non_uniform_keeps_outliers_and_stores_what_its_layout_says(axis):
     x = torch.randn(2, 256, 64, generator=torch.Generator().manual_seed(0))
     x[0, 3, 5] = 1000.0
-    quantizer = baselines.NonUniform(bits=4, axis=axis)
+    quantizer = non_uniform.NonUniform(bits=4, axis=axis)
     decoded = round_trip(quantizer, x)
     assert decoded[0, 3, 5] == 1000.0
     x[0, 3, 5] = decoded[0, 3, 5] = 0.0
@@ -38,22 +38,22 @@ def test_non_uniform_keeps_outliers_and_stores_what_its_layout_says(axis):
 def test_non_uniform_places_reach_the_end_of_a_large_tile():
     x = torch.zeros(1, 128, 512)
     x[0, 127, 511] = 7.0
-    assert round_trip(baselines.NonUniform(bits=2, outliers=1e-4), x)[0, 127, 511] == 7.0
+    assert round_trip(non_uniform.NonUniform(bits=2, outliers=1e-4), x)[0, 127, 511] == 7.0
 
 
 def test_lloyd_levels_are_the_gaussian_codebooks():
     x = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(0))
-    levels = baselines.lloyd_levels(x, 4, rounds=100)
+    levels = non_uniform.lloyd_levels(x, 4, rounds=100)
     torch.testing.assert_close(levels[0], torch.tensor([-1.510, -0.4528, 0.4528, 1.510]), atol=0.03, rtol=0)
 
 
 def test_non_uniform_runs_in_the_harness(model, window):
-    preset = baselines.non_uniform_preset("nu", bits=4, outliers=0.01, recent_window=0)
-    _, [nu, ours] = perplexity.measure(
+    preset = non_uniform.non_uniform_preset("nu", bits=4, outliers=0.01, recent_window=0)
+    _, [nu, ours] = fidelity.measure(
         model,
         [window],
         [preset, load_preset("k2v2", recent_window=0, min_statistics=256)],
-        cache_class=baselines.make_cache,
+        cache_class=foreign.make_cache,
     )
     assert 0 < nu["kl"] < ours["kl"]
 
@@ -62,8 +62,8 @@ def test_non_uniform_runs_in_the_harness(model, window):
 def test_quantized_cache_is_measured_by_its_own_bytes(model, window, backend):
     pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend], reason="optional backend")
     options = {"backend": backend, "nbits": 4} | ({"axis_key": 1, "axis_value": 1} if backend == "hqq" else {})
-    preset = baselines.ForeignPreset(name=backend, min_statistics=0, recent_window=0, options=tuple(options.items()))
-    _, [found] = perplexity.measure(model, [window], [preset], cache_class=baselines.make_cache)
+    preset = foreign.ForeignPreset(name=backend, min_statistics=0, recent_window=0, options=tuple(options.items()))
+    _, [found] = fidelity.measure(model, [window], [preset], cache_class=foreign.make_cache)
     assert found["kl"] > 0
     assert 4 < found["key_bits"] <= 5 and found["compression_ratio"] == pytest.approx(16 / found["key_bits"], rel=0.01)
 
@@ -73,6 +73,6 @@ def test_prune_then_quantize_composes(small_llama):
     model = small_llama(head_dim=64, hidden_size=64)
     model.set_attn_implementation("turboquant")
     window = torch.randint(3, 199, (1, 1024), generator=torch.Generator().manual_seed(0))
-    options = {"presses": ["SnapKVPress"], "presets": ["lossless", "k4v4"], "compression_ratio": 0.5}
-    lossless, packed = baselines.measure_pruned(model, window, **options, chunk=128, recent_window=0)
+    options = {"press": "SnapKVPress", "presets": ["lossless", "k4v4"], "compression_ratio": 0.5}
+    lossless, packed = pruning.measure_pruned(model, window, **options, chunk=128, recent_window=0)
     assert lossless["kl"] > 0 and packed["kl"] > 0 and lossless["kept"] == 0.5 and packed["bits"] < 3

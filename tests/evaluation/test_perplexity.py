@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from turboquant_hf import TurboQuantCache, load_preset
 from turboquant_hf.cli import main
-from turboquant_hf.evaluation.perplexity import cut_windows, first_scored, measure
+from turboquant_hf.evaluation.fidelity import cut_windows, first_scored, measure
 
 SMALL = {"tile": 16, "recent_window": 0, "sinks": 2}
 

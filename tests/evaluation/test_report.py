@@ -32,7 +32,14 @@ def runs(tmp_path):
         for p, a in (("baseline", 1.0), ("a", 0.5)) for n in (512, 1024) for d in (0.0, 1.0)
     ]  # fmt: skip
     write(tmp_path / "runs" / "needle", {"results": needle})
-    write(tmp_path / "runs" / "speed", {"tool": "speed", "results": [{"preset": "a", "tokens_per_second": 12.5}]})
+    cell = {"level": "model", "shape": "llama", "dtype": "bfloat16", "batch": 1, "cache": "TurboQuantCache"}
+    speed = [
+        {**cell, "tokens": 4096, "preset": "a", "ms": 5.0, "memory_saved": 3.1, "ratio_to_fp16": 1.2},
+        {**cell, "tokens": 32768, "preset": "a", "ms": 6.0, "memory_saved": 3.6, "ratio_to_fp16": 0.8},
+        {**cell, "tokens": 32768, "cache": "DynamicCache", "preset": None, "ms": 7.5},
+        {**cell, "level": "kernel", "tokens": 4096, "backend": "triton", "preset": "a", "reason": "no GPU | here"},
+    ]
+    write(tmp_path / "runs" / "speed", {"tool": "benchmark", "device": "a card", "results": speed})
     write(tmp_path / "runs" / "lesson", {"tool": "lesson", "findings": ["prod loses"], "results": []})
     (tmp_path / "runs" / "lesson" / "figure.png").write_bytes(b"\x89PNG made up")
     return tmp_path
@@ -41,10 +48,12 @@ def runs(tmp_path):
 def test_report_is_one_page_without_anything_outside_it(runs):
     assert cli.main(["report", str(runs / "runs"), "--output", str(runs / "out")]) == 0
     page = (runs / "out" / "report.html").read_text()
-    assert "tiny &lt;llama&gt;" in page and "prod loses" in page and "tokens_per_second" in page
-    # Pareto plot, two needle heatmaps, the lesson's own picture
-    assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "tiny &lt;llama&gt;" in page and "prod loses" in page and "a card" in page
+    # Pareto plot, needle heatmaps, the lesson's own picture
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 3
+    assert not re.findall(r'(?:src|href)="(?!data:|#s\d)', page)
+    titles = re.findall(r"<h2 id=.*?>(.*?)</h2>", page)
+    assert titles == ["Summary", "benchmark (speed)", "perplexity", "needle", "lesson"]
 
 
 def test_report_merges_the_runs_of_a_preset_into_its_summary(runs):
@@ -52,8 +61,26 @@ def test_report_merges_the_runs_of_a_preset_into_its_summary(runs):
     text = (runs / "out" / "report.md").read_text()
     header, row = (next(line for line in text.splitlines() if line.startswith(start)) for start in ("| preset", "| a "))
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
-    assert cells["needle"] == "0.5" and cells["KL"] == "0.01" and cells["speed |"] == "12.5 |"
+    assert cells["needles found"] == "0.5" and cells["KL"] == "0.01"
+    assert (cells["memory held, times less"], cells["step time / fp16 |"]) == ("3.6", "0.8 |"), "of the largest cell"
     assert "Pareto front, fewest bits first: b, a." in text
+
+
+def test_report_shows_what_a_benchmark_measured_level_by_level(runs):
+    cli.main(["report", str(runs / "runs"), "--output", str(runs / "out")])
+    text = (runs / "out" / "report.md").read_text()
+    assert "*One decode step*\n\n| model | dtype | batch | tokens | cache | preset | ms |" in text
+    assert "| llama | bfloat16 | 1 | 32,768 | DynamicCache |  | 7.5 |" in text
+    assert "no GPU \\| here" in text
+
+
+def test_report_computes_the_memory_of_shipped_presets(tmp_path):
+    row = {"preset": "k4v4", "kl": 0.01, "key_bits": 4.4, "value_bits": 4.1, "compression_ratio": 3.7}
+    write(tmp_path / "run", {"results": [{**row, "perplexity": 9.0, "top1": 0.9}, {**row, "preset": "other"}]})
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    memory = text.split("## Memory")[1].split("##")[0]
+    assert "32k, d 64" in memory and "| k4v4 | 3.45 | 3.72 |" in memory and "other" not in memory
 
 
 def test_report_says_where_nothing_was_found(tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from turboquant_hf import cli
-from turboquant_hf.evaluation import retrieval
+from turboquant_hf.evaluation import retrieval, retrieval_tasks
 from turboquant_hf.evaluation.haystack import Haystack
 
 TEXT = "".join(f"Line {i} of a long and quiet text. " for i in range(400))
@@ -16,15 +16,15 @@ def haystack(tokenizer):
     return Haystack(tokenizer, TEXT)
 
 
-@pytest.mark.parametrize("task", list(retrieval.TASKS))
+@pytest.mark.parametrize("task", list(retrieval_tasks.TASKS))
 @pytest.mark.parametrize("length", [1600, 4000])
 def test_make_example_holds_its_answers_within_the_length(haystack, tokenizer, task, length):
-    example = retrieval.make_example(haystack, task, length, "0")
+    example = retrieval_tasks.make_example(haystack, task, length, "0")
     text = tokenizer.decode(example.prompt)
     assert 0.85 * length < len(example.prompt) <= length
     assert example.answers and all(answer in text for answer in example.answers)
-    assert retrieval.make_example(haystack, task, length, "0") == example
-    assert retrieval.make_example(haystack, task, length, "1").answers != example.answers
+    assert retrieval_tasks.make_example(haystack, task, length, "0") == example
+    assert retrieval_tasks.make_example(haystack, task, length, "1").answers != example.answers
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_make_example_holds_its_answers_within_the_length(haystack, tokenizer, t
     [("single-key", 1, 1), ("multi-key", 1, 4), ("multi-value", 4, 4), ("multi-query", 4, 4)],
 )
 def test_magic_numbers_are_hidden_and_asked_for(haystack, tokenizer, task, answers, needles):
-    example = retrieval.make_example(haystack, task, 2000, "0")
+    example = retrieval_tasks.make_example(haystack, task, 2000, "0")
     text, question = tokenizer.decode(example.prompt).split("Question:")
     assert len(set(example.answers)) == answers
     assert text.count("One of the special magic numbers for") == needles
@@ -42,7 +42,7 @@ def test_magic_numbers_are_hidden_and_asked_for(haystack, tokenizer, task, answe
 
 
 def test_variable_tracking_follows_its_chain(haystack, tokenizer):
-    example = retrieval.make_example(haystack, "variable-tracking", 2000, "0")
+    example = retrieval_tasks.make_example(haystack, "variable-tracking", 2000, "0")
     text, question = tokenizer.decode(example.prompt).split("Question:")
     values = {}
     for line in (line for line in text.splitlines() if line.startswith("VAR ")):
@@ -53,7 +53,7 @@ def test_variable_tracking_follows_its_chain(haystack, tokenizer):
 
 
 def test_common_words_are_the_most_common(haystack, tokenizer):
-    example = retrieval.make_example(haystack, "common-words", 4000, "0")
+    example = retrieval_tasks.make_example(haystack, "common-words", 4000, "0")
     text = tokenizer.decode(example.prompt).split("\n")[1]
     words = text.split()[1::2]
     ranked = sorted(set(words), key=words.count, reverse=True)
@@ -62,7 +62,7 @@ def test_common_words_are_the_most_common(haystack, tokenizer):
 
 
 def test_key_value_asks_for_a_pair_of_the_list(haystack, tokenizer):
-    example = retrieval.make_example(haystack, "key-value", 2000, "0")
+    example = retrieval_tasks.make_example(haystack, "key-value", 2000, "0")
     text, question = tokenizer.decode(example.prompt).split("\n\nQuestion:")
     pairs = dict(line.split(": ") for line in text.splitlines()[1:])
     assert len(pairs) > 80
@@ -71,13 +71,13 @@ def test_key_value_asks_for_a_pair_of_the_list(haystack, tokenizer):
 
 def test_make_example_refuses_a_length_too_short(haystack):
     with pytest.raises(ValueError, match="length=100 is not supported; allowed: at least"):
-        retrieval.make_example(haystack, "variable-tracking", 100, "0")
+        retrieval_tasks.make_example(haystack, "variable-tracking", 100, "0")
 
 
 def test_matches_against_hand_computed_values():
-    assert retrieval.match_all("The answers: 12, ABC and 7", ["12", "abc", "99", "100"]) == 0.5
-    assert retrieval.match_part("the answer is abc", ["x", "ABC"]) == 1.0
-    assert retrieval.match_part("nothing", ["x", "ABC"]) == 0.0
+    assert retrieval_tasks.match_all("The answers: 12, ABC and 7", ["12", "abc", "99", "100"]) == 0.5
+    assert retrieval_tasks.match_part("the answer is abc", ["x", "ABC"]) == 1.0
+    assert retrieval_tasks.match_part("nothing", ["x", "ABC"]) == 0.0
 
 
 def test_summarize_and_table():

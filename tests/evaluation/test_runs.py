@@ -16,6 +16,7 @@ import yaml
 
 from turboquant_hf import cli
 from turboquant_hf.evaluation import runs
+from turboquant_hf.evaluation.settings import add_settings, settings
 
 ROOT = Path(__file__).parents[2]
 UNITS = [{"preset": preset, "index": index} for preset in ("a", "b") for index in range(4)]
@@ -118,8 +119,8 @@ def parse(argv):
     parser.add_argument("--trials", type=int, default=2)
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", type=Path, default=Path("results/x"))
-    runs.add_settings(parser)
-    return runs.settings(parser.parse_args(argv))
+    add_settings(parser)
+    return settings(parser.parse_args(argv))
 
 
 def test_settings_are_defaults_then_yaml_then_flags(tmp_path):

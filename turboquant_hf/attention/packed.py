@@ -61,6 +61,7 @@ def _applies(layer: TurboQuantLayer, query: torch.Tensor, dropout: float, kwargs
         query.shape[2] <= MAX_QUERIES
         and layer.tiles[0].count > 0
         and query.shape[2] <= layer.tail.count
+        and not (layer.preset.encode_first and layer.tail.count > layer.preset.recent_window)
         and isinstance(keys, RotatedQuantizer)
         and isinstance(values, RotatedQuantizer)
         and values.channel_major

@@ -247,8 +247,26 @@ class TurboQuantLayer(CacheLayerMixin):
         if store.count == 0:
             return tail
         packed = self._decode(index, 0, store.count)
+        if self.preset.encode_first:
+            tail = self._rounded(index, packed, tail)
         dense = torch.cat([packed, tail], dim=2)
-        return self.sinks.overlay(dense, index, 0, packed.shape[2])
+        return self.sinks.overlay(dense, index, 0, dense.shape[2])
+
+    def _rounded(self, index: int, packed: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+        """The tail [B, H, T, D] as if what is older than the recent window were encoded, though it fills no tile yet.
+
+        The tile it is tried in is filled up with the packed tokens before it: a mean of few tokens would flatter.
+        """
+        count, tile = tail.shape[2] - self.preset.recent_window, self.preset.tile
+        if count <= 0:
+            return tail
+        before = -count % tile
+        tiles = self._tiled(torch.cat([packed[:, :, packed.shape[2] - before :], tail[:, :, :count]], dim=2))
+        weight = self._weight(packed.shape[2] - before, before + count).unflatten(1, (-1, tile))
+        quantizer, state = self.quantizers[index], self.states[index]
+        codes = quantizer.encode(_nan_for_inf(tiles, quantizer), state, weight)
+        decoded = quantizer.decode(codes, state, self.head_dims[index], self.dtype).flatten(2, 3)
+        return torch.cat([decoded[:, :, before:], tail[:, :, count:]], dim=2)
 
     def _decode(self, index: int, start: int, stop: int) -> torch.Tensor:
         quantizer, store, dim = self.quantizers[index], self.tiles[index], self.head_dims[index]

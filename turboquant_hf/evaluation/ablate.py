@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
-from turboquant_hf.cache import ATTENTION_NAME
 from turboquant_hf.config import CachePreset, load_preset
-from turboquant_hf.evaluation import common, perplexity
-from turboquant_hf.evaluation.models import load_model
+from turboquant_hf.evaluation import common, fidelity
+from turboquant_hf.evaluation.settings import add_settings, settings
 from turboquant_hf.resources import config_path
 
 
@@ -24,37 +23,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants", type=Path, default=config_path("eval", "ablate.yaml"), help="YAML: section -> name -> change"
     )
     parser.add_argument("--section", action="append", metavar="NAME", help="only sections that begin so; repeatable")
-    parser.add_argument("--context", type=int, default=768, help="tokens a window")
-    parser.add_argument("--windows", type=int, default=1, help="how many windows, spread over the text")
-    parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time")
+    parser.add_argument("--context", type=int, default=768, help="tokens a window (default: %(default)s)")
+    parser.add_argument(
+        "--windows", type=int, default=1, help="how many windows, spread over the text (default: %(default)s)"
+    )
+    parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time (default: %(default)s)")
+    add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print one table, write metrics.json and ablate.png; 0 when done."""
-    variants = read_variants(args.variants, args.section)
-    model, tokenizer = load_model(
-        args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
-    )
-    text_name, text = common.read_text(args)
-    windows = perplexity.cut_windows(tokenizer(text, return_tensors="pt").input_ids[0], args.context, args.windows)
+    """Measure what the output folder lacks, print one table, draw ablate.png; 0 when done."""
+    options = settings(args)
+    variants = read_variants(Path(options.variants), options.section)
     # Rows of different sections are often the same preset under two names.
     unique = list(dict.fromkeys(replace(preset, name="") for _, _, preset in variants))
-    baseline, measured = perplexity.measure(model, windows, unique, chunk=args.chunk)
-    by_preset = dict(zip(unique, measured, strict=True))
-    results = []
-    for section, name, preset in variants:
-        found = by_preset[replace(preset, name="")]
-        bits = (found["key_bits"] + found["value_bits"]) / 2
-        results.append({**found, "preset": f"{section}: {name}", "section": section, "variant": name, "bits": bits})
-    columns = ("preset", "kl", "perplexity", "top1", "key_bits", "value_bits", "compression_ratio")
-    print(common.format_table([[r[c] for c in columns] for r in results], columns))
-    metrics = {
-        "tool": "ablate", "model": args.model, "text": text_name, "context": args.context, "windows": len(windows),
-        "baseline": {"perplexity": baseline}, "results": results,
-    }  # fmt: skip
-    common.write_run(args.output, {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, metrics)
-    if args.output is not None:
-        plot(results, args.output / "ablate.png")
+
+    def summarize(baseline: float, measured: list[dict[str, Any]]) -> dict[str, Any]:
+        by_preset = dict(zip(unique, measured, strict=True))
+        results = []
+        for section, name, preset in variants:
+            found = by_preset[replace(preset, name="")]
+            named = {"preset": f"{section}: {name}", "section": section, "variant": name}
+            results.append({**found, **named, "bits": 16 / found["compression_ratio"]})
+        return {"tool": "ablate", "baseline": {"perplexity": baseline}, "results": results}
+
+    def finish(metrics: dict[str, Any], output: Path) -> None:
+        print(fidelity.table(metrics["results"], metrics["baseline"]["perplexity"]))
+        plot(metrics["results"], output / "ablate.png")
+
+    fidelity.run_fidelity(options, unique, summarize, finish)
     return 0
 
 
@@ -99,7 +96,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """KL against real bits per channel (mean of keys and values), with the Pareto front."""
+    """KL against the bits per channel that a cache of this context holds, raw tokens included, and the Pareto front."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
@@ -118,12 +115,16 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     front = pareto_front(points)
     axis.plot(*zip(*(points[i] for i in front), strict=True), color="0.3", linewidth=1, label="Pareto front", zorder=0)
     for i in front:
+        section, name = results[i]["section"], results[i]["variant"]
+        label = f"{section}: {name}" if name.isdigit() else name
         axis.annotate(
-            results[i]["variant"], points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8
+            label, points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8
         )
     axis.margins(x=0.15, y=0.1)
     axis.set(
-        yscale="log", xlabel="real bits per channel, mean of keys and values", ylabel="KL to the uncompressed model"
+        yscale="log",
+        xlabel="bits held per channel at this context, raw tokens and rotations included",
+        ylabel="KL to the uncompressed model",
     )
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)

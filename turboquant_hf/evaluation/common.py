@@ -11,16 +11,26 @@ from typing import Any
 import torch
 import yaml
 
+from turboquant_hf.cache import ATTENTION_NAME
 from turboquant_hf.config import CachePreset, load_preset
 from turboquant_hf.evaluation.models import load_text, packaged_text
 
+DTYPES = ("float32", "bfloat16", "float16")
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_model_arguments(parser: argparse.ArgumentParser, output: str | None = None) -> None:
     """--model, --device, --dtype, --output."""
-    parser.add_argument("--model", default="packaged", help="hub id, folder, GGUF file, or 'packaged' (SmolLM2-135M)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--output", type=Path, default=None, help="folder for config.yaml and metrics.json")
+    parser.add_argument(
+        "--model", default="packaged", help="hub id, folder, GGUF file, or 'packaged' (SmolLM2-135M, the default)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: float32 on a CPU, else bfloat16")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None if output is None else Path(output),
+        help=f"folder for config.yaml, metrics.json and pictures (default: {output or 'nothing is written'})",
+    )
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +40,41 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--dataset", metavar="NAME", help="a `datasets` name, or NAME:CONFIG:SPLIT[:COLUMN]")
 
 
+def add_preset_argument(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """--preset, one or several names, repeatable."""
+    parser.add_argument(
+        "--preset",
+        action="extend",
+        nargs="+",
+        metavar="NAME",
+        default=list(default),
+        help=f"preset names or YAML paths (default: {' '.join(default)})",
+    )
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser, chunk: int = 512) -> None:
+    """--chunk, --recent-window, --attention: how a prompt is read before an answer is decoded."""
+    parser.add_argument(
+        "--chunk", type=int, default=chunk, help="prompt tokens fed at a time; 0: all at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--recent-window",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="override the presets'; 0 leaves nothing raw but the sinks, the question and the answer included",
+    )
+    parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
+
+
 def resolve_dtype(args: argparse.Namespace) -> str:
-    """The dtype asked for, or the device's usual one."""
+    """The dtype asked for, or the device's usual one.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    if str(args.device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={args.device!r} is not supported on this machine; allowed: cpu")
     return args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
 
 
@@ -74,6 +117,12 @@ def average_bits(cache) -> tuple[float, float]:
     ]
     keys, values = (sum(side) / len(layers) for side in zip(*bits, strict=True))
     return keys, values
+
+
+def check_output(output: Path | None) -> None:
+    """Raise ValueError where a finished run lies: it is never repeated silently."""
+    if output is not None and (output / "metrics.json").is_file():
+        raise ValueError(f"output={str(output)!r} holds a finished run; name another or remove the folder")
 
 
 def write_run(output: Path | None, config: dict[str, Any], metrics: dict[str, Any]) -> None:

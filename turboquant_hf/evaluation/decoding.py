@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from transformers import Cache, DynamicCache
 
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.config import CachePreset, load_preset
+from turboquant_hf.evaluation.models import forward
 
 BASELINE = "baseline"
 
@@ -17,9 +18,9 @@ BASELINE = "baseline"
 def resolve_caches(names, recent_window: int | None) -> dict[str, CachePreset | None]:
     """Cache name -> preset, the uncompressed "baseline" (None) first; names may be presets or YAML files.
 
-    `recent_window=0` also encodes new tokens before they are attended to (`CachePreset.encode_first`): the prompt is
-    then read from packed tiles alone, its newest chunk included. Otherwise what the model last saw, the question at
-    least, would be read raw, and a short prompt would hide the loss that is being measured.
+    `recent_window=0` also encodes new tokens before they are attended to (`CachePreset.encode_first`): nothing but the
+    sinks is then read raw, not the newest chunk of the prompt and not the answer's own tokens. Otherwise the question,
+    at least, would be read raw, and a short prompt would hide the loss that is being measured.
 
     Raises:
         ValueError: an unknown preset, or two of the same name.
@@ -46,21 +47,36 @@ def prefill(model, tokens: torch.Tensor, cache: Cache, chunk: int = 128) -> torc
     """Feed tokens [B, T] (no padding) `chunk` at a time, 0 for all at once; logits [B, V] after the last, float32."""
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     for piece in tokens.split(chunk or tokens.shape[1], dim=1):
-        logits = model(input_ids=piece, past_key_values=cache, use_cache=True, **options).logits[:, -1]
+        logits = forward(model, piece, cache, **options).logits[:, -1]
     return logits.float()
 
 
 @torch.inference_mode()
-def decode_greedy(model, logits: torch.Tensor, cache: Cache, steps: int, stop: Collection[int] = ()) -> list[list[int]]:
-    """Up to `steps` most likely tokens for each of B sequences, from logits [B, V]; ends before a token of `stop`."""
+def decode_greedy(
+    model,
+    logits: torch.Tensor,
+    cache: Cache,
+    steps: int,
+    stop: Collection[int] = (),
+    enough: Callable[[list[list[int]]], bool] = lambda sequences: False,
+) -> list[list[int]]:
+    """Up to `steps` most likely tokens for each of B sequences, from logits [B, V].
+
+    Ends before a token of `stop`, and for all sequences once `enough` says so of what there is.
+    """
     chosen = []
     for step in range(steps):
         token = logits.argmax(dim=-1)
         chosen.append(token.tolist())
         running = [not any(row[i] in stop for row in chosen) for i in range(len(token))]
-        if step + 1 == steps or not any(running):
+        if step + 1 == steps or not any(running) or enough(_cut(chosen, stop)):
             break
-        logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = forward(model, token[:, None], cache).logits[:, -1]
+    return _cut(chosen, stop)
+
+
+def _cut(chosen: list[list[int]], stop: Collection[int]) -> list[list[int]]:
+    """Tokens by step -> by sequence, each up to its first token of `stop`."""
     sequences = [list(tokens) for tokens in zip(*chosen, strict=True)]
     return [s[: next((i for i, token in enumerate(s) if token in stop), len(s))] for s in sequences]
 
@@ -78,7 +94,7 @@ def answer_nll(model, logits: torch.Tensor, cache: Cache, answers: list[list[int
     tokens = torch.tensor([a + [a[-1]] * (length - len(a)) for a in answers], device=logits.device)
     counted = torch.tensor([[i < len(a) for i in range(length)] for a in answers], device=logits.device)
     if length > 1:
-        rest = model(input_ids=tokens[:, :-1], past_key_values=copy.deepcopy(cache), use_cache=True).logits.float()
+        rest = forward(model, tokens[:, :-1], copy.deepcopy(cache)).logits.float()
         logits = torch.cat([logits[:, None], rest], dim=1)
     else:
         logits = logits[:, None]

@@ -13,7 +13,7 @@ import yaml
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.config import load_preset, quantizer_from
 from turboquant_hf.evaluation import common
-from turboquant_hf.evaluation.models import load_model
+from turboquant_hf.evaluation.models import forward, load_model
 from turboquant_hf.primitives import distortion, lloyd_max
 from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.resources import config_path
@@ -28,18 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     common.add_text_arguments(parser)
     parser.set_defaults(model=None)
+    parser.description = (
+        "Error of every quantizer beside the theory: on synthetic vectors, on those of --vectors, or on the keys and "
+        "values that --model makes of a text (--model packaged: SmolLM2)."
+    )
     parser.add_argument(
         "--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file, instead of synthetic ones"
     )
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 10, 20], help="layers to capture with --model")
-    parser.add_argument("--tokens", type=int, default=2048, help="vectors a head")
-    parser.add_argument("--head-dim", type=int, default=128, help="channels of the synthetic vectors")
-    parser.add_argument("--quantizers", type=Path, default=config_path("eval", "distortion.yaml"), help="YAML list")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[0, 10, 20], help="layers to capture with --model (default: 0 10 20)"
+    )
+    parser.add_argument("--tokens", type=int, default=2048, help="vectors a head (default: %(default)s)")
+    parser.add_argument(
+        "--head-dim", type=int, default=128, help="channels of the synthetic vectors (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quantizers", type=Path, default=config_path("eval", "distortion.yaml"), help="YAML of name-bits: quantizer"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic vectors (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table a source, write metrics.json and distortion.png; 0 when done."""
+    common.check_output(args.output)
     with args.quantizers.open() as file:
         quantizers = {name: quantizer_from(data, "keys") for name, data in yaml.safe_load(file).items()}
     sources = read_sources(args)
@@ -120,7 +131,7 @@ def capture(model, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tenso
     seen: dict[int, torch.Tensor] = {}
     for index, layer in enumerate(cache.packed_layers):
         layer.observe = lambda query, index=index: seen.__setitem__(index, query)
-    model(input_ids=tokens.to(model.device), past_key_values=cache, use_cache=True)
+    forward(model, tokens.to(model.device), cache)
     result = []
     for index, layer in enumerate(cache.packed_layers):
         keys, values = (x[0, :, SINKS:].float().cpu() for x in (layer.keys, layer.values))

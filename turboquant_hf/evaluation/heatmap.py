@@ -4,30 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
+
+Grid = Mapping[tuple[int, float], float]
+"""(length, depth) -> share."""
 
 
-def plot_heatmap(path: Path, grid: Mapping[tuple[int, float], float], title: str, signed: bool = False) -> None:
-    """Write a PNG of (length, depth) -> share: 0 to 1, or with `signed` a difference of shares, -1 to 1."""
+def plot_heatmap(path: Path | IO[bytes], grid: Grid, title: str, signed: bool = False) -> None:
+    """Write a PNG of shares from 0 to 1, or with `signed` of differences of shares, -1 to 1."""
+    plot_heatmaps(path, {title: grid}, signed)
+
+
+def plot_heatmaps(path: Path | IO[bytes], grids: Mapping[str, Grid], signed: bool = False, columns: int = 3) -> None:
+    """Several of them by title, in one PNG with one scale of colours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lengths = sorted({length for length, _ in grid})
-    depths = sorted({depth for _, depth in grid})
-    values = [[grid.get((length, depth), float("nan")) for length in lengths] for depth in depths]
-    figure = Figure(figsize=(2.6 + 0.75 * len(lengths), 1.6 + 0.42 * len(depths)), layout="constrained", dpi=120)
+    lengths = sorted({length for grid in grids.values() for length, _ in grid})
+    depths = sorted({depth for grid in grids.values() for _, depth in grid})
+    across = min(columns, len(grids))
+    down = -(-len(grids) // across)
+    size = (1.2 + across * (1.0 + 0.75 * len(lengths)), down * (1.1 + 0.36 * len(depths)) + 0.4)
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    panels = figure.subplots(down, across, squeeze=False)
     low, colors = (-1, "RdBu") if signed else (0, "RdYlGn")
-    image = axes.imshow(values, vmin=low, vmax=1, cmap=colors, aspect="auto")
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set_xlabel("prompt tokens")
-    axes.set_ylabel("depth of the needle")
-    axes.set_title(title, fontsize=11)
-    for row, cells in enumerate(values):
-        for column, value in enumerate(cells):
-            dark = abs(value) > 0.6 if signed else value < 0.15 or value > 0.9
-            text = f"{value:+.0%}" if signed and value else f"{value:.0%}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    figure.colorbar(image, ax=axes)
+    for axes, (title, grid) in zip(panels.flat, grids.items(), strict=False):
+        values = [[grid.get((length, depth), float("nan")) for length in lengths] for depth in depths]
+        image = axes.imshow(values, vmin=low, vmax=1, cmap=colors, aspect="auto")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_title(title, fontsize=11)
+        for row, cells in enumerate(values):
+            for column, value in enumerate(cells):
+                _write(axes, column, row, value, signed)
+    for axes in panels.flat[len(grids) :]:
+        axes.set_axis_off()
+    figure.supxlabel("prompt tokens", fontsize=10)
+    figure.supylabel("depth of the needle", fontsize=10)
+    figure.colorbar(image, ax=panels, fraction=0.05)
     figure.savefig(path, metadata={"Software": None})
+
+
+def _write(axes, column: int, row: int, value: float, signed: bool) -> None:
+    if value != value:
+        return
+    dark = abs(value) > 0.6 if signed else value < 0.15 or value > 0.9
+    text = f"{value:+.0%}" if signed and value else f"{value:.0%}"
+    axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")

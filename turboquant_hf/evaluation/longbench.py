@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.evaluation import common, decoding, runs
 from turboquant_hf.evaluation.decoding import BASELINE
 from turboquant_hf.evaluation.metrics import load_metric
 from turboquant_hf.evaluation.models import load_model
+from turboquant_hf.evaluation.settings import add_settings, settings
 
 DATA = "https://huggingface.co/datasets/THUDM/LongBench/resolve/main/data.zip"
 CHAT_ROOM = 100
@@ -130,32 +131,27 @@ TASKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
+    common.add_model_arguments(parser, output="results/longbench")
     parser.add_argument(
         "--data", default=DATA, help="folder or zip file with <task>_e.jsonl files, or a `datasets` name"
     )
     parser.add_argument(
         "--prompts", metavar="FILE", help="JSON of task -> template, such as LongBench's dataset2prompt.json"
     )
-    parser.add_argument(
-        "--preset", action="extend", nargs="+", metavar="NAME", default=["k4v4", "k3v3"], help="names or YAML paths"
-    )
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    common.add_preset_argument(parser, ["k4v4", "k3v3"])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all 13")
     parser.add_argument("--limit", type=int, default=None, help="samples a task; default: all")
     parser.add_argument("--max-length", type=int, default=None, help="prompt tokens; default: what the model takes")
     parser.add_argument(
         "--chat", action=argparse.BooleanOptionalAction, default=True, help="use the chat template, if any"
     )
-    parser.add_argument("--chunk", type=int, default=0, help="prompt tokens fed at a time; 0: all at once")
-    parser.add_argument("--recent-window", type=int, default=None, help="override the presets' recent window")
-    parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
-    parser.set_defaults(output=Path("results/longbench"))
-    runs.add_settings(parser)
+    common.add_reading_arguments(parser, chunk=0)
+    add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the output folder lacks and print a table; 0 when done."""
-    options = runs.settings(args)
+    options = settings(args)
     for name in options.tasks:
         if name not in TASKS:
             raise ValueError(f"tasks: {name!r} is not supported; allowed: {', '.join(TASKS)}")
@@ -163,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
     caches = decoding.resolve_caches(options.preset, options.recent_window)
     templates = read_prompts(options.prompts)
     data = {task: load_data(options.data, task, options.limit) for task in options.tasks}
+    options.contents = runs.fingerprint(templates, *caches.values())
 
     def load(device: str):
         model, tokenizer = load_model(

@@ -2,23 +2,30 @@
 
 import contextlib
 import copy
+import inspect
 import io
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import ModelOutput
 from transformers.utils import logging as hf_logging
 
 PACKAGED = "packaged"
@@ -46,21 +53,47 @@ def load_model(
         FileNotFoundError: a ``.gguf`` file that is not there, or the packaged model is not installed.
     """
     options = {"dtype": dtype, "device_map": device, "attn_implementation": attn_implementation}
-    if name_or_path is None or name_or_path == PACKAGED:
-        folder = packaged_folder()
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
-            return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-    source, file_options = str(name_or_path), {}
-    if source.endswith(".gguf"):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"model: no GGUF file at {source!r}")
-        source, file_options = str(path.parent), {"gguf_file": path.name}
+    source, file_options = _source(name_or_path)
+    if file_options:
         options |= _dequantized()
-    model = AutoModelForCausalLM.from_pretrained(source, **file_options, **options)
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(source, **file_options, **options)
     return model.eval(), AutoTokenizer.from_pretrained(source, **file_options)
+
+
+def load_tokenizer(name_or_path: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, named as for `load_model`."""
+    source, file_options = _source(name_or_path)
+    return AutoTokenizer.from_pretrained(source, **file_options)
+
+
+def load_config(name_or_path: str | Path | None = None) -> PreTrainedConfig:
+    """The configuration alone, named as for `load_model`."""
+    source, file_options = _source(name_or_path)
+    return AutoConfig.from_pretrained(source, **file_options)
+
+
+def _source(name_or_path: str | Path | None) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes: a hub id or folder, and the name of a GGUF file in it."""
+    if name_or_path is None or name_or_path == PACKAGED:
+        return str(packaged_folder()), {}
+    path = Path(name_or_path)
+    if path.suffix != ".gguf":
+        return str(name_or_path), {}
+    if not path.is_file():
+        raise FileNotFoundError(f"model: no GGUF file at {str(path)!r}")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def forward(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, **options: Any) -> ModelOutput:
+    """The model's output for tokens [B, T] that go on where `cache` ends; they are appended to it."""
+    return model(**{"input_ids": tokens, _cache_argument(type(model)): cache, "use_cache": True, **options})
+
+
+@lru_cache
+def _cache_argument(kind: type) -> str:
+    """What a model calls its cache: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def packaged_text() -> str:

@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 
-from turboquant_hf.cache import ATTENTION_NAME
 from turboquant_hf.evaluation import common, decoding, runs
 from turboquant_hf.evaluation.decoding import BASELINE
-from turboquant_hf.evaluation.haystack import Haystack, read_haystack
+from turboquant_hf.evaluation.haystack import Haystack
 from turboquant_hf.evaluation.heatmap import plot_heatmap
-from turboquant_hf.evaluation.models import load_model
+from turboquant_hf.evaluation.settings import add_settings, settings
 
 PRESETS = ("k4v4", "k3v3", "k2v2", "paper-mse-3", "paper-mse-2")
 EXTRA_TOKENS = 3
-"""Tokens decoded beyond the answer's own number."""
+"""Tokens decoded beyond the answer's own number, where it has not come out yet."""
 
 
 @dataclass(frozen=True)
@@ -78,47 +77,41 @@ STYLES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
+    common.add_model_arguments(parser, output="results/needle")
     common.add_text_arguments(parser)
+    common.add_preset_argument(parser, PRESETS)
     parser.add_argument(
-        "--preset", action="extend", nargs="+", metavar="NAME", default=PRESETS, help="names or YAML paths"
+        "--style", choices=sorted(STYLES), default="number", help="kind of needle (default: %(default)s)"
     )
-    parser.add_argument("--style", choices=sorted(STYLES), default="number", help="kind of needle")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[512, 1024, 2048], metavar="TOKENS", help="of a prompt"
-    )
-    parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="SHARE")
-    parser.add_argument("--trials", type=int, default=1, help="prompts for every length and depth, run as one batch")
-    parser.add_argument("--chunk", type=int, default=128, help="prompt tokens fed at a time; 0: all at once")
-    parser.add_argument(
-        "--recent-window",
+        "--lengths",
         type=int,
-        default=None,
-        help="override the presets'; 0 reads the prompt from packed tiles alone",
+        nargs="+",
+        default=[512, 1024, 2048],
+        metavar="TOKENS",
+        help="of a prompt (default: 512 1024 2048)",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
-    parser.set_defaults(output=Path("results/needle"))
-    runs.add_settings(parser)
+    parser.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        metavar="SHARE",
+        help="where the needle begins, 0 to 1 (default: 0 0.25 0.5 0.75 1)",
+    )
+    parser.add_argument(
+        "--trials", type=int, default=1, help="prompts for every length and depth, run as one batch (%(default)s)"
+    )
+    common.add_reading_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of keys, numbers and places (default: %(default)s)")
+    add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the output folder lacks, print a table, draw the heatmaps; 0 when done."""
-    options = runs.settings(args)
+    options = settings(args)
     check(options)
-    options.dtype = common.resolve_dtype(options)
-    caches = decoding.resolve_caches(options.preset, options.recent_window)
-    name, text = read_haystack(options)
-    options.haystack = name
-
-    def load(device: str):
-        model, tokenizer = load_model(
-            options.model, dtype=options.dtype, device=device, attn_implementation=options.attention
-        )
-        haystack = Haystack(tokenizer, text)
-        return lambda unit: predict(model, haystack, caches[unit["preset"]], unit, options)
-
-    runs.run_units(options, make_units(options, list(caches)), load, summarize, finish)
+    runs.run_prompts(options, lambda names: make_units(options, names), predict, summarize, finish)
     return 0
 
 
@@ -177,10 +170,15 @@ def predict(model, haystack: Haystack, preset, unit: dict[str, Any], options: ar
     logits = decoding.prefill(model, torch.tensor(prompts, device=model.device), cache, options.chunk)
     nll = decoding.answer_nll(model, logits, cache, targets)
     steps = max(map(len, targets)) + EXTRA_TOKENS
-    decoded = decoding.decode_greedy(model, logits, cache, steps, decoding.stop_tokens(model, haystack.tokenizer))
+
+    def found(tokens: list[list[int]]) -> list[bool]:
+        texts = haystack.tokenizer.batch_decode(tokens)
+        return [answer.lower() in text.lower() for answer, text in zip(answers, texts, strict=True)]
+
+    stop = decoding.stop_tokens(model, haystack.tokenizer)
+    decoded = decoding.decode_greedy(model, logits, cache, steps, stop, enough=lambda tokens: all(found(tokens)))
     texts = haystack.tokenizer.batch_decode(decoded)
-    found = [answer.lower() in text.lower() for answer, text in zip(answers, texts, strict=True)]
-    return {"answers": list(answers), "predictions": texts, "found": found, "nll": nll}
+    return {"answers": list(answers), "predictions": texts, "found": found(decoded), "nll": nll}
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file; default: synthetic clusters"
     )
-    parser.add_argument("--rows", type=int, default=10_000, help="how many vectors are indexed")
-    parser.add_argument("--queries", type=int, default=500)
-    parser.add_argument("--dim", type=int, default=128, help="channels of the synthetic vectors")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=10_000, help="how many vectors are indexed (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=500, help="rows that are searched for (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=128, help="channels of the synthetic vectors (default: %(default)s)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4], help="widths of the codecs (default: 2 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of rows and queries (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=None, help="folder for config.yaml, metrics.json and neighbours.png"
     )
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write metrics.json and neighbours.png; 0 when done."""
+    common.check_output(args.output)
     base, queries = read_vectors(args)
     results = measure(base, queries, args.bits)
     rows = [[r["codec"], r["bits"], *(r["recall"][str(k)] for k in (1, 4, 16, 64)), r["seconds"]] for r in results]

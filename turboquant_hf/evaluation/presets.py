@@ -18,12 +18,12 @@ VALUE_WIDTHS = {2: "k2v2", 3: "k3v3", 4: "k4v4", 8: None}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--preset", action="append", metavar="NAME", help="preset name or YAML path; default: all shipped"
+        "--preset", action="extend", nargs="+", metavar="NAME", help="preset names or YAML paths; default: all shipped"
     )
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--tokens", type=int, default=32768, help="context of the expected compression")
-    parser.add_argument("--layers", type=int, default=32, help="KV layers")
-    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads a layer")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128], help="channels of a head (64 128)")
+    parser.add_argument("--tokens", type=int, default=32768, help="context of the expected compression (%(default)s)")
+    parser.add_argument("--layers", type=int, default=32, help="KV layers (%(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads a layer (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from turboquant_hf.cache import ATTENTION_NAME
 from turboquant_hf.config import CachePreset, load_preset, quantizer_from
-from turboquant_hf.evaluation import common, perplexity
+from turboquant_hf.evaluation import common, fidelity
 from turboquant_hf.evaluation.distortion import errors, round_trip
 from turboquant_hf.evaluation.models import load_model
 
@@ -31,15 +31,18 @@ METHODS: dict[str, dict[str, Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     common.add_text_arguments(parser)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="widths compared, from 2")
-    parser.add_argument("--head-dim", type=int, default=128, help="channels of the random vectors")
-    parser.add_argument("--context", type=int, default=768, help="tokens a window")
-    parser.add_argument("--windows", type=int, default=1, help="windows of text; 0 leaves the model out")
-    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="widths compared, from 2 (2 3 4)")
+    parser.add_argument("--head-dim", type=int, default=128, help="channels of the random vectors (%(default)s)")
+    parser.add_argument("--context", type=int, default=768, help="tokens a window (default: %(default)s)")
+    parser.add_argument(
+        "--windows", type=int, default=1, help="windows of text; 0 leaves the model out (default: %(default)s)"
+    )
+    parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print tables and findings, write metrics.json, findings.md and qjl_lesson.png; 0 when done."""
+    common.check_output(args.output)
     vectors = vector_errors(args.bits, args.head_dim)
     sizes = sketch_sizes(args.head_dim)
     hamming = hamming_errors(args.head_dim)
@@ -166,8 +169,8 @@ def model_errors(args: argparse.Namespace) -> list[dict[str, Any]]:
         args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
     )
     _, text = common.read_text(args)
-    windows = perplexity.cut_windows(tokenizer(text, return_tensors="pt").input_ids[0], args.context, args.windows)
-    baseline, results = perplexity.measure(model, windows, presets, chunk=args.chunk)
+    windows = fidelity.cut_windows(tokenizer(text, return_tensors="pt").input_ids[0], args.context, args.windows)
+    baseline, results = fidelity.measure(model, windows, presets, chunk=args.chunk)
     columns = ("preset", "perplexity", "kl", "top1", "key_bits", "value_bits")
     return [{**{c: row[c] for c in columns}, "baseline": baseline} for row in results]
 

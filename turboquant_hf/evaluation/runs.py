@@ -1,4 +1,4 @@
-"""Resumable runs: one results folder a run, one line a finished unit, settings from defaults, YAML and flags.
+"""Resumable runs: one results folder a run, one line a finished unit.
 
 A folder holds `config.yaml` (the settings), `predictions.jsonl` (one JSON line a unit, appended and flushed as each
 finishes) and, once all units are there, `metrics.json`. Metrics are computed from the lines in the order of the units,
@@ -9,8 +9,10 @@ units are shared out over the processes; each appends to a file of its own, and 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -19,55 +21,16 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from turboquant_hf.resources import config_path
+from turboquant_hf.evaluation import common, decoding
+from turboquant_hf.evaluation.haystack import Haystack, read_haystack
+from turboquant_hf.evaluation.models import load_model
 
 CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl"
 NOT_SETTINGS = {"command", "config", "output", "defaults"}
-EXCLUSIVE = ("text", "dataset")
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others to finish their share."""
 
 Unit = Mapping[str, Any]
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add --config, and let `settings` tell a flag that was given from one that was not. Call after all other flags."""
-    defaults = vars(parser.parse_args([]))
-    parser.set_defaults(**dict.fromkeys(defaults), defaults=defaults)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, or the name of one in configs/eval")
-
-
-def settings(args: argparse.Namespace) -> argparse.Namespace:
-    """Defaults, overridden by --config, overridden by the flags that were given.
-
-    Raises:
-        ValueError: the file has a field that is not a flag of this command.
-    """
-    given = {key: value for key, value in vars(args).items() if key in args.defaults and value is not None}
-    merged = dict(args.defaults)
-    for layer in (_read_config(args.config, set(args.defaults)), given):
-        if any(layer.get(name) is not None for name in EXCLUSIVE):
-            merged.update({name: None for name in EXCLUSIVE if name in merged})
-        merged.update(layer)
-    if merged.get("output") is not None:
-        merged["output"] = Path(merged["output"])
-    return argparse.Namespace(**merged)
-
-
-def _read_config(name: str | None, allowed: set[str]) -> dict[str, Any]:
-    if name is None:
-        return {}
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = config_path("eval", f"{name}.yaml")
-    data = yaml.safe_load(path.read_text()) or {}
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{path}: a settings file holds a mapping of fields, got {type(data).__name__}")
-    data = {key.replace("-", "_"): value for key, value in data.items()}
-    for key in data:
-        if key not in allowed:
-            raise ValueError(f"{path}: unknown field {key!r}; allowed: {', '.join(sorted(allowed))}")
-    return data
 
 
 def run_units(
@@ -80,7 +43,8 @@ def run_units(
     """Predict every unit that `options.output` does not hold yet, and return the metrics of all.
 
     Args:
-        options: the settings; all but the output folder are recorded and must agree with the folder's.
+        options: the settings; all but the output folder are recorded and must agree with the folder's. Without an
+            output folder the run leaves nothing behind.
         units: what to predict, each a small mapping of plain values, all different.
         load: device -> a function from a unit to its prediction (plain data). Called only where work is left.
         summarize: predictions, each merged with its unit, in the order of `units` -> metrics (plain data).
@@ -93,6 +57,12 @@ def run_units(
 
     state = PartialState(cpu=options.device == "cpu", timeout=PATIENCE)
     output = options.output
+    if output is None:
+        if state.num_processes > 1:
+            raise ValueError("output=None is not supported by several processes; allowed: a folder that all can see")
+        with tempfile.TemporaryDirectory() as scratch:
+            nameless = argparse.Namespace(**{**vars(options), "output": Path(scratch)})
+            return run_units(nameless, units, load, summarize, finish)
     if (output / METRICS).is_file():
         _check_config(output, options)
         metrics = json.loads((output / METRICS).read_text())
@@ -133,6 +103,42 @@ def run_units(
         finish(metrics, output)
     state.wait_for_everyone()
     return metrics
+
+
+def run_prompts(
+    options: argparse.Namespace,
+    make_units: Callable[[list[str]], list[dict[str, Any]]],
+    predict: Callable[..., dict[str, Any]],
+    summarize: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    finish: Callable[[dict[str, Any], Path], None],
+) -> dict[str, Any]:
+    """`run_units` over prompts cut from a haystack, each read through one of the caches of `options.preset`.
+
+    Args:
+        make_units: names of the caches, the uncompressed one first -> units, each with its "preset".
+        predict: (model, haystack, preset, unit, options) -> prediction.
+    """
+    options.dtype = common.resolve_dtype(options)
+    caches = decoding.resolve_caches(options.preset, options.recent_window)
+    options.haystack, text = read_haystack(options)
+    options.contents = fingerprint(text, *caches.values())
+
+    def load(device: str) -> Callable[[Unit], dict[str, Any]]:
+        model, tokenizer = load_model(
+            options.model, dtype=options.dtype, device=device, attn_implementation=options.attention
+        )
+        haystack = Haystack(tokenizer, text)
+        return lambda unit: predict(model, haystack, caches[unit["preset"]], unit, options)
+
+    def metrics(records: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"model": options.model, "text": options.haystack, **summarize(records)}
+
+    return run_units(options, make_units(list(caches)), load, metrics, finish)
+
+
+def fingerprint(*contents: Any) -> str:
+    """Of what a setting only names, such as the text in a file: a folder of other contents is not continued."""
+    return hashlib.sha256("\0".join(map(repr, contents)).encode()).hexdigest()[:16]
 
 
 def _check_config(output: Path, options: argparse.Namespace) -> None:

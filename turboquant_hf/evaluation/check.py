@@ -1,0 +1,105 @@
+"""`turboquant-hf check`: does a preset leave this model's answers alone, and if not, which one does?"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from turboquant_hf.cache import ATTENTION_NAME
+from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
+from turboquant_hf.evaluation import common, fidelity
+from turboquant_hf.evaluation.models import load_model
+
+MEASURED_ALONE = {"recent_window": 0, "encode_first": True, "min_statistics": 256}
+"""Nothing but the sinks is read raw once 256 tokens were seen, whatever a preset waits for."""
+SAFER = ("k3v3", "k4v4", "k8v4")
+"""Presets in the order of what they keep."""
+LIMIT = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model_arguments(parser)
+    common.add_text_arguments(parser)
+    parser.add_argument("--preset", metavar="NAME", default=DEFAULT_PRESET, help="preset name or YAML path")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="KL per token that is put up with (%(default)s)")
+    parser.add_argument("--context", type=int, default=512, help="tokens of the text that are read (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a sentence; 0 when the preset stays below the limit, 1 when it does not."""
+    common.check_output(args.output)
+    model, tokenizer = load_model(
+        args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
+    )
+    _, text = common.read_text(args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = check_fidelity(model, tokenizer, args.preset, text, limit=args.limit, context=args.context)
+    print(found.sentence)
+    metrics = {"tool": "check", "model": args.model, "preset": found.preset, "kl": found.kl, "top1": found.top1}
+    settings = {**vars(args), "output": str(args.output)}
+    common.write_run(args.output, settings, {**metrics, "safer": found.safer, "findings": [found.sentence]})
+    return 0 if found.faithful else 1
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What `check_fidelity` found; `safer` names a preset that stays under the limit, where this one does not."""
+
+    preset: str
+    kl: float
+    top1: float
+    limit: float
+    safer: str | None = None
+
+    @property
+    def faithful(self) -> bool:
+        return self.kl <= self.limit
+
+    @property
+    def sentence(self) -> str:
+        """What a user needs to know."""
+        figures = f"KL {self.kl:.3g} per token, limit {self.limit:g}"
+        if self.faithful:
+            return f"{self.preset} stays close to the uncompressed model: {figures}, top-1 {self.top1:.1%}"
+        advice = (
+            f"{self.safer} stays below"
+            if self.safer
+            else f"none of {', '.join(SAFER)} stays below: leave the cache uncompressed"
+        )
+        return f"{self.preset} changes this model's answers: {figures}; {advice}"
+
+
+def check_fidelity(
+    model,
+    tokenizer,
+    preset: str | CachePreset,
+    text: str,
+    *,
+    limit: float = LIMIT,
+    context: int = 512,
+    chunk: int = 128,
+) -> Fidelity:
+    """Compare the logits of the compressed and the uncompressed model on the beginning of `text`.
+
+    Nothing but the sinks is read raw, so that the quantizers themselves are judged. Warns when the KL per token is
+    above `limit`, naming the first of `SAFER` that keeps it below.
+
+    Raises:
+        ValueError: when the text is shorter than `context` tokens.
+    """
+    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    windows = fidelity.cut_windows(tokens[:context], context, 1)
+
+    def judge(candidate: str | CachePreset) -> dict[str, Any]:
+        return fidelity.measure(model, windows, [load_preset(candidate, **MEASURED_ALONE)], chunk=chunk)[1][0]
+
+    row, safer = judge(preset), None
+    if row["kl"] > limit:
+        safer = next((name for name in SAFER if name != row["preset"] and judge(name)["kl"] <= limit), None)
+    found = Fidelity(row["preset"], row["kl"], row["top1"], limit, safer)
+    if not found.faithful:
+        warnings.warn(found.sentence, stacklevel=2)
+    return found
