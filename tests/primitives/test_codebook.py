@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant_hf.primitives import Codebook, distortion, lloyd_max, nf4, polynomial, uniform
+from turboquant_hf.primitives import Codebook, distortion, grid, lloyd_max, nf4, polynomial, uniform
 
 # Relative squared error on the unit sphere by bits 1..5, from independent integration and simulation.
 THEORY = {
@@ -229,3 +229,15 @@ def test_polynomial_levels_follow_their_coefficients_and_stay_near_lloyd_max(bit
     assert torch.allclose(computed, torch.tensor(codebook.levels, dtype=torch.float64), atol=1e-6)
     ratio = distortion(codebook, dim) / distortion(lloyd_max(bits, dim), dim)
     assert 1 - 1e-9 <= ratio <= 1 + excess
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128, None])
+@pytest.mark.parametrize(("bits", "excess"), [(1, 1e-6), (2, 1e-4), (3, 1e-3), (4, 0.006), (5, 0.045)])
+def test_grid_levels_are_odd_multiples_of_half_a_unit_and_stay_near_lloyd_max(bits, excess, dim):
+    codebook = grid(bits, dim)
+    levels = torch.tensor(codebook.levels, dtype=torch.float64)
+    steps = torch.tensor(codebook.steps, dtype=torch.float64)
+    assert torch.allclose((steps + 0.5) * codebook.unit, levels, rtol=1e-12)
+    assert steps.max() < 64 and torch.equal(steps, -1 - steps.flip(0))
+    best = distortion(lloyd_max(bits, dim), dim)
+    assert best <= distortion(codebook, dim) * (1 + 1e-9) <= best * (1 + excess) * (1 + 1e-9)

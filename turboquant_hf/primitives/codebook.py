@@ -195,13 +195,11 @@ def grid(bits: int, dim: int | None = None) -> Codebook:
             steps = (centre / unit - 0.5).round().clamp(0, GRID_STEPS - 1)
         chosen = (steps + 0.5) * unit
         if bool((steps[1:] > steps[:-1]).all()):
-            best = min(best, (mean_squared_error(density, torch.cat([-chosen.flip(0), chosen])), chosen, unit), key=_first)
+            error = mean_squared_error(density, torch.cat([-chosen.flip(0), chosen]))
+            if error < best[0]:
+                best = (error, chosen, unit)
     _, chosen, unit = best
     return Codebook(tuple(torch.cat([-chosen.flip(0), chosen]).tolist()), f"grid(bits={bits}, dim={dim})", unit=unit)
-
-
-def _first(items: tuple) -> float:
-    return items[0]
 
 
 def nf4() -> Codebook:

@@ -331,7 +331,8 @@ def shared_bytes(shape: Shape, warps: int) -> int:
     value_slot = dim * packed_size(TILE, shape.values[1]) + TILE * value_scale
     room = -(-key_slot // 128) * 128 + -(-value_slot // 128) * 128
     total = max(warps * room, 4 * warps * rows * dim)
-    total += 4 * rows * dim * 3 + (4 * warps * rows * dim if _wait_in_shared(shape) else 0) + 32 * (len(shape.keys) + 1) + 2 * rows * dim
+    total += 4 * rows * dim * 3 + (4 * warps * rows * dim if _wait_in_shared(shape) else 0)
+    total += 32 * (len(shape.keys) + 1) + 2 * rows * dim
     total += 4 * 2 * 2 * warps * rows + 4 * 2 * rows + 4
     return -(-total // 128) * 128
 

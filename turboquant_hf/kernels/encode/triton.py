@@ -43,8 +43,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 TILES = 4
 """Tiles of a program where that leaves enough programs: what does not depend on the tile is read once."""
 WARPS = 8
-REGISTERS = 128
-"""Of a thread: two programs then share an SM, one computes where the other waits. Worth the few that spill."""
+REGISTERS = 255
+"""Of a thread of 8 warps: one program an SM that hardly spills. Measured on an H100: half the time of two that do."""
 
 
 # ---------------------------------------------------------------- means
@@ -550,7 +550,8 @@ def _arguments(
         "BLOCK_K": 32 if path == FULL else min(block, 128), "PATH": path, "PARTS": parts,
         "MEAN": "taken" if center else "none" if mean is None else "given", "ORDER": order is not None,
         "BALANCE": balance is not None, "GAIN": gain is not None, "RULE": scale_rule, "CHANNEL_MAJOR": channel_major,
-        "num_warps": WARPS if block <= 128 else 2 * WARPS, "num_stages": 1, "maxnreg": REGISTERS,
+        "num_warps": WARPS if block <= 128 else 2 * WARPS, "num_stages": 1,
+        "maxnreg": REGISTERS if block <= 128 else REGISTERS // 2,
     }  # fmt: skip
 
 
