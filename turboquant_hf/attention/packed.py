@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from turboquant_hf.attention.mask import MAX_QUERIES
+from turboquant_hf.attention.step import PreparedStep
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.kernels.decode import RawTokens
 from turboquant_hf.kernels.dispatch import backend, decode_attention
@@ -25,6 +26,17 @@ def packed_attention(
     Up to 16 queries of plain causal attention over rotated tiles are served; `attention_mask` must come from
     `turboquant_mask` when there are several.
     """
+    options = {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": kwargs.get("softcap"),
+        "s_aux": kwargs.get("s_aux"),
+    }
+    step = layer.step
+    if step is not None and query.shape[2] == 1 and (attention_mask is None or attention_mask.dtype == torch.bool):
+        keys = None if attention_mask is None else attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
+        if _plain(dropout, kwargs) and step.fits(layer, query, keys, options):
+            return step(layer, query, keys)
+        layer.step = None
     if not _applies(layer, query, dropout, kwargs):
         return None
     keys = None
@@ -37,6 +49,10 @@ def packed_attention(
             keys = attention_mask._turboquant_keys
         else:
             keys = attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
+    if query.shape[2] == 1:
+        layer.step = PreparedStep.of(layer, query, keys, options)
+        if layer.step is not None:
+            return layer.step(layer, query, keys)
     parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
     sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
     output = decode_attention(
@@ -45,11 +61,9 @@ def packed_attention(
         RawTokens(*layer.sinks.arrays),
         RawTokens(*layer.tail.view()),
         layer.sinks.starts,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         mask=keys,
-        softcap=kwargs.get("softcap"),
-        s_aux=kwargs.get("s_aux"),
         sparse_v_threshold=layer.preset.sparse_v_threshold,
+        **options,
     )
     return output.transpose(1, 2).contiguous()
 
@@ -66,9 +80,16 @@ def _applies(layer: TurboQuantLayer, query: torch.Tensor, dropout: float, kwargs
         and isinstance(values, RotatedQuantizer)
         and values.channel_major
         and not keys.channel_major
-        and dropout == 0.0
+        and _plain(dropout, kwargs)
+        and backend(query.device) != "torch"
+    )
+
+
+def _plain(dropout: float, kwargs: dict) -> bool:
+    """Causal attention over everything, nothing added to the scores."""
+    return (
+        dropout == 0.0
         and kwargs.get("sliding_window") is None
         and kwargs.get("position_bias") is None
         and kwargs.get("is_causal") is not False
-        and backend(query.device) != "torch"
     )

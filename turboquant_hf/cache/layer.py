@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -87,6 +88,8 @@ class TurboQuantLayer(CacheLayerMixin):
         self._fitted = False
         self._query_energy: torch.Tensor | None = None
         self._query_tokens = 0
+        self.step: Any = None
+        """What the attention keeps of one decode step for the next (`attention/step.py`)."""
 
     # ------------------------------------------------------------------ transformers' protocol: growing
 
@@ -132,8 +135,12 @@ class TurboQuantLayer(CacheLayerMixin):
             self.offloader.enter(self)
         source, key_states, value_states = key_states, key_states.detach(), value_states.detach()
         self.sinks.write(key_states, value_states, self.get_seq_length())
-        self.tail.append(key_states, value_states)
-        if self._returns_handles():
+        handles = self._returns_handles()
+        if handles and self.step is not None:
+            self.tail.postpone(key_states, value_states)
+        else:
+            self.tail.append(key_states, value_states)
+        if handles:
             return PackedKeys(self), PackedValues(self)
         if self.preset.encode_first:
             self.commit()
@@ -199,8 +206,9 @@ class TurboQuantLayer(CacheLayerMixin):
         """
         if not any("gain" in state for state in self.states):
             return
-        skipped = weight[:, None, :, :, None] == 0
-        worst = torch.stack([x.masked_fill(skipped, 0.0).abs().amax(dim=(2, 3, 4)).float() for x in fresh])
+        skipped = weight[:, None] == 0
+        norms = [torch.linalg.vector_norm(x, ord=torch.inf, dim=-1) for x in fresh]
+        worst = torch.stack([norm.masked_fill(skipped, 0.0).amax(dim=(2, 3)).float() for norm in norms])
         bad = ~worst.isfinite().all(dim=0)
         self.states = tuple(
             {**state, "gain": state["gain"].masked_fill(bad, torch.nan)} if "gain" in state else state

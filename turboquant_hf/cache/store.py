@@ -86,12 +86,40 @@ class TailBuffer:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
         self.count = 0
         self.standard = capacity
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self.arrays = tuple(x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in (keys, values))
         self._borrowed = False
 
     @property
+    def arrays(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, everything that was appended written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            for array, new in zip(self._arrays, pending, strict=True):
+                array[:, :, self.count - new.shape[2] : self.count] = new
+        return self._arrays
+
+    @arrays.setter
+    def arrays(self, arrays: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._arrays = arrays
+
+    @property
     def capacity(self) -> int:
-        return self.arrays[0].shape[2]
+        return self._arrays[0].shape[2]
+
+    def postpone(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """`append`, but a kernel may do the writing (`hand_over`): whoever looks at the arrays first has it done."""
+        added = keys.shape[2]
+        if self._pending is not None or self._borrowed or self.count + added > self.capacity:
+            self.append(keys, values)
+        else:
+            self._pending = (keys, values)
+            self.count += added
+
+    def hand_over(self) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+        """The arrays, and what the caller now has to write behind the other tokens: keys and values, or None."""
+        pending, self._pending = self._pending, None
+        return self._arrays, pending
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens. A long first block is kept as it is, without a copy, until `drop_front`."""
@@ -120,7 +148,7 @@ class TailBuffer:
             self._resize(max(self.standard, self.count))
 
     def crop(self, tokens: int) -> None:
-        self.count = tokens
+        self.arrays, self.count = self.arrays, tokens
 
     def _resize(self, capacity: int) -> None:
         self._take(tuple(array[:, :, : self.count] for array in self.arrays), capacity)

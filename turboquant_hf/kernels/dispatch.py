@@ -137,6 +137,34 @@ def decode_attention(
         return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
 
 
+def prepared_decode(
+    query: torch.Tensor,
+    keys: PackedSide,
+    values: PackedSide,
+    sinks: RawTokens,
+    tail: RawTokens,
+    starts: torch.Tensor,
+    *,
+    scaling: float,
+    masked: bool = False,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+):
+    """`decode_attention` for steps that differ in query, tokens and mask alone: a `decode.cuda.Step`, or None where the
+    backend that serves the call has no such thing. The arrays are the whole ones, spare room included.
+    """
+    name = os.environ.get(VARIABLE, "auto").lower()
+    if query.device.type != "cuda" or name not in ("auto", "cuda") or backend(query.device) == "torch":
+        return None
+    module, _ = _cuda_module()
+    if module is None or module.supports(query, keys, values, tail, s_aux) is not None:
+        return None
+    with on_device(query.device):
+        return module.Step(
+            query, keys, values, sinks, tail, starts, scaling=scaling, masked=masked, softcap=softcap, s_aux=s_aux
+        )
+
+
 def decode_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> torch.Tensor:
     """Memory (int32) that `decode_attention` may use for up to `rows` query rows of each of `batch_heads` KV heads."""
     words = 1

@@ -7,7 +7,6 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 
 import torch
 
@@ -102,7 +101,7 @@ def _described(groups: tuple[CodeGroup, ...]) -> tuple[tuple[int, int, float, tu
     return tuple((group.size, group.bits, group.codebook.unit, group.codebook.steps) for group in groups)
 
 
-def _shape(query, keys, values, mask=None, softcap=None) -> Shape:
+def _shape(query, keys, values, masked=False, softcap=None) -> Shape:
     rows = query.shape[1] // keys.codes.shape[1] * query.shape[2]
     return Shape(
         query.shape[-1],
@@ -112,7 +111,7 @@ def _shape(query, keys, values, mask=None, softcap=None) -> Shape:
         values.scale_format,
         query.dtype == torch.bfloat16,
         keys.mean is not None,
-        mask is not None,
+        masked,
         softcap is not None,
         rows > 4,
     )
@@ -140,40 +139,106 @@ def decode_attention(
         module's, which grows and is shared by the calls of a stream. One that is too small is not used.
     splits: how many blocks share a head's tiles; 0 chooses by the card.
     """
-    batch, query_heads, count, dim = query.shape
-    heads, tiles = keys.codes.shape[1:3]
-    rows = query_heads // heads * count
-    shape = _shape(query, keys, values, mask, softcap)
-    kernel, warps = _kernel(shape, query.device)
-    chunks = -(-rows // shape.rows)
-    blocks = batch * heads * chunks
-    if not splits:
-        splits = _splits(blocks, tiles, warps, _multiprocessors(query.device))
-    query = query.contiguous()
-    result = torch.empty_like(query)
-    words = workspace_size(blocks * splits, shape, warps)
-    if workspace is None:
-        workspace = _workspace(words, query.device)
-    elif workspace.numel() < words:
-        workspace = torch.zeros(words, dtype=torch.int32, device=query.device)
-    rotation = keys.rotation
-    value_rotation = values.rotation
-    sink_keys, sink_values = sinks.keys.contiguous(), sinks.values.contiguous()
-    kernel(
-        (splits, batch * heads, chunks),
-        (
+    step = Step(
+        query, keys, values, sinks, tail, starts, scaling=scaling, masked=mask is not None, softcap=softcap,
+        s_aux=s_aux, counts=counts, workspace=workspace, splits=splits,
+    )  # fmt: skip
+    return step(query.contiguous(), keys.codes.shape[2], tail.keys.shape[2], mask)
+
+
+class Step:
+    """`decode_attention` with all but the query, the numbers of tokens and the mask in place.
+
+    A decode step is bound by its launches: what stays the same from one to the next is looked up once. The arrays may
+    be larger than what is filled; they must stay where they are.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        keys: PackedSide,
+        values: PackedSide,
+        sinks: RawTokens,
+        tail: RawTokens,
+        starts: torch.Tensor,
+        *,
+        scaling: float,
+        masked: bool = False,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+        splits: int = 0,
+    ) -> None:
+        batch, query_heads, count, dim = query.shape
+        heads = keys.codes.shape[1]
+        rows = query_heads // heads * count
+        self._shape = _shape(query, keys, values, masked, softcap)
+        self._device = query.device
+        self._kernel, self._warps = _kernel(self._shape, query.device)
+        self._chunks = -(-rows // self._shape.rows)
+        self._heads, self._splits = batch * heads, splits
+        self._workspace, self._stream = workspace, None
+        rotation, value_rotation = keys.rotation, values.rotation
+        sink_keys, sink_values = sinks.keys.contiguous(), sinks.values.contiguous()
+        self._tensors = (
             query, _transposed(rotation), keys.order, keys.balance, keys.gain, keys.codes, keys.scale, keys.mean,
             values.codes, values.scale, value_rotation, values.gain, sink_keys, sink_values, tail.keys, tail.values,
-            starts, mask, None if s_aux is None else s_aux.float(), counts, workspace[ARRIVALS:], workspace, result,
-        ),
-        (
-            heads, rows, count, tiles, _capacity(keys.codes), sink_keys.shape[2], tail.keys.shape[2],
-            tail.keys.stride(1) // dim, tail.keys.shape[2] if counts is not None else 0,
-            dim * dim if rotation.dim() == 4 else 0, dim * dim if value_rotation.dim() == 4 else 0,
-            0 if mask is None else mask.stride(0), _float_bits(scaling), _float_bits(softcap or 0.0),
-        ),
-    )  # fmt: skip
-    return result
+            None, None, starts, None, None if s_aux is None else s_aux.float(), counts, None, None, None,
+        )  # fmt: skip
+        integers = (
+            heads, rows, count, 0, _capacity(keys.codes), sink_keys.shape[2], 0, tail.keys.stride(1) // dim,
+            tail.keys.shape[2] if counts is not None else 0, 0, dim * dim if rotation.dim() == 4 else 0,
+            dim * dim if value_rotation.dim() == 4 else 0, 0, _float_bits(scaling), _float_bits(softcap or 0.0),
+        )  # fmt: skip
+        self._arguments = Arguments([0 if x is None else x.data_ptr() for x in self._tensors], integers)
+        self._tensors = (None, *self._tensors[1:])  # keep what the pointers mean alive, but not a step's query
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        tiles: int,
+        tail: int,
+        mask: torch.Tensor | None = None,
+        new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """[B, Hq, Q, D] for a contiguous query of the same shape.
+
+        tiles, tail: how many tiles and tokens of the tail are filled (with `counts`, their room).
+        new: keys and values [B, H, n, D], contiguous: the tail's newest, which are written to it.
+        """
+        splits = self._splits or _splits(self._heads * self._chunks, tiles, self._warps, _multiprocessors(self._device))
+        result = torch.empty_like(query)
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        workspace = self._room(self._heads * self._chunks * splits, stream)
+        pointers, integers = self._arguments.pointers, self._arguments.integers
+        pointers[0], pointers[24] = query.data_ptr(), result.data_ptr()
+        pointers[22], pointers[23] = workspace.data_ptr() + 4 * ARRIVALS, workspace.data_ptr()
+        integers[3], integers[6] = tiles, tail
+        if mask is not None:
+            pointers[19], integers[12] = mask.data_ptr(), mask.stride(0)
+        if new is None:
+            integers[9] = 0
+        else:
+            pointers[16], pointers[17], integers[9] = new[0].data_ptr(), new[1].data_ptr(), new[0].shape[2]
+        self._kernel((splits, self._heads, self._chunks), self._arguments, stream)
+        return result
+
+    def _room(self, blocks: int, stream: int) -> torch.Tensor:
+        words = workspace_size(blocks, self._shape, self._warps)
+        kept = self._workspace
+        if kept is not None and kept.numel() >= words and self._stream in (None, stream):
+            return kept
+        if torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
+            return torch.zeros(words, dtype=torch.int32, device=self._device)
+        self._workspace, self._stream = _workspace(words, self._device, stream), stream
+        return self._workspace
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied cache has other arrays."""
+
+    def __reduce__(self):
+        return type(None), ()
 
 
 ARRIVALS = 1 << 16
@@ -194,13 +259,10 @@ def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.devic
 _WORKSPACES: dict[tuple, torch.Tensor] = {}
 
 
-def _workspace(words: int, device: torch.device) -> torch.Tensor:
-    if torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
-        return torch.zeros(words, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    kept = _WORKSPACES.get(key)
+def _workspace(words: int, device: torch.device, stream: int) -> torch.Tensor:
+    kept = _WORKSPACES.get((device, stream))
     if kept is None or kept.numel() < words:
-        kept = _WORKSPACES[key] = torch.zeros(words, dtype=torch.int32, device=device)
+        kept = _WORKSPACES[device, stream] = torch.zeros(words, dtype=torch.int32, device=device)
     return kept
 
 
@@ -216,28 +278,28 @@ def _splits(blocks: int, tiles: int, warps: int, processors: int) -> int:
     return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
 
 
+class Arguments:
+    """A kernel's argument block: pointers, then integers. The driver copies it before a launch returns."""
+
+    def __init__(self, pointers: list[int], integers: tuple[int, ...]) -> None:
+        self.pointers = (ctypes.c_uint64 * len(pointers))(*pointers)
+        self.integers = (ctypes.c_int * len(integers))(*integers)
+        addresses = [ctypes.addressof(self.pointers) + 8 * i for i in range(len(pointers))]
+        addresses += [ctypes.addressof(self.integers) + 4 * i for i in range(len(integers))]
+        self.block = (ctypes.c_void_p * len(addresses))(*addresses)
+
+
 class _Launcher:
-    """Launches one compiled kernel; its argument block is built once, because a decode step is bound by launches."""
+    """Launches one compiled kernel."""
 
-    def __init__(self, kernel, pointers: int, integers: int, threads: int, shared: int) -> None:
+    def __init__(self, kernel, threads: int, shared: int) -> None:
         self._kernel, self._threads, self._shared = kernel, threads, shared
-        self._pointers = (ctypes.c_uint64 * pointers)()
-        self._integers = (ctypes.c_int * integers)()
-        addresses = [ctypes.addressof(self._pointers) + 8 * i for i in range(pointers)]
-        addresses += [ctypes.addressof(self._integers) + 4 * i for i in range(integers)]
-        self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
         self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
-        self._lock = Lock()
 
-    def __call__(self, grid: tuple[int, int, int], tensors: tuple, integers: tuple[int, ...]) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        with self._lock:  # the driver copies the arguments before it returns
-            self._pointers[:] = [0 if x is None else x.data_ptr() for x in tensors]
-            self._integers[:] = integers
-            status = self._launch(
-                self._kernel.func, *grid, self._threads, 1, 1, self._shared,
-                ctypes.c_void_p(stream), self._arguments, None,
-            )  # fmt: skip
+    def __call__(self, grid: tuple[int, int, int], arguments: Arguments, stream: int) -> None:
+        status = self._launch(
+            self._kernel.func, *grid, self._threads, 1, 1, self._shared, ctypes.c_void_p(stream), arguments.block, None
+        )
         if status:
             raise RuntimeError(f"cuLaunchKernel failed with error {status} (grid {grid}, {self._threads} threads)")
 
@@ -399,4 +461,4 @@ def _kernel(shape: Shape, device: torch.device) -> tuple[_Launcher, int]:
         shared = shared_bytes(shape, warps)
         if shared > 48 * 1024:
             kernel.set_shared_memory_config(shared)
-    return _Launcher(kernel, 23, 14, warps * 32, shared), warps
+    return _Launcher(kernel, warps * 32, shared), warps

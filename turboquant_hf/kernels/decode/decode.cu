@@ -372,15 +372,16 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, c
     }
 }
 
-// grid (splits, B * H, ceil(rows / NR)). `counts`, where it is not null, holds {tiles, length} on the device and the tail
+// grid (splits, B * H, ceil(rows / NR)). The tail's newest `fresh` tokens are in new_keys and new_values, [B * H, fresh, D],
+// and are written to the tail here. `counts`, where it is not null, holds {tiles, length} on the device and the tail
 // is a ring of `ring` tokens; `work` takes the blocks' parts, `arrivals` (zeros, left as zeros) counts blocks of a head.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     const u16* query, const float* rotation_t, const u16* order, const float* balance, const float* key_gain,
     const u8* key_codes, const u8* key_scales, const u8* key_means, const u8* value_codes, const u8* value_scales,
     const float* value_rotation, const float* value_gain, const u16* sink_keys, const u16* sink_values,
-    const u16* tail_keys, const u16* tail_values, const i64* starts, const u8* mask, const float* s_aux,
+    u16* tail_keys, u16* tail_values, const u16* new_keys, const u16* new_values, const i64* starts, const u8* mask, const float* s_aux,
     const int* counts, float* work, int* arrivals, u16* result,
-    int heads, int all_rows, int queries, int tiles, int capacity, int sinks, int tail, int tail_stride, int ring,
+    int heads, int all_rows, int queries, int tiles, int capacity, int sinks, int tail, int tail_stride, int ring, int fresh,
     int rotation_stride, int value_rotation_stride, int mask_stride, int scaling_bits, int softcap_bits) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *(Shared*)memory;
@@ -538,22 +539,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         constexpr int BLOCKS = D / 32, CHANNELS = D / 8;
         float o[CHANNELS][4], maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
         for (int first = 16 * (stride - 1 - begin); first < sinks + tail; first += 16 * stride) {
-            auto place = [&](int i, const u16* sink, const u16* recent) {  // past the end: the last token again
-                i = i < sinks + tail ? i : sinks + tail - 1;
-                int slot = i < sinks ? i : ring ? (packed + i - sinks) % ring : i - sinks;
-                return i < sinks ? sink + ((i64)bh * sinks + slot) * D : recent + ((i64)bh * tail_stride + slot) * D;
+            const int oldest_fresh = sinks + tail - fresh;
+            auto kept = [&](int i, u16* recent) {
+                return recent + ((i64)bh * tail_stride + (ring ? (packed + i - sinks) % ring : i - sinks)) * D;
             };
+            auto place = [&](int i, const u16* sink, u16* recent, const u16* newest) -> const u16* {
+                i = i < sinks + tail ? i : sinks + tail - 1;  // past the end: the last token again
+                if (i < sinks) return sink + ((i64)bh * sinks + i) * D;
+                return i < oldest_fresh ? kept(i, recent) : newest + ((i64)bh * fresh + i - oldest_fresh) * D;
+            };
+            auto is_fresh = [&](int i) { return i >= sinks && i >= oldest_fresh && i < sinks + tail; };
             uint4 k[2][BLOCKS], v[4][CHANNELS / 8];
 #pragma unroll
             for (int r = 0; r < 2; r++)
 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++)
-                    k[r][i] = *(const uint4*)(place(first + g + 8 * r, sink_keys, tail_keys) + 32 * i + 8 * t);
+                    k[r][i] = *(const uint4*)(place(first + g + 8 * r, sink_keys, tail_keys, new_keys) + 32 * i + 8 * t);
 #pragma unroll
             for (int r = 0; r < 4; r++)
 #pragma unroll
                 for (int i = 0; i < CHANNELS / 8; i++)
-                    v[r][i] = *(const uint4*)(place(first + 2 * t + r % 2 + r / 2 * 8, sink_values, tail_values) + g * CHANNELS + 8 * i);
+                    v[r][i] = *(const uint4*)(place(first + 2 * t + r % 2 + r / 2 * 8, sink_values, tail_values, new_values) + g * CHANNELS + 8 * i);
+            if (first + 16 > oldest_fresh && blockIdx.z == 0) {
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+                    if (is_fresh(first + g + 8 * r))
+#pragma unroll
+                        for (int i = 0; i < BLOCKS; i++) *(uint4*)(kept(first + g + 8 * r, tail_keys) + 32 * i + 8 * t) = k[r][i];
+#pragma unroll
+                for (int r = 0; r < 4; r++)
+                    if (is_fresh(first + 2 * t + r % 2 + r / 2 * 8))
+#pragma unroll
+                        for (int i = 0; i < CHANNELS / 8; i++)
+                            *(uint4*)(kept(first + 2 * t + r % 2 + r / 2 * 8, tail_values) + g * CHANNELS + 8 * i) = v[r][i];
+            }
             float s[4] = {};
 #pragma unroll
             for (int i = 0; i < BLOCKS; i++) {

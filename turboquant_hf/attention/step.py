@@ -1,0 +1,72 @@
+"""One decode step of a `TurboQuantLayer` as a single launch, with everything looked up in the step before."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.kernels.decode import RawTokens
+from turboquant_hf.kernels.dispatch import VARIABLE, on_device, prepared_decode
+
+
+class PreparedStep:
+    """The kernel call of a layer's next steps, for as long as its arrays and the model's options stay what they are.
+
+    The call also writes the newest token to the tail, where `TailBuffer.postpone` left that open.
+    """
+
+    def __init__(self, layer: TurboQuantLayer, query: torch.Tensor, masked: bool, options: dict, call) -> None:
+        self._call, self._held, self._masked = call, _held(layer), masked
+        self._query, self._options = (query.shape, query.dtype, query.device), options
+        self._backend = os.environ.get(VARIABLE)
+
+    @classmethod
+    def of(
+        cls, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None, options: dict
+    ) -> PreparedStep | None:
+        """For a query [B, Hq, 1, D] that `packed_attention` serves; None where only the general way does."""
+        if layer.offloader is not None or layer.preset.sparse_v_threshold:
+            return None
+        parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
+        sides = [quantizer.packed_side(store.arrays, state, dim) for quantizer, store, state, dim in parts]
+        call = prepared_decode(
+            query, *sides, RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.arrays), layer.sinks.starts,
+            masked=mask is not None, **options,
+        )  # fmt: skip
+        return None if call is None else cls(layer, query, mask is not None, options, call)
+
+    def fits(self, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None, options: dict) -> bool:
+        """Whether the call still means this layer, query, mask and options."""
+        return (
+            all(a is b for a, b in zip(self._held, _held(layer), strict=True))
+            and (query.shape, query.dtype, query.device) == self._query
+            and (mask is not None) == self._masked
+            and all(options[name] is value or options[name] == value for name, value in self._options.items())
+            and os.environ.get(VARIABLE) == self._backend
+        )
+
+    def __call__(self, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, 1, Hq, D]."""
+        _, new = layer.tail.hand_over()
+        if new is not None:
+            new = tuple(x.contiguous() for x in new)
+        with on_device(query.device):
+            output = self._call(query.contiguous(), layer.tiles[0].count, layer.tail.count, mask, new)
+        return output.view(output.shape[0], 1, output.shape[1], output.shape[3])
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied cache has other arrays."""
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def _held(layer: TurboQuantLayer) -> tuple:
+    """What the call points to. The tail is asked for without having anything written."""
+    keys, values = (store.arrays for store in layer.tiles)
+    return (
+        keys["codes"], keys["scale"], keys.get("mean"), values["codes"], values["scale"], layer.tail._arrays,
+        layer.sinks.arrays, layer.sinks.starts, layer.states,
+    )  # fmt: skip
