@@ -43,7 +43,8 @@ class PreparedStep:
             all(a is b for a, b in zip(self._held, _held(layer), strict=True))
             and (query.shape, query.dtype, query.device) == self._query
             and (mask is not None) == self._masked
-            and all(options[name] is value or options[name] == value for name, value in self._options.items())
+            and options["s_aux"] is self._options["s_aux"]
+            and all(options[name] == self._options[name] for name in ("scaling", "softcap"))
             and os.environ.get(VARIABLE) == self._backend
         )
 
