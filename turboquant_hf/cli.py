@@ -73,9 +73,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status; bad input prints one line and exits with 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="turboquant-hf", description="TurboQuant KV caches for transformers."
-    )
+    parser = argparse.ArgumentParser(prog="turboquant-hf", description="TurboQuant KV caches for transformers.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():

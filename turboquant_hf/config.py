@@ -47,9 +47,7 @@ class CachePreset:
 
     name: str = "custom"
     keys: Quantizer = field(default_factory=lambda: QUANTIZERS["conditioned"]())
-    values: Quantizer = field(
-        default_factory=lambda: QUANTIZERS["mse"](scale="norm-corrected", channel_major=True)
-    )
+    values: Quantizer = field(default_factory=lambda: QUANTIZERS["mse"](scale="norm-corrected", channel_major=True))
     tile: int = 128
     sinks: int = 4
     recent_window: int = 128

@@ -161,3 +161,28 @@ def test_steps_that_nobody_waits_for_encode_the_same(preset):
     assert PLANS[name].capacity >= plain.read_counts()[0] == due.read_counts()[0] > 5
     for a, b in zip(plain.dense(), due.dense(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["keys", "values"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("feeding", ["chunk", "steps", "nobody-waits"])
+@pytest.mark.parametrize("name", ["k4v4", "k2v2", "int4"])
+@pytest.mark.parametrize("token", [30, 65], ids=["fitted", "later"])
+def test_a_bad_number_is_seen_in_its_head(name, token, feeding, bad, side, monkeypatch):
+    """Whatever way it came, and whether statistics were taken of it or not; other heads stay as they are."""
+    if feeding == "nobody-waits":
+        monkeypatch.setattr("turboquant_hf.cache.static_ops.open_state", DueState)
+    layer = make_layer(name)
+    layer.note_padding([0, 5])
+    x = states(80, dim=32)
+    x[side][1, 0, token, 7] = bad
+    feed(layer, *x, [80] if feeding == "chunk" else [40, *[1] * 40])
+    assert layer.counts[:2].tolist() == [9, 80]
+    dense = layer.dense()[side]
+    assert not dense[1, 0, token].isfinite().all()
+    assert dense[0].isfinite().all() and dense[1, 1].isfinite().all()
+    if name != "int4":
+        query = torch.randn(2, 4, 1, 32)
+        output = StaticState(layer.plan_name, layer.arena, layer.counts).attend(query, layer.workspace, scaling=0.2)
+        assert output[1, :2].isnan().all()
+        assert output[0].isfinite().all() and output[1, 2:].isfinite().all()

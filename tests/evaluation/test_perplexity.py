@@ -105,9 +105,7 @@ def test_windows_are_spread_and_too_short_a_text_is_named():
 @pytest.mark.slow
 def test_command_writes_what_it_measured(tmp_path, capsys):
     pytest.importorskip("gguf")
-    status = main(
-        f"perplexity --preset k4v4 --context 420 --windows 1 --recent-window 0 --output {tmp_path}".split()
-    )
+    status = main(f"perplexity --preset k4v4 --context 420 --windows 1 --recent-window 0 --output {tmp_path}".split())
     assert status == 0, capsys.readouterr().err
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["context"] == 420 and metrics["windows"] == 1

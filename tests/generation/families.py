@@ -201,9 +201,7 @@ FAMILIES = [
             "mamba_chunk_size": 8,
         },
     ),
-    Family(
-        "lfm2", {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4, "block_multiple_of": 8}
-    ),
+    Family("lfm2", {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4, "block_multiple_of": 8}),
     Family(
         "falcon_h1",
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},

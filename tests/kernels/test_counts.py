@@ -70,9 +70,7 @@ def test_reference_reads_counts(case):
     buffers, counts = in_buffers(arguments, capacity=6)
     length = int(counts[1])
     expected = reference.decode_attention(*arguments, scaling=0.2, mask=mask[:, :length])
-    torch.testing.assert_close(
-        reference.decode_attention(*buffers, scaling=0.2, mask=mask, counts=counts), expected
-    )
+    torch.testing.assert_close(reference.decode_attention(*buffers, scaling=0.2, mask=mask, counts=counts), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,13 +80,9 @@ def test_decode_reads_counts(triton_decode, device, case, masked):
     arguments = (*arguments[:5], torch.tensor([0, 37]))
     mask = torch.rand(2, 7 * TILE + RING, generator=torch.Generator().manual_seed(1)) > 0.2
     buffers, counts = in_buffers(arguments, capacity=6)
-    expected = reference.decode_attention(
-        *arguments, scaling=0.2, mask=mask[:, : int(counts[1])] if masked else None
-    )
+    expected = reference.decode_attention(*arguments, scaling=0.2, mask=mask[:, : int(counts[1])] if masked else None)
     moved_mask = mask.to(device) if masked else None
-    out = triton_decode(
-        *moved(buffers, device, torch.float32), scaling=0.2, mask=moved_mask, counts=counts.to(device)
-    )
+    out = triton_decode(*moved(buffers, device, torch.float32), scaling=0.2, mask=moved_mask, counts=counts.to(device))
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-4, atol=2e-5)
 
 

@@ -116,14 +116,20 @@ class Steps:
         self.steps.advance_due(self.counts, self.fitted, **shared, capacity=CAPACITY)
 
 
-def run_steps(encoder, steps, device, dtype):
-    """A left-padded batch, token by token after a short prompt, until the arrays are full: (layer, keys, values)."""
+def run_steps(encoder, steps, device, dtype, bad=None):
+    """A left-padded batch, token by token after a short prompt, until the arrays are full: (layer, keys, values).
+
+    bad: (side, token, number): what to put into that key (side 0) or value (1) of sequence 1, head 0.
+    """
     generator = torch.Generator().manual_seed(3)
     batch, heads, dim, total = 2, 2, 32, TILE * CAPACITY + 2 * TILE
     channel = torch.rand(dim, generator=generator) + 0.2
     keys = (torch.randn(batch, heads, total, dim, generator=generator) * channel + 2 * channel.flip(0)).to(dtype)
     values = torch.randn(batch, heads, total, dim, generator=generator).to(dtype)
     query = torch.randn(batch, 2 * heads, total, dim, generator=generator).to(dtype)
+    if bad is not None:
+        side, token, number = bad
+        (keys, values)[side][1, 0, token, 3] = number
     starts = torch.tensor([0, 9], device=device)
     layer = Steps(encoder, steps, device, dtype, batch, heads, dim)
     keys, values, query = moved((keys, values, query), device)
@@ -170,3 +176,22 @@ def test_steps(kernel, device, dtype):
         for name, array in found.items():
             different = (array.cpu().float() != wanted[name].float()).float().mean()
             assert different <= 2e-3, f"{name}: {different}"
+
+
+@pytest.mark.parametrize("token", [30, MINIMUM + 30], ids=["fitted", "later"])
+@pytest.mark.parametrize("side", [0, 1], ids=["keys", "values"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+def test_a_bad_number_is_seen_in_its_head(kernel, device, number, side, token):
+    """One byte a scale cannot say that a vector is no number: the gain, the balance or the mean does."""
+    from turboquant_hf.kernels.encode import triton as encoder
+    from turboquant_hf.kernels.statistics import due_triton
+
+    for run in ((encode_reference, due, "cpu"), (encoder, due_triton, device)):
+        layer, *_ = run_steps(*run, torch.float32, (side, token, number))
+        if side == 1:
+            clean = layer.states[1]["gain"].isfinite()
+        else:
+            assert layer.states[1]["gain"].isfinite().all()
+            balance, mean = layer.states[0]["balance"], layer.arrays[0]["mean"]
+            clean = balance.isfinite().all(-1) & mean.isfinite().all(-1).all(-1)
+        assert clean.tolist() == [[True, True], [False, True]]

@@ -126,10 +126,7 @@ def test_uniform_beats_every_other_step(bits, dim):
     n = 2**bits
     best = distortion(uniform(bits, dim), dim)
     steps = [0.002 + 4 * i / 400 for i in range(400)]
-    others = [
-        distortion(Codebook(tuple((i - (n - 1) / 2) * step for i in range(n)), "trial"), dim)
-        for step in steps
-    ]
+    others = [distortion(Codebook(tuple((i - (n - 1) / 2) * step for i in range(n)), "trial"), dim) for step in steps]
     assert best <= min(others) + 1e-15
     assert min(others) == pytest.approx(best, rel=0.05)
 

@@ -29,9 +29,7 @@ def test_to_polar_shapes_and_ranges(shape, levels):
 
 
 @given(
-    st.sampled_from([2, 4, 16]).flatmap(
-        lambda n: st.lists(st.floats(-1e3, 1e3) | st.just(0.0), min_size=n, max_size=n)
-    )
+    st.sampled_from([2, 4, 16]).flatmap(lambda n: st.lists(st.floats(-1e3, 1e3) | st.just(0.0), min_size=n, max_size=n))
 )
 def test_from_polar_inverts_to_polar(numbers):
     x = torch.tensor(numbers, dtype=torch.float64)
@@ -90,9 +88,7 @@ def test_polar_codebook_level_1_wraps(bits, dtype):
     distance = (x.double()[:, None] - codebook.tensor(dtype=torch.float64)).remainder(TURN)
     distance = torch.minimum(distance, TURN - distance)
     chosen = distance.gather(1, codebook.encode(x).long()[:, None])[:, 0]
-    torch.testing.assert_close(
-        chosen, distance.amin(1), atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0
-    )
+    torch.testing.assert_close(chosen, distance.amin(1), atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
     codes = codebook.encode(torch.tensor([1e-6, TURN + 1e-5, -1e-5], dtype=dtype))
     assert codes.tolist() == [0, 0, 2**bits - 1]
 

@@ -160,9 +160,7 @@ def test_decode_is_near_the_input(quantizer, head_dim):
     """Loose on purpose (theory is tested apart): it fails where a rotation, order or group is mixed up."""
     x, weight = tiles_of(head_dim)
     state = fit(quantizer, x, weight)
-    error = (round_trip(quantizer, x, state, weight) - x)[:, :, 1:].square().sum() / x[
-        :, :, 1:
-    ].square().sum()
+    error = (round_trip(quantizer, x, state, weight) - x)[:, :, 1:].square().sum() / x[:, :, 1:].square().sum()
     widths = [bits for _, bits in getattr(quantizer, "widths", ())]
     coarse = quantizer.name == "qjl" or min([getattr(quantizer, "bits", 4), *widths]) <= 2
     assert error < (2.0 if quantizer.name == "qjl" else 0.7 if coarse else 0.16)
@@ -219,9 +217,7 @@ def test_encode_takes_strided_tiles(quantizer, head_dim):
     x, weight = tiles_of(head_dim)
     strided = x.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)
     state = fit(quantizer, x, weight)
-    torch.testing.assert_close(
-        round_trip(quantizer, strided, state, weight), round_trip(quantizer, x, state, weight)
-    )
+    torch.testing.assert_close(round_trip(quantizer, strided, state, weight), round_trip(quantizer, x, state, weight))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1000.3, 1e-30, 1e10], ids=str)
@@ -269,9 +265,7 @@ def test_both_orders_of_codes_decode_alike(case):
     quantizer = make(*case)
     x, weight = tiles_of(80)
     state = fit(quantizer, x, weight)
-    rows, columns = (
-        round_trip(replace(quantizer, channel_major=major), x, state, weight) for major in (False, True)
-    )
+    rows, columns = (round_trip(replace(quantizer, channel_major=major), x, state, weight) for major in (False, True))
     torch.testing.assert_close(rows, columns)
 
 

@@ -65,9 +65,7 @@ def sketch_mse(sketch, rows, dim):
 @pytest.mark.parametrize("dim", SPHERE, ids="d{}".format)
 @pytest.mark.parametrize("bits", range(1, 6), ids="{}bit".format)
 def test_mse_is_the_spheres(dim, bits):
-    assert relative_mse(QUANTIZERS["mse"](bits=bits), unit_tiles(dim)) == pytest.approx(
-        SPHERE[dim][bits - 1], rel=0.03
-    )
+    assert relative_mse(QUANTIZERS["mse"](bits=bits), unit_tiles(dim)) == pytest.approx(SPHERE[dim][bits - 1], rel=0.03)
 
 
 @pytest.mark.parametrize("rotation", ["hadamard", "qr"])
@@ -115,9 +113,7 @@ def test_prod_inner_product_error(sketch, bits):
     errors = []
     for seed in range(8):
         options = {"sketch": sketch, "seed": seed}
-        quantizer = (
-            QUANTIZERS["qjl"](bits=1, **options) if bits == 1 else QUANTIZERS["prod"](bits=bits, **options)
-        )
+        quantizer = QUANTIZERS["qjl"](bits=1, **options) if bits == 1 else QUANTIZERS["prod"](bits=bits, **options)
         x = unit_tiles(128, 32, seed=10 + seed)
         errors.append(((round_trip(quantizer, x) - x) @ queries.T).square().mean().item())
     measured = 128 * sum(errors) / len(errors)
@@ -138,8 +134,7 @@ def test_prod_sketch_size(sketch, rows):
 @pytest.mark.parametrize("bits", [1, 2, 3], ids="{}bit".format)
 def test_qjl_variance(sketch, bits):
     measured = sum(
-        relative_mse(QUANTIZERS["qjl"](bits=bits, sketch=sketch, seed=seed), unit_tiles(64, 16))
-        for seed in range(8)
+        relative_mse(QUANTIZERS["qjl"](bits=bits, sketch=sketch, seed=seed), unit_tiles(64, 16)) for seed in range(8)
     )
     assert measured / 8 == pytest.approx(sketch_mse(sketch, bits * 64, 64), rel=0.03)
 
@@ -174,9 +169,7 @@ def test_gaussian_sketches_have_no_bias():
 def test_the_mean_of_many_sketches_is_the_key(name, bits, sketch):
     """No direction keeps a bias: the squared error of a mean of n estimates is that of one, over n."""
     x, count = unit_tiles(32, 1), 64
-    estimates = [
-        round_trip(QUANTIZERS[name](bits=bits, sketch=sketch, seed=seed), x) for seed in range(count)
-    ]
+    estimates = [round_trip(QUANTIZERS[name](bits=bits, sketch=sketch, seed=seed), x) for seed in range(count)]
     one = sum((estimate - x).square().sum(dim=-1).mean() for estimate in estimates) / count
     mean = (sum(estimates) / count - x).square().sum(dim=-1).mean()
     assert (mean * count).item() == pytest.approx(one.item(), rel=0.1)
@@ -282,9 +275,7 @@ def anisotropic(dim=128):
     With more, few channels carry the energy, and a rotated vector is no random point of the sphere.
     """
     generator = torch.Generator().manual_seed(2)
-    key_rms, query_rms = (
-        torch.logspace(-0.5, 0.5, dim)[torch.randperm(dim, generator=generator)] for _ in range(2)
-    )
+    key_rms, query_rms = (torch.logspace(-0.5, 0.5, dim)[torch.randperm(dim, generator=generator)] for _ in range(2))
     return gaussian_tiles(dim) * key_rms, key_rms, query_rms[None, None]
 
 
@@ -311,9 +302,7 @@ def test_conditioned_defaults_and_groups_beat_mse_on_unlike_channels():
     x, _, query_rms = anisotropic()
     flat3 = score_error(QUANTIZERS["conditioned"](widths=((1.0, 3),)), x, query_rms)
     grouped3 = score_error(QUANTIZERS["conditioned"](widths=((0.5, 4), (0.5, 2))), x, query_rms)
-    assert score_error(QUANTIZERS["conditioned"](), x, query_rms) < 0.5 * score_error(
-        QUANTIZERS["mse"](), x, query_rms
-    )
+    assert score_error(QUANTIZERS["conditioned"](), x, query_rms) < 0.5 * score_error(QUANTIZERS["mse"](), x, query_rms)
     assert grouped3 < 0.8 * flat3 < 0.8 * 0.5 * score_error(QUANTIZERS["mse"](bits=3), x, query_rms)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,18 @@ TAIL_SLACK = 16
 def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """Stored scales are clamped, which would make a plausible number of an infinity."""
     return x if quantizer.marks_infinity else torch.where(x.isinf(), torch.nan, x)
+
+
+def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """Which heads, bool [B, H], hold a NaN or an infinity in tiles [B, H, N, T, D] where weight [B, N, T] is not 0.
+
+    Scales of one byte have no pattern for NaN, and would hide it: a NaN gain lets it be seen in all that is read of
+    the head's tiles, which is what attention over raw tensors makes of it too.
+    """
+    skipped = weight[:, None] == 0
+    norms = [torch.linalg.vector_norm(x, ord=torch.inf, dim=-1) for x in fresh]
+    worst = torch.stack([norm.masked_fill(skipped, 0.0).amax(dim=(2, 3)).float() for norm in norms])
+    return ~worst.isfinite().all(dim=0)
 
 
 class _RefuseBackward(torch.autograd.Function):
@@ -97,9 +109,7 @@ class TurboQuantLayer(CacheLayerMixin):
         value_states = key_states if value_states is None else value_states
         for name, x in (("keys", key_states), ("values", value_states)):
             if x.dtype not in DTYPES:
-                raise ValueError(
-                    f"{name}: dtype={x.dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}"
-                )
+                raise ValueError(f"{name}: dtype={x.dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
             if x.dim() != 4:
                 raise ValueError(f"{name}: shape={list(x.shape)} is not supported; allowed: [B, H, tokens, D]")
         if key_states.shape[:3] != value_states.shape[:3] or key_states.dtype != value_states.dtype:
@@ -199,17 +209,9 @@ class TurboQuantLayer(CacheLayerMixin):
         self.tail.drop_front(ready * tile)
 
     def _mark_bad_heads(self, fresh: list[torch.Tensor], weight: torch.Tensor) -> None:
-        """Let NaN and inf be seen where scales of one byte, which have no pattern for NaN, would hide them.
-
-        The gain of a (sequence, head) that stored such a key or value becomes NaN, and with it all that is read of
-        the head's tiles: what attention over raw tensors makes of it too.
-        """
         if not any("gain" in state for state in self.states):
             return
-        skipped = weight[:, None] == 0
-        norms = [torch.linalg.vector_norm(x, ord=torch.inf, dim=-1) for x in fresh]
-        worst = torch.stack([norm.masked_fill(skipped, 0.0).amax(dim=(2, 3)).float() for norm in norms])
-        bad = ~worst.isfinite().all(dim=0)
+        bad = bad_heads(fresh, weight)
         self.states = tuple(
             {**state, "gain": state["gain"].masked_fill(bad, torch.nan)} if "gain" in state else state
             for state in self.states

@@ -104,9 +104,7 @@ def _wrap(original):
                     "nothing is compressed."
                 )
             return result
-        model_kwargs[name], packed = _convert(
-            model_kwargs[name], self.config, preset, offloading, model_kwargs
-        )
+        model_kwargs[name], packed = _convert(model_kwargs[name], self.config, preset, offloading, model_kwargs)
         if packed and attention == "auto":
             use_turboquant_attention(self)
         return result
@@ -141,9 +139,7 @@ def _check_room(cache: TurboQuantStaticCache, tokens: int) -> None:
         )
 
 
-def _convert(
-    cache: Any, config: Any, preset: Any, offloading: Any, model_kwargs: dict
-) -> tuple[Any, bool]:
+def _convert(cache: Any, config: Any, preset: Any, offloading: Any, model_kwargs: dict) -> tuple[Any, bool]:
     """(the cache to use, whether it packs anything)."""
     if isinstance(cache, EncoderDecoderCache):
         packed = _pack(cache.self_attention_cache, config, preset, offloading)

@@ -79,11 +79,12 @@ class DueState(StaticState):
         position = tiles * plan.tile + torch.arange(plan.tile, device=self.arena.device)
         weight = (position >= (self.starts + plan.sinks)[:, None]).float()[:, None]
         place = tiles.clamp(max=plan.capacity - 1).long().reshape(1)
-        for quantizer, ring, state, arrays in zip(plan.quantizers, self.ring, self.states, self.tiles, strict=True):
-            tile = ring.index_select(2, position % plan.ring)[:, :, None]
+        fresh = [ring.index_select(2, position % plan.ring)[:, :, None] for ring in self.ring]
+        for quantizer, tile, state, arrays in zip(plan.quantizers, fresh, self.states, self.tiles, strict=True):
             for name, value in quantizer.encode(_nan_for_inf(tile, quantizer), state, weight).items():
                 array = arrays[name]
                 array.index_copy_(2, place, torch.where(due, value, array.index_select(2, place)))
+        self._mark_bad_heads(fresh, weight, due)
         self.counts[:1] += due
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from turboquant_hf.cache.layer import _nan_for_inf
+from turboquant_hf.cache.layer import _nan_for_inf, bad_heads
 from turboquant_hf.cache.static_plan import PLANS, ROLES, StaticPlan
 from turboquant_hf.kernels.decode import PackedSide, RawTokens
 from turboquant_hf.kernels.dispatch import append_tokens, decode_attention, query_energy
@@ -102,14 +102,21 @@ class StaticState:
         for low in range(0, ready, ENCODE_TILES):
             high = min(low + ENCODE_TILES, ready)
             weight = self._weight(first + low * plan.tile, (high - low) * plan.tile)
-            parts = zip(plan.quantizers, (keys, values), self.states, self.tiles, strict=True)
-            for quantizer, x, state, arrays in parts:
-                fresh = x[:, :, low * plan.tile : high * plan.tile].unflatten(2, (-1, plan.tile))
+            weight = weight.unflatten(1, (high - low, plan.tile))
+            fresh = [x[:, :, low * plan.tile : high * plan.tile].unflatten(2, (-1, plan.tile)) for x in (keys, values)]
+            for quantizer, x, state, arrays in zip(plan.quantizers, fresh, self.states, self.tiles, strict=True):
                 out = {name: array[:, :, tiles + low : tiles + high] for name, array in arrays.items()}
-                tile_weight = weight.unflatten(1, (high - low, plan.tile))
-                quantizer.encode_into(_nan_for_inf(fresh, quantizer), state, tile_weight, out)
+                quantizer.encode_into(_nan_for_inf(x, quantizer), state, weight, out)
+            self._mark_bad_heads(fresh, weight)
         self.set_counts(tiles + ready, length)
         return ready * plan.tile
+
+    def _mark_bad_heads(self, fresh: list[torch.Tensor], weight: torch.Tensor, due: torch.Tensor | bool = True) -> None:
+        gains = [state["gain"] for state in self.states if "gain" in state]
+        if gains:
+            bad = bad_heads(fresh, weight) & due
+            for gain in gains:
+                gain.masked_fill_(bad, torch.nan)
 
     def _seen_enough(self, length: int) -> bool:
         plan = self.plan

@@ -117,9 +117,7 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     for i in front:
         section, name = results[i]["section"], results[i]["variant"]
         label = f"{section}: {name}" if name.isdigit() else name
-        axis.annotate(
-            label, points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8
-        )
+        axis.annotate(label, points[i], textcoords="offset points", xytext=(-7, -9), ha="right", fontsize=8)
     axis.margins(x=0.15, y=0.1)
     axis.set(
         yscale="log",

@@ -210,11 +210,7 @@ def _smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     backend.decoder = ByteLevelDecoder()
     kinds = zip(tokens, read("ggml.token_type"), strict=True)
     backend.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, kind in kinds
-            if kind == TokenType.CONTROL
-        ]
+        [AddedToken(token, special=True, normalized=False) for token, kind in kinds if kind == TokenType.CONTROL]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

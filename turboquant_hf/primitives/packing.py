@@ -82,9 +82,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """
     _check_bytes("packed", packed)
     if packed.shape[-1] != packed_size(n, bits):
-        raise ValueError(
-            f"packed.shape[-1]={packed.shape[-1]}: must be {packed_size(n, bits)} for n={n}, bits={bits}"
-        )
+        raise ValueError(f"packed.shape[-1]={packed.shape[-1]}: must be {packed_size(n, bits)} for n={n}, bits={bits}")
     octets = packed_size(n, 1)
     codes = packed.new_zeros(*packed.shape[:-1], octets * 8)
     start = 0

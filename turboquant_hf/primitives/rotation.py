@@ -72,9 +72,7 @@ def head_rotations(
 # take part in autograd later.
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _cached_rotation(
-    dim: int, seed: int, kind: str, rounds: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _cached_rotation(dim: int, seed: int, kind: str, rounds: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _rotation(dim, seed, kind, rounds).to(device=device, dtype=dtype)
 
 

@@ -37,9 +37,7 @@ class KIVI(Quantizer):
 
     def validate(self, head_dim: int, tile: int) -> None:
         if self.axis == "channel" and tile % self.group:
-            raise ValueError(
-                f"{self.name}: group={self.group} is not supported; allowed: divisors of tile={tile}"
-            )
+            raise ValueError(f"{self.name}: group={self.group} is not supported; allowed: divisors of tile={tile}")
 
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
         shape = (head_dim, tile) if self.axis == "channel" else (tile, head_dim)

@@ -37,9 +37,7 @@ class Outlier(RotatedQuantizer):
         check_bits(self.name, "bits", self.bits, 1, 8)
         if not isinstance(self.outlier_fraction, float) or not 0.0 < self.outlier_fraction < 1.0:
             share = self.outlier_fraction
-            raise ValueError(
-                f"{self.name}: outlier_fraction={share!r} is not supported; allowed: between 0 and 1"
-            )
+            raise ValueError(f"{self.name}: outlier_fraction={share!r} is not supported; allowed: between 0 and 1")
 
     def group_sizes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         strong = round(self.outlier_fraction * head_dim)

@@ -45,9 +45,7 @@ class Polar(Quantizer):
 
     def validate(self, head_dim: int, tile: int) -> None:
         if head_dim < BLOCK or head_dim % BLOCK:
-            raise ValueError(
-                f"{self.name}: head_dim={head_dim} is not supported; allowed: multiples of {BLOCK}"
-            )
+            raise ValueError(f"{self.name}: head_dim={head_dim} is not supported; allowed: multiples of {BLOCK}")
         self.rotation_of(head_dim, torch.device("cpu"))
 
     def rotation_of(self, head_dim: int, device: torch.device) -> torch.Tensor:

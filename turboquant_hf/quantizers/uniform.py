@@ -36,9 +36,7 @@ class Uniform(Quantizer):
         check_group(self.name, self.group)
         check_choice(self.name, "codebook", self.codebook, GRIDS)
         if self.codebook == "nf4" and self.bits != 4:
-            raise ValueError(
-                f"{self.name}: bits={self.bits!r} is not supported; allowed with codebook='nf4': 4"
-            )
+            raise ValueError(f"{self.name}: bits={self.bits!r} is not supported; allowed with codebook='nf4': 4")
 
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
         fields = affine_layout(tile, head_dim, self.bits, self.group)
@@ -64,9 +62,7 @@ class Uniform(Quantizer):
         if self.codebook == "nf4":
             return nf4()
         top = 2 ** (self.bits - 1) - 1
-        return Codebook(
-            tuple(step / top for step in range(-top - 1, top + 1)), f"symmetric(bits={self.bits})"
-        )
+        return Codebook(tuple(step / top for step in range(-top - 1, top + 1)), f"symmetric(bits={self.bits})")
 
 
 def check_group(owner: str, group: int) -> None:

@@ -95,9 +95,7 @@ def _turboquant_static(preset: str, config, length: int):
     return turboquant_hf.TurboQuantStaticCache(config, length, preset=preset)
 
 
-def fill(
-    cache, group: Group, batch: int, tokens: int, device: torch.device, attention: str = "sdpa"
-) -> None:
+def fill(cache, group: Group, batch: int, tokens: int, device: torch.device, attention: str = "sdpa") -> None:
     """Put the same random prompt into any cache, layer by layer, the way a prefill does.
 
     `attention` is what the model uses just now. A layer that is read packed takes its tokens in pieces and sees the

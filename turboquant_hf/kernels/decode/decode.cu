@@ -510,7 +510,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
 #pragma unroll
         for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
-        query_unit[n] = fmaxf(sqrtf(square) * gain, 1e-30f) / QUERY_TOP;
+        float norm = sqrtf(square) * gain;
+        query_unit[n] = (norm < 1e-30f ? 1e-30f : norm) / QUERY_TOP;  // unlike fmaxf, this keeps a NaN
     }
     for (int base = 16 * warp; base < D; base += 16 * WARPS) {
         const int c = base + (lane & 15);

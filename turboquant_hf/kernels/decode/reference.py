@@ -142,7 +142,8 @@ def decode_attention(
         extra = s_aux.float().reshape(1, heads, -1, 1, 1).expand(batch, -1, -1, count, 1)
         scores = torch.cat([scores, extra], dim=-1)
     # A row that sees nothing (a padded query) gives zeros, not NaN.
-    probabilities = scores.softmax(dim=-1).nan_to_num(0.0).flatten(2, 3)
+    seen = visible.any(dim=-1)[:, None, None, :, None]
+    probabilities = torch.where(seen, scores.softmax(dim=-1), 0.0).flatten(2, 3)
     split = [packed, sinks.keys.shape[2], length - packed]
     p_packed, p_sinks, p_tail = probabilities[..., : sum(split)].split(split, dim=-1)
     out = values.unrotate(p_packed @ values.rotated(channel_major=True))

@@ -128,6 +128,8 @@ def encode_due(
 
     Args:
         sinks: positions below starts + sinks carry no weight in a mean.
+        gain: also written: NaN for a head with a NaN or an infinity in a token that has weight, since scales of one
+            byte cannot say so.
         out: arrays [B, H, capacity, ...] as `encode_tiles` names them; tile n goes to [:, :, n].
     """
     tiles, length = counts.tolist()
@@ -136,11 +138,15 @@ def encode_due(
     slot = tiles * tile % ring.shape[2]
     position = torch.arange(tiles * tile, (tiles + 1) * tile, device=ring.device)
     weight = (position >= starts[:, None] + sinks)[:, None].float()
+    x = ring[:, :, None, slot : slot + tile]
     encode_tiles(
-        ring[:, :, None, slot : slot + tile], transform, groups, scale_rule=scale_rule, scale_format=scale_format,
+        x, transform, groups, scale_rule=scale_rule, scale_format=scale_format,
         gain=gain, order=order, balance=balance, center=center, weight=weight, channel_major=channel_major,
         out={name: array[:, :, tiles : tiles + 1] for name, array in out.items()},
     )  # fmt: skip
+    if gain is not None:
+        bad = ~x.isfinite().all(dim=-1) & (weight[:, None] > 0)
+        gain.masked_fill_(bad.any(dim=(2, 3)), torch.nan)
 
 
 def _nan_for_inf(x: torch.Tensor) -> torch.Tensor:

@@ -111,17 +111,16 @@ def tile_spec(
         chunks = (padded_size(length) if channel_major else length + chunk - 1) // chunk
         guess = code_guess(group.codebook)
         lead, coefficients = odd_polynomial(group.codebook, 1e-7 if exact else FP16_TOLERANCE)
-        specs.append(
-            GroupSpec(
-                size=group.size, block=padded_size(group.size), bits=group.bits, start=start, offset=offset,
-                length=length, row_bytes=row_bytes, row_stride=row_bytes if channel_major else token_bytes,
-                root=group.size**0.5, planes=tuple(rows), chunk=chunk, chunks=chunks, first_chunk=first_chunk,
-                aligned=aligned, regular=length >= 16 and length & (length - 1) == 0,
-                edge=guess[0] if guess else 0.0, guess=guess[1:], midpoints=midpoints(group.codebook),
-                levels=group.codebook.coefficients, unit=group.codebook.unit, coefficients=coefficients,
-                lead=lead, table=table,
-            )  # fmt: skip
-        )
+        spec = GroupSpec(
+            size=group.size, block=padded_size(group.size), bits=group.bits, start=start, offset=offset,
+            length=length, row_bytes=row_bytes, row_stride=row_bytes if channel_major else token_bytes,
+            root=group.size**0.5, planes=tuple(rows), chunk=chunk, chunks=chunks, first_chunk=first_chunk,
+            aligned=aligned, regular=length >= 16 and length & (length - 1) == 0,
+            edge=guess[0] if guess else 0.0, guess=guess[1:], midpoints=midpoints(group.codebook),
+            levels=group.codebook.coefficients, unit=group.codebook.unit, coefficients=coefficients,
+            lead=lead, table=table,
+        )  # fmt: skip
+        specs.append(spec)
         start += group.size
         offset += row_bytes * (group.size if channel_major else 1)
         table += 2**group.bits

@@ -407,6 +407,11 @@ def _encode_kernel(
                     y = _product(y, high, rest, part, 0, PARTS, PATH)
                 else:
                     y = _product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
+            if DUE and GAIN:
+                # One-byte scales cannot say that a vector is no number; the head's gain does.
+                bad = tl.where(tl.sum(y * y, axis=1) < float("inf"), 0.0, weight)
+                if tl.sum(bad, axis=0) > 0.0:
+                    tl.store(p_gain + head, float("nan"))
             _write_group(
                 y, p_thresholds, p_levels, p_pairs, p_codes + b * c_b + h * c_h + tile * c_n,
                 p_scale + b * s_b + h * s_h + tile * s_n + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
@@ -503,7 +508,7 @@ def encode_due(
         x, transform, groups, scale_rule, scale_format, gain, order, balance, None, center, channel_major, out
     )
     _encode_kernel[(x.shape[0] * x.shape[1], 1)](
-        p_weight=starts, WEIGHT="starts" if center else "none", w_b=0, w_n=0, w_t=0,
+        p_weight=starts, WEIGHT="starts" if center or gain is not None else "none", w_b=0, w_n=0, w_t=0,
         N=out["codes"].shape[2], TILES=1, p_counts=counts, p_fitted=fitted, RING=ring.shape[2], SINKS=sinks,
         WINDOW=window, DUE=True, **{**arguments, "maxnreg": None},
     )  # fmt: skip

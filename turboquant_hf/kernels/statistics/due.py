@@ -98,9 +98,7 @@ def fit_due(
     fitted.fill_(1)
 
 
-def advance_due(
-    counts: torch.Tensor, fitted: torch.Tensor, *, tile: int, window: int, capacity: int
-) -> None:
+def advance_due(counts: torch.Tensor, fitted: torch.Tensor, *, tile: int, window: int, capacity: int) -> None:
     """Count the tile that `encode_due` wrote in this step; `capacity` is the number of tiles that the arrays hold."""
     tiles, length = counts.tolist()
     if int(fitted[0]) and length >= (tiles + 1) * tile + window and tiles < capacity:

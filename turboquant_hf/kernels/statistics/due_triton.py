@@ -93,7 +93,7 @@ def _fit_kernel(
     d = tl.arange(0, BLOCK_K)
     pooled = tl.zeros((BLOCK_K,), tl.float32)
     query_pooled = tl.zeros((BLOCK_K,), tl.float32)
-    pooled_count = 0.0
+    pooled_count = tl.zeros((BLOCK_K,), tl.float32)
     query_pooled_count = 0.0
     for b in range(0, B):
         head = b * H + h
@@ -103,8 +103,8 @@ def _fit_kernel(
             energy = _ring_energy(p_keys + b * k_b + h * k_h, k_t, start, whole, T, DK, BLOCK_T, BLOCK_K, CENTER)
             # The place of the result keeps the sums until all sequences have been seen.
             tl.store(p_balance + head * DK + d, energy, mask=d < DK)
-            pooled += energy
-            pooled_count += number
+            pooled += tl.where(energy < float("inf"), energy, 0.0)
+            pooled_count += tl.where(energy < float("inf"), number, 0.0)
             if BALANCE == "query":
                 query_pooled += tl.load(p_energy + head * DK + d, mask=d < DK, other=0.0)
                 query_pooled_count += tl.load(p_count + head)

@@ -85,8 +85,13 @@ def typical_scale(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 def _borrow(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Mean squares [B, H, D] from sums and counts [B, 1, 1], short sequences filled up with the batch's average."""
-    pooled = energy.sum(dim=0, keepdim=True) / count.sum(dim=0, keepdim=True).clamp(min=1.0)
+    """Mean squares [B, H, D] from sums and counts [B, 1, 1], short sequences filled up with the batch's average.
+
+    A sequence with NaN or infinite sums lends nothing: its numbers are its own trouble.
+    """
+    lends = energy.isfinite()
+    pooled = torch.where(lends, energy, 0.0).sum(dim=0, keepdim=True)
+    pooled = pooled / (lends * count).sum(dim=0, keepdim=True).clamp(min=1.0)
     missing = (PRIOR_TOKENS - count).clamp(min=0.0)
     return (energy + missing * pooled) / (count + missing).clamp(min=1.0)
 

@@ -122,7 +122,7 @@ def root(mean_square, D: tl.constexpr):
 
 @triton.jit
 def borrowed(energy, count, pooled, pooled_count):
-    """`reference._borrow` of one sequence; `pooled` are the batch's sums."""
+    """`reference._borrow` of one sequence; `pooled` are the batch's finite sums, over `pooled_count` tokens."""
     missing = tl.maximum(-(count - PRIOR), 0.0)
     average = pooled / tl.maximum(pooled_count, 1.0)
     return (energy + missing * average) / tl.maximum(count + missing, 1.0)
@@ -185,10 +185,11 @@ def _state_kernel(
     b, h = head // H, head % H
     d = tl.arange(0, BLOCK_D)
     pooled = tl.zeros((BLOCK_D,), tl.float32)
-    pooled_count = 0.0
+    pooled_count = tl.zeros((BLOCK_D,), tl.float32)
     for other in range(0, B):
-        pooled += tl.load(p_energy + (other * H + h) * D + d, mask=d < D, other=0.0)
-        pooled_count += tl.load(p_count + other)
+        lent = tl.load(p_energy + (other * H + h) * D + d, mask=d < D, other=0.0)
+        pooled += tl.where(lent < float("inf"), lent, 0.0)
+        pooled_count += tl.where(lent < float("inf"), tl.load(p_count + other), 0.0)
     energy = tl.load(p_energy + head * D + d, mask=d < D, other=0.0)
     key = borrowed(energy, tl.load(p_count + b), pooled, pooled_count)
     query = key
