@@ -133,6 +133,16 @@ def test_turns_with_one_cache(llama):
     assert torch.equal(generate(llama, inputs, past_key_values=cache), first)
 
 
+def test_what_a_static_cache_cannot_do_is_named(llama, tmp_path):
+    cache = TurboQuantStaticCache(llama.config, max_cache_len=40)
+    with pytest.raises(NotImplementedError, match="cannot be saved; prefill and save a TurboQuantCache"):
+        cache.save(tmp_path / "cache.safetensors")
+    with pytest.raises(NotImplementedError, match="keeps its batch size; repeat the inputs"):
+        cache.batch_repeat_interleave(2)
+    with pytest.raises(NotImplementedError, match="use a dynamic cache to offload"):
+        cache.layers[0].offload()
+
+
 def test_what_does_not_fit_is_named_before_it_runs(llama):
     llama.set_attn_implementation("turboquant")
     inputs = padded()

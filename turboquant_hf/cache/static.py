@@ -79,6 +79,9 @@ class TurboQuantStaticCache(StaticCache):
             length = self.layers[index].max_cache_len
             self.layers[index] = TurboQuantStaticLayer(self.preset, keys, values, length, reads_packed, workspaces)
 
+    def save(self, path: str | Path) -> None:
+        raise NotImplementedError("a static cache cannot be saved; prefill and save a TurboQuantCache instead")
+
     def __repr__(self) -> str:
         packed = len(self.packed_layers)
         return (
