@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -144,15 +145,18 @@ def run_dense(
         for way, attend in _ways(query, source.group, nbytes).items():
             if name == "math" and way != "grouped":
                 continue  # it repeats heads itself, and is never the fastest
-            try:
-                with sdpa_kernel(backend) if backend is not None else _nothing():
-                    error = relative_error(attend(*copies[0]), exact)
-                    if error <= ERROR_BOUNDS[keys.dtype]:
-                        ways[way] = measure([partial(attend, *pair) for pair in copies], device), error
-                    else:
-                        reasons.append(f"{way}: relative error {error:.1e}")
-            except (RuntimeError, torch.OutOfMemoryError) as failure:
-                reasons.append(f"{way}: {str(failure).splitlines()[0]}")
+            with catch_warnings(record=True) as told:  # SDPA says in warnings why a backend does not serve
+                simplefilter("always")
+                try:
+                    with sdpa_kernel(backend) if backend is not None else nullcontext():
+                        error = relative_error(attend(*copies[0]), exact)
+                        if error <= ERROR_BOUNDS[keys.dtype]:
+                            ways[way] = measure([partial(attend, *pair) for pair in copies], device), error
+                        else:
+                            reasons.append(f"{way}: relative error {error:.1e}")
+                except (RuntimeError, torch.OutOfMemoryError) as failure:
+                    said = [str(warning.message).splitlines()[0] for warning in told]
+                    reasons.append(f"{way}: {' '.join([str(failure).splitlines()[0], *said])}")
         if ways:
             way, (timing, error) = min(ways.items(), key=lambda item: item[1][0].seconds)
             found.append(recorder.add(timed_row({**row, "way": way, "error": error}, timing, bandwidth)))
@@ -162,11 +166,6 @@ def run_dense(
     for row in found:
         row["ratio_to_fp16"], row["speedup"] = row["us"] / best, best / row["us"]
     return best
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _ways(query: torch.Tensor, group: int, nbytes: int) -> dict[str, Callable[..., torch.Tensor]]:
