@@ -1,0 +1,99 @@
+"""Compiles Triton kernels for a GPU that this machine need not have: `python -m tests.kernels.compiling CAPABILITY`.
+
+Layers of several presets run on CPU tensors with every launch replaced by a compilation, so that what they compute is
+nonsense: only what the compiler says counts. Prints each kernel's name and how often it was compiled, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.cache.static_due import DueState
+from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
+from turboquant_hf.config import load_preset
+from turboquant_hf.kernels import dispatch
+from turboquant_hf.kernels.decode import RawTokens
+from turboquant_hf.kernels.encode import triton as encode_triton
+
+LAYERS = (("k4v4", 128, torch.bfloat16), ("k2v2", 64, torch.float16))
+
+
+class CompilerOnly:
+    """A Triton driver without a device."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def growing(preset: str, dim: int, dtype: torch.dtype) -> None:
+    """Prefill, statistics, encoding, decoding to dense, attention: as the growing cache does."""
+    preset = load_preset(preset, min_statistics=128, recent_window=0)
+    layer = TurboQuantLayer(preset, *preset.layer_quantizers(0, 1), returns_handles=lambda: True)
+    x = torch.randn(2, 2, 300, dim, dtype=dtype)
+    layer.update(x, x)
+    layer.observe(torch.randn(2, 4, 300, dim, dtype=dtype))
+    layer.commit()
+    layer.dense(0), layer.dense(1)
+    parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
+    sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
+    raw = [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
+    for queries in (1, 5):
+        query = torch.randn(2, 4, queries, dim, dtype=dtype)
+        dispatch.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.125)
+
+
+def static(preset: str, dim: int, dtype: torch.dtype) -> None:
+    """A step of the preallocated cache."""
+    preset = load_preset(preset)
+    layer = TurboQuantStaticLayer(preset, *preset.layer_quantizers(0, 1), 1024)
+    x = torch.randn(2, 2, 1, dim, dtype=dtype)
+    layer.lazy_initialization(x, x)
+    state = DueState(layer.plan_name, layer.arena, layer.counts)
+    state.append(x, x)
+    query = torch.randn(2, 4, 1, dim, dtype=dtype)
+    state.observe(query)
+    state.attend(query, layer.workspace, scaling=0.125)
+    state.commit()
+
+
+def main(capability: int) -> None:
+    compiled: Counter[str] = Counter()
+    run, known = JITFunction.run, set()
+
+    def compile_only(self, *args, grid, warmup=False, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in known:
+            known.add(kernel.hash)
+            compiled[self.__name__] += bool(kernel.asm["cubin"])
+        return kernel
+
+    driver.set_active(CompilerOnly(capability))
+    JITFunction.run = compile_only
+    dispatch.backend = lambda device=None: "triton"
+    torch.empty, torch.empty_like = torch.zeros, torch.zeros_like  # what no kernel writes may still be an index
+    for layer in LAYERS:
+        growing(*layer)
+        static(*layer)
+    encode_triton.tile_mean(torch.randn(1, 2, 3, 128, 64, dtype=torch.float16), None)
+    print(json.dumps(compiled))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

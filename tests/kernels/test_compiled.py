@@ -1,0 +1,97 @@
+"""All kernels compiled for GPUs that this machine need not have: what an interpreter accepts, a compiler may not."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from turboquant_hf.kernels.decode import cuda
+
+from .conftest import INTERPRETED
+from .test_cuda import KEYS, groups_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="a compiler's work")]
+MODULES = ("append.triton", "decode.triton", "encode.triton", "encode.dequantize", "statistics.triton")
+MODULES += ("statistics.due_triton",)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_kernels_compile(capability, tmp_path):
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiling", str(capability)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    modules = [import_module(f"turboquant_hf.kernels.{name}") for name in MODULES]
+    kernels = {name for module in modules for name, _ in inspect.getmembers(module) if name.endswith("_kernel")}
+    assert len(kernels) >= 12 and set(json.loads(run.stdout.splitlines()[-1])) == kernels
+
+
+class Nvrtc:
+    """NVIDIA's run-time compiler, which needs no GPU: PyPI's nvidia-cuda-nvrtc."""
+
+    def __init__(self) -> None:
+        spec = find_spec("nvidia.cu13") if find_spec("nvidia") else None
+        found = [path for place in (spec.submodule_search_locations if spec else ()) for path in libraries(place)]
+        if not found:
+            pytest.skip("needs nvidia-cuda-nvrtc 13")
+        self._library = ctypes.CDLL(str(found[0]))
+
+    def compile(self, text: str, *options: str) -> tuple[int, str]:
+        """(status, log)."""
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        self._library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"decode.cu", 0, None, None)
+        arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        status = self._library.nvrtcCompileProgram(program, len(options), arguments)
+        self._library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        self._library.nvrtcGetProgramLog(program, log)
+        self._library.nvrtcDestroyProgram(ctypes.byref(program))
+        return status, log.value.decode()
+
+
+def libraries(place: str) -> list[Path]:
+    return sorted(Path(place).glob("lib/libnvrtc.so.*"))
+
+
+SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
+"""Bytes of shared memory a block can have, by architecture (CUDA C++ programming guide, technical specifications)."""
+CASES = {  # keys, bits of values, head dim, bytes that may spill
+    "k4v4-d128": ("k5/3", 4, 128, 16),
+    "k4v4-d64": ("k5/3", 4, 64, 0),
+    "k4v4-d256": ("k5/3", 4, 256, 512),
+    "k2v2-d128": ("k5/3/2", 2, 128, 16),
+    "k8v8-d64": ("k8", 8, 64, 0),
+}
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("case", CASES)
+def test_cuda_source_compiles(case, architecture):
+    """For the cards of these architectures, without a header and with registers for nearly all of it."""
+    nvrtc = Nvrtc()
+    widths, bits, dim, allowed = CASES[case]
+    keys, (values,) = (cuda._described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
+    shape = cuda.Shape(dim, keys, values, "fp16" if widths == "k8" else "e3m5", "e4m4", bf16=True)
+    fits = [n for n in range(cuda.MAX_WARPS, 1, -1) if cuda.shared_bytes(shape, n) <= SHARED[architecture]]
+    if not fits:
+        pytest.skip("dispatch takes Triton there: too little shared memory for two warps")
+    options = (f"--gpu-architecture={architecture}", "--std=c++20", "--use_fast_math", "-default-device")
+    status, log = nvrtc.compile(cuda.source(shape, fits[0]), *options, "--ptxas-options=-v")
+    assert status == 0, log
+    spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
+    assert spilled <= allowed, log
