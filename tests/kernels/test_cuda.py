@@ -98,3 +98,34 @@ def test_levels_as_bytes(bits):
             assert byte & 128
             byte ^= 0 if bits == 4 or code & 16 else 0x7F
         assert byte == step + 0.5 + cuda.ROW_CENTRE[bits]
+
+
+def test_a_torch_that_cannot_launch_is_refused(monkeypatch):
+    """torch.cuda._compile_kernel alone is not enough: 2.8 and 2.9 have it without what launches its kernels."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert cuda.available() is None
+    monkeypatch.delattr(torch.cuda._utils, "_get_gpu_runtime_library")
+    assert "cannot compile and launch" in cuda.available()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "below 8.0" in cuda.available()
+
+
+def test_what_does_not_compile_is_left_to_others(monkeypatch):
+    """A compiler that is missing ends nothing: the call goes to Triton, and the reason is kept."""
+    asked = []
+
+    def compile_kernel(shape, device):
+        asked.append(shape)
+        raise OSError("no NVRTC library")
+
+    keys, (values,) = (cuda._described(groups_of(128, x)) for x in (KEYS["k5/3"], ((1.0, 4),)))
+    shape, device = cuda.Shape(128, keys, values), torch.device("cuda", 7)
+    monkeypatch.setattr(cuda, "_kernel", compile_kernel)
+    monkeypatch.setattr(cuda, "_plan", lambda shape, device: 7)
+    for _ in range(2):
+        assert cuda._failure(shape, device) == "it cannot be compiled (no NVRTC library)"
+    assert len(asked) == 1
+    monkeypatch.setattr(cuda, "_plan", lambda shape, device: 0)
+    assert "shared memory" in cuda._failure(shape, torch.device("cuda", 6))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from turboquant_hf.attention.dense import dense_attention
+from turboquant_hf.attention.mask import left_padding
 from turboquant_hf.attention.packed import packed_attention
 from turboquant_hf.attention.static import static_attention
 from turboquant_hf.cache import PackedHandle, StaticHandle, TurboQuantLayer
@@ -38,6 +39,7 @@ def turboquant_attention_forward(
         return dense_attention(module, query, key, densified(value), attention_mask, **options)
     if module.training and torch.is_grad_enabled():
         raise ValueError(NO_TRAINING)
+    query = query.to(key.dtype)  # under torch.autocast rotary embeddings leave it in float32
     if isinstance(key, StaticHandle):
         return static_attention(module, query, key, value, attention_mask, **options)
     return _dynamic_attention(module, query, key, value, attention_mask, **options)
@@ -90,9 +92,6 @@ def note_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_
         return
     starts = getattr(attention_mask, "_turboquant_starts", None)
     if starts is None:
-        last = attention_mask[:, 0, -1]
-        visible = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-        hidden = (~visible).int().cumprod(dim=-1).sum(dim=-1)
-        starts = hidden.expand(layer.batch_size).tolist()
+        starts = left_padding(attention_mask).expand(layer.batch_size).tolist()
         attention_mask._turboquant_starts = starts  # the same mask serves every layer: one wait for the device
     layer.learn_padding(starts)

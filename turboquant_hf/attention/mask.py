@@ -61,3 +61,12 @@ def _key_mask(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> t
     if seen < kv_length:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_length - seen), value=True)
     return attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+
+
+def left_padding(mask: torch.Tensor) -> torch.Tensor:
+    """int64 [B or 1]: how many of the oldest positions no query of a mask [B or 1, 1, q, kv] sees.
+
+    What only the newest queries do not see may be seen by later ones: a mask of the user's own says nothing of padding.
+    """
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    return (~visible.any(dim=1)).int().cumprod(dim=-1).sum(dim=-1)

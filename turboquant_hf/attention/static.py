@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from turboquant_hf.attention.dense import dense_attention
+from turboquant_hf.attention.mask import left_padding
 from turboquant_hf.cache import StaticHandle, TurboQuantStaticLayer
 from turboquant_hf.cache.static_ops import attend
 
@@ -81,14 +82,7 @@ def _chunk_attention(
         mask = layer.visible(tokens, pending=0 if pending.stored else tokens)
     if mask is not None:
         mask = mask[..., : keys.shape[2]]
-    starts = None if mask is None else _left_padding(mask, query.shape[0])
+    starts = None if mask is None else left_padding(mask).expand(query.shape[0]).contiguous()
     output = dense_attention(module, query, keys, values, mask, **options)
     pending.store(query, starts)
     return output
-
-
-def _left_padding(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """int64 [B]: how many of the oldest positions the chunk's newest query does not see."""
-    last = mask[:, 0, -1]
-    visible = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-    return (~visible).int().cumprod(dim=-1).sum(dim=-1).expand(batch).contiguous()

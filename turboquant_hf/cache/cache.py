@@ -163,11 +163,12 @@ class TurboQuantCache(DynamicCache):
         """Tell an empty cache where each sequence begins, from a 0/1 mask [B, T] of left-padded input.
 
         `generate` does this itself. Without it padding still never reaches the output, but it counts as tokens
-        when sinks are chosen and keys are measured.
+        when sinks are chosen and keys are measured. None takes back what was said.
         """
-        if self.tokens or attention_mask is None or attention_mask.dim() != 2:
+        if self.tokens:
             return
-        starts = (attention_mask != 0).int().argmax(dim=1).tolist()
+        padded = attention_mask is not None and attention_mask.dim() == 2
+        starts = (attention_mask != 0).int().argmax(dim=1).tolist() if padded else None
         for layer in self.packed_layers:
             layer.note_padding(starts)
 

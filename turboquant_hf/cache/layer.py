@@ -26,6 +26,29 @@ def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return x if quantizer.marks_infinity else torch.where(x.isinf(), torch.nan, x)
 
 
+def check_pair(keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Raise ValueError for a first block that no cache can be made of."""
+    for name, x in (("keys", keys), ("values", values)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name}: dtype={x.dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
+        if x.dim() != 4:
+            raise ValueError(f"{name}: shape={list(x.shape)} is not supported; allowed: [B, H, tokens, D]")
+    if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+        raise ValueError(
+            f"values: {values.dtype} {list(values.shape)} do not belong to keys {keys.dtype} {list(keys.shape)}: "
+            "only the last dimension may differ"
+        )
+
+
+def autocast(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values in one dtype: under torch.autocast rotary embeddings leave keys in float32, values are narrow."""
+    kind = keys.device.type
+    if keys.dtype == values.dtype or not torch.is_autocast_enabled(kind):
+        return keys, values
+    dtype = torch.get_autocast_dtype(kind)
+    return keys.to(dtype), values.to(dtype)
+
+
 def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
     """Which heads, bool [B, H], hold a NaN or an infinity in tiles [B, H, N, T, D] where weight [B, N, T] is not 0.
 
@@ -107,16 +130,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         value_states = key_states if value_states is None else value_states
-        for name, x in (("keys", key_states), ("values", value_states)):
-            if x.dtype not in DTYPES:
-                raise ValueError(f"{name}: dtype={x.dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
-            if x.dim() != 4:
-                raise ValueError(f"{name}: shape={list(x.shape)} is not supported; allowed: [B, H, tokens, D]")
-        if key_states.shape[:3] != value_states.shape[:3] or key_states.dtype != value_states.dtype:
-            raise ValueError(
-                f"values: {value_states.dtype} {list(value_states.shape)} do not belong to keys "
-                f"{key_states.dtype} {list(key_states.shape)}: only the last dimension may differ"
-            )
+        check_pair(key_states, value_states)
         for quantizer, x in zip(self.quantizers, (key_states, value_states), strict=True):
             quantizer.validate(x.shape[-1], self.preset.tile)
         batch, heads = key_states.shape[:2]
@@ -137,9 +151,11 @@ class TurboQuantLayer(CacheLayerMixin):
     @torch.compiler.disable  # counters in Python: a graph break here, where tracing would compile every step anew
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append [B, H, T, D] keys and values; returns what attention reads, as handles or dense tensors."""
+        key_states, value_states = autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
+        self._leave_inference_mode()
         self.commit()
         if self.offloader is not None:
             self.offloader.enter(self)
@@ -194,6 +210,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if ready == 0 or not (self._fitted or self._seen_enough()):
             self.tail.own()
             return
+        self.step = None  # it would keep the arrays that are replaced here
         stored = self.get_seq_length() - self.tail.count
         fresh = [self._tiled(x[:, :, : ready * tile]) for x in self.tail.view()]
         weight = self._weight(stored, ready * tile).unflatten(1, (ready, tile))
@@ -330,6 +347,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if keep == 0:
             self.reset()
             return
+        self._leave_inference_mode()
         self.commit()
         whole, part = divmod(keep, self.preset.tile)
         stored = self.tiles[0].count
@@ -365,14 +383,19 @@ class TurboQuantLayer(CacheLayerMixin):
             return
         self.commit()
         self._map(fn)
-        if self._query_energy is not None:
-            self._query_energy, self._query_count = fn(self._query_energy), fn(self._query_count)
-        self.noted_starts = list(self.sinks.first)
 
     def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.step = None
         for part in (*self.tiles, self.tail, self.sinks):
             part.map(fn)
         self.states = tuple({name: fn(x) for name, x in state.items()} for state in self.states)
+        if self._query_energy is not None:
+            self._query_energy, self._query_count = fn(self._query_energy), fn(self._query_count)
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what was made under torch.inference_mode(), which nobody may write to outside it."""
+        if not torch.is_inference_mode_enabled() and self.tail.is_inference():
+            self._map(torch.clone)
 
     def offload(self) -> None:
         """Move everything to the CPU."""
@@ -385,9 +408,9 @@ class TurboQuantLayer(CacheLayerMixin):
         if self.is_initialized and self.tail.arrays[0].device != self.device:
             self._map(lambda x: x.to(self.device, non_blocking=True))
 
-    def note_padding(self, starts: list[int]) -> None:
-        """Say where each sequence's real tokens begin, before anything is stored: one position a sequence."""
-        self.noted_starts = list(starts)
+    def note_padding(self, starts: list[int] | None) -> None:
+        """Say where each sequence's real tokens begin, before anything is stored: one position a sequence, or None."""
+        self.noted_starts = None if starts is None else list(starts)
 
     def learn_padding(self, starts: list[int]) -> None:
         """The same for a layer that holds raw tokens already; nothing may be encoded yet."""

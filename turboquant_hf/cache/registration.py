@@ -6,11 +6,13 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
+from transformers.utils.generic import is_flash_attention_requested
 
 from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.cache.static import TurboQuantStaticCache
@@ -105,12 +107,25 @@ def _wrap(original):
                 )
             return result
         model_kwargs[name], packed = _convert(model_kwargs[name], self.config, preset, offloading, model_kwargs)
+        if wanted == STATIC_NAME:
+            _restore_mask(self, generation_config, model_kwargs, bound["batch_size"])
         if packed and attention == "auto":
             use_turboquant_attention(self)
         return result
 
     prepare._turboquant_original = original
     return prepare
+
+
+def _restore_mask(model: Any, generation_config: GenerationConfig, model_kwargs: dict, batch_size: int) -> None:
+    """Give flash attention the mask of ones back by which it leaves out a static cache's empty slots.
+
+    Newer versions drop such a mask, but not for the cache that they know by the name "static".
+    """
+    length = getattr(generation_config, "_mask_length", None)
+    if length and model_kwargs.get("attention_mask", 0) is None and is_flash_attention_requested(model.config):
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        model_kwargs["attention_mask"] = torch.ones(rows, length, dtype=torch.long, device=model.device)
 
 
 def _cache_argument(model_kwargs: dict) -> str | None:

@@ -36,7 +36,6 @@ class TurboQuantStaticCache(StaticCache):
     tokens = TurboQuantCache.tokens
     note_padding = TurboQuantCache.note_padding
     nbytes = TurboQuantCache.nbytes
-    spare_nbytes = TurboQuantCache.spare_nbytes
     dense_nbytes = TurboQuantCache.dense_nbytes
     compression_ratio = TurboQuantCache.compression_ratio
     _raw_nbytes = TurboQuantCache._raw_nbytes
@@ -78,6 +77,13 @@ class TurboQuantStaticCache(StaticCache):
             keys, values = self.preset.layer_quantizers(ordinal, len(packed))
             length = self.layers[index].max_cache_len
             self.layers[index] = TurboQuantStaticLayer(self.preset, keys, values, length, reads_packed, workspaces)
+
+    @property
+    def spare_nbytes(self) -> int:
+        """Bytes allocated ahead for tokens to come, and to work with, not counted in `nbytes`."""
+        layers = self.packed_layers
+        shared = {id(x): x.numel() * x.itemsize for layer in layers if layer.is_initialized for x in [layer.workspace]}
+        return sum(layer.spare_nbytes for layer in layers) + sum(shared.values())
 
     def save(self, path: str | Path) -> None:
         raise NotImplementedError("a static cache cannot be saved; prefill and save a TurboQuantCache instead")

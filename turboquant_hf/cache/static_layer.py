@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from turboquant_hf.cache import static_ops
 from turboquant_hf.cache.handles import PackedHandle
-from turboquant_hf.cache.layer import DTYPES
+from turboquant_hf.cache.layer import autocast, check_pair
 from turboquant_hf.cache.static_due import DueState
 from turboquant_hf.cache.static_plan import STEP_TOKENS, StaticPlan, plan_name
 from turboquant_hf.cache.static_state import StaticState
@@ -68,11 +68,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
                 "torch.compile, as generate does, or call cache.early_initialization(...) first"
             )
         value_states = key_states if value_states is None else value_states
-        for name, x in (("keys", key_states), ("values", value_states)):
-            if x.dtype not in DTYPES or x.dtype != key_states.dtype:
-                raise ValueError(f"{name}: dtype={x.dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
-            if x.dim() != 4 or x.shape[:3] != key_states.shape[:3]:
-                raise ValueError(f"{name}: shape={list(x.shape)} is not supported; allowed: [B, H, tokens, D]")
+        check_pair(key_states, value_states)
         for quantizer, x in zip(self.quantizers, (key_states, value_states), strict=True):
             quantizer.validate(x.shape[-1], self.preset.tile)
         batch, heads = key_states.shape[:2]
@@ -93,10 +89,12 @@ class TurboQuantStaticLayer(CacheLayerMixin):
             sparse_v_threshold=self.preset.sparse_v_threshold,
         )
         self.plan_name = plan_name(self.plan)
-        self.arena, self.counts = self.plan.allocate()
         device = key_states.device
-        if device not in self._workspaces:
-            self._workspaces[device] = decode_workspace(batch * heads, WORKSPACE_ROWS, self.plan.head_dims[0], device)
+        with torch.inference_mode(False):  # what is made there cannot be written to outside it
+            self.arena, self.counts = self.plan.allocate()
+            if device not in self._workspaces:
+                rows = batch * heads, WORKSPACE_ROWS
+                self._workspaces[device] = decode_workspace(*rows, self.plan.head_dims[0], device)
         self.workspace, self.reads_packed = self._workspaces[device], self.plan.reads_packed
         for x in (self.arena, self.counts, self.workspace):
             torch._dynamo.mark_static_address(x)
@@ -111,6 +109,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Take [B, H, q, D] keys and values; returns what attention reads, as handles or dense [B, H, max_len, D]."""
+        key_states, value_states = autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not torch.compiler.is_compiling():
@@ -213,7 +212,9 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         state = self._state()
         tiles, length = state.read_counts()
         keep = length if tokens == 0 else (tokens if tokens > 0 else max(length + tokens, 0))
-        if keep < length:
+        if keep == 0:
+            self.reset()
+        elif keep < length:
             state.crop(keep)
 
     def reset(self) -> None:
@@ -242,16 +243,26 @@ class TurboQuantStaticLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing is ever offloaded."""
 
-    def note_padding(self, starts: list[int]) -> None:
-        """Say where each sequence's real tokens begin, before anything is stored: one position a sequence."""
-        self.noted_starts = list(starts)
+    def note_padding(self, starts: list[int] | None) -> None:
+        """Say where each sequence's real tokens begin, before anything is stored: one position a sequence, or None."""
+        self.noted_starts = None if starts is None else list(starts)
         if self.is_initialized:
             self._set_starts()
 
     def _set_starts(self) -> None:
-        if self.noted_starts is not None:
-            starts = torch.tensor(self.noted_starts, dtype=torch.int64)
-            self.plan.view(self.arena, "starts").copy_(starts)
+        view = self.plan.view(self.arena, "starts")
+        if self.noted_starts is None:
+            view.zero_()
+        else:
+            view.copy_(torch.tensor(self.noted_starts, dtype=torch.int64))
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy, or one from another process: the ops find its plan under a name of this process."""
+        self.__dict__.update(state)
+        if self.is_initialized:
+            self.plan_name = plan_name(self.plan)
+            for x in (self.arena, self.counts, self.workspace):
+                torch._dynamo.mark_static_address(x)
 
     def _state(self) -> StaticState:
         return StaticState(self.plan_name, self.arena, self.counts)

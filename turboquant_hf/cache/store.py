@@ -107,6 +107,10 @@ class TailBuffer:
     def capacity(self) -> int:
         return self._arrays[0].shape[2]
 
+    def is_inference(self) -> bool:
+        """Whether the arrays were made under torch.inference_mode()."""
+        return self._arrays[0].is_inference()
+
     def postpone(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """`append`, but a kernel may do the writing (`hand_over`): whoever looks at the arrays first has it done."""
         added = keys.shape[2]
@@ -177,8 +181,8 @@ class TailBuffer:
 class SinkBuffer:
     """The first `size` real tokens of every sequence, keys and values, [B, H, size, D] each.
 
-    `starts` holds the position of each sequence's first real token (its left padding): a tensor [B] and the same
-    as a list, so that the host never waits for the device.
+    `starts` holds the position of each sequence's first real token (its left padding), a tensor [B]; `first` is the
+    same as a list, and `latest` no smaller than its largest, so that steps need not wait for the device.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, size: int, starts: list[int]) -> None:
@@ -187,13 +191,21 @@ class SinkBuffer:
         self.set_starts(starts, keys.device)
 
     def set_starts(self, starts: list[int], device: torch.device) -> None:
-        self.first = list(starts)
-        self.starts = torch.tensor(self.first, dtype=torch.int64, device=device)
+        self._first: list[int] | None = list(starts)
+        self.latest = max(starts, default=0)
+        self.starts = torch.tensor(self._first, dtype=torch.int64, device=device)
+
+    @property
+    def first(self) -> list[int]:
+        """`starts` as a list; after a change of the batch this waits for the device, once."""
+        if self._first is None:
+            self._first = self.starts.tolist()
+        return self._first
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
         """Copy what of tokens [position, position + T) belongs to the sinks."""
         stop = position + keys.shape[2]
-        if not self.size or position == stop or position >= max(self.first, default=0) + self.size:
+        if not self.size or position == stop or position >= self.latest + self.size:
             return
         if len(set(self.first)) == 1:
             low, high = max(position, self.first[0]), min(stop, self.first[0] + self.size)
@@ -217,7 +229,7 @@ class SinkBuffer:
 
         index 0 is keys, 1 values. Works in place and returns `dense`.
         """
-        if not self.size or start == stop or start >= max(self.first, default=0) + self.size:
+        if not self.size or start == stop or start >= self.latest + self.size:
             return dense
         if len(set(self.first)) == 1:
             low, high = max(self.first[0], start), min(self.first[0] + self.size, stop)
@@ -236,10 +248,8 @@ class SinkBuffer:
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.arrays = tuple(fn(array) for array in self.arrays)
         self.starts = fn(self.starts)
-        if len(set(self.first)) == 1:  # spares the host a wait for the device at every beam step
-            self.first = self.first[:1] * self.starts.shape[0]
-        else:
-            self.first = self.starts.tolist()
+        alike = self._first is not None and len(set(self._first)) == 1
+        self._first = self._first[:1] * self.starts.shape[0] if alike else None
 
     @property
     def nbytes(self) -> int:

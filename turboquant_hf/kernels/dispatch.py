@@ -124,7 +124,8 @@ def decode_attention(
     automatic = os.environ.get(VARIABLE, "auto").lower() == "auto"
     if query.device.type == "cuda" and (chosen == "cuda" or (automatic and sparse_v_threshold == 0.0)):
         module, _ = _cuda_module()
-        reason = "not loaded" if module is None else module.supports(query, keys, values, tail, s_aux)
+        known = {"masked": mask is not None, "softcap": softcap}
+        reason = "not loaded" if module is None else module.supports(query, keys, values, tail, **known)
         if reason is None:
             with on_device(query.device):
                 return module.decode_attention(*arguments, **options, workspace=workspace)
@@ -157,7 +158,7 @@ def prepared_decode(
     if query.device.type != "cuda" or name not in ("auto", "cuda") or backend(query.device) == "torch":
         return None
     module, _ = _cuda_module()
-    if module is None or module.supports(query, keys, values, tail, s_aux) is not None:
+    if module is None or module.supports(query, keys, values, tail, masked=masked, softcap=softcap) is not None:
         return None
     with on_device(query.device):
         return module.Step(

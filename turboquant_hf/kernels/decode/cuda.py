@@ -9,10 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.primitives import packed_size
+
+logger = logging.get_logger(__name__)
 
 TILE = 128
 HEAD_DIMS = (64, 128, 256)
@@ -34,15 +37,23 @@ def available() -> str | None:
         return "ROCm: the kernels use NVIDIA's matrix instructions"
     if torch.cuda.get_device_capability() < (8, 0):
         return "compute capability below 8.0"
-    if not hasattr(torch.cuda, "_compile_kernel"):
-        return f"torch {torch.__version__} has no torch.cuda._compile_kernel (2.9 and newer do)"
+    utils = getattr(torch.cuda, "_utils", None)
+    launcher = getattr(getattr(utils, "_CudaKernel", None), "set_shared_memory_config", None)
+    if not (hasattr(torch.cuda, "_compile_kernel") and hasattr(utils, "_get_gpu_runtime_library") and launcher):
+        return f"torch {torch.__version__} cannot compile and launch kernels (2.10 and newer can)"
     return None
 
 
 def supports(
-    query: torch.Tensor, keys: PackedSide, values: PackedSide, tail: RawTokens, s_aux: torch.Tensor | None = None
+    query: torch.Tensor,
+    keys: PackedSide,
+    values: PackedSide,
+    tail: RawTokens,
+    *,
+    masked: bool = False,
+    softcap: float | None = None,
 ) -> str | None:
-    """None where `decode_attention` can serve this call, else the reason why not."""
+    """None where `decode_attention` can serve this call, else the reason why not. Compiles the kernel."""
     dim = query.shape[-1]
     checks = (
         (query.is_cuda, "the query is not on a CUDA device"),
@@ -58,9 +69,7 @@ def supports(
         (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
     )
     reason = next((reason for fine, reason in checks if not fine), None)
-    if reason is None and not _plan(_shape(query, keys, values), query.device):
-        return "too little shared memory for two tiles"
-    return reason
+    return reason or _failure(_shape(query, keys, values, masked, softcap), query.device)
 
 
 def _row_fits(size: int, group: CodeGroup) -> bool:
@@ -449,6 +458,19 @@ def _plan(shape: Shape, device: torch.device) -> int:
     """Warps of a block, of which one fills a multiprocessor; 0 where two do not fit."""
     limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 * 1024)
     return next((warps for warps in range(MAX_WARPS, 1, -1) if shared_bytes(shape, warps) <= limit), 0)
+
+
+@lru_cache(maxsize=256)
+def _failure(shape: Shape, device: torch.device) -> str | None:
+    """Why there is no kernel of this shape, or None; a compiler or driver that failed is not asked again."""
+    if not _plan(shape, device):
+        return "too little shared memory for two tiles"
+    try:
+        _kernel(shape, device)
+    except (AttributeError, OSError, RuntimeError) as error:
+        logger.warning_once(f"turboquant_hf: the CUDA C++ decode kernel cannot be compiled ({error}); Triton serves.")
+        return f"it cannot be compiled ({error})"
+    return None
 
 
 @lru_cache(maxsize=64)
