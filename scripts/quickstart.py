@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from transformers import DynamicCache, set_seed
 
@@ -33,6 +35,7 @@ def generate(model, tokenizer, text: str) -> None:
     # asked what it holds. The attention name lets it measure the queries and reads the tiles directly on a GPU.
     model.set_attn_implementation("turboquant")
     packed = TurboQuantCache(model.config)
+    warnings.filterwarnings("ignore", message=".*past_key_values.*", category=FutureWarning)  # `cache` from 5.24 on
     for name, cache in (("DynamicCache", dense), ("TurboQuantCache", packed)):
         output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
         print(f"  {name}: {tokenizer.decode(output[0, prompt:], skip_special_tokens=True)!r}")

@@ -4,5 +4,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
+echo "Installs what is missing, then generates and measures: 2 to 5 minutes on two cores"
 setup_env
 python "$ROOT/scripts/quickstart.py" "$@"

@@ -67,10 +67,24 @@ def test_bad_entries_name_field_value_and_what_is_allowed(data, parts, tmp_path)
             assert part in str(error.value)
 
 
-@pytest.mark.parametrize("preset", ["k9v9", "", ".", "missing.yaml", None, 3, []], ids=repr)
+@pytest.mark.parametrize("preset", ["k9v9", "", ".", None, 3, []], ids=repr)
 def test_an_unknown_preset_is_named(preset):
     with pytest.raises(ValueError, match="preset=.*allowed"):
         load_preset(preset)
+
+
+def test_what_was_meant_is_guessed():
+    with pytest.raises(ValueError, match="did you mean 'k4v4'"):
+        load_preset("k4_v4")
+    with pytest.raises(ValueError, match="did you mean 'boundary_layers'"):
+        load_preset("k4v4", boundry_layers=2)
+    with pytest.raises(FileNotFoundError, match="mine.yaml"):
+        load_preset("mine.yaml")
+
+
+def test_a_mapping_may_start_from_a_preset():
+    assert load_preset({"preset": "k3v3", "sinks": 8}) == load_preset("k3v3", sinks=8)
+    assert load_preset({"preset": {"preset": "k3v3", "sinks": 8}, "tile": 64}) == load_preset("k3v3", sinks=8, tile=64)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b", "3", "keys: ["], ids=repr)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,21 @@ class CachePreset:
         object.__setattr__(self, "layers", _layer_overrides(self.layers))
 
     @classmethod
+    def field_names(cls) -> list[str]:
+        """The fields by name: what a preset file, and the overrides of a cache, may hold."""
+        return [f.name for f in fields(cls)]
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CachePreset:
-        """Build from plain data; ValueError names an unknown or impossible entry and what is allowed."""
+        """Build from plain data; ValueError names an unknown or impossible entry and what is allowed.
+
+        With an entry "preset", that one (a name, a path or a mapping) is the base that the others change.
+        """
         if not isinstance(data, Mapping):
             raise ValueError(f"a preset is a mapping of fields, got {data!r}")
-        _check_keys("preset", data, {f.name for f in fields(cls)})
+        if "preset" in data:
+            return load_preset(data["preset"], **{key: value for key, value in data.items() if key != "preset"})
+        check_keys("preset", data, cls.field_names())
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,7 +118,7 @@ class CachePreset:
 
     def with_overrides(self, **overrides: Any) -> CachePreset:
         """A copy with some fields replaced; `keys` and `values` may be plain data as in YAML."""
-        _check_keys("preset", overrides, {f.name for f in fields(self)})
+        check_keys("preset", overrides, self.field_names())
         return replace(self, **overrides)
 
     def layer_quantizers(self, ordinal: int, num_layers: int) -> tuple[Quantizer, Quantizer]:
@@ -119,6 +130,12 @@ class CachePreset:
             if index % num_layers == ordinal and -num_layers <= index < num_layers:
                 keys, values = override.keys or keys, override.values or values
         return keys, values
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ValueError for an override of a layer that a model with `num_layers` packed layers does not have."""
+        for index, _ in self.layers:
+            if num_layers and not -num_layers <= index < num_layers:
+                raise ValueError(f"layers: {index} is not supported; allowed: the {num_layers} KV layers of this model")
 
     @property
     def first_encode(self) -> int:
@@ -139,6 +156,7 @@ def load_preset(preset: str | Path | Mapping[str, Any] | CachePreset, **override
 
     Raises:
         ValueError: for a name that is neither a shipped preset nor a file, listing the shipped ones.
+        FileNotFoundError: for a path without a file.
     """
     if isinstance(preset, Mapping):
         preset = CachePreset.from_dict(preset)
@@ -148,11 +166,13 @@ def load_preset(preset: str | Path | Mapping[str, Any] | CachePreset, **override
         path = Path(preset)
         if path.suffix not in (".yaml", ".yml"):
             path = config_path("cache", f"{preset}.yaml")
+            if not path.is_file():
+                raise ValueError(
+                    f"preset={str(preset)!r} is not supported{_guess(str(preset), preset_names())}; "
+                    f"allowed: {', '.join(preset_names())}, or a path to a YAML file"
+                )
         if not path.is_file():
-            raise ValueError(
-                f"preset={str(preset)!r} is not supported; "
-                f"allowed: {', '.join(preset_names())}, or a path to a YAML file"
-            )
+            raise FileNotFoundError(f"preset={str(preset)!r}: no such file")
         preset = CachePreset.from_yaml(path)
     return preset.with_overrides(**overrides) if overrides else preset
 
@@ -177,7 +197,7 @@ def quantizer_from(data: str | Mapping[str, Any] | Quantizer, role: str) -> Quan
         )
     kind = QUANTIZERS[data["quantizer"]]
     allowed = {f.name for f in fields(kind)}
-    _check_keys(f"{role} ({kind.name})", options, allowed)
+    check_keys(f"{role} ({kind.name})", options, allowed)
     for option in fields(kind):
         _check_option(f"{role} ({kind.name})", option, options.get(option.name, option.default))
     if role == "values" and "channel_major" in allowed:
@@ -201,7 +221,7 @@ def _layer_overrides(data: Any) -> tuple[tuple[int, LayerOverride], ...]:
         if not isinstance(override, LayerOverride):
             if not isinstance(override, Mapping):
                 raise ValueError(f"layers: {index}: {override!r} is not supported; allowed: keys and values")
-            _check_keys(f"layers: {index}", override, {"keys", "values"})
+            check_keys(f"layers: {index}", override, {"keys", "values"})
             override = LayerOverride(**{role: quantizer_from(value, role) for role, value in override.items()})
         result.append((index, override))
     return tuple(result)
@@ -231,7 +251,14 @@ def _check_whole(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name}={value!r} is not supported; allowed: whole numbers from {low}")
 
 
-def _check_keys(owner: str, data: Mapping[str, Any], allowed: set[str]) -> None:
-    for key in data:
+def check_keys(owner: str, data: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Raise ValueError, with the nearest name and all allowed ones, for a field that `owner` does not have."""
+    for key, value in data.items():
         if key not in allowed:
-            raise ValueError(f"{owner}: unknown field {key!r}={data[key]!r}; allowed: {', '.join(sorted(allowed))}")
+            guess = _guess(str(key), allowed)
+            raise ValueError(f"{owner}: unknown field {key!r}={value!r}{guess}; allowed: {', '.join(sorted(allowed))}")
+
+
+def _guess(name: str, allowed: Collection[str]) -> str:
+    near = get_close_matches(name, allowed, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from transformers import DynamicCache, Gemma2Config, LlamaConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from turboquant_hf import CachePreset, TurboQuantCache
+from turboquant_hf import CachePreset, TurboQuantCache, TurboQuantStaticCache
 from turboquant_hf.cache import PackedHandle, TurboQuantLayer
 
 
@@ -160,3 +161,11 @@ def test_repr_says_what_is_held():
 def test_a_preset_object_serves_as_it_is():
     preset = CachePreset(name="mine", keys="lossless", values="lossless")
     assert TurboQuantCache(make_config(), preset).preset is preset
+
+
+@pytest.mark.parametrize("make", [TurboQuantCache, partial(TurboQuantStaticCache, max_cache_len=64)])
+def test_an_override_of_a_layer_that_is_not_there_is_named(llama, make):
+    for index in (2, -3):
+        with pytest.raises(ValueError, match=f"layers: {index} is not supported; allowed: the 2 KV layers"):
+            make(llama.config, layers={index: {"values": "lossless"}})
+    make(llama.config, layers={1: {"values": "lossless"}, -2: {"values": "lossless"}})

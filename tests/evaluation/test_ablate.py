@@ -38,7 +38,7 @@ def test_variant_names_what_is_wrong(change, message):
 
 
 def test_read_variants_names_the_sections_there_are():
-    with pytest.raises(ValueError, match="allowed: ingredients, 4-bit keys"):
+    with pytest.raises(ValueError, match="allowed: 'ingredients, 4-bit keys'"):
         ablate.read_variants(config_path("eval", "ablate.yaml"), ["colours"])
 
 

@@ -177,9 +177,12 @@ def test_longbench_command_runs_all_tasks(tiny_folder, data, tmp_path, capsys):
     assert cli.main(argv) == 0
     metrics = json.loads((output / "metrics.json").read_text())
     assert {row["task"] for row in metrics["results"]} == set(longbench.TASKS)
-    assert metrics["caches"]["k4v4"]["bits"] < 8 < metrics["caches"]["baseline"]["bits"]
+    assert metrics["caches"]["k4v4"]["bits"] < 12 < metrics["caches"]["baseline"]["bits"]
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 13 and max(line["prompt_tokens"] for line in lines) == 400
+    own = [line for line in lines if line["preset"] == "k4v4"]
+    assert all(line["bits"] < 8 for line in own if line["prompt_tokens"] >= 256)
+    assert any(line["bits"] == 16 for line in own), "nothing packed, nothing saved"
     assert all(line["prediction"] for line in lines if line["task"] == "samsum")
     assert "full cache" in capsys.readouterr().out
 
@@ -189,3 +192,16 @@ def test_prompts_file_replaces_templates(tmp_path):
     path.write_text(json.dumps({"lcc": "{context}", "vcsum": "{context}"}))
     templates = longbench.read_prompts(str(path))
     assert templates["lcc"] == "{context}" and templates["trec"] == longbench.TASKS["trec"].prompt
+
+
+def test_other_samples_do_not_continue_a_run(tiny_folder, data, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    text = (data / "trec_e.jsonl").read_text()
+    (folder / "trec_e.jsonl").write_text(text)
+    argv = ["longbench", "--model", str(tiny_folder), "--data", str(folder), "--tasks", "trec", "--preset", "k4v4"]
+    argv += ["--output", str(tmp_path / "run")]
+    assert cli.main(argv) == 0
+    (folder / "trec_e.jsonl").write_text(text.replace('"length": 3000', '"length": 3001'))
+    assert cli.main(argv) == 2
+    assert "does not continue the run" in capsys.readouterr().err

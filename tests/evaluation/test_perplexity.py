@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from turboquant_hf import TurboQuantCache, load_preset
 from turboquant_hf.cli import main
-from turboquant_hf.evaluation.fidelity import cut_windows, first_scored, measure
+from turboquant_hf.evaluation.fidelity import cut_windows, first_scored, measure, measure_window
 
 SMALL = {"tile": 16, "recent_window": 0, "sinks": 2}
 
@@ -112,3 +112,20 @@ def test_command_writes_what_it_measured(tmp_path, capsys):
     (result,) = metrics["results"]
     assert result["preset"] == "k4v4" and 0 < result["kl"] < 0.1
     assert (tmp_path / "config.yaml").is_file()
+
+
+def test_waiting_for_statistics_flatters_nobody(model):
+    """What lies before the first scored token is read in one piece by all; chunk by chunk, waiting leaves it raw."""
+    model.set_attn_implementation("turboquant")
+    soon, late = (load_preset("k2v2", encode_first=True, min_statistics=n, **SMALL) for n in (32, 96))
+    start = first_scored([soon, late], 16)
+    assert start == 96
+
+    def kl(*gradual):
+        record = measure_window(model, windows()[0], [soon, late], start, chunk=16, gradual=gradual)
+        return [row["kl"] for row in record["presets"]]
+
+    together = kl()
+    assert together[0] == together[1] > 0
+    apart = kl(True, True)
+    assert apart[0] != apart[1] and apart[0] != together[0]

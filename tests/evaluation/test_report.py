@@ -86,3 +86,23 @@ def test_report_computes_the_memory_of_shipped_presets(tmp_path):
 def test_report_says_where_nothing_was_found(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "no metrics.json under" in capsys.readouterr().err
+
+
+def test_summary_is_of_presets_one_model_and_no_toy(tmp_path):
+    """More rows of an experiment, a CPU's benchmark, and another model's runs stay in their own sections."""
+    row = {"kl": 0.01, "key_bits": 4.4, "value_bits": 4.1, "compression_ratio": 3.7, "perplexity": 9.0, "top1": 0.9}
+    write(tmp_path / "ppl", {"tool": "perplexity", "model": "m", "results": [{"preset": "k4v4", **row}]})
+    lesson = [{"preset": f"prod {n}", **row, "kl": 0.2} for n in range(4)]
+    write(tmp_path / "qjl", {"tool": "qjl-lesson", "model": "m", "results": lesson})
+    write(
+        tmp_path / "base", {"tool": "baselines", "model": "m", "results": [{"preset": f"b{n}", **row} for n in (1, 2)]}
+    )
+    cell = {"level": "model", "batch": 1, "tokens": 64, "preset": "k4v4", "memory_saved": 5.3, "ratio_to_fp16": 4.4}
+    write(tmp_path / "speed", {"tool": "benchmark", "device": "CPU (x86_64, 2 threads)", "results": [cell]})
+    other = [{"preset": "k4v4", "style": "number", "length": 512, "depth": 0.0, "accuracy": 0.25, "nll": 1.0}]
+    write(tmp_path / "needle", {"model": "another", "results": other})
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    summary = text.split("## Summary")[1].split("\n## ")[0]
+    assert "those of ppl" in summary and "Of m; runs of other models are only below: needle." in summary
+    assert not any(word in summary for word in ("prod", "memory held", "needles found")) and "| b1 |" not in summary

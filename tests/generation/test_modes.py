@@ -130,6 +130,27 @@ def test_unknown_presets_and_conflicts_are_named(llama, inputs):
         generate(llama, inputs, cache_implementation="turboquant", past_key_values=TurboQuantCache(llama.config))
 
 
+def test_a_cache_config_that_is_none_is_named(llama, inputs):
+    for config, message in (
+        ("k3v3", 'a mapping, such as {"preset": "k4v4"}'),
+        ({"offload": True}, r"cache_config: unknown field 'offload'=True \(did you mean 'offloading'\?\); .*preset"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(llama, inputs, cache_implementation="turboquant", cache_config=config)
+
+
+def test_a_cache_of_ones_own_asks_for_its_attention_once(llama, inputs, monkeypatch):
+    from turboquant_hf.cache import registration
+
+    said = []
+    monkeypatch.setattr(registration.logger, "warning_once", said.append)
+    generate(llama, inputs, past_key_values=TurboQuantCache(llama.config))
+    assert len(said) == 1 and 'model.set_attn_implementation("turboquant")' in said[0]
+    llama.set_attn_implementation("turboquant")
+    generate(llama, inputs, past_key_values=TurboQuantCache(llama.config))
+    assert len(said) == 1
+
+
 def test_continuous_batching_is_refused(llama, inputs):
     config = GenerationConfig(max_new_tokens=2, cache_implementation="turboquant")
     with pytest.raises(ValueError, match="continuous batching"):

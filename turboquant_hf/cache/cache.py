@@ -43,6 +43,13 @@ def _tensors(item: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def check_config(config: Any) -> None:
+    """Raise ValueError for what is no model's configuration."""
+    if not isinstance(config, PreTrainedConfig):
+        what = type(config).__name__ if isinstance(config, torch.nn.Module) else repr(config)
+        raise ValueError(f"config={what} is not supported; allowed: the model's configuration (model.config)")
+
+
 def never_packed() -> bool:
     """Of models that expand what they cached (MLA): they need the dense tensor."""
     return False
@@ -74,8 +81,7 @@ class TurboQuantCache(DynamicCache):
         offloading: bool = False,
         **overrides: Any,
     ) -> None:
-        if not isinstance(config, PreTrainedConfig):
-            raise ValueError(f"config={config!r} is not supported; allowed: the model's configuration (model.config)")
+        check_config(config)
         self.preset = load_preset(preset, **overrides)
         super().__init__(config=config)
         self._pack_layers(config, offloading)
@@ -142,6 +148,7 @@ class TurboQuantCache(DynamicCache):
         reads_packed = never_packed if latent else LiveAttention(config)
         kinds = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         packed = [index for index, layer in enumerate(self.layers) if type(layer) in kinds]
+        self.preset.check_layers(len(packed))
         for ordinal, index in enumerate(packed):
             keys, values = self.preset.layer_quantizers(ordinal, len(packed))
             layer = TurboQuantLayer(self.preset, keys, values, reads_packed, self.offloader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.cache.static import TurboQuantStaticCache
 from turboquant_hf.cache.static_plan import STEP_TOKENS
-from turboquant_hf.config import DEFAULT_PRESET, load_preset
+from turboquant_hf.config import DEFAULT_PRESET, CachePreset, check_keys, load_preset
 
 logger = logging.get_logger(__name__)
 
@@ -81,6 +82,7 @@ def _wrap(original):
             if isinstance(given, TurboQuantStaticCache):
                 _check_room(given, bound["max_cache_length"])
             if isinstance(given, (TurboQuantCache, TurboQuantStaticCache)):
+                _advise_attention(self, given)
                 given.note_padding(_prompt_mask(model_kwargs, given))
             return result
         preset, attention, offloading = _parse(generation_config.cache_config)
@@ -128,6 +130,16 @@ def _restore_mask(model: Any, generation_config: GenerationConfig, model_kwargs:
         model_kwargs["attention_mask"] = torch.ones(rows, length, dtype=torch.long, device=model.device)
 
 
+def _advise_attention(model: Any, cache: TurboQuantCache | TurboQuantStaticCache) -> None:
+    """Say once that a cache of the user's own is not read as it could be."""
+    current = _attention_of(model)
+    if cache.packed_layers and current == _default_attention(model) and model._can_set_attn_implementation():
+        logger.warning_once(
+            f'turboquant_hf: the model\'s attention is "{current}", which has the cache decoded at every step and '
+            f'shows it no queries; model.set_attn_implementation("{ATTENTION_NAME}") is faster and more accurate.'
+        )
+
+
 def _cache_argument(model_kwargs: dict) -> str | None:
     """The name under which a cache is among a model's arguments, or None where there is none."""
     return next((name for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
@@ -135,7 +147,13 @@ def _cache_argument(model_kwargs: dict) -> str | None:
 
 def _parse(cache_config: Any):
     """(preset, attention choice, offloading) from generate's `cache_config`, which is left as it is."""
-    options = dict(cache_config) if cache_config else {}
+    if cache_config is not None and not isinstance(cache_config, Mapping):
+        raise ValueError(
+            f"cache_config={cache_config!r} is not supported; allowed: a mapping, such as "
+            f'{{"preset": "{DEFAULT_PRESET}"}}'
+        )
+    options = dict(cache_config or {})
+    check_keys("cache_config", options, {"attention", "offloading", "preset", *CachePreset.field_names()})
     attention = options.pop("attention", "auto")
     if attention not in ATTENTION_CHOICES:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from turboquant_hf.cache.cache import LiveAttention, TurboQuantCache, never_packed
+from turboquant_hf.cache.cache import LiveAttention, TurboQuantCache, check_config, never_packed
 from turboquant_hf.cache.serialization import config_field
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
@@ -47,8 +47,9 @@ class TurboQuantStaticCache(StaticCache):
         preset: str | Path | dict | CachePreset = DEFAULT_PRESET,
         **overrides: Any,
     ) -> None:
-        if not isinstance(config, PreTrainedConfig):
-            raise ValueError(f"config={config!r} is not supported; allowed: the model's configuration (model.config)")
+        check_config(config)
+        if "offloading" in overrides:
+            raise ValueError("offloading is not supported by a static cache; use TurboQuantCache")
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ValueError(f"max_cache_len={max_cache_len!r} is not supported; allowed: whole numbers from 1")
         self.preset = load_preset(preset, **overrides)
@@ -73,6 +74,7 @@ class TurboQuantStaticCache(StaticCache):
         reads_packed = never_packed if latent else LiveAttention(config)
         workspaces: dict = {}
         packed = [index for index, layer in enumerate(self.layers) if type(layer) is StaticLayer]
+        self.preset.check_layers(len(packed))
         for ordinal, index in enumerate(packed):
             keys, values = self.preset.layer_quantizers(ordinal, len(packed))
             length = self.layers[index].max_cache_len

@@ -35,14 +35,16 @@ def run(args: argparse.Namespace) -> int:
     """Measure what the output folder lacks, print one table, draw ablate.png; 0 when done."""
     options = settings(args)
     variants = read_variants(Path(options.variants), options.section)
-    # Rows of different sections are often the same preset under two names.
-    unique = list(dict.fromkeys(replace(preset, name="") for _, _, preset in variants))
+    # Rows of different sections are often the same preset under two names. How long statistics take is seen only
+    # where the text comes chunk by chunk.
+    rows = [(replace(preset, name=""), section.startswith("statistics")) for section, _, preset in variants]
+    unique = list(dict.fromkeys(rows))
 
     def summarize(baseline: float, measured: list[dict[str, Any]]) -> dict[str, Any]:
         by_preset = dict(zip(unique, measured, strict=True))
         results = []
-        for section, name, preset in variants:
-            found = by_preset[replace(preset, name="")]
+        for (section, name, _), row in zip(variants, rows, strict=True):
+            found = by_preset[row]
             named = {"preset": f"{section}: {name}", "section": section, "variant": name}
             results.append({**found, **named, "bits": 16 / found["compression_ratio"]})
         return {"tool": "ablate", "baseline": {"perplexity": baseline}, "results": results}
@@ -51,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         print(fidelity.table(metrics["results"], metrics["baseline"]["perplexity"]))
         plot(metrics["results"], output / "ablate.png")
 
-    fidelity.run_fidelity(options, unique, summarize, finish)
+    presets, gradual = zip(*unique, strict=True)
+    fidelity.run_fidelity(options, presets, summarize, finish, gradual=gradual)
     return 0
 
 
@@ -65,7 +68,7 @@ def read_variants(path: Path, sections: Sequence[str] | None = None) -> list[tup
         data = yaml.safe_load(file)
     chosen = [s for s in data if not sections or any(s.startswith(wanted) for wanted in sections)]
     if not chosen:
-        raise ValueError(f"section={sections!r} is not supported; allowed: {', '.join(data)}")
+        raise ValueError(f"section={sections!r} is not supported; allowed: {', '.join(map(repr, data))}")
     return [(s, name, variant(change)) for s in chosen for name, change in data[s].items()]
 
 

@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a sentence; 0 when the preset stays below the limit, 1 when it does not."""
+    if not args.limit >= 0:
+        raise ValueError(f"limit={args.limit:g} is not supported; allowed: 0 and more")
     common.check_output(args.output)
     model, tokenizer = load_model(
         args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
@@ -97,7 +99,7 @@ def check_fidelity(
         return fidelity.measure(model, windows, [load_preset(candidate, **MEASURED_ALONE)], chunk=chunk)[1][0]
 
     row, safer = judge(preset), None
-    if row["kl"] > limit:
+    if not row["kl"] <= limit:  # NaN included
         safer = next((name for name in SAFER if name != row["preset"] and judge(name)["kl"] <= limit), None)
     found = Fidelity(row["preset"], row["kl"], row["top1"], limit, safer)
     if not found.faithful:

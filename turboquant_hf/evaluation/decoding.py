@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from transformers import Cache, DynamicCache
@@ -13,14 +13,16 @@ from turboquant_hf.config import CachePreset, load_preset
 from turboquant_hf.evaluation.models import forward
 
 BASELINE = "baseline"
+STATISTICS = 256
 
 
 def resolve_caches(names, recent_window: int | None) -> dict[str, CachePreset | None]:
     """Cache name -> preset, the uncompressed "baseline" (None) first; names may be presets or YAML files.
 
     `recent_window=0` also encodes new tokens before they are attended to (`CachePreset.encode_first`): nothing but the
-    sinks is then read raw, not the newest chunk of the prompt and not the answer's own tokens. Otherwise the question,
-    at least, would be read raw, and a short prompt would hide the loss that is being measured.
+    sinks is then read raw, not the newest chunk of the prompt and not the answer's own tokens; presets that wait longer
+    for their statistics wait for 256 tokens. Otherwise the question, at least, would be read raw, and a short prompt
+    would hide the loss that is being measured.
 
     Raises:
         ValueError: an unknown preset, or two of the same name.
@@ -31,10 +33,22 @@ def resolve_caches(names, recent_window: int | None) -> dict[str, CachePreset | 
         if str(name) == BASELINE:
             continue
         preset = load_preset(name, **overrides)
+        if recent_window == 0 and preset.min_statistics > STATISTICS:
+            preset = preset.with_overrides(min_statistics=STATISTICS)
         if preset.name in caches:
             raise ValueError(f"preset={name!r}: the name {preset.name!r} is given twice")
         caches[preset.name] = preset
     return caches
+
+
+def check_packed(caches: Mapping[str, CachePreset | None], length: int) -> None:
+    """Raise ValueError where prompts of up to `length` tokens are too short for a preset to pack anything."""
+    for name, preset in caches.items():
+        if preset is not None and length < preset.first_encode:
+            raise ValueError(
+                f"lengths: {length} is not supported with {name}, which packs nothing before {preset.first_encode} "
+                "tokens; allowed: longer prompts, or a smaller --recent-window"
+            )
 
 
 def new_cache(model, preset: CachePreset | None) -> Cache:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def cut_windows(tokens: torch.Tensor, context: int, windows: int) -> list[torch.
         raise ValueError(f"windows={windows} is not supported; allowed: at least 1")
     possible = len(tokens) // context if context > 0 else 0
     if possible < 1:
-        raise ValueError(f"context={context} is not supported by a text of {len(tokens)} tokens; allowed: at most that")
+        raise ValueError(f"context={context} is not supported; allowed: 1 to {len(tokens)}, the tokens of this text")
     windows = min(windows, possible)
     stride = (len(tokens) - context) // max(windows - 1, 1)
     return [tokens[i * stride : i * stride + context][None] for i in range(windows)]
@@ -92,31 +93,50 @@ def measure_window(
     *,
     chunk: int = 128,
     cache_class=TurboQuantCache,
+    gradual: Sequence[bool] = (),
 ) -> Record:
-    """Sums over the tokens of window [1, T] from position `start` on, in nats, as plain data."""
+    """Sums over the tokens of window [1, T] from position `start` on, in nats, as plain data.
+
+    What lies before `start` is read raw, in one piece, and packed then, whatever the preset: one that waits for its
+    statistics would otherwise be flattered by a longer history that was computed from raw tokens. `gradual` says which
+    presets get it chunk by chunk and encode as they do in use.
+    """
     tokens = window.to(model.device)
     dense = DynamicCache(config=model.config)
     caches = [cache_class(model.config, preset) for preset in presets]
+    for cache, slowly in zip([dense, *caches], [False, *(gradual or [False] * len(caches))], strict=True):
+        _feed(model, tokens[:, :start], cache, chunk if slowly else None)
     base = {"tokens": 0, "nll": 0.0}
     sums = [{"preset": preset.name, "nll": 0.0, "kl": 0.0, "top1": 0} for preset in presets]
-    for position in range(0, tokens.shape[1], chunk):
+    for position in range(start, tokens.shape[1], chunk):
         piece = tokens[:, position : position + chunk]
         targets = tokens[0, position + 1 : position + chunk + 1]
         reference = _log_probabilities(model, piece, dense, len(targets))
-        if scored := position >= start:
-            base["tokens"] += len(targets)
-            base["nll"] += _nll(reference, targets)
+        base["tokens"] += len(targets)
+        base["nll"] += _nll(reference, targets)
         for cache, total in zip(caches, sums, strict=True):
             logits = _log_probabilities(model, piece, cache, len(targets))
-            if scored:
-                total["nll"] += _nll(logits, targets)
-                total["kl"] += (reference.exp() * (reference - logits)).sum(dim=1).double().sum().item()
-                total["top1"] += (logits.argmax(dim=1) == reference.argmax(dim=1)).sum().item()
+            total["nll"] += _nll(logits, targets)
+            total["kl"] += (reference.exp() * (reference - logits)).sum(dim=1).double().sum().item()
+            total["top1"] += (logits.argmax(dim=1) == reference.argmax(dim=1)).sum().item()
     for cache, total in zip(caches, sums, strict=True):
         total["key_bits"], total["value_bits"] = common.average_bits(cache)
         total["compression_ratio"] = cache.compression_ratio
         total["resident_bytes"] = cache.nbytes + cache.spare_nbytes
     return {"baseline": base, "presets": sums}
+
+
+def _feed(model, tokens: torch.Tensor, cache, chunk: int | None) -> None:
+    """Read tokens [1, T] chunk by chunk, or raw and in one piece where `chunk` is None."""
+    layers = getattr(cache, "packed_layers", []) if chunk is None else []
+    presets = [layer.preset for layer in layers]
+    for layer in layers:
+        layer.preset = replace(layer.preset, encode_first=False)
+    options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    for piece in tokens.split(chunk or tokens.shape[1], dim=1):
+        forward(model, piece, cache, **options)
+    for layer, preset in zip(layers, presets, strict=True):
+        layer.preset = preset
 
 
 def combine(records: Sequence[Record]) -> tuple[float, list[dict[str, Any]]]:
@@ -148,6 +168,7 @@ def run_fidelity(
     *,
     cut: Callable[[torch.Tensor], Windows] | None = None,
     cache_class=TurboQuantCache,
+    gradual: Sequence[bool] | None = None,
 ) -> dict[str, Any]:
     """`measure` as a resumable run of several processes (see `runs.run_units`), a unit a window and group of presets.
 
@@ -156,6 +177,7 @@ def run_fidelity(
         summarize: (baseline perplexity, results) -> what metrics.json holds beside model, text and windows.
         finish: shows the metrics and writes what else belongs into the folder.
         cut: tokens [T] of the text -> windows.
+        gradual: of `measure_window`, one a preset.
     """
     options.dtype = common.resolve_dtype(options)
     name, text = common.read_text(options)
@@ -163,14 +185,19 @@ def run_fidelity(
     tokens = load_tokenizer(options.model)(text, return_tensors="pt", verbose=False).input_ids[0]
     windows = cut(tokens) if cut else cut_windows(tokens, options.context, options.windows)
     start = check_windows(windows, presets, options.chunk)
-    groups = [presets[i : i + GROUP] for i in range(0, len(presets), GROUP)]
+    gradual = [False] * len(presets) if gradual is None else gradual
+    groups = [(presets[i : i + GROUP], gradual[i : i + GROUP]) for i in range(0, len(presets), GROUP)]
 
     def load(device: str):
         attention = getattr(options, "attention", ATTENTION_NAME)
         model, _ = load_model(options.model, dtype=options.dtype, device=device, attn_implementation=attention)
-        return lambda unit: measure_window(
-            model, windows[unit["window"]], groups[unit["group"]], start, chunk=options.chunk, cache_class=cache_class
-        )
+        options_of_all = {"chunk": options.chunk, "cache_class": cache_class}
+
+        def predict(unit: dict[str, Any]) -> Record:
+            own, slowly = groups[unit["group"]]
+            return measure_window(model, windows[unit["window"]], own, start, gradual=slowly, **options_of_all)
+
+        return predict
 
     def metrics(records: list[Record]) -> dict[str, Any]:
         by_window: dict[int, Record] = {}

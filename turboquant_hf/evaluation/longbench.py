@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     caches = decoding.resolve_caches(options.preset, options.recent_window)
     templates = read_prompts(options.prompts)
     data = {task: load_data(options.data, task, options.limit) for task in options.tasks}
-    options.contents = runs.fingerprint(templates, *caches.values())
+    options.contents = runs.fingerprint(templates, *caches.values(), *(rows.to_list() for rows in data.values()))
 
     def load(device: str):
         model, tokenizer = load_model(
@@ -208,10 +208,16 @@ def load_data(source: str, task: str, limit: int | None = None):
             path for path in (Path(source, f"{name}.jsonl"), Path(source, "data", f"{name}.jsonl")) if path.is_file()
         ]
         if not paths:
-            raise FileNotFoundError(f"data={source!r} has no {name}.jsonl")
+            raise FileNotFoundError(f"data={source!r} has no {name}.jsonl (--tasks names those that are there)")
         rows = load_dataset("json", data_files=str(paths[0]), split="train")
     else:
-        rows = load_dataset(source, name, split="test")
+        try:
+            rows = load_dataset(source, name, split="test")
+        except Exception as error:  # whatever the hub's client raises without a network
+            raise OSError(
+                f"data={source!r}: {name} cannot be loaded ({type(error).__name__}: {error}); it needs the hub, or "
+                "--data with a folder of LongBench-E's jsonl files"
+            ) from error
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
@@ -264,7 +270,7 @@ def predict(model, tokenizer, preset, name: str, template: str, row: dict[str, A
         # The answer may not be empty.
         logits = logits.index_fill(1, torch.tensor(sorted(stop), device=logits.device), -torch.inf)
     tokens = decoding.decode_greedy(model, logits, kv, task.new_tokens, stop)[0]
-    packed = isinstance(kv, TurboQuantCache)
+    packed = isinstance(kv, TurboQuantCache) and any(layer.tiles[0].count for layer in kv.packed_layers)
     return {
         "prompt_tokens": len(prompt),
         "prediction": tokenizer.decode(tokens, skip_special_tokens=True),

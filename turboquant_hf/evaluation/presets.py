@@ -92,8 +92,8 @@ def value_quantizer(bits: int) -> Quantizer:
 
 
 def flat_preset(key_bits: int, value_bits: int, **options) -> CachePreset:
-    """The shipped preset of these keys with values of this width; `options` are fields of `CachePreset`."""
-    base = load_preset(KEY_WIDTHS[_width("keys", key_bits, KEY_WIDTHS)])
+    """The shipped preset of these keys with values of this width in every layer; `options` are fields of a preset."""
+    base = load_preset(KEY_WIDTHS[_width("keys", key_bits, KEY_WIDTHS)], boundary_layers=0)
     return base.with_overrides(name=f"k{key_bits}v{value_bits}", values=value_quantizer(value_bits), **options)
 
 

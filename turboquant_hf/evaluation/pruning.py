@@ -53,10 +53,15 @@ def measure_pruned(
     kept = sum(layer.keys.shape[2] for layer in pruned.layers) / (half * len(pruned.layers))
     rows = []
     for preset in common.resolve_presets(presets, **options):
+        survivors = min(layer.keys.shape[2] for layer in pruned.layers)
+        enough = min(preset.min_statistics, survivors // preset.tile * preset.tile)
+        preset = preset.with_overrides(min_statistics=enough)
         cache = TurboQuantCache(model.config, preset)
         for index, layer in enumerate(pruned.layers):
             cache.update(layer.keys, layer.values, index)
             cache.packed_layers[index].commit()
+            if not cache.packed_layers[index].tiles[0].count:
+                raise ValueError(f"{survivors} tokens are left, too few for {preset.name}; allowed: longer windows")
         found = _score(model, tokens, cache, half, chunk)
         kl = (reference.exp() * (reference - found)).sum(-1).mean().item()
         bits = bits_per_channel(preset, pruned.layers[0].keys.shape[-1], len(cache.packed_layers))

@@ -29,6 +29,10 @@ HEAD_DIMS = (64, 128)
 ORDER = ("benchmark", "perplexity", "needle", "retrieval", "longbench", "baselines", "ablate", "allocate", "distortion")
 
 
+SUMMARIZED = ("benchmark", "perplexity", "needle", "retrieval", "baselines")
+"""Commands whose rows are presets."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="run folders, or folders of run folders")
     parser.add_argument(
@@ -97,18 +101,27 @@ def build(runs: Mapping[Path, Mapping[str, Any]]) -> list[Section]:
 def _summary(runs: Mapping[Path, Mapping[str, Any]]) -> Section:
     """One row a preset: what it costs and what it keeps, and the Pareto plot.
 
-    KL and perplexity compare only on one text: they come from the run that measured the most presets. An ablation's
-    variants are no presets.
+    KL and perplexity compare only on one text: they come from the perplexity run that measured the most presets, or
+    from one of baselines where there is none. What other experiments compare are no presets.
     """
-    found = {f: _by_preset(m) for f, m in runs.items() if not kind_of(m).startswith("a")}
-    most = max(found, key=lambda folder: sum("kl" in row for row in found[folder].values()), default=None)
+    found = {f: _by_preset(m) for f, m in runs.items() if kind_of(m) in SUMMARIZED}
+    most = max(
+        found,
+        key=lambda folder: (kind_of(runs[folder]) == "perplexity", sum("kl" in row for row in found[folder].values())),
+        default=None,
+    )
     rows: dict[str, dict[str, Any]] = {}
-    for folder in sorted(found, key=lambda folder: folder != most):
+    section = Section("Summary")
+    model = runs[most].get("model") if most is not None else None
+    others = [f for f in found if model and runs[f].get("model") not in (None, model)]
+    if others:
+        names = ", ".join(folder.name for folder in others)
+        section.notes.append(f"Of {model}; runs of other models are only below: {names}.")
+    for folder in sorted(set(found) - set(others), key=lambda folder: (folder != most, list(found).index(folder))):
         for name, row in found[folder].items():
             kept = row if folder == most else {k: v for k, v in row.items() if k not in FIDELITY}
             if kept:
                 rows[name] = {**kept, **rows.get(name, {})}
-    section = Section("Summary")
     titles = {**FIDELITY, **EXTRAS}
     keys = [k for k in titles if k != "preset" and any(k in row for row in rows.values())]
     if keys:
@@ -132,6 +145,8 @@ def _by_preset(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     means: dict[tuple[str, str], list[float]] = {}
     kind, largest = kind_of(metrics), {}
+    if kind == "benchmark" and str(metrics.get("device", "")).startswith("CPU"):
+        return {}  # neither the times of a CPU nor savings beside its float32 belong beside a GPU's
     for row in _results(metrics):
         if not row.get("preset"):
             continue

@@ -26,6 +26,8 @@ from turboquant_hf.evaluation.haystack import Haystack, read_haystack
 from turboquant_hf.evaluation.models import load_model
 
 CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl"
+HASHES = ("contents",)
+"""Settings that say little to a reader: the last to be named where several differ."""
 NOT_SETTINGS = {"command", "config", "output", "defaults"}
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others to finish their share."""
@@ -94,6 +96,7 @@ def run_units(
     state.wait_for_everyone()
 
     done = _read_predictions(output, units)
+    state.wait_for_everyone()  # the others' files are removed below
     metrics = summarize([done[_key(unit)] for unit in units])
     if state.is_main_process:
         _write(output / PREDICTIONS, "".join(json.dumps(done[_key(unit)]) + "\n" for unit in units))
@@ -120,6 +123,8 @@ def run_prompts(
     """
     options.dtype = common.resolve_dtype(options)
     caches = decoding.resolve_caches(options.preset, options.recent_window)
+    units = make_units(list(caches))
+    decoding.check_packed(caches, max(unit["length"] for unit in units))
     options.haystack, text = read_haystack(options)
     options.contents = fingerprint(text, *caches.values())
 
@@ -133,7 +138,7 @@ def run_prompts(
     def metrics(records: list[dict[str, Any]]) -> dict[str, Any]:
         return {"model": options.model, "text": options.haystack, **summarize(records)}
 
-    return run_units(options, make_units(list(caches)), load, metrics, finish)
+    return run_units(options, units, load, metrics, finish)
 
 
 def fingerprint(*contents: Any) -> str:
@@ -150,7 +155,7 @@ def _check_config(output: Path, options: argparse.Namespace) -> None:
         _write(path, yaml.safe_dump(config, sort_keys=False))
         return
     known = yaml.safe_load(path.read_text())
-    for key in sorted(known.keys() | config.keys()):
+    for key in sorted(known.keys() | config.keys(), key=lambda key: (key in HASHES, key)):
         if known.get(key) != config.get(key):
             raise ValueError(
                 f"{key}={config.get(key)!r} does not continue the run in {output}, which has {known.get(key)!r}; "
