@@ -218,6 +218,11 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_missing_folder_is_named(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        saved[1].save(tmp_path / "nowhere" / "cache")
+
+
 def test_what_cannot_be_saved_is_named(tmp_path):
     cache = feed(TurboQuantCache(make_config(Gemma2Config, sliding_window=8), **TILES), 20)
     cache.layers[0].hook = lambda x: x

@@ -53,6 +53,8 @@ def save_cache(cache, path: str | Path) -> None:
         OSError: the disk's own complaint.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
     tensors: Tensors = {}
     layers = []
     for index, layer in enumerate(cache.layers):

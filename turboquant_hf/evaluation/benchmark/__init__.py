@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     write(args, section, metrics)
     recorder.finish()
     about = f"{metrics['device']}, copy bandwidth {metrics['copy_gbps']:,.0f} GB/s"
+    if device.type != "cuda":
+        about += "; small shapes that show what is measured: their times say nothing about a GPU's"
     print(table.to_markdown(recorder.rows, about))
     return 0
 
