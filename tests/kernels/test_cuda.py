@@ -124,8 +124,9 @@ def test_what_does_not_compile_is_left_to_others(monkeypatch):
     shape, device = cuda.Shape(128, keys, values), torch.device("cuda", 7)
     monkeypatch.setattr(cuda, "_kernel", compile_kernel)
     monkeypatch.setattr(cuda, "_plan", lambda shape, device: 7)
-    for _ in range(2):
-        assert cuda._failure(shape, device) == "it cannot be compiled (no NVRTC library)"
-    assert len(asked) == 1
+    with pytest.warns(UserWarning, match="no NVRTC library.*Triton serves") as warned:
+        for _ in range(2):
+            assert cuda._failure(shape, device) == "it cannot be compiled (no NVRTC library)"
+    assert len(asked) == len(warned) == 1
     monkeypatch.setattr(cuda, "_plan", lambda shape, device: 0)
     assert "shared memory" in cuda._failure(shape, torch.device("cuda", 6))

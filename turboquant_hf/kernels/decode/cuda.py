@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.primitives import packed_size
-
-logger = logging.get_logger(__name__)
 
 TILE = 128
 HEAD_DIMS = (64, 128, 256)
@@ -468,7 +466,7 @@ def _failure(shape: Shape, device: torch.device) -> str | None:
     try:
         _kernel(shape, device)
     except (AttributeError, OSError, RuntimeError) as error:
-        logger.warning_once(f"turboquant_hf: the CUDA C++ decode kernel cannot be compiled ({error}); Triton serves.")
+        warnings.warn(f"the CUDA C++ decode kernel cannot be compiled ({error}); Triton serves", stacklevel=2)
         return f"it cannot be compiled ({error})"
     return None
 
