@@ -1,6 +1,5 @@
 """Every default preset, encoded and read by every backend of a GPU, on odd shapes; small enough for a memory checker:
-
-compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/attention/test_backends.py
+`compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/attention/test_backends.py`.
 """
 
 from __future__ import annotations

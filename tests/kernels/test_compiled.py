@@ -46,7 +46,8 @@ class Nvrtc:
 
     def __init__(self) -> None:
         spec = find_spec("nvidia.cu13") if find_spec("nvidia") else None
-        found = [path for place in (spec.submodule_search_locations if spec else ()) for path in libraries(place)]
+        places = spec.submodule_search_locations if spec else ()
+        found = [path for place in places for path in Path(place).glob("lib/libnvrtc.so.*")]
         if not found:
             pytest.skip("needs nvidia-cuda-nvrtc 13")
         self._library = ctypes.CDLL(str(found[0]))
@@ -62,10 +63,6 @@ class Nvrtc:
         self._library.nvrtcGetProgramLog(program, log)
         self._library.nvrtcDestroyProgram(ctypes.byref(program))
         return status, log.value.decode()
-
-
-def libraries(place: str) -> list[Path]:
-    return sorted(Path(place).glob("lib/libnvrtc.so.*"))
 
 
 SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
@@ -87,11 +84,11 @@ def test_cuda_source_compiles(case, architecture):
     widths, bits, dim, allowed = CASES[case]
     keys, (values,) = (cuda._described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
     shape = cuda.Shape(dim, keys, values, "fp16" if widths == "k8" else "e3m5", "e4m4", bf16=True)
-    fits = [n for n in range(cuda.MAX_WARPS, 1, -1) if cuda.shared_bytes(shape, n) <= SHARED[architecture]]
-    if not fits:
+    warps = cuda.most_warps(shape, SHARED[architecture])
+    if not warps:
         pytest.skip("dispatch takes Triton there: too little shared memory for two warps")
-    options = (f"--gpu-architecture={architecture}", "--std=c++20", "--use_fast_math", "-default-device")
-    status, log = nvrtc.compile(cuda.source(shape, fits[0]), *options, "--ptxas-options=-v")
+    options = (f"--gpu-architecture={architecture}", *cuda.COMPILER_OPTIONS, "--ptxas-options=-v")
+    status, log = nvrtc.compile(cuda.source(shape, warps), *options)
     assert status == 0, log
     spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
     assert spilled <= allowed, log

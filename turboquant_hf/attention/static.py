@@ -82,7 +82,9 @@ def _chunk_attention(
         mask = layer.visible(tokens, pending=0 if pending.stored else tokens)
     if mask is not None:
         mask = mask[..., : keys.shape[2]]
-    starts = None if mask is None else left_padding(mask).expand(query.shape[0]).contiguous()
+    starts = None
+    if mask is not None and layer.noted_starts is None and not length:
+        starts = left_padding(mask).expand(query.shape[0]).contiguous()
     output = dense_attention(module, query, keys, values, mask, **options)
     pending.store(query, starts)
     return output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
 from turboquant_hf.kernels.dispatch import query_energy
+from turboquant_hf.kernels.encode import bad_heads
 from turboquant_hf.quantizers import Quantizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -47,18 +48,6 @@ def autocast(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, to
         return keys, values
     dtype = torch.get_autocast_dtype(kind)
     return keys.to(dtype), values.to(dtype)
-
-
-def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """Which heads, bool [B, H], hold a NaN or an infinity in tiles [B, H, N, T, D] where weight [B, N, T] is not 0.
-
-    Scales of one byte have no pattern for NaN, and would hide it: a NaN gain lets it be seen in all that is read of
-    the head's tiles, which is what attention over raw tensors makes of it too.
-    """
-    skipped = weight[:, None] == 0
-    norms = [torch.linalg.vector_norm(x, ord=torch.inf, dim=-1) for x in fresh]
-    worst = torch.stack([norm.masked_fill(skipped, 0.0).amax(dim=(2, 3)).float() for norm in norms])
-    return ~worst.isfinite().all(dim=0)
 
 
 class _RefuseBackward(torch.autograd.Function):

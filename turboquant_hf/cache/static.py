@@ -84,7 +84,7 @@ class TurboQuantStaticCache(StaticCache):
     def spare_nbytes(self) -> int:
         """Bytes allocated ahead for tokens to come, and to work with, not counted in `nbytes`."""
         layers = self.packed_layers
-        shared = {id(x): x.numel() * x.itemsize for layer in layers if layer.is_initialized for x in [layer.workspace]}
+        shared = {layer.device: layer.workspace.nbytes for layer in layers if layer.is_initialized}
         return sum(layer.spare_nbytes for layer in layers) + sum(shared.values())
 
     def save(self, path: str | Path) -> None:

@@ -88,7 +88,6 @@ class TurboQuantStaticLayer(CacheLayerMixin):
             min_statistics=self.preset.min_statistics,
             sparse_v_threshold=self.preset.sparse_v_threshold,
         )
-        self.plan_name = plan_name(self.plan)
         device = key_states.device
         with torch.inference_mode(False):  # what is made there cannot be written to outside it
             self.arena, self.counts = self.plan.allocate()
@@ -96,8 +95,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
                 rows = batch * heads, WORKSPACE_ROWS
                 self._workspaces[device] = decode_workspace(*rows, self.plan.head_dims[0], device)
         self.workspace, self.reads_packed = self._workspaces[device], self.plan.reads_packed
-        for x in (self.arena, self.counts, self.workspace):
-            torch._dynamo.mark_static_address(x)
+        self._make_known()
         self._set_starts()
         if device.type == "cuda":
             DueState(self.plan_name, self.arena, self.counts).warm(self.workspace)
@@ -147,8 +145,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         query: torch.Tensor | None = None,
         starts: torch.Tensor | None = None,
     ) -> None:
-        """Store a chunk that attention has seen; `starts` is its left padding, where nobody has noted it before."""
-        starts = None if self.noted_starts is not None else starts
+        """Store a chunk that attention has seen; `starts` [B] is the first one's left padding."""
         static_ops.store(key_states, value_states, query, starts, self.arena, self.counts, self.plan_name)
 
     def commit(self, query: torch.Tensor | None = None) -> None:
@@ -260,9 +257,13 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         """A copy, or one from another process: the ops find its plan under a name of this process."""
         self.__dict__.update(state)
         if self.is_initialized:
-            self.plan_name = plan_name(self.plan)
-            for x in (self.arena, self.counts, self.workspace):
-                torch._dynamo.mark_static_address(x)
+            self._make_known()
+
+    def _make_known(self) -> None:
+        """Give ops the plan's name, and compilers the addresses that stay."""
+        self.plan_name = plan_name(self.plan)
+        for x in (self.arena, self.counts, self.workspace):
+            torch._dynamo.mark_static_address(x)
 
     def _state(self) -> StaticState:
         return StaticState(self.plan_name, self.arena, self.counts)

@@ -77,7 +77,7 @@ def variant(change: Mapping[str, Any]) -> CachePreset:
     change = dict(change)
     if "base" not in change:
         raise ValueError(f"variant {change!r} is not supported; allowed: a mapping with 'base' and fields of a preset")
-    preset = load_preset(change.pop("base"), recent_window=0, encode_first=True, min_statistics=256)
+    preset = load_preset(change.pop("base"), **common.MEASURED_ALONE)
     for role in ("keys", "values"):
         options = change.get(role)
         if isinstance(options, Mapping) and "quantizer" not in options:

@@ -15,7 +15,6 @@ import yaml
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.config import CachePreset, LayerOverride
 from turboquant_hf.evaluation import common, fidelity
-from turboquant_hf.evaluation.check import MEASURED_ALONE
 from turboquant_hf.evaluation.models import load_config
 from turboquant_hf.evaluation.presets import KEY_WIDTHS, bits_per_channel, key_quantizer, value_quantizer
 from turboquant_hf.evaluation.settings import add_settings, settings
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             target.write_text(f"# {found}\n" + yaml.safe_dump(preset_data(preset), sort_keys=False))
             print(f"Wrote {target}")
 
-    candidates = [replace(p, **MEASURED_ALONE) for p in (preset, *rivals)]
+    candidates = [replace(p, **common.MEASURED_ALONE) for p in (preset, *rivals)]
     fidelity.run_fidelity(
         options, candidates, summarize, finish,
         cut=lambda tokens: fidelity.cut_windows(_half(tokens, 1), options.check_context, options.check_windows),
@@ -179,7 +178,7 @@ def _one_side(role: str, width: int, layer: int | None = None) -> CachePreset:
     """Nothing rounded but the keys or the values of one layer, or of all."""
     quantizer = key_quantizer(width) if role == "keys" else value_quantizer(width)
     name = f"{role} {width}" if layer is None else f"{role} {width}, layer {layer}"
-    lossless = CachePreset(name=name, keys="lossless", values="lossless", **MEASURED_ALONE)
+    lossless = CachePreset(name=name, keys="lossless", values="lossless", **common.MEASURED_ALONE)
     if layer is None:
         return lossless.with_overrides(**{role: quantizer})
     return lossless.with_overrides(layers=((layer, LayerOverride(**{role: quantizer})),))

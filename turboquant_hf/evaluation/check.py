@@ -12,8 +12,6 @@ from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 from turboquant_hf.evaluation import common, fidelity
 from turboquant_hf.evaluation.models import load_model
 
-MEASURED_ALONE = {"recent_window": 0, "encode_first": True, "min_statistics": 256}
-"""Nothing but the sinks is read raw once 256 tokens were seen, whatever a preset waits for."""
 SAFER = ("k3v3", "k4v4", "k8v4")
 """Presets in the order of what they keep."""
 LIMIT = 0.1
@@ -96,7 +94,8 @@ def check_fidelity(
     windows = fidelity.cut_windows(tokens[:context], context, 1)
 
     def judge(candidate: str | CachePreset) -> dict[str, Any]:
-        return fidelity.measure(model, windows, [load_preset(candidate, **MEASURED_ALONE)], chunk=chunk)[1][0]
+        alone = load_preset(candidate, **common.MEASURED_ALONE)
+        return fidelity.measure(model, windows, [alone], chunk=chunk)[1][0]
 
     row, safer = judge(preset), None
     if not row["kl"] <= limit:  # NaN included

@@ -16,6 +16,8 @@ from turboquant_hf.config import CachePreset, load_preset
 from turboquant_hf.evaluation.models import load_text, packaged_text
 
 DTYPES = ("float32", "bfloat16", "float16")
+MEASURED_ALONE = {"recent_window": 0, "encode_first": True, "min_statistics": 256}
+"""Nothing but the sinks is read raw once 256 tokens were seen, whatever a preset waits for."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, output: str | None = None) -> None:

@@ -10,10 +10,10 @@ from transformers import Cache, DynamicCache
 
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.config import CachePreset, load_preset
+from turboquant_hf.evaluation.common import MEASURED_ALONE
 from turboquant_hf.evaluation.models import forward
 
 BASELINE = "baseline"
-STATISTICS = 256
 
 
 def resolve_caches(names, recent_window: int | None) -> dict[str, CachePreset | None]:
@@ -33,8 +33,9 @@ def resolve_caches(names, recent_window: int | None) -> dict[str, CachePreset | 
         if str(name) == BASELINE:
             continue
         preset = load_preset(name, **overrides)
-        if recent_window == 0 and preset.min_statistics > STATISTICS:
-            preset = preset.with_overrides(min_statistics=STATISTICS)
+        if recent_window == 0:
+            enough = min(preset.min_statistics, MEASURED_ALONE["min_statistics"])
+            preset = preset.with_overrides(min_statistics=enough)
         if preset.name in caches:
             raise ValueError(f"preset={name!r}: the name {preset.name!r} is given twice")
         caches[preset.name] = preset

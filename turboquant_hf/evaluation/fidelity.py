@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.config import CachePreset
-from turboquant_hf.evaluation import common, runs
+from turboquant_hf.evaluation import common, decoding, runs
 from turboquant_hf.evaluation.models import forward, load_model, load_tokenizer
 
 GROUP = 8
@@ -104,8 +104,12 @@ def measure_window(
     tokens = window.to(model.device)
     dense = DynamicCache(config=model.config)
     caches = [cache_class(model.config, preset) for preset in presets]
-    for cache, slowly in zip([dense, *caches], [False, *(gradual or [False] * len(caches))], strict=True):
-        _feed(model, tokens[:, :start], cache, chunk if slowly else None)
+    _prefill_raw(model, tokens[:, :start], dense)
+    for cache, slowly in zip(caches, gradual or [False] * len(caches), strict=True):
+        if slowly:
+            decoding.prefill(model, tokens[:, :start], cache, chunk)
+        else:
+            _prefill_raw(model, tokens[:, :start], cache)
     base = {"tokens": 0, "nll": 0.0}
     sums = [{"preset": preset.name, "nll": 0.0, "kl": 0.0, "top1": 0} for preset in presets]
     for position in range(start, tokens.shape[1], chunk):
@@ -126,15 +130,13 @@ def measure_window(
     return {"baseline": base, "presets": sums}
 
 
-def _feed(model, tokens: torch.Tensor, cache, chunk: int | None) -> None:
-    """Read tokens [1, T] chunk by chunk, or raw and in one piece where `chunk` is None."""
-    layers = getattr(cache, "packed_layers", []) if chunk is None else []
+def _prefill_raw(model, tokens: torch.Tensor, cache) -> None:
+    """Read tokens [1, T] in one piece that is packed after it was attended to, whatever the cache's preset says."""
+    layers = getattr(cache, "packed_layers", [])
     presets = [layer.preset for layer in layers]
     for layer in layers:
         layer.preset = replace(layer.preset, encode_first=False)
-    options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    for piece in tokens.split(chunk or tokens.shape[1], dim=1):
-        forward(model, piece, cache, **options)
+    decoding.prefill(model, tokens, cache, chunk=0)
     for layer, preset in zip(layers, presets, strict=True):
         layer.preset = preset
 
@@ -168,7 +170,7 @@ def run_fidelity(
     *,
     cut: Callable[[torch.Tensor], Windows] | None = None,
     cache_class=TurboQuantCache,
-    gradual: Sequence[bool] | None = None,
+    gradual: Sequence[bool] = (),
 ) -> dict[str, Any]:
     """`measure` as a resumable run of several processes (see `runs.run_units`), a unit a window and group of presets.
 
@@ -177,7 +179,7 @@ def run_fidelity(
         summarize: (baseline perplexity, results) -> what metrics.json holds beside model, text and windows.
         finish: shows the metrics and writes what else belongs into the folder.
         cut: tokens [T] of the text -> windows.
-        gradual: of `measure_window`, one a preset.
+        gradual: as `measure_window` has it.
     """
     options.dtype = common.resolve_dtype(options)
     name, text = common.read_text(options)
@@ -185,17 +187,16 @@ def run_fidelity(
     tokens = load_tokenizer(options.model)(text, return_tensors="pt", verbose=False).input_ids[0]
     windows = cut(tokens) if cut else cut_windows(tokens, options.context, options.windows)
     start = check_windows(windows, presets, options.chunk)
-    gradual = [False] * len(presets) if gradual is None else gradual
     groups = [(presets[i : i + GROUP], gradual[i : i + GROUP]) for i in range(0, len(presets), GROUP)]
 
     def load(device: str):
         attention = getattr(options, "attention", ATTENTION_NAME)
         model, _ = load_model(options.model, dtype=options.dtype, device=device, attn_implementation=attention)
-        options_of_all = {"chunk": options.chunk, "cache_class": cache_class}
+        how = {"chunk": options.chunk, "cache_class": cache_class}
 
         def predict(unit: dict[str, Any]) -> Record:
             own, slowly = groups[unit["group"]]
-            return measure_window(model, windows[unit["window"]], own, start, gradual=slowly, **options_of_all)
+            return measure_window(model, windows[unit["window"]], own, start, gradual=slowly, **how)
 
         return predict
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from turboquant_hf.cache import TurboQuantCache
-from turboquant_hf.evaluation import common
+from turboquant_hf.evaluation import common, decoding
 from turboquant_hf.evaluation.models import forward
 from turboquant_hf.evaluation.presets import bits_per_channel
 
@@ -51,17 +51,16 @@ def measure_pruned(
     reference = _score(model, tokens, prefill(), half, chunk)
     pruned = prefill(getattr(kvpress, press)(compression_ratio=compression_ratio))
     kept = sum(layer.keys.shape[2] for layer in pruned.layers) / (half * len(pruned.layers))
+    survivors = min(layer.keys.shape[2] for layer in pruned.layers)
     rows = []
     for preset in common.resolve_presets(presets, **options):
-        survivors = min(layer.keys.shape[2] for layer in pruned.layers)
         enough = min(preset.min_statistics, survivors // preset.tile * preset.tile)
         preset = preset.with_overrides(min_statistics=enough)
+        decoding.check_packed({preset.name: preset}, survivors)
         cache = TurboQuantCache(model.config, preset)
         for index, layer in enumerate(pruned.layers):
             cache.update(layer.keys, layer.values, index)
             cache.packed_layers[index].commit()
-            if not cache.packed_layers[index].tiles[0].count:
-                raise ValueError(f"{survivors} tokens are left, too few for {preset.name}; allowed: longer windows")
         found = _score(model, tokens, cache, half, chunk)
         kl = (reference.exp() * (reference - found)).sum(-1).mean().item()
         bits = bits_per_channel(preset, pruned.layers[0].keys.shape[-1], len(cache.packed_layers))

@@ -27,8 +27,6 @@ EXTRAS = {
 MEMORY_TOKENS = (4096, 32768, 131072)
 HEAD_DIMS = (64, 128)
 ORDER = ("benchmark", "perplexity", "needle", "retrieval", "longbench", "baselines", "ablate", "allocate", "distortion")
-
-
 SUMMARIZED = ("benchmark", "perplexity", "needle", "retrieval", "baselines")
 """Commands whose rows are presets."""
 
@@ -117,7 +115,8 @@ def _summary(runs: Mapping[Path, Mapping[str, Any]]) -> Section:
     if others:
         names = ", ".join(folder.name for folder in others)
         section.notes.append(f"Of {model}; runs of other models are only below: {names}.")
-    for folder in sorted(set(found) - set(others), key=lambda folder: (folder != most, list(found).index(folder))):
+    mine = [folder for folder in found if folder not in others]
+    for folder in sorted(mine, key=lambda folder: folder != most):
         for name, row in found[folder].items():
             kept = row if folder == most else {k: v for k, v in row.items() if k not in FIDELITY}
             if kept:

@@ -15,6 +15,7 @@ from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.primitives import packed_size
 
+COMPILER_OPTIONS = ["--std=c++20", "--use_fast_math", "-default-device"]
 TILE = 128
 HEAD_DIMS = (64, 128, 256)
 BITS = (2, 3, 4, 5, 8)
@@ -454,7 +455,12 @@ def _pieces(size: int, bits: int, rows: list[int], align: int) -> list[tuple[int
 @lru_cache(maxsize=256)
 def _plan(shape: Shape, device: torch.device) -> int:
     """Warps of a block, of which one fills a multiprocessor; 0 where two do not fit."""
-    limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    return most_warps(shape, getattr(properties, "shared_memory_per_block_optin", 48 * 1024))
+
+
+def most_warps(shape: Shape, limit: int) -> int:
+    """How many warps `limit` bytes of shared memory serve; 0 where two do not fit."""
     return next((warps for warps in range(MAX_WARPS, 1, -1) if shared_bytes(shape, warps) <= limit), 0)
 
 
@@ -475,9 +481,8 @@ def _failure(shape: Shape, device: torch.device) -> str | None:
 def _kernel(shape: Shape, device: torch.device) -> tuple[_Launcher, int]:
     warps = _plan(shape, device)
     text = source(shape, warps)
-    options = ["--std=c++20", "--use_fast_math", "-default-device"]
     with torch.cuda.device(device):
-        kernel = torch.cuda._compile_kernel(text, "decode_attention", nvcc_options=options)
+        kernel = torch.cuda._compile_kernel(text, "decode_attention", nvcc_options=COMPILER_OPTIONS)
         shared = shared_bytes(shape, warps)
         if shared > 48 * 1024:
             kernel.set_shared_memory_config(shared)

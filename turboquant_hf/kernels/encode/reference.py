@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from turboquant_hf.kernels.codes import CodeGroup, load_scale, store_scale
@@ -145,8 +147,19 @@ def encode_due(
         out={name: array[:, :, tiles : tiles + 1] for name, array in out.items()},
     )  # fmt: skip
     if gain is not None:
-        bad = ~x.isfinite().all(dim=-1) & (weight[:, None] > 0)
-        gain.masked_fill_(bad.any(dim=(2, 3)), torch.nan)
+        gain.masked_fill_(bad_heads([x], weight), torch.nan)
+
+
+def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """Which heads, bool [B, H], hold a NaN or an infinity in tiles [B, H, N, T, D] where weight [B, N, T] is not 0.
+
+    Scales of one byte have no pattern for NaN, and would hide it: a NaN gain lets it be seen in all that is read of
+    the head's tiles, which is what attention over raw tensors makes of it too.
+    """
+    skipped = weight[:, None] == 0
+    norms = [torch.linalg.vector_norm(x, ord=torch.inf, dim=-1) for x in fresh]
+    worst = torch.stack([norm.masked_fill(skipped, 0.0).amax(dim=(2, 3)).float() for norm in norms])
+    return ~worst.isfinite().all(dim=0)
 
 
 def _nan_for_inf(x: torch.Tensor) -> torch.Tensor:
