@@ -69,6 +69,10 @@ def test_decode_of_every_preset(name, dim, backend, monkeypatch):
         pytest.skip(reason)
     monkeypatch.setenv(dispatch.VARIABLE, backend)
     preset = load_preset(name, min_statistics=0)
+    if backend == "cuda" and name == "k2v2":
+        with pytest.raises(RuntimeError, match="does not support this call: key groups too narrow"):
+            run(preset, dim, SHAPES["one-tile"], torch.bfloat16)
+        return
     for label, shape in SHAPES.items():
         got, expected = run(preset, dim, shape, torch.bfloat16)
         torch.cuda.synchronize()

@@ -68,11 +68,12 @@ class Nvrtc:
 SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
 """Bytes of shared memory a block can have, by architecture (CUDA C++ programming guide, technical specifications)."""
 CASES = {  # keys, bits of values, head dim, bytes that may spill
-    "k4v4-d128": ("k5/3", 4, 128, 16),
+    "k4v4-d128": ("k5/3", 4, 128, 64),
     "k4v4-d64": ("k5/3", 4, 64, 0),
     "k4v4-d256": ("k5/3", 4, 256, 512),
-    "k2v2-d128": ("k5/3/2", 2, 128, 16),
-    "k8v8-d64": ("k8", 8, 64, 0),
+    "k3v2-d128": ("k5/3/2", 2, 128, 64),
+    "k8v8-d64": ("k8", 8, 64, 16),
+    "matrices-d64": ("k5/3", 4, 64, 0),
 }
 
 
@@ -83,7 +84,8 @@ def test_cuda_source_compiles(case, architecture):
     nvrtc = Nvrtc()
     widths, bits, dim, allowed = CASES[case]
     keys, (values,) = (cuda._described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
-    shape = cuda.Shape(dim, keys, values, "fp16" if widths == "k8" else "e3m5", "e4m4", bf16=True)
+    key_format, hadamard = "fp16" if widths == "k8" else "e3m5", not case.startswith("matrices")
+    shape = cuda.Shape(dim, keys, values, key_format, "e4m4", bf16=True, hadamard=hadamard)
     warps = cuda.most_warps(shape, SHARED[architecture])
     if not warps:
         pytest.skip("dispatch takes Triton there: too little shared memory for two warps")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
 from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda
 from turboquant_hf.kernels.decode.reference import decode_attention
-from turboquant_hf.primitives import grid
+from turboquant_hf.primitives import grid, rotation_matrix
 
 TILE = 128
 KEYS = {
@@ -24,7 +27,9 @@ def groups_of(dim: int, widths) -> tuple[CodeGroup, ...]:
     return tuple(CodeGroup(n, grid(bits, n)) for n, bits in sizes)
 
 
-def side(heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bool, scale_format: str) -> PackedSide:
+def side(
+    heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bool, scale_format: str, kind: str = "hadamard"
+) -> PackedSide:
     batch, count = heads
     shape = (batch, count, tiles + 3)  # three tiles of spare capacity
     codes = torch.randint(0, 256, (*shape, tile_bytes(groups, TILE, channel_major)), dtype=torch.uint8)
@@ -39,11 +44,40 @@ def side(heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bo
             "balance": (torch.rand(*heads, dim) + 0.5).cuda(),
             "mean": (torch.randn(*shape, dim) * 0.5).half().cuda()[:, :, :tiles],
         }
-    blocks = [torch.linalg.qr(torch.randn(group.size, group.size))[0] for group in groups]
+    blocks = [rotation_matrix(group.size, kind=kind, seed=index) for index, group in enumerate(groups)]
     rotation = torch.block_diag(*blocks).contiguous().cuda()
+    signs = torch.cat([block[0].sign() for block in blocks]).cuda() if kind == "hadamard" else None
     gain = gain.cuda() if gain is not None else None
     packed = codes.cuda()[:, :, :tiles], scale.cuda()[:, :, :tiles]
-    return PackedSide(*packed, groups, rotation, scale_format=scale_format, gain=gain, **conditioned)
+    return PackedSide(*packed, groups, rotation, scale_format=scale_format, gain=gain, signs=signs, **conditioned)
+
+
+def arguments(keys, values, dim, rows, dtype, kind="hadamard", tiles=9, tail=77, sinks=4, batch=2):
+    """query, keys, values, sinks, tail, starts of `decode_attention`; `rows` is (query heads a head, queries)."""
+    torch.manual_seed(0)
+    heads, (group, count) = (batch, 2), rows
+    key_format = "fp16" if keys == "k8" else "e3m5"
+    key_side = side(heads, tiles, dim, groups_of(dim, KEYS[keys]), False, key_format, kind)
+    value_side = side(heads, tiles, dim, groups_of(dim, ((1.0, values),)), True, "e4m4", kind)
+    query = torch.randn(batch, heads[1] * group, count, dim, device="cuda", dtype=dtype)
+    buffers = torch.randn(2, *heads, 160, dim, device="cuda", dtype=dtype)
+    raw = RawTokens(buffers[0][:, :, :tail], buffers[1][:, :, :tail])
+    sink = RawTokens(*torch.randn(2, *heads, sinks, dim, device="cuda", dtype=dtype))
+    return query, key_side, value_side, sink, raw, torch.zeros(batch, dtype=torch.int64, device="cuda")
+
+
+def check(given, **options):
+    """One call against the reference in float32, with everything a kernel might forget to write poisoned."""
+    query, key_side, value_side, sink, raw, starts = given
+    splits = options.pop("splits", 0)
+    assert (reason := cuda.supports(query, key_side, value_side, raw)) is None, reason
+    output = cuda.decode_attention(query, key_side, value_side, sink, raw, starts, splits=splits, **options)
+    exact = decode_attention(
+        query.float(), key_side, value_side, RawTokens(sink.keys.float(), sink.values.float()),
+        RawTokens(raw.keys.float(), raw.values.float()), starts, **options,
+    )  # fmt: skip
+    error = (output.float() - exact).norm() / exact.norm()
+    assert error < (3e-3 if query.dtype == torch.bfloat16 else 1.5e-3)
 
 
 @pytest.mark.gpu
@@ -55,30 +89,44 @@ def side(heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bo
     [("k5/3", 4, 128), ("k5/3/2", 3, 128), ("k8", 8, 128), ("k5/3", 2, 64), ("k5/3/2", 5, 64), ("k4", 4, 256)],
 )
 def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
-    torch.manual_seed(0)
-    heads, tiles, tail, sinks = (2, 2), 9, 77, 4
-    group, count = rows
-    key_side = side(heads, tiles, dim, groups_of(dim, KEYS[keys]), False, "e3m5" if keys != "k8" else "fp16")
-    value_side = side(heads, tiles, dim, groups_of(dim, ((1.0, values),)), True, "e4m4")
-    query = torch.randn(heads[0], heads[1] * group, count, dim, device="cuda", dtype=dtype)
-    buffers = torch.randn(2, *heads, 160, dim, device="cuda", dtype=dtype)
-    raw = RawTokens(buffers[0][:, :, :tail], buffers[1][:, :, :tail])
-    sink = RawTokens(*torch.randn(2, *heads, sinks, dim, device="cuda", dtype=dtype))
-    starts = torch.tensor([0, 300 if extra == "padded" else 0], device="cuda")
+    given = arguments(keys, values, dim, rows, dtype)
     options = {"scaling": 0.05}
+    if extra == "padded":
+        given[-1][1] = 300
     if extra == "masked":
-        options["mask"] = torch.rand(heads[0], tiles * TILE + tail, device="cuda") > 0.3
+        options["mask"] = torch.rand(2, 9 * TILE + 77, device="cuda") > 0.3
     if extra == "softcap":
-        options |= {"softcap": 5.0, "s_aux": torch.randn(heads[1] * group, device="cuda")}
-    reason = cuda.supports(query, key_side, value_side, raw)
-    assert reason is None, reason
-    output = cuda.decode_attention(query, key_side, value_side, sink, raw, starts, **options)
-    exact = decode_attention(
-        query.float(), key_side, value_side, RawTokens(sink.keys.float(), sink.values.float()),
-        RawTokens(raw.keys.float(), raw.values.float()), starts, **options,
-    )  # fmt: skip
-    error = (output.float() - exact).norm() / exact.norm()
-    assert error < (3e-3 if dtype == torch.bfloat16 else 1.5e-3)
+        options |= {"softcap": 5.0, "s_aux": torch.randn(given[0].shape[1], device="cuda")}
+    check(given, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
+def test_rotations_given_as_matrices(dim, rows):
+    check(arguments("k5/3", 4, dim, rows, torch.float16, kind="qr"), scaling=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 2, 9, 33, 64])
+@pytest.mark.parametrize("sizes", [(1, 1, 0), (3, 130, 4), (70, 33, 128)], ids=str)
+def test_any_number_of_blocks_shares_a_head(sizes, splits):
+    """Fewer tiles than blocks, a tail longer than the warps of a block take at once, no sinks."""
+    tiles, tail, sinks = sizes
+    given = arguments("k5/3", 4, 128, (4, 1), torch.float16, tiles=tiles, tail=tail, sinks=sinks)
+    check(given, scaling=0.05, splits=splits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_a_head_that_holds_nan_says_so(which):
+    """A head's NaN gain marks what was not finite: all of its results are NaN, and nobody else's."""
+    query, *sides, sink, raw, starts = arguments("k5/3", 4, 128, (4, 1), torch.float16)
+    sides[which == "values"].gain[1, 0] = torch.nan
+    output = cuda.decode_attention(query, *sides, sink, raw, starts, scaling=0.05).view(2, 2, 4, 128)
+    assert output[1, 0].isnan().all()
+    output[1, 0] = 0
+    assert output.isfinite().all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -130,3 +178,29 @@ def test_what_does_not_compile_is_left_to_others(monkeypatch):
     assert len(asked) == len(warned) == 1
     monkeypatch.setattr(cuda, "_plan", lambda shape, device: 0)
     assert "shared memory" in cuda._failure(shape, torch.device("cuda", 6))
+
+
+def test_launches_are_what_the_driver_reads(monkeypatch):
+    """CUlaunchConfig and CUlaunchAttribute as cuda.h lays them out; one for each caller."""
+    seen = []
+
+    class Driver:
+        def cuLaunchKernelEx(self, options, function, arguments, extra):
+            options = options._obj
+            attribute = options.attributes[0]
+            seen.append((*options.grid, *options.block, options.shared, options.stream, options.count))
+            assert (attribute.id, attribute.value, extra) == (6, 1, None)
+            return 700 if options.stream == 9 else 0
+
+    monkeypatch.setattr(torch.cuda._utils, "_get_gpu_runtime_library", Driver)
+    assert ctypes.sizeof(cuda._LaunchAttribute) == 8 + 64 and ctypes.sizeof(cuda._LaunchOptions) == 56
+    kernel = SimpleNamespace(func=None)
+    launcher = cuda._Launcher(kernel, 256, 1000, True)
+    first, second = launcher.options(), launcher.options()
+    arguments = cuda.Arguments([1, 2], (3,))
+    launcher((3, 2, 1), arguments, 7, first)
+    launcher((4, 2, 1), arguments, 8, second)
+    assert seen == [(3, 2, 1, 256, 1, 1, 1000, 7, 1), (4, 2, 1, 256, 1, 1, 1000, 8, 1)]
+    assert tuple(first.grid) == (3, 2, 1) and first.stream == 7
+    with pytest.raises(RuntimeError, match="error 700"):
+        launcher((4, 2, 1), arguments, 9, first)

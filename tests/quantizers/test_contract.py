@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turboquant_hf.config import quantizer_from
+from turboquant_hf.config import load_preset, quantizer_from
+from turboquant_hf.primitives import hadamard_matrix
 from turboquant_hf.quantizers import QUANTIZERS
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
@@ -277,6 +278,27 @@ def test_inverse_undoes_transform_and_serves_queries(case):
     transform, inverse = (f(state, 80, 2, x.device) for f in (quantizer.transform, quantizer.inverse))
     product = inverse @ transform
     torch.testing.assert_close(product, torch.eye(80).expand_as(product), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"per_head": True}, {"seed": 7}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("preset", ["k4v4", "k3v3", "k3v2", "k8v4"])
+def test_signs_say_what_the_rotation_does(preset, head_dim, options):
+    """Each group: signs, then Sylvester's matrix over the root of its size."""
+    for quantizer in (replace(side, **options) for side in (load_preset(preset).keys, load_preset(preset).values)):
+        x = torch.randn(2, 3, 5, head_dim, generator=torch.Generator().manual_seed(0))
+        signs = quantizer.signs_of(head_dim, 3, x.device)
+        assert signs.shape == ((1, 3, head_dim) if quantizer.per_head else (head_dim,)) and (signs.abs() == 1).all()
+        groups = (x * signs.unsqueeze(-2)).split([size for size, _ in quantizer.group_sizes(head_dim)], dim=-1)
+        turned = [group @ hadamard_matrix(group.shape[-1]) / group.shape[-1] ** 0.5 for group in groups]
+        expected = x @ quantizer.rotation_of(head_dim, 3, x.device).transpose(-1, -2)
+        torch.testing.assert_close(torch.cat(turned, -1), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("options", "head_dim"), [({"rotation": "qr"}, 64), ({"rounds": 2}, 64), ({}, 80)], ids=str)
+def test_other_rotations_have_no_signs(options, head_dim):
+    quantizer = quantizer_from({"quantizer": "mse", "bits": 4, **options}, "values")
+    assert quantizer.signs_of(head_dim, 2, torch.device("cpu")) is None
 
 
 @settings(max_examples=40, deadline=None)

@@ -91,6 +91,11 @@ class RotatedQuantizer(Quantizer):
         heads = num_heads if self.per_head else 0
         return _on_device(self.group_sizes(head_dim), self.rotation, self.rounds, self.seed, heads, str(device))
 
+    def signs_of(self, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor | None:
+        """The signs of a rotation that is Sylvester's matrix times signs, as in `PackedSide`; None for any other."""
+        heads = num_heads if self.per_head else 0
+        return _signs(self.group_sizes(head_dim), self.rotation, self.rounds, self.seed, heads, str(device))
+
     def transform(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
         """[D, D] or [B or 1, H, D, D]: what takes a (centred) vector to the rotated domain."""
         return self.rotation_of(head_dim, num_heads, device)
@@ -158,6 +163,7 @@ class RotatedQuantizer(Quantizer):
             mean=packed.get("mean"),
             scale_format=self.scale_format,
             gain=state.get("gain"),
+            signs=self.signs_of(head_dim, num_heads, device),
         )
 
 
@@ -193,3 +199,14 @@ def block_rotation(
 @torch.inference_mode(False)
 def _on_device(sizes, kind: str, rounds: int, seed: int, num_heads: int, device: str) -> torch.Tensor:
     return block_rotation(sizes, kind, rounds, seed, num_heads).to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _signs(sizes, kind: str, rounds: int, seed: int, num_heads: int, device: str) -> torch.Tensor | None:
+    if rounds != 1 or kind not in ("auto", "hadamard") or any(size & (size - 1) for size, _ in sizes):
+        return None
+    matrix = block_rotation(sizes, kind, rounds, seed, num_heads)
+    # The first row of Sylvester's matrix is ones. Blocks lie on the diagonal: a sum finds each column's first row.
+    starts = [sum(size for size, _ in sizes[:index]) for index in range(len(sizes))]
+    return matrix[..., starts, :].sum(-2).sign().to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 import warnings
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class Shape:
     masked: bool = False
     softcap: bool = False
     wide: bool = False  # 8 query rows a block instead of 4
+    hadamard: bool = True  # rotations are given by their signs
 
     @property
     def rows(self) -> int:
@@ -122,7 +124,14 @@ def _shape(query, keys, values, masked=False, softcap=None) -> Shape:
         masked,
         softcap is not None,
         rows > 4,
+        _by_signs(keys) and _by_signs(values),
     )
+
+
+def _by_signs(side: PackedSide) -> bool:
+    """Whether decode.cu can rotate by signs and additions: each group begins at a multiple of its size."""
+    ends = itertools.accumulate(group.size for group in side.groups)
+    return side.signs is not None and all(end % group.size == 0 for end, group in zip(ends, side.groups, strict=True))
 
 
 def decode_attention(
@@ -187,19 +196,24 @@ class Step:
         self._chunks = -(-rows // self._shape.rows)
         self._heads, self._splits = batch * heads, splits
         self._workspace, self._stream = workspace, None
-        rotation, value_rotation = keys.rotation, values.rotation
+        if self._shape.hadamard:
+            turns = keys.signs, values.signs
+        else:
+            turns = _transposed(keys.rotation), values.rotation
+        strides = [turn[0, 0].numel() if turn.dim() == (3 if self._shape.hadamard else 4) else 0 for turn in turns]
         sink_keys, sink_values = sinks.keys.contiguous(), sinks.values.contiguous()
         self._tensors = (
-            query, _transposed(rotation), keys.order, keys.balance, keys.gain, keys.codes, keys.scale, keys.mean,
-            values.codes, values.scale, value_rotation, values.gain, sink_keys, sink_values, tail.keys, tail.values,
+            query, turns[0], keys.order, keys.balance, keys.gain, keys.codes, keys.scale, keys.mean,
+            values.codes, values.scale, turns[1], values.gain, sink_keys, sink_values, tail.keys, tail.values,
             None, None, starts, None, None if s_aux is None else s_aux.float(), counts, None, None, None,
         )  # fmt: skip
         integers = (
             heads, rows, count, 0, _capacity(keys.codes), sink_keys.shape[2], 0, tail.keys.stride(1) // dim,
-            tail.keys.shape[2] if counts is not None else 0, 0, dim * dim if rotation.dim() == 4 else 0,
-            dim * dim if value_rotation.dim() == 4 else 0, 0, _float_bits(scaling), _float_bits(softcap or 0.0),
+            tail.keys.shape[2] if counts is not None else 0, 0, *strides, 0, _float_bits(scaling),
+            _float_bits(softcap or 0.0),
         )  # fmt: skip
         self._arguments = Arguments([0 if x is None else x.data_ptr() for x in self._tensors], integers)
+        self._options = self._kernel.options()
         self._tensors = (None, *self._tensors[1:])  # keep what the pointers mean alive, but not a step's query
 
     def __call__(
@@ -229,7 +243,7 @@ class Step:
             integers[9] = 0
         else:
             pointers[16], pointers[17], integers[9] = new[0].data_ptr(), new[1].data_ptr(), new[0].shape[2]
-        self._kernel((splits, self._heads, self._chunks), self._arguments, stream)
+        self._kernel((splits, self._heads, self._chunks), self._arguments, stream, self._options)
         return result
 
     def _room(self, blocks: int, stream: int) -> torch.Tensor:
@@ -250,18 +264,19 @@ class Step:
 
 
 ARRIVALS = 1 << 16
-"""Words at the head of a workspace that count the blocks that are done, one for every head of a sequence."""
+"""Words at the head of a workspace, one for every query row: how many of the blocks that share its tiles are done.
+Tiles are shared only where there are few heads (`_splits`)."""
 
 
 def workspace_size(blocks: int, shape: Shape, warps: int) -> int:
-    """Words: arrivals, every block's two parts and their sums, every warp's sums over raw tokens."""
-    return ARRIVALS + blocks * (2 * shape.rows * (shape.dim + 1) + warps * shape.rows * shape.dim)
+    """Words: arrivals, every block's rows with their maxima and sums, every warp's sums over raw tokens."""
+    return ARRIVALS + blocks * shape.rows * (shape.dim + 2 + warps * shape.dim)
 
 
 def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> int:
     """Words that serve any call of up to `rows` query rows a KV head, however it splits its tiles."""
     blocks = max(batch_heads * -(-rows // MAX_ROWS), 4 * _multiprocessors(device))
-    return ARRIVALS + blocks * MAX_ROWS * (2 * (dim + 1) + MAX_WARPS * dim)
+    return ARRIVALS + blocks * MAX_ROWS * (dim + 2 + MAX_WARPS * dim)
 
 
 _WORKSPACES: dict[tuple, torch.Tensor] = {}
@@ -297,19 +312,52 @@ class Arguments:
         self.block = (ctypes.c_void_p * len(addresses))(*addresses)
 
 
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_...
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: a number, and a union of 64 bytes of which an int is used."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+    def __init__(self, id: int, value: int) -> None:
+        super().__init__(id, 0, value)
+
+
+class _LaunchOptions(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
 class _Launcher:
-    """Launches one compiled kernel."""
+    """Launches one compiled kernel. overlaps: it waits by itself for the kernel before it, and may begin earlier."""
 
-    def __init__(self, kernel, threads: int, shared: int) -> None:
+    def __init__(self, kernel, threads: int, shared: int, overlaps: bool) -> None:
         self._kernel, self._threads, self._shared = kernel, threads, shared
-        self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
+        self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernelEx
+        self._attributes = ctypes.pointer(_LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1))
+        self._count = int(overlaps)
 
-    def __call__(self, grid: tuple[int, int, int], arguments: Arguments, stream: int) -> None:
-        status = self._launch(
-            self._kernel.func, *grid, self._threads, 1, 1, self._shared, ctypes.c_void_p(stream), arguments.block, None
+    def options(self) -> _LaunchOptions:
+        """For the launches of one caller; threads must not share them."""
+        return _LaunchOptions(
+            block=(self._threads, 1, 1), shared=self._shared, attributes=self._attributes, count=self._count
         )
+
+    def __call__(self, grid: tuple[int, int, int], arguments: Arguments, stream: int, options: _LaunchOptions) -> None:
+        options.grid[0], options.grid[1], options.grid[2] = grid
+        options.stream = stream
+        status = self._launch(ctypes.byref(options), self._kernel.func, arguments.block, None)
         if status:
-            raise RuntimeError(f"cuLaunchKernel failed with error {status} (grid {grid}, {self._threads} threads)")
+            raise RuntimeError(f"cuLaunchKernelEx failed with error {status} (grid {grid}, {self._threads} threads)")
 
 
 @lru_cache(maxsize=16)
@@ -371,6 +419,7 @@ def source(shape: Shape, warps: int) -> str:
         f"#define HAS_MEAN {int(shape.mean)}",
         f"#define MASKED {int(shape.masked)}",
         f"#define SOFTCAP {int(shape.softcap)}",
+        f"#define HADAMARD {int(shape.hadamard)}",
         f"#define WAIT_IN_SHARED {int(_wait_in_shared(shape))}",
         f"constexpr int D = {shape.dim}, WARPS = {warps}, NT = {shape.rows // 4};",
         f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {sum(row_bytes)};",
@@ -400,10 +449,8 @@ def shared_bytes(shape: Shape, warps: int) -> int:
     key_slot = TILE * key_row + pads + TILE * len(shape.keys) * key_scale + (2 * dim if shape.mean else 0)
     value_slot = dim * packed_size(TILE, shape.values[1]) + TILE * value_scale
     room = -(-key_slot // 128) * 128 + -(-value_slot // 128) * 128
-    total = max(warps * room, 4 * warps * rows * dim)
-    total += 4 * rows * dim * 3 + (4 * warps * rows * dim if _wait_in_shared(shape) else 0)
-    total += 32 * (len(shape.keys) + 1) + 2 * rows * dim
-    total += 4 * 2 * 2 * warps * rows + 4 * 2 * rows + 4
+    total = warps * room + 4 * rows * dim * 2 + (4 * warps * rows * dim if _wait_in_shared(shape) else 0)
+    total += 32 * (len(shape.keys) + 1) + 2 * rows * dim + 8 + 4 * rows + 4 * 2 * 2 * warps * rows
     return -(-total // 128) * 128
 
 
@@ -486,4 +533,5 @@ def _kernel(shape: Shape, device: torch.device) -> tuple[_Launcher, int]:
         shared = shared_bytes(shape, warps)
         if shared > 48 * 1024:
             kernel.set_shared_memory_config(shared)
-    return _Launcher(kernel, warps * 32, shared), warps
+        overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
+    return _Launcher(kernel, warps * 32, shared, overlaps), warps

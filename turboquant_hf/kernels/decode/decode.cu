@@ -6,6 +6,9 @@
 // fixed-point numbers, split into a high and a low byte that fill neighbouring columns of the product; sums come back
 // as floats because the accumulators start at the bit pattern of 1.5 * 2^23.
 //
+// A row of queries is coded, and a row of results put together, by one warp, which answers to no other: what a warp
+// leaves for later goes to its own room. Three barriers are all.
+//
 // A warp takes whole tiles of 128 tokens: K is the big operand of S = K q^T (16 tokens x 32 channels), V^T that of
 // O^T = V^T P^T (16 channels x 32 tokens). Which channel (token) stands where in a product does not matter as long as
 // both operands agree, so lane = 4 g + t keeps the bytes that it loaded: its part of rows g and g + 8. The tokens of an
@@ -102,6 +105,19 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     u32 a;
     asm("{ .reg .u64 x; cvta.to.shared.u64 x, %1; cvt.u32.u64 %0, x; }" : "=r"(a) : "l"(p));
     return a;
+}
+// The kernel may be launched while the one before it ends (cuda.py asks for that): nothing that others write is touched
+// before this.
+__device__ __forceinline__ void previous_kernel_done() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_once(u32 barrier) {  // for the first phase of an mbarrier
+    u32 done;
+    do asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+                    : "=r"(done) : "r"(barrier) : "memory");
+    while (!done);
 }
 // Packed bytes are read once: they leave the L2 cache first, and what every block reads stays.
 __device__ __forceinline__ u64 read_once_policy() {
@@ -227,9 +243,37 @@ struct Row {
         int byte = (BYTES >= 4 ? 4 * (u / 4) + 2 * (u % 4 / 2) : 0) + (j >> 1);
         return t * BYTES + byte + ((u & 1) + 2 * (j & 1)) * PLANE;
     }
+
+    // And back: the unit, byte and lane part of the code at `index`.
+    static __host__ __device__ __forceinline__ constexpr void find(int index, int& u, int& j, int& t) {
+        const int field = WIDTH == 8 ? 0 : index / PLANE, rest = WIDTH == 8 ? index : index % PLANE, byte = rest % BYTES;
+        t = rest / BYTES;
+        if (WIDTH == 8) {
+            u = byte / 4;
+            j = byte % 4;
+        } else if (WIDTH == 4) {
+            u = byte / 2;
+            j = field + 2 * (byte & 1);
+        } else if (BYTES == 1) {
+            u = 0;
+            j = (field >> 1) + 2 * (field & 1);
+        } else {
+            u = 4 * (byte / 4) + 2 * (byte % 4 / 2) + (field & 1);
+            j = (field >> 1) + 2 * (byte & 1);
+        }
+    }
+    static constexpr bool found() {
+        for (int index = 0; index < N; index++) {
+            int u = 0, j = 0, t = 0;
+            find(index, u, j, t);
+            if (Row::index(u, j, t) != index || u >= UNITS || j >= 4 || t >= 4) return false;
+        }
+        return true;
+    }
 };
 
 template <int G> using KeyRow = Row<KEY_SIZE[G], KEY_BITS[G]>;
+__host__ __device__ constexpr int group_start(int group) { return group ? group_start(group - 1) + KEY_SIZE[group - 1] : 0; }
 typedef Row<128, VALUE_BITS> ValueRow;
 
 __host__ __device__ constexpr int key_align(int offset, int bytes) {
@@ -249,33 +293,24 @@ constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES, KEY_CODES = key_place(128), KEY_S
 constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
 constexpr int KEY_ROOM = (KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0) + 127) / 128 * 128;
 constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
-constexpr int THREADS = 32 * WARPS;
+constexpr int ROOM = KEY_ROOM + VALUE_ROOM, THREADS = 32 * WARPS;
 
-__host__ __device__ constexpr int widest_group() {
-    int most = 0;
-    for (int size : KEY_SIZE) most = size > most ? size : most;
-    return most;
-}
-// Products with a rotation: half a warp stands for 16 columns, its other half for the other half of the rows. A lane
-// holds this many elements of its column at once, loaded before what they are multiplied with.
-constexpr int QUERY_PIECE = widest_group() / 2 < 64 ? widest_group() / 2 : 64, VALUE_PIECE = D / 2 < 64 ? D / 2 : 64;
+// A row of queries or of results belongs to one warp, OWN neighbouring channels to a lane.
+constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, so that lanes meet different banks
+static_assert(4 * NR * OUTPUT_ROW <= ROOM, "a warp's output takes the place of its tiles");
 
 struct Shared {
-    union {
-        __align__(128) u8 rooms[WARPS][KEY_ROOM + VALUE_ROOM];
-        float output[WARPS][NR][D];  // of every warp, in the values' coded domain
-    };
+    __align__(128) u8 rooms[WARPS][ROOM];  // at the end: a warp's output in the values' coded domain
     float raw[NR][D];                   // queries times scaling * log2(e)
-    float balanced[NR][D];
-    float sorted[NR][D];                // in the order of the coded channels; later the block's result
+    float scratch[NR][D];               // of the warp that has the row
     u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads, the values' last
 #if WAIT_IN_SHARED
     float waiting[WARPS][NR][D];        // sums over raw tokens
 #endif
-    u8 bytes[2 * NR][D];                // 2 n + {0, 1}: high and low bytes of coded query n
-    float maximum[2][WARPS][NR], sum[2][WARPS][NR];
-    float top[NR], total[NR];
-    int last;
+    u32 coded[2 * NR][4][UNITS];        // 2 n + {0, 1}: high and low bytes of coded query n, as the lane parts want them
+    u64 coded_rows;                     // a barrier that counts queries
+    float query_unit[NR];
+    float maximum[2][WARPS][NR], sum[2][WARPS][NR];  // over tiles, over raw tokens
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "cuda.py computes another size");
 
@@ -305,28 +340,109 @@ __device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane, u64
     }
 }
 
-// Units of a group's coded query in the lanes' order: rows 4 nt + g / 2, byte g % 2.
+// ---------------------------------------------------------------- rows, OWN channels a lane
+
+template <bool SHARED_BY_BLOCKS = false>  // past the first cache, which does not see what other blocks wrote
+__device__ __forceinline__ void read_row(float (&x)[OWN], const float* from) {
+    if constexpr (OWN == 2) {
+        float2 v = SHARED_BY_BLOCKS ? __ldcg((const float2*)from) : *(const float2*)from;
+        x[0] = v.x, x[1] = v.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < OWN; i += 4) {
+            float4 v = SHARED_BY_BLOCKS ? __ldcg((const float4*)(from + i)) : *(const float4*)(from + i);
+            x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+        }
+    }
+}
+__device__ __forceinline__ void write_row(float* to, const float (&x)[OWN]) {
+    if constexpr (OWN == 2)
+        *(float2*)to = make_float2(x[0], x[1]);
+    else
+#pragma unroll
+        for (int i = 0; i < OWN; i += 4) *(float4*)(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+}
+__device__ __forceinline__ void read_row(u16 (&x)[OWN], const u16* from) {
+    u32 w[OWN / 2];
+    if constexpr (OWN == 2) {
+        w[0] = *(const u32*)from;
+    } else if constexpr (OWN == 4) {
+        uint2 v = *(const uint2*)from;
+        w[0] = v.x, w[1] = v.y;
+    } else {
+        uint4 v = *(const uint4*)from;
+        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    }
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] = (u16)(w[i / 2] >> 16 * (i % 2));
+}
+__device__ __forceinline__ void write_row(u16* to, const u16 (&x)[OWN]) {
+#pragma unroll
+    for (int i = 0; i < OWN; i += 2) ((u32*)to)[i / 2] = x[i] | (u32)x[i + 1] << 16;
+}
+
+// Sylvester's Hadamard matrix times every block of `size` channels, a power of two from OWN on; blocks begin at
+// multiples of their size.
+__device__ __forceinline__ void hadamard(float (&x)[OWN], int size, int lane) {
+#pragma unroll
+    for (int d = 1; d < OWN; d *= 2)
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+            if (!(i & d)) {
+                float a = x[i], b = x[i + d];
+                x[i] = a + b;
+                x[i + d] = a - b;
+            }
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2)
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            float other = __shfl_xor_sync(~0u, x[i], d);
+            if (d * OWN < size) x[i] = lane & d ? other - x[i] : other + x[i];
+        }
+}
+
+// sum over j of x[j] matrix[j][own channel]; `room` is a row of shared memory.
+__device__ __forceinline__ void multiply(float (&x)[OWN], const float* matrix, float* room, int lane) {
+    __syncwarp();
+    write_row(room + OWN * lane, x);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] = 0.f;
+#pragma unroll 8
+    for (int j = 0; j < D; j++) {
+        float column[OWN];
+        read_row(column, matrix + j * D + OWN * lane);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] = fmaf(room[j], column[i], x[i]);
+    }
+}
+
+__device__ __forceinline__ float warp_maximum(float x) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+    return x;
+}
+// What a part with this maximum counts beside others; one that saw nothing counts nothing, but a NaN stays.
+__device__ __forceinline__ float part_weight(float maximum, float sum, float top) {
+    return maximum == NEVER && sum == sum ? 0.f : exp2_fast(maximum - top);
+}
+__device__ __forceinline__ int arrive(int* counter) {  // what was written before is seen by whoever sees this
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // What accumulators of a product with biased levels begin with, from the sums of the columns' high and low bytes.
 __device__ __forceinline__ void debias(int (&start)[2], const int (&sums)[4], int twice) {
     int high = twice * sums[0], low = twice * sums[1];
     start[0] = MAGIC_BITS - (high >> 1);
     start[1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);  // half a high unit is 64 low ones
-}
-
-template <int G>
-__device__ __forceinline__ void load_query(u32 (*q)[NT], const Shared& shared, int g, int t, int channel) {
-    if constexpr (G < KEY_GROUPS) {
-#pragma unroll
-        for (int u = 0; u < KeyRow<G>::UNITS; u++)
-#pragma unroll
-            for (int nt = 0; nt < NT; nt++) {
-                u32 x = 0;
-#pragma unroll
-                for (int j = 0; j < 4; j++) x |= (u32)shared.bytes[8 * nt + g][channel + KeyRow<G>::index(u, j, t)] << 8 * j;
-                q[u][nt] = x;
-            }
-        load_query<G + 1>(q + KeyRow<G>::UNITS, shared, g, t, channel + KEY_SIZE[G]);
-    }
 }
 
 // Scores of the two tokens that unit U of the values wants from this lane, without unit and mean. `rows` and `scales`:
@@ -374,39 +490,48 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, c
 
 // grid (splits, B * H, ceil(rows / NR)). The tail's newest `fresh` tokens are in new_keys and new_values, [B * H, fresh, D],
 // and are written to the tail here. `counts`, where it is not null, holds {tiles, length} on the device and the tail
-// is a ring of `ring` tokens; `work` takes the blocks' parts, `arrivals` (zeros, left as zeros) counts blocks of a head.
+// is a ring of `ring` tokens; `work` takes the blocks' parts, `arrivals` (zeros, left as zeros) counts the blocks that are
+// done with a row. A rotation is its signs [D] (HADAMARD), or a matrix [D, D], the keys' transposed.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
-    const u16* query, const float* rotation_t, const u16* order, const float* balance, const float* key_gain,
+    const u16* query, const float* key_turn, const u16* order, const float* balance, const float* key_gain,
     const u8* key_codes, const u8* key_scales, const u8* key_means, const u8* value_codes, const u8* value_scales,
-    const float* value_rotation, const float* value_gain, const u16* sink_keys, const u16* sink_values,
+    const float* value_turn, const float* value_gain, const u16* sink_keys, const u16* sink_values,
     u16* tail_keys, u16* tail_values, const u16* new_keys, const u16* new_values, const i64* starts, const u8* mask, const float* s_aux,
     const int* counts, float* work, int* arrivals, u16* result,
     int heads, int all_rows, int queries, int tiles, int capacity, int sinks, int tail, int tail_stride, int ring, int fresh,
-    int rotation_stride, int value_rotation_stride, int mask_stride, int scaling_bits, int softcap_bits) {
+    int key_turn_stride, int value_turn_stride, int mask_stride, int scaling_bits, int softcap_bits) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *(Shared*)memory;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int bh = blockIdx.y, b = bh / heads, h = bh % heads, split = blockIdx.x, splits = gridDim.x;
     const int row0 = blockIdx.z * NR, rows = all_rows - row0 < NR ? all_rows - row0 : NR;
     const float scaling = __int_as_float(scaling_bits), softcap = __int_as_float(softcap_bits);
+    const u32 coded_rows = shared_address(&shared.coded_rows);
+    if (threadIdx.x == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(coded_rows), "r"(NR) : "memory");
+    unrolled<0, KEY_GROUPS + 1>([&]<int I>() {
+        if (threadIdx.x == I)
+#pragma unroll
+            for (int i = 0; i < 6; i++) shared.books[I][i] = i == 4 ? 0x88888888u : i == 5 ? 0x7F7F7F7Fu : LEVELS[I][i];
+    });
+    previous_kernel_done();
     if (counts) {
         tiles = counts[0];
         tail = counts[1] - 128 * tiles;
     }
     const i64 start = starts[b];
     const int packed = 128 * tiles;
-    // `work`: every block's two parts, their maxima and sums, and what waits of every warp's raw tokens.
+    // `work`: the rows of every block, their maxima and sums, and what waits of every warp's raw tokens.
     const i64 parts = ((i64)blockIdx.z * gridDim.y + bh) * splits;
-    float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (2 * NR * D);
+    float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (NR * D);
 #if WAIT_IN_SHARED
-    float* waiting = &shared.waiting[warp][0][0];
+    float* waiting = &shared.waiting[0][0][0];
 #else
-    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR) + ((parts + split) * WARPS + warp) * (NR * D);
+    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR) + (parts + split) * WARPS * (NR * D);
 #endif
 
     // -------- copies ahead: a tile's values arrive while its keys are at work, the next tile's keys while they are
     const int stride = splits * WARPS, begin = warp * splits + split;
-    const u32 key_room = shared_address(&shared.rooms[warp][0]), value_room = key_room + KEY_ROOM;
+    const u32 key_room = shared_address(shared.rooms[warp]), value_room = key_room + KEY_ROOM;
     const u64 policy = read_once_policy();
     auto copy_keys = [&](int tile) {
         if (tile < tiles) {
@@ -429,158 +554,153 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncwarp();
     };
-    if (threadIdx.x <= KEY_GROUPS)
-#pragma unroll
-        for (int i = 0; i < 6; i++)
-            shared.books[threadIdx.x][i] = i == 4 ? 0x88888888u : i == 5 ? 0x7F7F7F7Fu : LEVELS[threadIdx.x][i];
 
-    // -------- the query in the coded domain: q' = gain * unit * R diag(1 / balance) q, sorted, in 15 bits
+    // -------- what is needed first is asked for first: queries, raw tokens, tiles
     const float factor = scaling * (SOFTCAP ? 1.f : LOG2E);
-    auto group_of = [](int c, int& low, int& size, float& unit) {  // the rotation is block-diagonal
+    const float gain = key_gain ? key_gain[bh] : 1.f;
+    u16 own_query[OWN], own_order[OWN];
+    float own_balance[OWN], own_signs[OWN];
+    auto ask_for_query = [&](int n) {
+        if (n < rows) read_row(own_query, query + ((i64)bh * all_rows + row0 + n) * D + OWN * lane);
+        if (balance) read_row(own_balance, balance + (i64)bh * D + OWN * lane);
+        if (order) read_row(own_order, order + (i64)bh * D + OWN * lane);
+        if (HADAMARD) read_row(own_signs, key_turn + (i64)h * key_turn_stride + OWN * lane);
+    };
+    // The last warps but one code queries, the last has raw tokens, and the first have tiles when there are few.
+    const int first_query = (2 * WARPS - 2 - warp) % WARPS;
+    if (first_query < NR) ask_for_query(first_query);
+    const int oldest_fresh = sinks + tail - fresh;
+    const int oldest = ring ? packed % ring : 0;  // where the tail's first token is
+    auto kept = [&](int i, u16* recent) {
+        int slot = oldest + i - sinks;
+        if (ring && slot >= ring) slot -= ring;
+        return recent + ((i64)bh * tail_stride + slot) * D;
+    };
+    auto place = [&](int i, const u16* sink, u16* recent, const u16* newest) -> const u16* {
+        i = i < sinks + tail ? i : sinks + tail - 1;  // past the end: the last token again
+        if (i < sinks) return sink + ((i64)bh * sinks + i) * D;
+        return i < oldest_fresh ? kept(i, recent) : newest + ((i64)bh * fresh + i - oldest_fresh) * D;
+    };
+    constexpr int BLOCKS = D / 32, CHANNELS = D / 8;
+    uint4 raw_query[BLOCKS], raw_keys[2][BLOCKS], raw_values[4][CHANNELS / 8];
+    auto ask_for_raw = [&](int first) {
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            raw_query[i] = make_uint4(0, 0, 0, 0);
+            if (g < rows) raw_query[i] = *(const uint4*)(query + ((i64)bh * all_rows + row0 + g) * D + 32 * i + 8 * t);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+                raw_keys[r][i] = *(const uint4*)(place(first + g + 8 * r, sink_keys, tail_keys, new_keys) + 32 * i + 8 * t);
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+#pragma unroll
+            for (int i = 0; i < CHANNELS / 8; i++)
+                raw_values[r][i] = *(const uint4*)(place(first + 2 * t + r % 2 + r / 2 * 8, sink_values, tail_values, new_values) + g * CHANNELS + 8 * i);
+    };
+
+    // -------- a query in the coded domain: q' = gain * unit * R diag(1 / balance) q, sorted, in 15 bits
+    auto group_of = [](int c, int& size, float& unit) {  // the rotation is block-diagonal
 #pragma unroll
         for (int group = 0, edge = 0; group < KEY_GROUPS; group++) {
             if (c >= edge) {
-                low = edge;
                 size = KEY_SIZE[group];
                 unit = KEY_UNIT[group];
             }
             edge += KEY_SIZE[group];
         }
     };
-    const float* columns = rotation_t + (i64)h * rotation_stride;
-    const int half = lane >> 4;
-    float piece[QUERY_PIECE];
-    int low, size;
-    float lead;
-    auto load_columns = [&](int c, int first) {
-        group_of(c, low, size, lead);
-        low += half * (size /= 2);
+    auto code_query = [&](int n) {
+        float x[OWN];
 #pragma unroll
-        for (int j = 0; j < QUERY_PIECE; j++) piece[j] = first + j < size ? columns[(low + first + j) * D + c] : 0.f;
-    };
-    // What the query needs is asked for before the tiles: their copies fill the memory's queues.
-    constexpr int OWN = (D + THREADS - 1) / THREADS;
-    if (16 * warp < D) load_columns(16 * warp + (lane & 15), 0);
-    float own_balance[OWN];
-    u16 own_query[OWN][NR];
-    int own_order[OWN];
+        for (int i = 0; i < OWN; i++) x[i] = n < rows ? raw_to_float(own_query[i]) * factor : 0.f;
+        write_row(&shared.raw[n][OWN * lane], x);
+        if (balance)
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        const int c = threadIdx.x + i * THREADS < D ? threadIdx.x + i * THREADS : 0;
-        own_balance[i] = balance ? balance[(i64)bh * D + c] : 1.f;
-        own_order[i] = order ? order[(i64)bh * D + c] : c;
+            for (int i = 0; i < OWN; i++) x[i] /= own_balance[i];
+        if (order) {
+            __syncwarp();
+            write_row(&shared.scratch[n][OWN * lane], x);
+            __syncwarp();
 #pragma unroll
-        for (int n = 0; n < NR; n++) own_query[i][n] = n < rows ? query[((i64)bh * all_rows + row0 + n) * D + c] : 0;
-    }
-    const float gain = key_gain ? key_gain[bh] : 1.f;
-    copy_keys(begin);
-    copy_values(begin);
+            for (int i = 0; i < OWN; i++) x[i] = shared.scratch[n][own_order[i]];
+        }
+        int size;
+        float lead, square = 0.f;
+        group_of(OWN * lane, size, lead);
+        // A rotation keeps the norm, so that no coordinate exceeds it: the unit needs no second look.
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        const int c = threadIdx.x + i * THREADS;
-        if (c < D)
+        for (int i = 0; i < OWN; i++) square += x[i] * lead * (x[i] * lead);
+        const float norm = sqrtf(warp_sum(square)) * gain;
+        const float query_unit = (norm < 1e-30f ? 1e-30f : norm) / QUERY_TOP;  // unlike fmaxf, this keeps a NaN
+        if (lane == 0) shared.query_unit[n] = query_unit;
+#if HADAMARD
 #pragma unroll
-            for (int n = 0; n < NR; n++) {
-                float x = raw_to_float(own_query[i][n]) * factor;
-                shared.raw[n][c] = x;
-                shared.balanced[n][c] = x / own_balance[i];
+        for (int i = 0; i < OWN; i++) x[i] *= own_signs[i];
+        hadamard(x, size, lane);
+        lead *= rsqrtf((float)size);
+#else
+        multiply(x, key_turn + (i64)h * key_turn_stride, shared.scratch[n], lane);
+#endif
+        lead *= gain / query_unit;
+        unrolled<0, KEY_GROUPS>([&]<int G>() {
+            static_assert(KeyRow<G>::found(), "find inverts index");
+            constexpr int FIRST = group_start(G);
+            if (OWN * lane < FIRST || OWN * lane >= FIRST + KEY_SIZE[G]) return;
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                int u, j, part;
+                KeyRow<G>::find(OWN * lane + i - FIRST, u, j, part);
+                const int v = __float2int_rn(x[i] * lead), high = (v + 64) >> 7;
+                ((u8*)&shared.coded[2 * n][part][FIRST / 16 + u])[j] = (u8)high;
+                ((u8*)&shared.coded[2 * n + 1][part][FIRST / 16 + u])[j] = (u8)(v - 128 * high);
             }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        const int j = threadIdx.x + i * THREADS;
-        if (j < D)
-#pragma unroll
-            for (int n = 0; n < NR; n++) shared.sorted[n][j] = shared.balanced[n][own_order[i]];
-    }
-    __syncthreads();
-    // A rotation keeps the norm, so that no coordinate exceeds it: the unit needs no second look.
-    float query_unit[NR];
-#pragma unroll
-    for (int n = 0; n < NR; n++) {
-        float square = 0.f;
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            int edge, count;
-            float weight;
-            group_of(lane + 32 * i, edge, count, weight);
-            float x = shared.sorted[n][lane + 32 * i] * weight;
-            square += x * x;
-        }
-#pragma unroll
-        for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
-        float norm = sqrtf(square) * gain;
-        query_unit[n] = (norm < 1e-30f ? 1e-30f : norm) / QUERY_TOP;  // unlike fmaxf, this keeps a NaN
-    }
-    for (int base = 16 * warp; base < D; base += 16 * WARPS) {
-        const int c = base + (lane & 15);
-        float acc[NR] = {};
-        if (base != 16 * warp) load_columns(c, 0);
-        for (int first = 0; first < size; first += QUERY_PIECE) {
-            if (first) load_columns(c, first);
-#pragma unroll
-            for (int j = 0; j < QUERY_PIECE; j++)
-                if (first + j < size)
-#pragma unroll
-                    for (int n = 0; n < NR; n++) acc[n] += piece[j] * shared.sorted[n][low + first + j];
-        }
-#pragma unroll
-        for (int n = 0; n < NR; n++) {
-            acc[n] += __shfl_xor_sync(~0u, acc[n], 16);
-            int v = __float2int_rn(acc[n] * (lead * gain) / query_unit[n]), high = (v + 64) >> 7;
-            shared.bytes[2 * n + half][c] = (u8)(half ? v - 128 * high : high);
-        }
-    }
-    __syncthreads();
+        });
+        __syncwarp();
+        if (lane == 0) asm volatile("{ .reg .b64 x; mbarrier.arrive.shared.b64 x, [%0]; }" ::"r"(coded_rows) : "memory");
+    };
 
-    // -------- sinks and tail, 16 tokens at a time, the last warps first: S = K q^T, O = P V in the model's dtype
+    // -------- sinks and tail, 16 tokens at a time: S = K q^T, O = P V in the model's dtype
     bool spilled_rows = false;
     {
-        constexpr int BLOCKS = D / 32, CHANNELS = D / 8;
         float o[CHANNELS][4], maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
-        for (int first = 16 * (stride - 1 - begin); first < sinks + tail; first += 16 * stride) {
-            const int oldest_fresh = sinks + tail - fresh;
-            auto kept = [&](int i, u16* recent) {
-                return recent + ((i64)bh * tail_stride + (ring ? (packed + i - sinks) % ring : i - sinks)) * D;
-            };
-            auto place = [&](int i, const u16* sink, u16* recent, const u16* newest) -> const u16* {
-                i = i < sinks + tail ? i : sinks + tail - 1;  // past the end: the last token again
-                if (i < sinks) return sink + ((i64)bh * sinks + i) * D;
-                return i < oldest_fresh ? kept(i, recent) : newest + ((i64)bh * fresh + i - oldest_fresh) * D;
-            };
+        for (int first = 16 * (stride - 1 - begin), waited = 0;; first += 16 * stride) {  // the last warps first
+            if (first < sinks + tail) ask_for_raw(first);
+            if (!waited++) {
+                __syncthreads();
+                // Those who code queries copy later: the others' copies keep the memory busy until then.
+#pragma unroll
+                for (int n = 0; n < NR; n += WARPS) {
+                    if (n + first_query >= NR) break;
+                    if (n) ask_for_query(n + first_query);
+                    code_query(n + first_query);
+                }
+                copy_keys(begin);
+                copy_values(begin);
+            }
+            if (first >= sinks + tail) break;
             auto is_fresh = [&](int i) { return i >= sinks && i >= oldest_fresh && i < sinks + tail; };
-            uint4 k[2][BLOCKS], v[4][CHANNELS / 8];
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-#pragma unroll
-                for (int i = 0; i < BLOCKS; i++)
-                    k[r][i] = *(const uint4*)(place(first + g + 8 * r, sink_keys, tail_keys, new_keys) + 32 * i + 8 * t);
-#pragma unroll
-            for (int r = 0; r < 4; r++)
-#pragma unroll
-                for (int i = 0; i < CHANNELS / 8; i++)
-                    v[r][i] = *(const uint4*)(place(first + 2 * t + r % 2 + r / 2 * 8, sink_values, tail_values, new_values) + g * CHANNELS + 8 * i);
             if (first + 16 > oldest_fresh && blockIdx.z == 0) {
 #pragma unroll
                 for (int r = 0; r < 2; r++)
                     if (is_fresh(first + g + 8 * r))
 #pragma unroll
-                        for (int i = 0; i < BLOCKS; i++) *(uint4*)(kept(first + g + 8 * r, tail_keys) + 32 * i + 8 * t) = k[r][i];
+                        for (int i = 0; i < BLOCKS; i++) *(uint4*)(kept(first + g + 8 * r, tail_keys) + 32 * i + 8 * t) = raw_keys[r][i];
 #pragma unroll
                 for (int r = 0; r < 4; r++)
                     if (is_fresh(first + 2 * t + r % 2 + r / 2 * 8))
 #pragma unroll
                         for (int i = 0; i < CHANNELS / 8; i++)
-                            *(uint4*)(kept(first + 2 * t + r % 2 + r / 2 * 8, tail_values) + g * CHANNELS + 8 * i) = v[r][i];
+                            *(uint4*)(kept(first + 2 * t + r % 2 + r / 2 * 8, tail_values) + g * CHANNELS + 8 * i) = raw_values[r][i];
             }
             float s[4] = {};
 #pragma unroll
             for (int i = 0; i < BLOCKS; i++) {
-                uint4 x = make_uint4(0, 0, 0, 0);
-                if (g < rows) x = *(const uint4*)(query + ((i64)bh * all_rows + row0 + g) * D + 32 * i + 8 * t);
-                mma_raw(s, k[0][i].x, k[1][i].x, k[0][i].y, k[1][i].y, x.x, x.y);
-                mma_raw(s, k[0][i].z, k[1][i].z, k[0][i].w, k[1][i].w, x.z, x.w);
+                const uint4 x = raw_query[i];
+                mma_raw(s, raw_keys[0][i].x, raw_keys[1][i].x, raw_keys[0][i].y, raw_keys[1][i].y, x.x, x.y);
+                mma_raw(s, raw_keys[0][i].z, raw_keys[1][i].z, raw_keys[0][i].w, raw_keys[1][i].w, x.z, x.w);
             }
             float p[4], fade[2];
 #pragma unroll
@@ -616,7 +736,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 o[j][0] = spilled_rows ? o[j][0] * mine : 0.f;
                 o[j][1] = spilled_rows ? o[j][1] * mine : 0.f;
                 o[j][2] = o[j][3] = 0.f;
-                const u32 *x0 = &v[0][j / 8].x, *x1 = &v[1][j / 8].x, *x2 = &v[2][j / 8].x, *x3 = &v[3][j / 8].x;
+                const u32 *x0 = &raw_values[0][j / 8].x, *x1 = &raw_values[1][j / 8].x;
+                const u32 *x2 = &raw_values[2][j / 8].x, *x3 = &raw_values[3][j / 8].x;
                 const int w = j % 8 / 2;
                 mma_raw(o[j], a0, 0, a2, 0, permute(x0[w], x1[w], j % 2 ? 0x7632 : 0x5410),
                         permute(x2[w], x3[w], j % 2 ? 0x7632 : 0x5410));
@@ -633,7 +754,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             }
         }
         if (spilled_rows && g < NR) {
-            float* mine = waiting + g * D;
+            float* mine = waiting + (warp * NR + g) * D;
 #pragma unroll
             for (int j = 0; j < CHANNELS; j++) {
                 mine[2 * t * CHANNELS + j] = o[j][0];
@@ -642,14 +763,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
     }
 
+    wait_once(coded_rows);
+    __syncwarp();
+
     // -------- tiles
     u32 q[UNITS][NT];
-    load_query<0>(q, shared, g, t, 0);
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)  // rows 4 nt + g / 2, byte g % 2
+#pragma unroll
+        for (int u = 0; u < UNITS; u += 4) {
+            uint4 x = *(const uint4*)&shared.coded[8 * nt + g][t][u];
+            q[u][nt] = x.x, q[u + 1][nt] = x.y, q[u + 2][nt] = x.z, q[u + 3][nt] = x.w;
+        }
     int start_at[KEY_GROUPS][NT][2];  // what accumulators begin with: MAGIC_BITS less the levels' bias
     float unit[NT];
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
-        unit[nt] = t & 2 ? t & 1 ? query_unit[4 * nt + 3] : query_unit[4 * nt + 2] : t & 1 ? query_unit[4 * nt + 1] : query_unit[4 * nt];
+        unit[nt] = shared.query_unit[4 * nt + t];
 #pragma unroll
         for (int group = 0, u = 0; group < KEY_GROUPS; u += KEY_SIZE[group++] / 16) {
             int c[4] = {0, 0, 0, 0};
@@ -845,7 +975,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         copy_values(tile + stride);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();  // `output` lies over everybody's rooms
+    __syncwarp();  // of the warp's tiles nothing is needed any more
+    float* output = (float*)shared.rooms[warp];
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
 #pragma unroll
@@ -857,147 +988,101 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int m = 0; m < CHANNEL_TILES; m++)
 #pragma unroll
-            for (int r = 0; r < 2; r++) shared.output[warp][4 * nt + t][16 * m + g + 8 * r] = o[m][nt][r];
+            for (int r = 0; r < 2; r++) output[(4 * nt + t) * OUTPUT_ROW + 16 * m + g + 8 * r] = o[m][nt][r];
     }
-    const float* matrix = value_rotation + (i64)h * value_rotation_stride;
-    float turn[VALUE_PIECE];
-    auto load_matrix = [&](int c, int first) {
-#pragma unroll
-        for (int j = 0; j < VALUE_PIECE; j++) turn[j] = matrix[(half * (D / 2) + first + j) * D + c];
-    };
-    if (16 * warp < D) load_matrix(16 * warp + (lane & 15), 0);
-    __syncthreads();
-
-    // -------- one result a block: `sorted` takes the packed part, `raw` that of raw tokens. A thread keeps to one row.
-    constexpr int ROW_THREADS = THREADS / NR;
-    const int n = threadIdx.x / ROW_THREADS, first_channel = n < NR ? threadIdx.x % ROW_THREADS : D;
-    if (n < NR) {
-        float top = NEVER, total = 0.f, weight[2][WARPS];
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, fmaxf(shared.maximum[0][w][n], shared.maximum[1][w][n]));
-#pragma unroll
-        for (int w = 0; w < WARPS; w++)
-#pragma unroll
-            for (int kind = 0; kind < 2; kind++) {
-                float sum = shared.sum[kind][w][n];
-                weight[kind][w] = top == NEVER || sum == 0.f ? 0.f : exp2_fast(shared.maximum[kind][w][n] - top);
-                total += weight[kind][w] * sum;
-            }
-        if (first_channel == 0) {
-            shared.top[n] = top;
-            shared.total[n] = total;
-        }
-        for (int c = first_channel; c < D; c += ROW_THREADS) {
-            float packed_o = 0.f, raw_o = 0.f;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                packed_o += weight[0][w] * shared.output[w][n][c];
-                if (shared.sum[1][w][n] > 0.f) raw_o += weight[1][w] * waiting[(w - warp) * NR * D + n * D + c];
-            }
-            shared.sorted[n][c] = packed_o;
-            shared.raw[n][c] = raw_o;
-        }
-    }
-    __syncthreads();
-    if (splits > 1) {
-        float* part_output = work + (parts + split) * (2 * NR * D);
-        for (int i = threadIdx.x; i < NR * D; i += THREADS) {
-            part_output[i] = (&shared.sorted[0][0])[i];
-            part_output[NR * D + i] = (&shared.raw[0][0])[i];
-        }
-        if (threadIdx.x < NR) {
-            all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x] = shared.top[threadIdx.x];
-            all_sums[(parts + split) * (2 * NR) + 2 * threadIdx.x + 1] = shared.total[threadIdx.x];
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {  // the barrier and this fence together order all threads' writes
-            __threadfence();
-            int* arrival = arrivals + blockIdx.z * gridDim.y + bh;
-            shared.last = atomicAdd(arrival, 1) == splits - 1;
-            if (shared.last) *arrival = 0;
-            __threadfence();
-        }
-        __syncthreads();
-        if (!shared.last) return;
-        // The last block of a head adds the parts up, 16 at a time, all of them asked for at once.
-        constexpr int OWN_CHANNELS = (D + ROW_THREADS - 1) / ROW_THREADS, PIECE = OWN_CHANNELS <= 2 ? 16 : 4;
-        float top = NEVER, total = 0.f, packed_o[OWN_CHANNELS] = {}, raw_o[OWN_CHANNELS] = {};
-        for (int first = 0; first < splits && n < NR; first += PIECE) {
-            float2 sums[PIECE];
-            float x[PIECE][OWN_CHANNELS], y[PIECE][OWN_CHANNELS];
-#pragma unroll
-            for (int j = 0; j < PIECE; j++) {
-                const i64 part = parts + (first + j < splits ? first + j : 0);
-                sums[j] = __ldcg((const float2*)(all_sums + part * (2 * NR) + 2 * n));
-                if (first + j >= splits) sums[j].x = NEVER;
-#pragma unroll
-                for (int i = 0; i < OWN_CHANNELS; i++) {
-                    const int c = first_channel + i * ROW_THREADS < D ? first_channel + i * ROW_THREADS : 0;
-                    x[j][i] = __ldcg(work + part * (2 * NR * D) + n * D + c);
-                    y[j][i] = __ldcg(work + part * (2 * NR * D) + NR * D + n * D + c);
-                }
-            }
-            float larger = top;
-#pragma unroll
-            for (int j = 0; j < PIECE; j++) larger = fmaxf(larger, sums[j].x);
-            const float fade = exp2_fast(top - larger);
-            top = larger;
-            total *= fade;
-#pragma unroll
-            for (int i = 0; i < OWN_CHANNELS; i++) {
-                packed_o[i] *= fade;
-                raw_o[i] *= fade;
-            }
-#pragma unroll
-            for (int j = 0; j < PIECE; j++) {
-                const float weight = sums[j].x == NEVER ? 0.f : exp2_fast(sums[j].x - top);
-                total += weight * sums[j].y;
-#pragma unroll
-                for (int i = 0; i < OWN_CHANNELS; i++) {
-                    packed_o[i] += weight * x[j][i];
-                    raw_o[i] += weight * y[j][i];
-                }
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < OWN_CHANNELS; i++) {
-            const int c = first_channel + i * ROW_THREADS;
-            if (c < D) {
-                shared.sorted[n][c] = packed_o[i];
-                shared.raw[n][c] = raw_o[i];
-                if (c == 0) {
-                    shared.top[n] = top;
-                    shared.total[n] = total;
-                }
-            }
-        }
-        __syncthreads();
-    }
-
-    // -------- turn the packed part back and write
+    float value_signs[OWN];
+    if (HADAMARD && warp < NR) read_row(value_signs, value_turn + (i64)h * value_turn_stride + OWN * lane);
     const float value_lead = VALUE_UNIT * (value_gain ? value_gain[bh] : 1.f);
-    for (int base = 16 * warp; base < D; base += 16 * WARPS) {
-        const int c = base + (lane & 15);
-        float acc[NR] = {};
-        for (int first = 0; first < D / 2; first += VALUE_PIECE) {
-            if (base != 16 * warp || first) load_matrix(c, first);
+    __syncthreads();
+
+    // -------- a row of the block: the warps' parts added up, the packed ones turned back
+    for (int n = warp; n < rows; n += WARPS) {
+        float x[OWN] = {}, raw[OWN] = {};
+        // Lane w stands for the tiles of warp w, lane 16 + w for its raw tokens.
+        const int kind = lane >> 4, of = lane & 15;
+        const float part_maximum = of < WARPS ? shared.maximum[kind][of][n] : NEVER;
+        const float part_sum = of < WARPS ? shared.sum[kind][of][n] : 0.f;
+        float top = warp_maximum(part_maximum);
+        float weight = part_weight(part_maximum, part_sum, top);
+        float total = warp_sum(weight * part_sum);
 #pragma unroll
-            for (int j = 0; j < VALUE_PIECE; j++)
+        for (int w = 0; w < WARPS; w++) {
+            float part[OWN];
+            const float packed_weight = __shfl_sync(~0u, weight, w), raw_weight = __shfl_sync(~0u, weight, 16 + w);
+            read_row(part, (const float*)shared.rooms[w] + n * OUTPUT_ROW + OWN * lane);
 #pragma unroll
-                for (int n = 0; n < NR; n++) acc[n] += turn[j] * shared.sorted[n][half * (D / 2) + first + j];
-        }
+            for (int i = 0; i < OWN; i++) x[i] = fmaf(packed_weight, part[i], x[i]);
+            if (raw_weight != 0.f) {
+                read_row(part, waiting + (w * NR + n) * D + OWN * lane);
 #pragma unroll
-        for (int n = 0; n < NR; n++) {
-            acc[n] += __shfl_xor_sync(~0u, acc[n], 16);
-            if (n >= rows || half != (n & 1)) continue;
-            float total = shared.total[n], x = acc[n] * value_lead + shared.raw[n][c];
-            if (s_aux) {  // a logit that takes probability and carries no value
-                float logit = s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, top = fmaxf(shared.top[n], logit);
-                float fade = exp2_fast(shared.top[n] - top);
-                x *= fade;
-                total = total * fade + exp2_fast(logit - top);
+                for (int i = 0; i < OWN; i++) raw[i] = fmaf(raw_weight, part[i], raw[i]);
             }
-            result[((i64)bh * all_rows + row0 + n) * D + c] = float_to_raw(total > 0.f ? x / total : 0.f);
         }
+#if HADAMARD
+        hadamard(x, D, lane);
+        constexpr float SHRINK = D == 64 ? .125f : D == 128 ? .08838834764831845f : .0625f;  // 1 / sqrt(D)
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] = fmaf(x[i], value_signs[i] * (value_lead * SHRINK), raw[i]);
+#else
+        multiply(x, value_turn + (i64)h * value_turn_stride, shared.scratch[n], lane);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] = fmaf(x[i], value_lead, raw[i]);
+#endif
+        if (splits > 1) {  // the last block to have this row adds up what all have
+            const i64 first_part = parts * NR + n;
+            write_row(work + (first_part + split * NR) * D + OWN * lane, x);
+            if (lane == 0) *(float2*)(all_sums + 2 * (first_part + split * NR)) = make_float2(top, total);
+            __syncwarp();
+            int before = 0;
+            int* arrival = arrivals + ((i64)blockIdx.z * gridDim.y + bh) * NR + n;
+            if (lane == 0) before = arrive(arrival);
+            if (__shfl_sync(~0u, before, 0) != splits - 1) continue;
+            __syncwarp();
+            if (lane == 0) *arrival = 0;
+            float2 sums[2];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                sums[j] = make_float2(NEVER, 0.f);
+                if (lane + 32 * j < splits) sums[j] = __ldcg((const float2*)(all_sums + 2 * (first_part + (lane + 32 * j) * NR)));
+            }
+            constexpr int PIECE = OWN <= 4 ? 16 : 8;  // parts that are asked for at once
+            float part[PIECE][OWN];
+            auto ask_for_parts = [&](int first) {
+#pragma unroll
+                for (int j = 0; j < PIECE; j++) {
+                    const int from = first + j < splits ? first + j : 0;
+                    read_row<true>(part[j], work + (first_part + from * NR) * D + OWN * lane);
+                }
+            };
+            ask_for_parts(0);
+            top = warp_maximum(fmaxf(sums[0].x, sums[1].x));
+            float weights[2];
+#pragma unroll
+            for (int j = 0; j < 2; j++) weights[j] = part_weight(sums[j].x, sums[j].y, top);
+            total = warp_sum(weights[0] * sums[0].y + weights[1] * sums[1].y);
+#pragma unroll
+            for (int i = 0; i < OWN; i++) x[i] = 0.f;
+#pragma unroll 1
+            for (int first = 0; first < splits; first += PIECE) {
+                if (first) ask_for_parts(first);
+#pragma unroll
+                for (int j = 0; j < PIECE; j++) {
+                    const float mine = __shfl_sync(~0u, first + j < 32 ? weights[0] : weights[1], (first + j) & 31);
+#pragma unroll
+                    for (int i = 0; i < OWN; i++)
+                        if (first + j < splits) x[i] = fmaf(mine, part[j][i], x[i]);
+                }
+            }
+        }
+        float shrink = 1.f;
+        if (s_aux) {  // a logit that takes probability and carries no value
+            const float logit = s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, larger = fmaxf(top, logit);
+            shrink = exp2_fast(top - larger);
+            total = total * shrink + exp2_fast(logit - larger);
+        }
+        u16 out[OWN];
+#pragma unroll
+        for (int i = 0; i < OWN; i++) out[i] = float_to_raw(total == 0.f ? 0.f : x[i] * shrink / total);
+        write_row(result + ((i64)bh * all_rows + row0 + n) * D + OWN * lane, out);
     }
 }

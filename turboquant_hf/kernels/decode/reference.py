@@ -27,6 +27,8 @@ class PackedSide:
         mean: fp16 [B, H, N, D], or None for zeros.
         scale_format: see `kernels.codes.store_scale`.
         gain: float32 [B, H], or None for ones.
+        signs: float32 [D] or [1, H, D], another way to say `rotation` where each group is multiplied by these and by
+            Sylvester's Hadamard matrix over the root of its size; None where it is not.
     """
 
     codes: torch.Tensor
@@ -38,6 +40,7 @@ class PackedSide:
     mean: torch.Tensor | None = None
     scale_format: str = "fp16"
     gain: torch.Tensor | None = None
+    signs: torch.Tensor | None = None
 
     def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
         """q' with q.x = q'.y + q.mean: query [B, H, M, D] -> float32 [B, H, M, D]."""
