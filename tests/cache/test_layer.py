@@ -118,23 +118,22 @@ def test_handles_know_their_shape_without_decoding():
     assert "[3, 2, 30, 16]" in repr(keys)
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda x: x[:, :, 3:5],
-        lambda x: x @ torch.ones(16, 2),
-        lambda x: torch.ones(2, 30) @ x,
-        lambda x: x * 2 + x - 1,
-        lambda x: 1 - x / 3,
-        lambda x: x.transpose(2, 3),
-        lambda x: torch.cat([x, x], dim=2),
-        lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
-        lambda x: x.to(torch.float64),
-        lambda x: x.repeat_interleave(2, dim=1),
-        lambda x: torch.einsum("bhtd,bhsd->bhts", x, x),
-    ],
-    ids=str,
-)
+USES = {
+    "slice": lambda x: x[:, :, 3:5],
+    "left of a product": lambda x: x @ torch.ones(16, 2),
+    "right of a product": lambda x: torch.ones(2, 30) @ x,
+    "sum": lambda x: x * 2 + x - 1,
+    "right of a difference": lambda x: 1 - x / 3,
+    "transpose": lambda x: x.transpose(2, 3),
+    "cat": lambda x: torch.cat([x, x], dim=2),
+    "sdpa": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+    "to": lambda x: x.to(torch.float64),
+    "repeat": lambda x: x.repeat_interleave(2, dim=1),
+    "einsum": lambda x: torch.einsum("bhtd,bhsd->bhts", x, x),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_handles_are_tensors_to_code_that_does_not_know_them(use):
     layer = make_layer(handles=True)
     x = states(30)

@@ -74,6 +74,7 @@ CASES = {  # keys, bits of values, head dim, bytes that may spill
     "k3v2-d128": ("k5/3/2", 2, 128, 64),
     "k8v8-d64": ("k8", 8, 64, 16),
     "matrices-d64": ("k5/3", 4, 64, 0),
+    "wide-d128": ("k5/3", 4, 128, 256),
 }
 
 
@@ -85,7 +86,8 @@ def test_cuda_source_compiles(case, architecture):
     widths, bits, dim, allowed = CASES[case]
     keys, (values,) = (cuda._described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
     key_format, hadamard = "fp16" if widths == "k8" else "e3m5", not case.startswith("matrices")
-    shape = cuda.Shape(dim, keys, values, key_format, "e4m4", bf16=True, hadamard=hadamard)
+    wide = case.startswith("wide")
+    shape = cuda.Shape(dim, keys, values, key_format, "e4m4", bf16=True, hadamard=hadamard, wide=wide)
     warps = cuda.most_warps(shape, SHARED[architecture])
     if not warps:
         pytest.skip("dispatch takes Triton there: too little shared memory for two warps")

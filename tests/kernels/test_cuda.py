@@ -19,6 +19,7 @@ KEYS = {
     "k5/3": ((0.5, 5), (0.5, 3)),
     "k5/3/2": ((0.25, 5), (0.25, 3), (0.5, 2)),
     "k8": ((1.0, 8),),
+    "mixed": ((0.25, 5), (0.5, 3), (0.25, 2)),  # a group that does not begin at a multiple of its size
 }
 
 
@@ -28,7 +29,14 @@ def groups_of(dim: int, widths) -> tuple[CodeGroup, ...]:
 
 
 def side(
-    heads: tuple[int, int], tiles: int, dim: int, groups, channel_major: bool, scale_format: str, kind: str = "hadamard"
+    heads: tuple[int, int],
+    tiles: int,
+    dim: int,
+    groups,
+    channel_major: bool,
+    scale_format: str,
+    kind: str = "hadamard",
+    per_head: bool = False,
 ) -> PackedSide:
     batch, count = heads
     shape = (batch, count, tiles + 3)  # three tiles of spare capacity
@@ -48,17 +56,22 @@ def side(
     rotation = torch.block_diag(*blocks).contiguous().cuda()
     signs = torch.cat([block[0].sign() for block in blocks]).cuda() if kind == "hadamard" else None
     gain = gain.cuda() if gain is not None else None
+    if per_head:  # other signs for every head, the same matrices
+        flips = (torch.randint(0, 2, (1, count, dim)) * 2.0 - 1).cuda()
+        rotation, signs = rotation * flips.unsqueeze(2), None if signs is None else signs * flips
     packed = codes.cuda()[:, :, :tiles], scale.cuda()[:, :, :tiles]
     return PackedSide(*packed, groups, rotation, scale_format=scale_format, gain=gain, signs=signs, **conditioned)
 
 
-def arguments(keys, values, dim, rows, dtype, kind="hadamard", tiles=9, tail=77, sinks=4, batch=2):
+def arguments(
+    keys, values, dim, rows, dtype, kind="hadamard", tiles=9, tail=77, sinks=4, batch=2, per_head=False, formats=None
+):
     """query, keys, values, sinks, tail, starts of `decode_attention`; `rows` is (query heads a head, queries)."""
     torch.manual_seed(0)
     heads, (group, count) = (batch, 2), rows
-    key_format = "fp16" if keys == "k8" else "e3m5"
-    key_side = side(heads, tiles, dim, groups_of(dim, KEYS[keys]), False, key_format, kind)
-    value_side = side(heads, tiles, dim, groups_of(dim, ((1.0, values),)), True, "e4m4", kind)
+    key_format, value_format = formats or ("fp16" if keys == "k8" else "e3m5", "e4m4")
+    key_side = side(heads, tiles, dim, groups_of(dim, KEYS[keys]), False, key_format, kind, per_head)
+    value_side = side(heads, tiles, dim, groups_of(dim, ((1.0, values),)), True, value_format, kind, per_head)
     query = torch.randn(batch, heads[1] * group, count, dim, device="cuda", dtype=dtype)
     buffers = torch.randn(2, *heads, 160, dim, device="cuda", dtype=dtype)
     raw = RawTokens(buffers[0][:, :, :tail], buffers[1][:, :, :tail])
@@ -103,8 +116,25 @@ def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
-def test_rotations_given_as_matrices(dim, rows):
-    check(arguments("k5/3", 4, dim, rows, torch.float16, kind="qr"), scaling=0.05)
+@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per-head"])
+@pytest.mark.parametrize(("keys", "kind"), [("k5/3", "qr"), ("k5/3", "hadamard"), ("mixed", "hadamard")])
+def test_rotations_as_matrices_and_as_signs(keys, kind, per_head, dim, rows):
+    given = arguments(keys, 4, dim, rows, torch.float16, kind=kind, per_head=per_head)
+    by_signs = (keys, kind) == ("k5/3", "hadamard")
+    assert cuda._shape(*given[:3]).hadamard == by_signs
+    check(given, scaling=0.05)
+
+
+@pytest.mark.gpu
+def test_softcap_is_exact_where_scores_are_large():
+    """A cap of 50, as Gemma 2 has, on scores of that size."""
+    check(arguments("k5/3", 4, 128, (4, 1), torch.float16), scaling=0.5, softcap=50.0)
+
+
+@pytest.mark.gpu
+def test_more_parts_than_can_be_added_up_are_refused():
+    with pytest.raises(ValueError, match="allowed are 0 to 64"):
+        check(arguments("k5/3", 4, 128, (4, 1), torch.float16), scaling=0.05, splits=65)
 
 
 @pytest.mark.gpu
@@ -127,6 +157,34 @@ def test_a_head_that_holds_nan_says_so(which):
     assert output[1, 0].isnan().all()
     output[1, 0] = 0
     assert output.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_a_token_that_holds_nan_says_so(which):
+    """Two-byte scales have no gain: a NaN scale is the mark."""
+    query, *sides, sink, raw, starts = arguments("k8", 8, 128, (4, 1), torch.float16, formats=("fp16", "fp16"))
+    sides[which == "values"].scale[1, 0, 5, 0, 77] = torch.nan
+    output = cuda.decode_attention(query, *sides, sink, raw, starts, scaling=0.05).view(2, 2, 4, 128)
+    assert output[1, 0].isnan().all()
+    output[1, 0] = 0
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("widths", "dim", "served"),
+    [
+        (((0.25, 5), (0.5, 4), (0.25, 3)), 64, False),  # 10 bytes, then words
+        (((0.25, 5), (0.5, 4), (0.25, 3)), 128, True),
+        (((0.25, 5), (0.75, 8)), 64, False),
+        (((0.5, 5), (0.5, 3)), 64, True),
+        (((0.25, 5), (0.25, 3), (0.5, 2)), 64, True),
+    ],
+)
+def test_words_are_read_at_multiples_of_four(widths, dim, served):
+    groups = groups_of(dim, widths)
+    assert all(cuda._row_fits(group.size, group) for group in groups)
+    assert cuda._in_words(groups) == served
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])

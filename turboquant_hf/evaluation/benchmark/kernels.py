@@ -74,19 +74,21 @@ class Inputs:
     sinks: RawTokens
     tail: RawTokens
     starts: torch.Tensor
+    workspace: torch.Tensor | None = None
 
     @classmethod
-    def of_layer(cls, layer: TurboQuantLayer, query: torch.Tensor) -> Inputs:
+    def of_layer(cls, layer: TurboQuantLayer, query: torch.Tensor, workspace: torch.Tensor | None = None) -> Inputs:
         parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
         sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
         raws = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())
-        return cls(query, *sides, *raws, layer.sinks.starts)
+        return cls(query, *sides, *raws, layer.sinks.starts, workspace)
 
     def attend(self) -> torch.Tensor:
         """By the backend that TURBOQUANT_BACKEND names."""
         return dispatch.decode_attention(
-            self.query, self.keys, self.values, self.sinks, self.tail, self.starts, scaling=self.scaling
-        )
+            self.query, self.keys, self.values, self.sinks, self.tail, self.starts,
+            scaling=self.scaling, workspace=self.workspace,
+        )  # fmt: skip
 
     @property
     def scaling(self) -> float:
@@ -207,13 +209,16 @@ def run_packed(
     recorder: Recorder,
 ) -> None:
     """One row a backend over a filled layer."""
-    inputs, device = Inputs.of_layer(layer, query), query.device
+    device, (batch, heads, _, dim), kv_heads = query.device, query.shape, layer.tiles[0].view()["codes"].shape[1]
+    # As a model's steps have it: made once. Without, every recorded call would clear one of its own first.
+    workspace = dispatch.decode_workspace(batch * kv_heads, heads // kv_heads, dim, device)
+    inputs = Inputs.of_layer(layer, query, workspace)
     nbytes = tile_nbytes(layer)
     row = {**row, "bytes": nbytes, "floor_us": 1e6 * nbytes / bandwidth}
     exact = inputs.exact()
     copies = [inputs]
     for _ in range(1, rotation_count(nbytes, device)):
-        copies.append(Inputs.of_layer(copy.deepcopy(layer), query))
+        copies.append(Inputs.of_layer(copy.deepcopy(layer), query, workspace))
     for name in names:
         with recorder.guard({**row, "backend": name}), using_backend(name):
             dispatch.backend(device)  # says why the backend is not available

@@ -23,6 +23,7 @@ BITS = (2, 3, 4, 5, 8)
 MAX_ROWS = 8
 """Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
 MAX_WARPS = 8
+MAX_SPLITS = 64
 UNROLL = (4, 4)
 """Units of 16 tokens, and of 16 channels, that decode.cu has in one turn of its loops."""
 ROW_CENTRE = {2: 63.5, 3: 63.5, 4: 191.5, 5: 191.5, 8: 127.5}
@@ -65,6 +66,7 @@ def supports(
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
         (all(_row_fits(group.size, group) for group in keys.groups), "key groups too narrow, or levels off a grid"),
+        (_in_words(keys.groups), "key groups that do not begin at whole words"),
         (_row_fits(TILE, values.groups[0]), "value levels off a grid"),
         (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
     )
@@ -79,6 +81,13 @@ def _row_fits(size: int, group: CodeGroup) -> bool:
     main = size * _main_width(group.bits) // 32
     fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
     return fits and main >= 1 and (main in (1, 2) or main % 4 == 0)
+
+
+def _in_words(groups: tuple[CodeGroup, ...]) -> bool:
+    """Whether lane parts of 4 bytes and more, which are read in words of 4, lie at multiples of 4 in every row."""
+    sizes = [packed_size(group.size, group.bits) for group in groups]
+    read_in_words = [group.size * _main_width(group.bits) // 32 >= 4 for group in groups]
+    return not any(words and (sum(sizes[:i]) % 4 or sum(sizes) % 4) for i, words in enumerate(read_in_words))
 
 
 def _main_width(bits: int) -> int:
@@ -154,7 +163,7 @@ def decode_attention(
 
     workspace: int32, zeros at first and left so where it counts blocks; see `workspace_size`. None: one of this
         module's, which grows and is shared by the calls of a stream. One that is too small is not used.
-    splits: how many blocks share a head's tiles; 0 chooses by the card.
+    splits: how many blocks share a head's tiles, at most 64; 0 chooses by the card.
     """
     step = Step(
         query, keys, values, sinks, tail, starts, scaling=scaling, masked=mask is not None, softcap=softcap,
@@ -195,6 +204,11 @@ class Step:
         self._kernel, self._warps = _kernel(self._shape, query.device)
         self._chunks = -(-rows // self._shape.rows)
         self._heads, self._splits = batch * heads, splits
+        counters = self._heads * self._chunks * self._shape.rows
+        if not 0 <= splits <= MAX_SPLITS or (splits > 1 and counters > ARRIVALS):
+            raise ValueError(
+                f"splits={splits} for {counters} rows: allowed are 0 to {MAX_SPLITS}, 0 and 1 above {ARRIVALS} rows"
+            )
         self._workspace, self._stream = workspace, None
         if self._shape.hadamard:
             turns = keys.signs, values.signs
@@ -248,12 +262,13 @@ class Step:
 
     def _room(self, blocks: int, stream: int) -> torch.Tensor:
         words = workspace_size(blocks, self._shape, self._warps)
-        kept = self._workspace
-        if kept is not None and kept.numel() >= words and self._stream in (None, stream):
+        kept, given = self._workspace, self._stream is None
+        if given and kept is not None and kept.numel() >= words:
             return kept
         if torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
-            return torch.zeros(words, dtype=torch.int32, device=self._device)
-        self._workspace, self._stream = _workspace(words, self._device, stream), stream
+            return _cleared(words, self._device)
+        if kept is None or kept.numel() < words or self._stream != stream:
+            self._workspace, self._stream = _workspace(words, self._device, stream), stream
         return self._workspace
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -279,13 +294,20 @@ def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.devic
     return ARRIVALS + blocks * MAX_ROWS * (dim + 2 + MAX_WARPS * dim)
 
 
+def _cleared(words: int, device: torch.device) -> torch.Tensor:
+    """A workspace: its counters are zeros, the rest is written before it is read."""
+    workspace = torch.empty(words, dtype=torch.int32, device=device)
+    workspace[:ARRIVALS].zero_()
+    return workspace
+
+
 _WORKSPACES: dict[tuple, torch.Tensor] = {}
 
 
 def _workspace(words: int, device: torch.device, stream: int) -> torch.Tensor:
     kept = _WORKSPACES.get((device, stream))
     if kept is None or kept.numel() < words:
-        kept = _WORKSPACES[device, stream] = torch.zeros(words, dtype=torch.int32, device=device)
+        kept = _WORKSPACES[device, stream] = _cleared(words, device)
     return kept
 
 
@@ -297,7 +319,7 @@ def _splits(blocks: int, tiles: int, warps: int, processors: int) -> int:
         rounds, busy = -(-tiles // (splits * warps)), min(1.0, tiles / (splits * warps))
         return -(-blocks * splits // processors) * (rounds * (1 + busy) + 3) + 0.05 * splits
 
-    most = max(1, min(64, 4 * processors // blocks, tiles))
+    most = max(1, min(MAX_SPLITS, 4 * processors // blocks, tiles))
     return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
 
 

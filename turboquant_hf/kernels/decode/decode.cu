@@ -53,6 +53,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+__device__ __forceinline__ float larger_or_nan(float x, float y) {
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
 __device__ __forceinline__ u32 transpose8x8(u32 x) {
     u32 y;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
@@ -316,7 +321,9 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "cuda.py computes another size");
 
 __device__ __forceinline__ float cap(float s, float softcap) {
 #if SOFTCAP
-    return softcap * LOG2E * tanhf(s / softcap);
+    // The hardware's tanh is good to 2^-11, which a cap of 50 makes .02 of a score.
+    const float x = s / softcap, z = exp2_fast(2.f * LOG2E * fabsf(x));
+    return softcap * LOG2E * copysignf(1.f - __fdividef(2.f, z + 1.f), x);
 #else
     return s;
 #endif
@@ -566,7 +573,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         if (order) read_row(own_order, order + (i64)bh * D + OWN * lane);
         if (HADAMARD) read_row(own_signs, key_turn + (i64)h * key_turn_stride + OWN * lane);
     };
-    // The last warps but one code queries, the last has raw tokens, and the first have tiles when there are few.
+    // Up to the rows of a block, the warps before the last code queries; raw tokens go to the last warps and few tiles to
+    // the first, so that with enough of them nobody has two of these tasks.
     const int first_query = (2 * WARPS - 2 - warp) % WARPS;
     if (first_query < NR) ask_for_query(first_query);
     const int oldest_fresh = sinks + tail - fresh;
@@ -891,7 +899,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             sum[nt] *= fade[nt];
         }
         all_but_newest_arrived();
-        // Probabilities times the values' scales, in units of 1 / PROBABILITY_TOP of the tile's largest.
+        // Probabilities times the values' scales, in units of 1 / PROBABILITY_TOP of the tile's largest. A scale that is NaN
+        // marks a token that was not finite: fixed point would make a number of it, so that the unit must stay NaN.
         float largest[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) largest[nt] = 1e-30f;
@@ -904,7 +913,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 float p = exp2_fast(s[U][nt][R] - maximum[nt]);
                 sum[nt] += p;
                 s[U][nt][R] = p * scale;
-                largest[nt] = fmaxf(largest[nt], s[U][nt][R]);
+                largest[nt] = larger_or_nan(largest[nt], s[U][nt][R]);
             }
         });
         u32 p[8][NT];
@@ -912,7 +921,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
 #pragma unroll
-            for (int d = 4; d < 32; d <<= 1) largest[nt] = fmaxf(largest[nt], __shfl_xor_sync(~0u, largest[nt], d));
+            for (int d = 4; d < 32; d <<= 1) largest[nt] = larger_or_nan(largest[nt], __shfl_xor_sync(~0u, largest[nt], d));
             const float grow = __fdividef(PROBABILITY_TOP, largest[nt]);
             back[nt] = largest[nt] * (1.f / PROBABILITY_TOP);
 #pragma unroll
