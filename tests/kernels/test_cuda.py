@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import struct
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.config import load_preset, preset_names
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
 from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda
 from turboquant_hf.kernels.decode.reference import decode_attention
 from turboquant_hf.primitives import grid, rotation_matrix
+from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 TILE = 128
 KEYS = {
@@ -187,6 +194,25 @@ def test_words_are_read_at_multiples_of_four(widths, dim, served):
     assert cuda._in_words(groups) == served
 
 
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("name", preset_names())
+def test_any_preset_is_served_or_has_a_reason(name, dim):
+    """What a CUDA device would be asked: here the device is the reason, and nothing raises."""
+    preset = load_preset(name, min_statistics=0, boundary_layers=0)
+    if not isinstance(preset.keys, RotatedQuantizer) or not isinstance(preset.values, RotatedQuantizer):
+        pytest.skip("not for the packed kernels")
+    layer = TurboQuantLayer(preset, preset.keys, preset.values, lambda: True)
+    layer.update(*torch.randn(2, 1, 2, 300, dim))
+    layer.commit()
+    parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
+    sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
+    query, tail = torch.randn(1, 4, 1, dim), RawTokens(*layer.tail.view())
+    assert cuda.supports(query, *sides, tail) == "the query is not on a CUDA device"
+    fits = [all(cuda._row_fits(group.size, group) for group in side.groups) for side in sides[:1]]
+    if name in ("k4v4", "k4v3", "k3v3", "k3v2", "k8v4") and dim != 80:
+        assert fits == [True] and cuda._in_words(sides[0].groups)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_levels_as_bytes(bits):
     """What decode.cu makes of a code, permutation by permutation: the codebook's step, a constant away."""
@@ -262,3 +288,60 @@ def test_launches_are_what_the_driver_reads(monkeypatch):
     assert tuple(first.grid) == (3, 2, 1) and first.stream == 7
     with pytest.raises(RuntimeError, match="error 700"):
         launcher((4, 2, 1), arguments, 9, first)
+
+
+@pytest.mark.parametrize(("name", "options"), [("k4v4", {}), ("k4v4", {"keys": {"per_head": True}}), ("k2v2", {})])
+def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
+    """Everything but the launch, on CPU tensors: each argument of decode.cu in its place."""
+    launches = []
+
+    class Launcher:
+        def options(self):
+            return None
+
+        def __call__(self, grid, arguments, stream, options):
+            launches.append((grid, list(arguments.pointers), list(arguments.integers), len(arguments.block)))
+
+    monkeypatch.setattr(cuda, "_kernel", lambda shape, device: (Launcher(), 8))
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cuda, "_WORKSPACES", {})
+    preset = load_preset(name, min_statistics=0)
+    keys = replace(preset.keys, **options.get("keys", {}))
+    layer = TurboQuantLayer(preset, keys, preset.values, lambda: True)
+    layer.update(*torch.randn(2, 3, 2, 1000, 64).half())
+    layer.commit()
+    parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
+    sides = [quantizer.packed_side(store.view(), state, 64) for quantizer, store, state, _ in parts]
+    query, raw = torch.randn(3, 8, 1, 64).half(), [RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())]
+    output = cuda.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.125)
+    ((grid, pointers, integers, count),) = launches
+
+    signature = re.search(
+        r"decode_attention\((.*?)\) \{", Path(cuda.__file__).with_name("decode.cu").read_text(), re.S
+    )[1]
+    names = [re.split(r"[ *]", parameter.strip())[-1] for parameter in signature.split(",")]
+    assert count == len(names) == len(pointers) + len(integers)
+    given = dict(zip(names, pointers + integers, strict=True))
+    tiles, tail = sides[0].codes.shape[2], raw[1].keys.shape[2]
+    assert (tiles, tail) == (6, 232) and grid[1:] == (6, 1) and 1 <= grid[0] <= 6
+    expected = {
+        "query": query, "result": output, "key_codes": sides[0].codes, "value_codes": sides[1].codes,
+        "key_scales": sides[0].scale, "value_scales": sides[1].scale, "key_means": sides[0].mean,
+        "balance": sides[0].balance, "order": sides[0].order, "sink_keys": raw[0].keys, "tail_values": raw[1].values,
+    }  # fmt: skip
+    by_signs = name == "k4v4"
+    expected["value_turn"] = sides[1].signs if by_signs else sides[1].rotation
+    if by_signs:
+        expected["key_turn"] = sides[0].signs
+    assert {key: given[key] for key in expected} == {key: x.data_ptr() for key, x in expected.items()}
+    numbers = {"heads": 2, "all_rows": 4, "queries": 1, "tiles": 6, "tail": 232, "sinks": 4, "ring": 0, "fresh": 0}
+    numbers |= {"key_turn_stride": 64 if keys.per_head else 0, "value_turn_stride": 0, "softcap_bits": 0}
+    assert {key: given[key] for key in numbers} == numbers
+    assert struct.unpack("<f", struct.pack("<i", given["scaling_bits"])) == (0.125,)
+    ((workspace),) = cuda._WORKSPACES.values()
+    assert (given["arrivals"], given["work"]) == (workspace.data_ptr(), workspace.data_ptr() + 4 * cuda.ARRIVALS)
+    assert not workspace[: cuda.ARRIVALS].any()
+    with pytest.raises(ValueError, match="allowed are 0 to 64"):
+        cuda.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.125, splits=65)

@@ -91,7 +91,7 @@ def _in_words(groups: tuple[CodeGroup, ...]) -> bool:
 
 
 def _main_width(bits: int) -> int:
-    return max(width for width in (2, 4, 8) if width <= bits)
+    return max(width for width in (1, 2, 4, 8) if width <= bits)
 
 
 @dataclass(frozen=True)
