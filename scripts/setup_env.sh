@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh, test.sh and test_lowest.sh. `setup_env [EXTRA]` makes and activates a virtual environment, .venv in the
-# checkout or $VENV, with the checkout installed in it; a second call finds everything done and returns at once.
+# Sourced by quickstart.sh, test.sh and test_lowest.sh. `setup_env [EXTRA]` makes and activates a virtual environment,
+# .venv in the checkout or $VENV, with the checkout installed in it; a second call finds everything done and returns at
+# once.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

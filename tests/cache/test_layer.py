@@ -387,10 +387,8 @@ def test_a_bad_number_reaches_the_output_of_its_head(name, bad, side):
             block[side][1, 0, 9, 5] = bad
         layer.update(*block)
         layer.commit()
-    parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
-    sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
     raw = [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
-    output = decode_attention(torch.randn(2, 4, 1, 64), *sides, *raw, layer.sinks.starts, scaling=0.125)
+    output = decode_attention(torch.randn(2, 4, 1, 64), *layer.packed_sides(), *raw, layer.sinks.starts, scaling=0.125)
     assert output[1, :2].isnan().all()
     assert output[0].isfinite().all() and output[1, 2:].isfinite().all()
 

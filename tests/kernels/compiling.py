@@ -51,12 +51,10 @@ def growing(preset: str, dim: int, dtype: torch.dtype) -> None:
     layer.observe(torch.randn(2, 4, 300, dim, dtype=dtype))
     layer.commit()
     layer.dense(0), layer.dense(1)
-    parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
-    sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
     raw = [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
     for queries in (1, 5):
         query = torch.randn(2, 4, queries, dim, dtype=dtype)
-        dispatch.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.125)
+        dispatch.decode_attention(query, *layer.packed_sides(), *raw, layer.sinks.starts, scaling=0.125)
 
 
 def static(preset: str, dim: int, dtype: torch.dtype) -> None:

@@ -204,13 +204,12 @@ def test_any_preset_is_served_or_has_a_reason(name, dim):
     layer = TurboQuantLayer(preset, preset.keys, preset.values, lambda: True)
     layer.update(*torch.randn(2, 1, 2, 300, dim))
     layer.commit()
-    parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
-    sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
+    sides = layer.packed_sides()
     query, tail = torch.randn(1, 4, 1, dim), RawTokens(*layer.tail.view())
     assert cuda.supports(query, *sides, tail) == "the query is not on a CUDA device"
-    fits = [all(cuda._row_fits(group.size, group) for group in side.groups) for side in sides[:1]]
     if name in ("k4v4", "k4v3", "k3v3", "k3v2", "k8v4") and dim != 80:
-        assert fits == [True] and cuda._in_words(sides[0].groups)
+        groups = sides[0].groups
+        assert all(cuda._row_fits(group.size, group) for group in groups) and cuda._in_words(groups)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -312,8 +311,7 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
     layer = TurboQuantLayer(preset, keys, preset.values, lambda: True)
     layer.update(*torch.randn(2, 3, 2, 1000, 64).half())
     layer.commit()
-    parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
-    sides = [quantizer.packed_side(store.view(), state, 64) for quantizer, store, state, _ in parts]
+    sides = layer.packed_sides()
     query, raw = torch.randn(3, 8, 1, 64).half(), [RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())]
     output = cuda.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.125)
     ((grid, pointers, integers, count),) = launches
@@ -340,7 +338,7 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
     numbers |= {"key_turn_stride": 64 if keys.per_head else 0, "value_turn_stride": 0, "softcap_bits": 0}
     assert {key: given[key] for key in numbers} == numbers
     assert struct.unpack("<f", struct.pack("<i", given["scaling_bits"])) == (0.125,)
-    ((workspace),) = cuda._WORKSPACES.values()
+    (workspace,) = cuda._WORKSPACES.values()
     assert (given["arrivals"], given["work"]) == (workspace.data_ptr(), workspace.data_ptr() + 4 * cuda.ARRIVALS)
     assert not workspace[: cuda.ARRIVALS].any()
     with pytest.raises(ValueError, match="allowed are 0 to 64"):

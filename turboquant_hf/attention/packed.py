@@ -53,11 +53,9 @@ def packed_attention(
         layer.step = PreparedStep.of(layer, query, keys, options)
         if layer.step is not None:
             return layer.step(layer, query, keys)
-    parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
-    sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
     output = decode_attention(
         query,
-        *sides,
+        *layer.packed_sides(),
         RawTokens(*layer.sinks.arrays),
         RawTokens(*layer.tail.view()),
         layer.sinks.starts,

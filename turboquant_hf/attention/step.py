@@ -29,11 +29,9 @@ class PreparedStep:
         """For a query [B, Hq, 1, D] that `packed_attention` serves; None where only the general way does."""
         if layer.offloader is not None or layer.preset.sparse_v_threshold:
             return None
-        parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
-        sides = [quantizer.packed_side(store.arrays, state, dim) for quantizer, store, state, dim in parts]
         call = prepared_decode(
-            query, *sides, RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.arrays), layer.sinks.starts,
-            masked=mask is not None, **options,
+            query, *layer.packed_sides(spare=True), RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.arrays),
+            layer.sinks.starts, masked=mask is not None, **options,
         )  # fmt: skip
         return None if call is None else cls(layer, query, mask is not None, options, call)
 

@@ -12,6 +12,7 @@ from turboquant_hf.cache.handles import PackedKeys, PackedValues
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
+from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.kernels.dispatch import query_energy
 from turboquant_hf.kernels.encode import bad_heads
 from turboquant_hf.quantizers import Quantizer
@@ -321,6 +322,14 @@ class TurboQuantLayer(CacheLayerMixin):
     def num_heads(self) -> int:
         """KV heads of this layer."""
         return self.tail.arrays[0].shape[1]
+
+    def packed_sides(self, *, spare: bool = False) -> list[PackedSide]:
+        """Keys and values of rotated quantizers as decode kernels read them; `spare`: and the room for more tiles."""
+        parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
+        return [
+            quantizer.packed_side(store.arrays if spare else store.view(), state, dim)
+            for quantizer, store, state, dim in parts
+        ]
 
     # ------------------------------------------------------------------ transformers' protocol: changing
 

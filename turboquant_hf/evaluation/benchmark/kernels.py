@@ -78,10 +78,8 @@ class Inputs:
 
     @classmethod
     def of_layer(cls, layer: TurboQuantLayer, query: torch.Tensor, workspace: torch.Tensor | None = None) -> Inputs:
-        parts = zip(layer.quantizers, layer.tiles, layer.states, layer.head_dims, strict=True)
-        sides = [quantizer.packed_side(store.view(), state, dim) for quantizer, store, state, dim in parts]
         raws = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())
-        return cls(query, *sides, *raws, layer.sinks.starts, workspace)
+        return cls(query, *layer.packed_sides(), *raws, layer.sinks.starts, workspace)
 
     def attend(self) -> torch.Tensor:
         """By the backend that TURBOQUANT_BACKEND names."""
@@ -209,7 +207,7 @@ def run_packed(
     recorder: Recorder,
 ) -> None:
     """One row a backend over a filled layer."""
-    device, (batch, heads, _, dim), kv_heads = query.device, query.shape, layer.tiles[0].view()["codes"].shape[1]
+    device, (batch, heads, _, dim), kv_heads = query.device, query.shape, layer.num_heads
     # As a model's steps have it: made once. Without, every recorded call would clear one of its own first.
     workspace = dispatch.decode_workspace(batch * kv_heads, heads // kv_heads, dim, device)
     inputs = Inputs.of_layer(layer, query, workspace)

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import struct
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -85,9 +86,15 @@ def _row_fits(size: int, group: CodeGroup) -> bool:
 
 def _in_words(groups: tuple[CodeGroup, ...]) -> bool:
     """Whether lane parts of 4 bytes and more, which are read in words of 4, lie at multiples of 4 in every row."""
-    sizes = [packed_size(group.size, group.bits) for group in groups]
-    read_in_words = [group.size * _main_width(group.bits) // 32 >= 4 for group in groups]
-    return not any(words and (sum(sizes[:i]) % 4 or sum(sizes) % 4) for i, words in enumerate(read_in_words))
+    offsets, row = row_layout((group.size, group.bits) for group in groups)
+    in_words = [group.size * _main_width(group.bits) // 32 >= 4 for group in groups]
+    return not any(words and (offset % 4 or row % 4) for words, offset in zip(in_words, offsets, strict=True))
+
+
+def row_layout(groups: Iterable[tuple[int, int]]) -> tuple[list[int], int]:
+    """Where groups of (channels, bits) begin in a token's row of keys, and the row's size: bytes."""
+    ends = list(itertools.accumulate((packed_size(size, bits) for size, bits in groups), initial=0))
+    return ends[:-1], ends[-1]
 
 
 def _main_width(bits: int) -> int:
@@ -109,6 +116,11 @@ class Shape:
     softcap: bool = False
     wide: bool = False  # 8 query rows a block instead of 4
     hadamard: bool = True  # rotations are given by their signs
+
+    @property
+    def key_rows(self) -> tuple[list[int], int]:
+        """`row_layout` of the keys."""
+        return row_layout((size, bits) for size, bits, _, _ in self.keys)
 
     @property
     def rows(self) -> int:
@@ -209,12 +221,12 @@ class Step:
             raise ValueError(
                 f"splits={splits} for {counters} rows: allowed are 0 to {MAX_SPLITS}, 0 and 1 above {ARRIVALS} rows"
             )
-        self._workspace, self._stream = workspace, None
+        self._given = workspace
         if self._shape.hadamard:
-            turns = keys.signs, values.signs
+            turns, one = (keys.signs, values.signs), dim
         else:
-            turns = _transposed(keys.rotation), values.rotation
-        strides = [turn[0, 0].numel() if turn.dim() == (3 if self._shape.hadamard else 4) else 0 for turn in turns]
+            turns, one = (_transposed(keys.rotation), values.rotation), dim * dim
+        strides = [one if turn.numel() > one else 0 for turn in turns]  # from head to head
         sink_keys, sink_values = sinks.keys.contiguous(), sinks.values.contiguous()
         self._tensors = (
             query, turns[0], keys.order, keys.balance, keys.gain, keys.codes, keys.scale, keys.mean,
@@ -262,14 +274,11 @@ class Step:
 
     def _room(self, blocks: int, stream: int) -> torch.Tensor:
         words = workspace_size(blocks, self._shape, self._warps)
-        kept, given = self._workspace, self._stream is None
-        if given and kept is not None and kept.numel() >= words:
-            return kept
+        if self._given is not None and self._given.numel() >= words:
+            return self._given
         if torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
             return _cleared(words, self._device)
-        if kept is None or kept.numel() < words or self._stream != stream:
-            self._workspace, self._stream = _workspace(words, self._device, stream), stream
-        return self._workspace
+        return _workspace(words, self._device, stream)
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied cache has other arrays."""
@@ -342,9 +351,6 @@ class _LaunchAttribute(ctypes.Structure):
 
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
 
-    def __init__(self, id: int, value: int) -> None:
-        super().__init__(id, 0, value)
-
 
 class _LaunchOptions(ctypes.Structure):
     """CUlaunchConfig of cuda.h."""
@@ -365,7 +371,7 @@ class _Launcher:
     def __init__(self, kernel, threads: int, shared: int, overlaps: bool) -> None:
         self._kernel, self._threads, self._shared = kernel, threads, shared
         self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernelEx
-        self._attributes = ctypes.pointer(_LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1))
+        self._attributes = ctypes.pointer(_LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1))
         self._count = int(overlaps)
 
     def options(self) -> _LaunchOptions:
@@ -424,8 +430,7 @@ def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
 
 def source(shape: Shape, warps: int) -> str:
     """Constants of one layer shape, then decode.cu."""
-    row_bytes = [packed_size(size, bits) for size, bits, _, _ in shape.keys]
-    offsets = [sum(row_bytes[:i]) for i in range(len(row_bytes))]
+    offsets, row = shape.key_rows
     key_shift, key_unit = SCALE_FORMATS[shape.key_format]
     value_shift, value_unit = SCALE_FORMATS[shape.value_format]
 
@@ -444,7 +449,7 @@ def source(shape: Shape, warps: int) -> str:
         f"#define HADAMARD {int(shape.hadamard)}",
         f"#define WAIT_IN_SHARED {int(_wait_in_shared(shape))}",
         f"constexpr int D = {shape.dim}, WARPS = {warps}, NT = {shape.rows // 4};",
-        f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {sum(row_bytes)};",
+        f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {row};",
         f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
         f"constexpr int KEY_UNROLL = {UNROLL[0]}, VALUE_UNROLL = {UNROLL[1]};",
         f"constexpr int KEY_PAD = {key_pad(shape)};",
@@ -465,7 +470,7 @@ def source(shape: Shape, warps: int) -> str:
 def shared_bytes(shape: Shape, warps: int) -> int:
     """Size of decode.cu's `Shared`."""
     dim, rows = shape.dim, shape.rows
-    key_row = sum(packed_size(size, bits) for size, bits, _, _ in shape.keys)
+    _, key_row = shape.key_rows
     key_scale, value_scale = (1 if SCALE_FORMATS[x][0] else 2 for x in (shape.key_format, shape.value_format))
     pads = TILE // (TILE * _main_width(shape.values[1]) // 32) * key_pad(shape)
     key_slot = TILE * key_row + pads + TILE * len(shape.keys) * key_scale + (2 * dim if shape.mean else 0)
@@ -484,14 +489,14 @@ def _wait_in_shared(shape: Shape) -> bool:
 @lru_cache(maxsize=64)
 def key_pad(shape: Shape) -> int:
     """Bytes behind the rows of keys of one lane part: the fewest passes through shared memory, by counting banks."""
-    row = sum(packed_size(size, bits) for size, bits, _, _ in shape.keys)
+    offsets, row = shape.key_rows
     value_width = _main_width(shape.values[1])
     own, step = TILE * value_width // 32, 2 if value_width == 8 else 1  # tokens of a lane part; of one lane to the next
 
     def passes(pad: int) -> int:
         rows = [((g >> 1) * own + (g & 1) * step) * row + (g >> 1) * pad for g in range(8)]
-        total, offset = 0, 0
-        for size, bits, _, _ in shape.keys:
+        total = 0
+        for offset, (size, bits, _, _) in zip(offsets, shape.keys, strict=True):
             align = row | offset | 16
             for width, addresses in _pieces(size, bits, [start + offset for start in rows], align & -align):
                 lanes = 32 if width <= 4 else 128 // width
@@ -501,7 +506,6 @@ def key_pad(shape: Shape) -> int:
                         for word in range(address // 4, (address + width + 3) // 4):
                             banks.setdefault(word % 32, set()).add(word)
                     total += max(len(words) for words in banks.values())
-            offset += packed_size(size, bits)
         return total
 
     return min(range(0, 128, 16), key=lambda pad: (passes(pad), pad))
