@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.masking_utils import flash_attention_mask
 
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
+from turboquant_hf.config import preset_names
 
 TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 ROOM = 120
@@ -176,3 +188,46 @@ def test_no_step_outlives_the_arrays_it_reads(llama, ids):
         layer.step = object()
         change()
         assert layer.step is None
+
+
+DEFAULT_DTYPE = """
+import sys, torch
+from tests.generation.test_surroundings import logits_of_presets
+torch.set_default_dtype(getattr(torch, sys.argv[1]))
+torch.save(logits_of_presets(), sys.argv[2])
+"""
+
+
+def logits_of_presets() -> dict[str, torch.Tensor]:
+    """What a model says after a prompt that every preset has packed, whatever torch's default dtype is."""
+    generator = torch.Generator().manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).float().eval()
+    for parameter in model.parameters():
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32))
+    ids = torch.randint(64, (1, 60), generator=generator)
+    found = {}
+    with torch.no_grad():
+        for make, name in [(make, name) for make in KINDS.values() for name in preset_names()]:
+            model.set_attn_implementation("turboquant")
+            try:
+                cache = make(config, name)
+                model(ids, past_key_values=cache)
+            except (NotImplementedError, ValueError):  # not for this cache
+                continue
+            found[f"{type(cache).__name__} {name}"] = model(ids[:, :2], past_key_values=cache).logits
+    return found
+
+
+@pytest.mark.slow
+def test_torchs_default_dtype_is_of_no_consequence(tmp_path):
+    root = Path(__file__).parents[2]
+    for dtype in ("float32", "bfloat16"):
+        command = [sys.executable, "-c", DEFAULT_DTYPE, dtype, str(tmp_path / dtype)]
+        subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
+    plain, other = (torch.load(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    assert plain.keys() == other.keys() and len(plain) > len(preset_names())
+    assert [name for name in plain if not torch.equal(plain[name], other[name])] == []

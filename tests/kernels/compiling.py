@@ -90,6 +90,7 @@ def main(capability: int) -> None:
         growing(*layer)
         static(*layer)
     encode_triton.tile_mean(torch.randn(1, 2, 3, 128, 64, dtype=torch.float16), None)
+    encode_triton.bad_heads([torch.randn(1, 2, 3, 128, 64, dtype=torch.float16)], torch.ones(1, 3, 128))
     print(json.dumps(compiled))
 
 

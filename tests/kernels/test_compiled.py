@@ -21,7 +21,7 @@ from .conftest import INTERPRETED
 from .test_cuda import KEYS, groups_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="a compiler's work")]
-MODULES = ("append.triton", "decode.triton", "encode.triton", "encode.dequantize", "statistics.triton")
+MODULES = ("append.triton", "decode.triton", "encode.triton", "encode.dequantize", "encode.finite", "statistics.triton")
 MODULES += ("statistics.due_triton",)
 
 

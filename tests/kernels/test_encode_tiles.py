@@ -1,4 +1,4 @@
-"""`tile_mean`, `encode_tiles` and `decode_tiles` of Triton against the reference."""
+"""`tile_mean`, `bad_heads`, `encode_tiles` and `decode_tiles` of Triton against the reference."""
 
 from __future__ import annotations
 
@@ -158,3 +158,18 @@ def assert_codes_match(ours, wanted, x, transform, groups, mean, channel_major):
         difference = (parts[0] - parts[1]).abs()
         assert (difference <= near).all()
         offset += rows * width if channel_major else width
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 24, 40), (1, 2, 1, 128, 96)], ids=str)
+def test_bad_heads(kernel, device, shape, number, dtype):
+    """A head is bad for one number in keys or values, unless its token has no weight."""
+    keys, values = (torch.randn(shape).to(dtype) for _ in range(2))
+    keys[0, 0, -1, -1, -1] = values[-1, 1, 0, 3, 7] = number
+    weight = torch.ones(shape[0], *shape[2:4])
+    keys[0, -1, 0, 2], weight[:, 0, 2] = number, 0.0
+    found = kernel.bad_heads([keys.to(device), values.to(device)], weight.to(device)).cpu()
+    wanted = torch.zeros(shape[:2], dtype=torch.bool)
+    wanted[0, 0] = wanted[-1, 1] = True
+    assert torch.equal(found, wanted) and torch.equal(reference.bad_heads([keys, values], weight), wanted)

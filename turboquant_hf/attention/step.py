@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from operator import is_
 
 import torch
 
@@ -19,7 +20,8 @@ class PreparedStep:
 
     def __init__(self, layer: TurboQuantLayer, query: torch.Tensor, masked: bool, options: dict, call) -> None:
         self._call, self._held, self._masked = call, _held(layer), masked
-        self._query, self._options = (query.shape, query.dtype, query.device), options
+        self._shape, self._dtype, self._device = query.shape, query.dtype, query.device
+        self._scaling, self._softcap, self._s_aux = options["scaling"], options["softcap"], options["s_aux"]
         self._backend = os.environ.get(VARIABLE)
 
     @classmethod
@@ -37,12 +39,16 @@ class PreparedStep:
 
     def fits(self, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None, options: dict) -> bool:
         """Whether the call still means this layer, query, mask and options."""
+        # Asked in every layer of every step: nothing here loops in Python.
         return (
-            all(a is b for a, b in zip(self._held, _held(layer), strict=True))
-            and (query.shape, query.dtype, query.device) == self._query
+            query.shape == self._shape
+            and query.dtype == self._dtype
+            and query.device == self._device
             and (mask is not None) == self._masked
-            and options["s_aux"] is self._options["s_aux"]
-            and all(options[name] == self._options[name] for name in ("scaling", "softcap"))
+            and options["s_aux"] is self._s_aux
+            and options["scaling"] == self._scaling
+            and options["softcap"] == self._softcap
+            and all(map(is_, self._held, _held(layer)))
             and os.environ.get(VARIABLE) == self._backend
         )
 

@@ -13,8 +13,7 @@ from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
 from turboquant_hf.kernels.decode import PackedSide
-from turboquant_hf.kernels.dispatch import query_energy
-from turboquant_hf.kernels.encode import bad_heads
+from turboquant_hf.kernels.dispatch import bad_heads, query_energy
 from turboquant_hf.quantizers import Quantizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

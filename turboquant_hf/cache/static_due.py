@@ -31,7 +31,7 @@ class DueState(StaticState):
     def warm(self, workspace: torch.Tensor) -> None:
         """Make what kernels keep for good (rotations, tables) now: a CUDA graph would take it for its own memory."""
         plan = self.plan
-        weight = torch.ones(plan.batch, 1, plan.tile, device=self.arena.device)
+        weight = torch.ones(plan.batch, 1, plan.tile, dtype=torch.float32, device=self.arena.device)
         for quantizer, ring, state in zip(plan.quantizers, self.ring, self.states, strict=True):
             tile = torch.zeros_like(ring[:, :, None, : plan.tile])
             quantizer.decode(quantizer.encode(tile, state, weight), state, ring.shape[-1], plan.dtype)

@@ -73,9 +73,9 @@ class StaticPlan:
     @cached_property
     def first_states(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What the quantizers make of empty tiles: the shapes of what they learn, and harmless values of it."""
-        weight = torch.ones(1, 1, self.tile)
+        weight = torch.ones(1, 1, self.tile, dtype=torch.float32)
         return tuple(
-            quantizer.fit(torch.zeros(1, self.heads, 1, self.tile, dim), weight, None)
+            quantizer.fit(torch.zeros(1, self.heads, 1, self.tile, dim, dtype=torch.float32), weight, None)
             for quantizer, dim in zip(self.quantizers, self.head_dims, strict=True)
         )
 

@@ -13,8 +13,7 @@ import torch
 from turboquant_hf.cache.layer import _nan_for_inf
 from turboquant_hf.cache.static_plan import PLANS, ROLES, StaticPlan
 from turboquant_hf.kernels.decode import PackedSide, RawTokens
-from turboquant_hf.kernels.dispatch import append_tokens, decode_attention, query_energy
-from turboquant_hf.kernels.encode import bad_heads
+from turboquant_hf.kernels.dispatch import append_tokens, bad_heads, decode_attention, query_energy
 
 ENCODE_TILES = 64
 """Tiles that are encoded at once: bounds what a long prefill needs beside the cache."""

@@ -7,6 +7,7 @@ call. Neither Triton nor a compiler is touched before the first call that wants 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import import_module
@@ -247,6 +248,12 @@ def decode_tiles(
         return _encoder(device).decode_tiles(
             packed, inverse, groups, scale_format=scale_format, gain=gain, channel_major=channel_major
         )
+
+
+def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """`encode.reference.bad_heads` by the chosen backend."""
+    with on_device(weight.device):
+        return _encoder(weight.device).bad_heads(fresh, weight)
 
 
 def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:

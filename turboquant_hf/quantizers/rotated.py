@@ -186,7 +186,7 @@ def block_rotation(
         else:
             blocks.append(rotation_matrix(size, **options)[None])
     dim = sum(size for size, _ in sizes)
-    matrix = torch.zeros(blocks[0].shape[0], dim, dim)
+    matrix = torch.zeros(blocks[0].shape[0], dim, dim, dtype=torch.float32, device="cpu")
     start = 0
     for block in blocks:
         stop = start + block.shape[-1]

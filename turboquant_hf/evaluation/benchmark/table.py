@@ -12,7 +12,7 @@ COLUMNS = {
     },
     "encode": {
         "ms": ("ms", "{:.2f}"), "share_of_prefill": ("of the layer's prefill", "{:.1%}"), "gbps": ("GB/s", "{:.0f}"),
-        "error": ("error", "{:.1e}"),
+        "alone_ms": ("ms alone, host included", "{:.2f}"), "error": ("error", "{:.1e}"),
     },
     "model": {
         "ms": ("ms", "{:.2f}"), "host_ms": ("host ms", "{:.2f}"), "ratio_to_fp16": ("time / fp16", "{:.2f}"),

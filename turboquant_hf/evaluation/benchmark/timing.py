@@ -102,6 +102,22 @@ def _summary(taken: Sequence[float], method: str) -> Timing:
     return Timing(median, (high - low) / median, method)
 
 
+def kernel_seconds(call: Callable[[], object], device: torch.device, rounds: int = 5) -> float | None:
+    """Seconds that the device spends in the kernels and copies of one call, whatever the host does; None on a CPU.
+
+    What a call costs where the device has other work to do while the host prepares it.
+    """
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(rounds):
+            call()
+        torch.cuda.synchronize(device)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) * 1e-6 / rounds
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second of a large copy on the device, counting bytes read and bytes written."""
     size = 2**30 if device.type == "cuda" else 2**25

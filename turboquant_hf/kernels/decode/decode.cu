@@ -313,7 +313,7 @@ struct Shared {
     float waiting[WARPS][NR][D];        // sums over raw tokens
 #endif
     u32 coded[2 * NR][4][UNITS];        // 2 n + {0, 1}: high and low bytes of coded query n, as the lane parts want them
-    u64 coded_rows;                     // a barrier that counts queries
+    u64 coded_rows;                     // a barrier that counts the lanes that have coded a query
     float query_unit[NR];
     float maximum[2][WARPS][NR], sum[2][WARPS][NR];  // over tiles, over raw tokens
 };
@@ -514,7 +514,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     const int row0 = blockIdx.z * NR, rows = all_rows - row0 < NR ? all_rows - row0 : NR;
     const float scaling = __int_as_float(scaling_bits), softcap = __int_as_float(softcap_bits);
     const u32 coded_rows = shared_address(&shared.coded_rows);
-    if (threadIdx.x == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(coded_rows), "r"(NR) : "memory");
+    if (threadIdx.x == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(coded_rows), "r"(32 * NR) : "memory");
     unrolled<0, KEY_GROUPS + 1>([&]<int I>() {
         if (threadIdx.x == I)
 #pragma unroll
@@ -557,6 +557,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
+    auto copy_first_tile = [&] {
+        copy_keys(begin);
+        copy_values(begin);
+    };
     auto all_but_newest_arrived = [] {
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncwarp();
@@ -576,7 +580,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     // Up to the rows of a block, the warps before the last code queries; raw tokens go to the last warps and few tiles to
     // the first, so that with enough of them nobody has two of these tasks.
     const int first_query = (2 * WARPS - 2 - warp) % WARPS;
+    const int first_raw = 16 * (stride - 1 - begin);
+    const bool idle = first_query >= NR && first_raw >= sinks + tail;  // until a tile comes
     if (first_query < NR) ask_for_query(first_query);
+    if (idle) copy_first_tile();
     const int oldest_fresh = sinks + tail - fresh;
     const int oldest = ring ? packed % ring : 0;  // where the tail's first token is
     auto kept = [&](int i, u16* recent) {
@@ -666,15 +673,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 ((u8*)&shared.coded[2 * n + 1][part][FIRST / 16 + u])[j] = (u8)(v - 128 * high);
             }
         });
-        __syncwarp();
-        if (lane == 0) asm volatile("{ .reg .b64 x; mbarrier.arrive.shared.b64 x, [%0]; }" ::"r"(coded_rows) : "memory");
+        // Every lane for what it wrote itself, which compute-sanitizer's racecheck can follow.
+        asm volatile("{ .reg .b64 x; mbarrier.arrive.shared.b64 x, [%0]; }" ::"r"(coded_rows) : "memory");
     };
 
     // -------- sinks and tail, 16 tokens at a time: S = K q^T, O = P V in the model's dtype
     bool spilled_rows = false;
     {
         float o[CHANNELS][4], maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
-        for (int first = 16 * (stride - 1 - begin), waited = 0;; first += 16 * stride) {  // the last warps first
+        for (int first = first_raw, waited = 0;; first += 16 * stride) {
             if (first < sinks + tail) ask_for_raw(first);
             if (!waited++) {
                 __syncthreads();
@@ -685,8 +692,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                     if (n) ask_for_query(n + first_query);
                     code_query(n + first_query);
                 }
-                copy_keys(begin);
-                copy_values(begin);
+                if (!idle) copy_first_tile();
             }
             if (first >= sinks + tail) break;
             auto is_fresh = [&](int i) { return i >= sinks && i >= oldest_fresh && i < sinks + tail; };

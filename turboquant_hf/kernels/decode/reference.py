@@ -124,7 +124,7 @@ def decode_attention(
     rows = query.reshape(batch, heads, query_heads // heads * count, dim)
 
     means = (
-        torch.zeros(*rows.shape[:3], packed, device=query.device)
+        torch.zeros(*rows.shape[:3], packed, dtype=torch.float32, device=query.device)
         if keys.mean is None
         else (rows.float() @ keys.mean.float().transpose(-1, -2)).repeat_interleave(keys.scale.shape[-1], dim=-1)
     )

@@ -127,7 +127,7 @@ def _decode_values(
     CHUNKS: tl.constexpr = GROUP.chunks
     t = tl.arange(0, BLOCK_T)
     scale = load_scales(p_scale + t, t < T, SHIFT) * (GROUP.lead * scale_unit)
-    w = tl.clamp(p * scale[:, None], -65504.0, 65504.0).to(DTYPE)
+    w = tl.clamp(p * scale[:, None], -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
     parts = _halves(w, CHUNKS, BLOCK_M)
     channel = tl.minimum(tl.arange(0, GROUP.block), GROUP.size - 1)
     p_rows = p_tile + GROUP.offset + channel[:, None] * GROUP.row_bytes
@@ -352,7 +352,7 @@ def _merge_kernel(
         total = total * factor + tl.exp2(aux - new)
         packed *= factor
         raw *= factor
-    scale = tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-38), 0.0)
+    scale = tl.where(total == 0.0, 0.0, 1.0 / total)  # a NaN stays one
     o_out = (head * M + m) * DV + d
     tl.store(p_out + o_out, packed * scale, mask=d < DV)
     tl.store(p_raw_out + o_out, raw * scale, mask=d < DV)

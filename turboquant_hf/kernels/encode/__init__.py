@@ -1,5 +1,5 @@
 """Encode and decode whole tiles of rotated, scaled and packed codes."""
 
-from turboquant_hf.kernels.encode.reference import bad_heads, decode_tiles, encode_tiles, tile_mean
+from turboquant_hf.kernels.encode.reference import decode_tiles, encode_tiles, tile_mean
 
-__all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
+__all__ = ["decode_tiles", "encode_tiles", "tile_mean"]

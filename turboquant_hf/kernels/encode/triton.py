@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from turboquant_hf.kernels.codes import CodeGroup, tile_bytes
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
+from turboquant_hf.kernels.encode.finite import bad_heads
 from turboquant_hf.kernels.encode.spec import (
     group_block,
     group_count,
@@ -33,7 +34,7 @@ from turboquant_hf.kernels.encode.spec import (
     tile_spec,
 )
 
-__all__ = ["decode_tiles", "encode_tiles", "tile_mean"]
+__all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
 
 MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2**23: added to a small float32, it leaves the nearest whole number in the low bits."""

@@ -1,0 +1,51 @@
+"""Triton kernel that looks for what is no number in tiles that are about to be encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous
+
+TILES = 4
+PROGRAMS = 1024
+
+
+@triton.jit
+def _finite_kernel(
+    p_x, p_weight, p_bad, x_b, x_h, x_n, x_t, w_b, w_n, w_t, H, N, TILES,
+    T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * TILES
+    b, h = head // H, head % H
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    t = tl.arange(0, BLOCK_T)
+    bad = tl.zeros((BLOCK_T, BLOCK_D), tl.int32)
+    for n in range(first, tl.minimum(first + TILES, N)):
+        tile = tl.full((), 0, tl.int64) + n
+        weight = tl.load(p_weight + b * w_b + tile * w_n + t * w_t, mask=t < T, other=0.0)
+        p_rows = p_x + b * x_b + h * x_h + tile * x_n + (t * x_t)[:, None] + d[None, :]
+        x = tl.load(p_rows, mask=(weight != 0.0)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        bad |= tl.where(tl.abs(x) < float("inf"), 0, 1)
+    if tl.max(tl.max(bad, axis=1), axis=0) > 0:
+        tl.store(p_bad + head, tl.full((), 1, tl.int8))
+
+
+def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """Equivalent to `reference.bad_heads`."""
+    batch, heads, tiles, tile = fresh[0].shape[:4]
+    bad = torch.zeros((batch, heads), dtype=torch.bool, device=weight.device)
+    per_program = max(1, min(TILES, batch * heads * tiles // PROGRAMS))
+    for x in map(rows_contiguous, fresh):
+        dim = x.shape[-1]
+        block = min(64, padded_size(dim))
+        if x.numel():
+            _finite_kernel[(batch * heads, triton.cdiv(tiles, per_program), triton.cdiv(dim, block))](
+                x, weight, bad.view(torch.int8), *x.stride()[:4], *weight.stride(), heads, tiles, per_program,
+                T=tile, D=dim, BLOCK_T=padded_size(tile), BLOCK_D=block,
+            )  # fmt: skip
+    return bad
