@@ -8,58 +8,50 @@ import pytest
 import torch
 
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.attention import packed
-from turboquant_hf.attention import step as step_module
+from turboquant_hf.attention import packed, step
 from turboquant_hf.kernels.decode import RawTokens, reference
 
 OPTIONS = {"tile": 32, "recent_window": 32, "sinks": 4, "min_statistics": 32}
 LAYERS, PROMPT, STEPS = 2, 90, 40
-
-
-class ReferenceStep:
-    """`decode.cuda.Step`: arrays with room to spare, and a new token that the call itself writes to the tail."""
-
-    def __init__(self, query, keys, values, sinks, tail, starts, *, masked, **options) -> None:
-        self.sides, self.sinks, self.tail, self.starts, self.options = (keys, values), sinks, tail, starts, options
-        self.masked = masked
-
-    def __call__(self, query, tiles, tail, mask=None, new=None):
-        assert (mask is not None) == self.masked
-        if new is not None:
-            for array, x in zip((self.tail.keys, self.tail.values), new, strict=True):
-                array[:, :, tail - x.shape[2] : tail] = x
-        arrays = ("codes", "scale", "mean")
-        sides = [
-            replace(side, **{name: x[:, :, :tiles] for name in arrays if (x := getattr(side, name)) is not None})
-            for side in self.sides
-        ]
-        recent = RawTokens(self.tail.keys[:, :, :tail], self.tail.values[:, :, :tail])
-        return reference.decode_attention(query, *sides, self.sinks, recent, self.starts, mask=mask, **self.options)
+ARRAYS = ("codes", "scale", "mean")
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """[how many were prepared, how many taken], counted as a model runs."""
-    counts = [0, 0]
+    """{"prepared": how many, "taken": how many}, as a model runs.
 
-    class Counted(ReferenceStep):
-        def __init__(self, *args, **options) -> None:
-            super().__init__(*args, **options)
-            counts[0] += 1
+    In `decode.cuda.Step`'s place: the arrays have room to spare, and the call itself writes a new token to the tail.
+    """
+    counts = {"prepared": 0, "taken": 0}
 
-        def __call__(self, *args, **options):
-            counts[1] += 1
-            return super().__call__(*args, **options)
+    def prepared_decode(prepared_for, keys, values, sinks, tail, starts, *, masked, **options):
+        counts["prepared"] += 1
 
-    monkeypatch.setattr(step_module, "prepared_decode", Counted)
+        def call(query, tiles, length, mask=None, new=None):
+            counts["taken"] += 1
+            assert (mask is not None) == masked
+            if new is not None:
+                for array, x in zip((tail.keys, tail.values), new, strict=True):
+                    array[:, :, length - x.shape[2] : length] = x
+            sides = [
+                replace(side, **{name: x[:, :, :tiles] for name in ARRAYS if (x := getattr(side, name)) is not None})
+                for side in (keys, values)
+            ]
+            recent = RawTokens(tail.keys[:, :, :length], tail.values[:, :, :length])
+            return reference.decode_attention(query, *sides, sinks, recent, starts, mask=mask, **options)
+
+        return call
+
+    monkeypatch.setattr(step, "prepared_decode", prepared_decode)
     monkeypatch.setattr(packed, "backend", lambda device: "cuda")
     return counts
 
 
-def logits_of(model, ids, mask=None, change=lambda cache, number: None):
-    """Logits of STEPS single tokens behind a prompt, and the cache."""
+def logits_of(model, ids, padding=0, change=lambda cache, number: None):
+    """Logits of STEPS single tokens behind a prompt whose second row is padded on the left, and the cache."""
     cache = TurboQuantCache(model.config, "k4v4", **OPTIONS)
-    mask = torch.ones_like(ids) if mask is None else mask
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
     options = {"past_key_values": cache, "logits_to_keep": 1}
     model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], **options)
     found = []
@@ -91,15 +83,12 @@ CHANGES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("change", "padded"), [(change, change != "crop") for change in CHANGES])
-def test_prepared_steps_equal_general_ones(model, ids, steps, change, padded, monkeypatch):
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[1, :37] = 0
-    found, cache = logits_of(model, ids, mask, CHANGES[change])
-    assert steps[1] > STEPS
-    monkeypatch.setattr(step_module, "prepared_decode", lambda *args, **options: None)
-    expected, other = logits_of(model, ids, mask, CHANGES[change])
+@pytest.mark.parametrize(("change", "padding"), [(change, 0 if change == "crop" else 37) for change in CHANGES])
+def test_prepared_steps_equal_general_ones(model, ids, steps, change, padding, monkeypatch):
+    found, cache = logits_of(model, ids, padding, CHANGES[change])
+    assert steps["taken"] > STEPS
+    monkeypatch.setattr(step, "prepared_decode", lambda *args, **options: None)
+    expected, other = logits_of(model, ids, padding, CHANGES[change])
     torch.testing.assert_close(found, expected)
     assert [layer.tiles[0].count for layer in cache.layers] == [layer.tiles[0].count for layer in other.layers]
 
@@ -109,4 +98,4 @@ def test_a_step_is_prepared_once_for_every_tile(model, ids, steps):
     """Arrays are replaced when a tile is encoded; between that, every layer's step is one call."""
     _, cache = logits_of(model, ids)
     tiles = cache.layers[0].tiles[0].count - (PROMPT - 32) // 32
-    assert steps == [LAYERS * (1 + tiles), LAYERS * STEPS]
+    assert steps == {"prepared": LAYERS * (1 + tiles), "taken": LAYERS * STEPS}

@@ -208,11 +208,11 @@ def logits_of_presets() -> dict[str, torch.Tensor]:
     model = LlamaForCausalLM(config).float().eval()
     for parameter in model.parameters():
         parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32))
+    model.set_attn_implementation("turboquant")
     ids = torch.randint(64, (1, 60), generator=generator)
     found = {}
     with torch.no_grad():
         for make, name in [(make, name) for make in KINDS.values() for name in preset_names()]:
-            model.set_attn_implementation("turboquant")
             try:
                 cache = make(config, name)
                 model(ids, past_key_values=cache)

@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous
+from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous, tiles_per_program
 
-TILES = 4
 PROGRAMS = 1024
 
 
@@ -39,7 +38,7 @@ def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tens
     """Equivalent to `reference.bad_heads`."""
     batch, heads, tiles, tile = fresh[0].shape[:4]
     bad = torch.zeros((batch, heads), dtype=torch.bool, device=weight.device)
-    per_program = max(1, min(TILES, batch * heads * tiles // PROGRAMS))
+    per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
     for x in map(rows_contiguous, fresh):
         dim = x.shape[-1]
         block = min(64, padded_size(dim))

@@ -133,6 +133,11 @@ def padded_size(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def tiles_per_program(tiles: int, programs: int) -> int:
+    """How many of `tiles` one program takes in turn: up to four, where that leaves `programs` of them."""
+    return max(1, min(4, tiles // programs))
+
+
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     """x, copied where neighbours of the last dimension do not stand side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()

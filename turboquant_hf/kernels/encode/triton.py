@@ -32,6 +32,7 @@ from turboquant_hf.kernels.encode.spec import (
     terms_of,
     threshold_table,
     tile_spec,
+    tiles_per_program,
 )
 
 __all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
@@ -41,8 +42,8 @@ MAGIC = tl.constexpr(12582912.0)
 RAW, SPLIT, FULL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """How a product is made: of the input as it is, of its two halves in float16, or in float32."""
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-TILES = 4
-"""Tiles of a program where that leaves enough programs: what does not depend on the tile is read once."""
+PROGRAMS = 256
+"""Programs of several tiles each leave at least so many: what does not depend on the tile is read once."""
 WARPS = 8
 REGISTERS = 255
 """Of a thread of 8 warps: one program an SM that hardly spills. Measured on an H100: half the time of two that do."""
@@ -472,7 +473,7 @@ def encode_tiles(
         arguments = _arguments(
             x, transform, groups, scale_rule, scale_format, gain, order, balance, mean, center, channel_major, out
         )
-        per_program = max(1, min(TILES, batch * heads * tiles // 256))
+        per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
         weight = weight if center else None
         strides = (0, 0, 0) if weight is None else weight.stride()
         _encode_kernel[(batch * heads, triton.cdiv(tiles, per_program))](

@@ -6,13 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous
+from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous, tiles_per_program
 from turboquant_hf.kernels.encode.triton import masked_mean
 from turboquant_hf.kernels.statistics.reference import PRIOR_TOKENS, typical_scale
 
 __all__ = ["balance_channels", "query_energy", "tile_energy", "typical_scale"]
 
-TILES = 4
 QUERIES = 256
 PROGRAMS = 1024
 PRIOR = tl.constexpr(float(PRIOR_TOKENS))
@@ -99,7 +98,7 @@ def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Te
     """Equivalent to `reference.tile_energy`."""
     x = rows_contiguous(x)
     batch, heads, tiles, tile, dim = x.shape
-    per_program = max(1, min(TILES, batch * heads * tiles // PROGRAMS))
+    per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
     parts = triton.cdiv(tiles, per_program)
     out = torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=x.device)
     if out.numel():
