@@ -10,7 +10,7 @@ import yaml
 from turboquant_hf import cli
 from turboquant_hf.config import load_preset
 from turboquant_hf.evaluation import benchmark
-from turboquant_hf.evaluation.benchmark import caches, encode, kernels, model, settings, table
+from turboquant_hf.evaluation.benchmark import caches, encode, kernels, model, settings, table, turns
 from turboquant_hf.evaluation.benchmark.data import Source, packed_layer, tile_nbytes
 from turboquant_hf.evaluation.benchmark.plot import plot_level
 from turboquant_hf.evaluation.benchmark.rows import PARTIAL, Recorder
@@ -222,8 +222,32 @@ def test_model_level(recorder):
     assert packed["bytes"] < dynamic["bytes"] / 2 and packed["memory_saved"] > 2
     assert 0 < conditioned["distance_from_fp16"] < 0.2
     best = min(dynamic["ms"], static["ms"])
-    assert packed["ratio_to_fp16"] == packed["ratio_to_best_fp16"] == pytest.approx(packed["ms"] / best)
+    assert packed["ratio_to_best_fp16"] == pytest.approx(packed["ms"] / best)
+    assert packed["in_turns"] and packed["ratio_to_fp16"] == pytest.approx(1 / packed["speedup"])
     assert packed["check"] == "the same cache read densely"
+
+
+def test_turns_keep_a_host_that_slows_down_out_of_the_ratio(monkeypatch):
+    """Every round takes twice as long as the one before; the packed cache takes half of what the fastest other does."""
+    alone = {"TurboQuantCache": 0.5, "DynamicCache": 1.0, "StaticCache": 3.0}
+    seen = []
+
+    class Clock:
+        def __init__(self, stepper, cache, batch):
+            self.name, self.turn = type(cache).__name__, 0
+
+        def take(self, steps):
+            seen.append((self.name, shared.config._attn_implementation))
+            self.turn += 1
+            return [alone[self.name] * 2**self.turn] * steps
+
+    monkeypatch.setattr(turns, "Clock", Clock)
+    group = toy(presets=("k4v4",), caches=("dynamic", "static"))
+    *others, own = caches.candidates(group, (1, 384))
+    shared = model.build_model(group, CPU)
+    assert turns.time_in_turns(shared, group, (1, 384), own, others, 3 * turns.TURN, 16) == 0.5
+    assert seen[:3] == [("TurboQuantCache", "turboquant"), ("DynamicCache", "sdpa"), ("StaticCache", "sdpa")]
+    assert len(seen) == 9 and shared.config._attn_implementation == "sdpa"
 
 
 def test_model_with_wrong_attention_has_no_speed(recorder, monkeypatch):

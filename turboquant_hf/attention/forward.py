@@ -39,7 +39,8 @@ def turboquant_attention_forward(
         return dense_attention(module, query, key, densified(value), attention_mask, **options)
     if module.training and torch.is_grad_enabled():
         raise ValueError(NO_TRAINING)
-    query = query.to(key.dtype)  # under torch.autocast rotary embeddings leave it in float32
+    if query.dtype != key.dtype:  # under torch.autocast rotary embeddings leave it in float32
+        query = query.to(key.dtype)
     if isinstance(key, StaticHandle):
         return static_attention(module, query, key, value, attention_mask, **options)
     return _dynamic_attention(module, query, key, value, attention_mask, **options)

@@ -21,6 +21,7 @@ class PreparedStep:
     def __init__(self, layer: TurboQuantLayer, query: torch.Tensor, masked: bool, options: dict, call) -> None:
         self._call, self._held, self._masked = call, _held(layer), masked
         self._shape, self._dtype, self._device = query.shape, query.dtype, query.device
+        self._tokens = tuple(torch.Size((*x.shape[:2], 1, x.shape[3])) for x in layer.tail.arrays)
         self._scaling, self._softcap, self._s_aux = options["scaling"], options["softcap"], options["s_aux"]
         self._backend = os.environ.get(VARIABLE)
 
@@ -36,6 +37,16 @@ class PreparedStep:
             layer.sinks.starts, masked=mask is not None, **options,
         )  # fmt: skip
         return None if call is None else cls(layer, query, mask is not None, options, call)
+
+    def takes(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether these are one more token [B, H, 1, D] of each sequence, as the layer stores them."""
+        return (
+            keys.shape == self._tokens[0]
+            and values.shape == self._tokens[1]
+            and keys.dtype == values.dtype == self._dtype
+            and keys.device == values.device == self._device
+            and not (keys.requires_grad or values.requires_grad)
+        )
 
     def fits(self, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None, options: dict) -> bool:
         """Whether the call still means this layer, query, mask and options."""
@@ -59,7 +70,7 @@ class PreparedStep:
             new = tuple(x.contiguous() for x in new)
         with on_device(query.device):
             output = self._call(query.contiguous(), layer.tiles[0].count, layer.tail.count, mask, new)
-        return output.view(output.shape[0], 1, output.shape[1], output.shape[3])
+        return output.transpose(1, 2)
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied cache has other arrays."""

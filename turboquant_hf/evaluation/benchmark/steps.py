@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+WARMUP = 8
+
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
@@ -41,7 +43,7 @@ class Stepper:
     @property
     def warmup(self) -> int:
         """Steps before the timed ones: launchers are built, graphs recorded."""
-        return 8 if self._model.device.type == "cuda" else 1
+        return WARMUP if self._model.device.type == "cuda" else 1
 
     def first_ids(self, batch: int) -> torch.Tensor:
         return torch.arange(batch, device=self._model.device)[:, None] % self._model.config.vocab_size
@@ -59,30 +61,12 @@ class Stepper:
         The host's includes choosing the token and waiting for it. Steps that encode a tile (one in 128) are in the
         mean, and in the slowest step, where they fall.
         """
-        cuda = self._model.device.type == "cuda"
-        ids = self.first_ids(batch)
-        for _ in range(self.warmup):
-            ids = self.step(cache, ids).argmax(-1, keepdim=True).clone()
-        device_ms, host_ms = [], []
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
-        if cuda:
-            torch.cuda.synchronize()
-        for _ in range(steps):
-            begin = time.perf_counter()
-            if cuda:
-                events[0].record()
-            logits = self.step(cache, ids)
-            if cuda:
-                events[1].record()
-            ids = logits.argmax(-1, keepdim=True).clone()
-            if cuda:
-                torch.cuda.synchronize()
-            host_ms.append((time.perf_counter() - begin) * 1e3)
-            device_ms.append(events[0].elapsed_time(events[1]) if cuda else host_ms[-1])
+        clock = Clock(self, cache, batch)
+        clock.take(steps)
         return {
-            "ms": statistics.median(device_ms), "host_ms": statistics.median(host_ms),
-            "mean_ms": statistics.fmean(device_ms), "slowest_ms": max(device_ms), "steps": steps,
-            "timing": "events" if cuda else "host",
+            "ms": statistics.median(clock.device_ms), "host_ms": statistics.median(clock.host_ms),
+            "mean_ms": statistics.fmean(clock.device_ms), "slowest_ms": max(clock.device_ms), "steps": steps,
+            "timing": "events" if clock.cuda else "host",
         }  # fmt: skip
 
     def close(self) -> None:
@@ -90,3 +74,36 @@ class Stepper:
         if self._compiled:
             self._forward = None
             torch.compiler.reset()
+
+
+class Clock:
+    """Times the steps that one cache takes, after some to warm up."""
+
+    def __init__(self, stepper: Stepper, cache, batch: int) -> None:
+        self._stepper, self._cache = stepper, cache
+        self._ids = stepper.first_ids(batch)
+        self.cuda = self._ids.device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.cuda else []
+        self.device_ms: list[float] = []
+        self.host_ms: list[float] = []
+        self.take(stepper.warmup)
+        self.device_ms.clear()
+        self.host_ms.clear()
+
+    def take(self, steps: int) -> list[float]:
+        """Milliseconds of so many more steps on the device's clock; both clocks' times are kept."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        for _ in range(steps):
+            begin = time.perf_counter()
+            if self.cuda:
+                self._events[0].record()
+            logits = self._stepper.step(self._cache, self._ids)
+            if self.cuda:
+                self._events[1].record()
+            self._ids = logits.argmax(-1, keepdim=True).clone()
+            if self.cuda:
+                torch.cuda.synchronize()
+            self.host_ms.append((time.perf_counter() - begin) * 1e3)
+            self.device_ms.append(self._events[0].elapsed_time(self._events[1]) if self.cuda else self.host_ms[-1])
+        return self.device_ms[-steps:]
