@@ -28,11 +28,12 @@ class LiveAttention:
         self.config = decoder if decoder is config.get_text_config(decoder=True) else config
 
     def __call__(self) -> bool:
+        if torch.compiler.is_compiling():
+            return self.config._attn_implementation == ATTENTION_NAME
         # A configuration looks its attributes up in Python, 5 us in every layer of every step: ask behind its back.
         fields = object.__getattribute__(self.config, "__dict__")
-        if "_attn_implementation_internal" in fields:
-            return fields["_attn_implementation_internal"] == ATTENTION_NAME
-        return self.config._attn_implementation == ATTENTION_NAME
+        name = fields.get("_attn_implementation_internal") or self.config._attn_implementation
+        return name == ATTENTION_NAME
 
     def __deepcopy__(self, memo: dict) -> LiveAttention:
         return self
