@@ -3,7 +3,7 @@
 A speed is reported only where the numerical check beside it passed; otherwise the row has a `reason`. Times are
 medians, rates count the bytes that must be read, and the bandwidth that they are held against is that of a large copy
 on the same device in the same run. `ratio_to_fp16` is a time over the best 16-bit time (below 1: faster), `speedup`
-its inverse.
+its inverse; for eager steps of a model, which the host bounds, of steps taken in turns (`turns.py`).
 """
 
 from __future__ import annotations
