@@ -245,7 +245,7 @@ def test_turns_keep_a_host_that_slows_down_out_of_the_ratio(monkeypatch):
     group = toy(presets=("k4v4",), caches=("dynamic", "static"))
     *others, own = caches.candidates(group, (1, 384))
     shared = model.build_model(group, CPU)
-    assert turns.time_in_turns(shared, group, (1, 384), own, others, 3 * turns.TURN, 16) == 0.5
+    assert turns.time_in_turns(shared, group, (1, 384), own, others, 3 * turns.TURN) == 0.5
     assert seen[:3] == [("TurboQuantCache", "turboquant"), ("DynamicCache", "sdpa"), ("StaticCache", "sdpa")]
     assert len(seen) == 9 and shared.config._attn_implementation == "sdpa"
 

@@ -140,25 +140,24 @@ class TurboQuantLayer(CacheLayerMixin):
     @torch.compiler.disable  # counters in Python: a graph break here, where tracing would compile every step anew
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append [B, H, T, D] keys and values; returns what attention reads, as handles or dense tensors."""
-        if self.step is not None:
-            self._leave_inference_mode()
-            self.commit()
-            if self.step is not None and self.step.takes(key_states, value_states) and self._returns_handles():
-                self.sinks.write(key_states, value_states, self.get_seq_length())
-                self.tail.postpone(key_states, value_states)
-                return PackedKeys(self), PackedValues(self)
-        key_states, value_states = autocast(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
+        source = key_states
+        if self.step is None or not self.step.takes(key_states, value_states):
+            source, value_states = autocast(key_states, value_states)
+            if not self.is_initialized:
+                self.lazy_initialization(source, value_states)
+            self._check(source, value_states)
+            key_states, value_states = source.detach(), value_states.detach()
         self._leave_inference_mode()
         self.commit()
         if self.offloader is not None:
             self.offloader.enter(self)
-        source, key_states, value_states = key_states, key_states.detach(), value_states.detach()
         self.sinks.write(key_states, value_states, self.get_seq_length())
-        self.tail.append(key_states, value_states)
-        if self._returns_handles():
+        handles = self._returns_handles()
+        if handles and self.step is not None:
+            self.tail.postpone(key_states, value_states)
+        else:
+            self.tail.append(key_states, value_states)
+        if handles:
             return PackedKeys(self), PackedValues(self)
         if self.preset.encode_first:
             self.commit()

@@ -18,7 +18,7 @@ from turboquant_hf.evaluation.benchmark.caches import (
 )
 from turboquant_hf.evaluation.benchmark.rows import Recorder
 from turboquant_hf.evaluation.benchmark.settings import Group, Shape
-from turboquant_hf.evaluation.benchmark.steps import WARMUP, Stepper, without_cudnn
+from turboquant_hf.evaluation.benchmark.steps import SPARE, Stepper, without_cudnn
 from turboquant_hf.evaluation.benchmark.timing import relative_error
 from turboquant_hf.evaluation.benchmark.turns import time_in_turns
 
@@ -27,8 +27,6 @@ ERROR_BOUNDS = {torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float32: 1e-3}
 SIXTEEN_BIT = ("DynamicCache", "StaticCache")
 CLOSE = 1.5
 """A cache this many times slower than another, each timed alone, is not worth timing in turns."""
-SPARE = 16
-"""Tokens that a cache of fixed size has room for beside prompt, warm-up and timed steps."""
 
 
 def model_config(shape: Shape, layers: int, tokens: int) -> LlamaConfig:
@@ -75,17 +73,14 @@ def run_group(group: Group, device: torch.device, bandwidth: float, steps: int, 
                 "batch": batch, "tokens": tokens, "weight_bytes": read,
             }  # fmt: skip
             baseline: dict[str, Any] = {}
-            rows: list[dict[str, Any]] = []
-            tried: list[Candidate] = []
+            measured: list[tuple[dict[str, Any], Candidate]] = []
             for candidate in candidates(group, (batch, tokens)):
                 row = {**common, "cache": candidate.name, "preset": candidate.preset, "mode": candidate.mode}
                 with recorder.guard(row):
-                    rows.append(
-                        run_cache(model, candidate, group, (batch, tokens), steps, row, bandwidth, baseline, recorder)
-                    )
-                    tried.append(candidate)
-            compare(rows)
-            add_turns(model, group, (batch, tokens), list(zip(rows, tried, strict=True)), steps)
+                    row = run_cache(model, candidate, group, (batch, tokens), steps, row, bandwidth, baseline, recorder)
+                    measured.append((row, candidate))
+            compare([row for row, _ in measured])
+            add_turns(model, group, (batch, tokens), measured, steps)
 
 
 def add_turns(
@@ -102,7 +97,7 @@ def add_turns(
     for row, candidate in eager:
         if candidate.reads_packed and others:
             with suppress(torch.OutOfMemoryError):  # all of them at once may be too much
-                ratio = time_in_turns(model, group, cell, candidate, others, steps, WARMUP + SPARE)
+                ratio = time_in_turns(model, group, cell, candidate, others, steps)
                 row |= {"ratio_to_fp16": ratio, "speedup": 1 / ratio, "in_turns": True}
             Recorder.release()
 
@@ -125,7 +120,7 @@ def run_cache(
     try:
         model.set_attn_implementation(candidate.attention)
         before = resident_nbytes(device)
-        cache = candidate.make(model.config, tokens + steps + WARMUP + SPARE)
+        cache = candidate.make(model.config, tokens + steps + stepper.warmup + SPARE)
         fill(cache, group, batch, tokens, device, candidate.attention)
         resident = resident_nbytes(device) - before if device.type == "cuda" else held_nbytes(cache)
         held = held_nbytes(cache)

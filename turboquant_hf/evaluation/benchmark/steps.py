@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-WARMUP = 8
+SPARE = 16
+"""Tokens that a cache of fixed size has room for beside prompt, warm-up and timed steps."""
 
 
 @contextmanager
@@ -43,7 +44,7 @@ class Stepper:
     @property
     def warmup(self) -> int:
         """Steps before the timed ones: launchers are built, graphs recorded."""
-        return WARMUP if self._model.device.type == "cuda" else 1
+        return 8 if self._model.device.type == "cuda" else 1
 
     def first_ids(self, batch: int) -> torch.Tensor:
         return torch.arange(batch, device=self._model.device)[:, None] % self._model.config.vocab_size
