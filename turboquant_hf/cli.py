@@ -63,6 +63,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.benchmark",
         "speed and memory of kernels, encoding and decode steps beside the best 16-bit rivals",
     ),
+    "sparse-v": (
+        "turboquant_hf.evaluation.sparse_v",
+        "share of tiles whose values need not be read, by threshold, its KL and the time it saves (GPU)",
+    ),
     "report": (
         "turboquant_hf.evaluation.report",
         "one HTML and Markdown page from the runs in some folders",

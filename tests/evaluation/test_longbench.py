@@ -7,7 +7,6 @@ import pytest
 
 from turboquant_hf import cli
 from turboquant_hf.evaluation import longbench
-from turboquant_hf.evaluation.metrics import load_metric
 
 SAMPLES = {
     "qasper": {
@@ -57,11 +56,22 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_cache(tmp_path_factory, monkeypatch):
+    """`datasets` keeps its files among the tests'; skips without it."""
+    pytest.importorskip("datasets")
     cache = tmp_path_factory.getbasetemp() / "datasets"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     monkeypatch.setattr("datasets.config.EXTRACTED_DATASETS_PATH", cache / "extracted")
+
+
+@pytest.fixture
+def load_metric(own_cache):
+    """Skips without `evaluate`."""
+    pytest.importorskip("evaluate")
+    from turboquant_hf.evaluation import metrics
+
+    return metrics.load_metric
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,7 @@ def own_cache(tmp_path_factory, monkeypatch):
         ("edit_similarity", "a", ["ab"], 0.67),
     ],
 )
-def test_metrics_against_hand_computed_values(metric, prediction, references, expected):
+def test_metrics_against_hand_computed_values(load_metric, metric, prediction, references, expected):
     value = load_metric(metric).compute(predictions=[prediction], references=[references])["score"]
     assert value == pytest.approx(expected, abs=1e-6)
 
@@ -96,7 +106,7 @@ def test_metrics_against_hand_computed_values(metric, prediction, references, ex
     ("prediction", "expected"),
     [("City", 0.0), ("Other number", 1.0), ("Other number in a City", 0.5), ("number", 0.0)],
 )
-def test_classification_counts_the_classes_named(prediction, expected):
+def test_classification_counts_the_classes_named(load_metric, prediction, expected):
     metric = load_metric("classification")
     classes = ["number", "Other number", "City"]
     assert metric.compute(predictions=[prediction], references=[["Other number"]], classes=classes) == {
@@ -104,11 +114,12 @@ def test_classification_counts_the_classes_named(prediction, expected):
     }
 
 
-def test_metrics_are_means():
+def test_metrics_are_means(load_metric):
     metric = load_metric("qa_f1")
     assert metric.compute(predictions=["a dog", "cat"], references=[["dog"], ["dog"]]) == {"score": 0.5}
 
 
+@pytest.mark.usefixtures("load_metric")
 def test_few_shot_answers_are_their_first_line():
     record = {"prediction": "\n\nNorth Sea\nQuestion: Which lake?", "answers": ["North Sea"], "classes": []}
     assert longbench.score("triviaqa", [record]) == 100.0
@@ -144,6 +155,7 @@ def test_every_task_has_its_parts(task):
     assert ("{input}" in prompt) == (task not in ("gov_report", "multi_news", "passage_count", "lcc"))
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_load_data_from_a_folder_and_a_zip(data, tmp_path):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.write(data / "trec_e.jsonl", "data/trec_e.jsonl")
@@ -155,6 +167,7 @@ def test_load_data_from_a_folder_and_a_zip(data, tmp_path):
         longbench.load_data(str(tmp_path), "qasper")
 
 
+@pytest.mark.usefixtures("load_metric")
 def test_table_averages_tasks_as_the_paper_does():
     record = {"preset": "baseline", "answers": ["x"], "classes": [], "bits": 16.0, "smaller": 1.0, "length": 5000}
     metrics = longbench.summarize(
@@ -170,6 +183,7 @@ def test_table_averages_tasks_as_the_paper_does():
     assert lines[-1].split() == ["full", "cache", "16", "1", "100", "0", "33.33"]
 
 
+@pytest.mark.usefixtures("load_metric")
 def test_longbench_command_runs_all_tasks(tiny_folder, data, tmp_path, capsys):
     output = tmp_path / "run"
     argv = ["longbench", "--model", str(tiny_folder), "--data", str(data), "--preset", "k4v4", "--limit", "1"]
@@ -194,6 +208,7 @@ def test_prompts_file_replaces_templates(tmp_path):
     assert templates["lcc"] == "{context}" and templates["trec"] == longbench.TASKS["trec"].prompt
 
 
+@pytest.mark.usefixtures("load_metric")
 def test_other_samples_do_not_continue_a_run(tiny_folder, data, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()

@@ -73,6 +73,9 @@ CASES = {  # keys, bits of values, head dim, bytes that may spill
     "k4v4-d256": ("k5/3", 4, 256, 512),
     "k3v2-d128": ("k5/3/2", 2, 128, 64),
     "k8v8-d64": ("k8", 8, 64, 16),
+    "k2v2-d128": ("k4/2/1", 2, 128, 64),
+    "matrices-d96": ("k5/3", 4, 96, 64),
+    "sparse-d128": ("k5/3", 4, 128, 64),
     "matrices-d64": ("k5/3", 4, 64, 0),
     "wide-d128": ("k5/3", 4, 128, 256),
 }
@@ -85,9 +88,9 @@ def test_cuda_source_compiles(case, architecture):
     nvrtc = Nvrtc()
     widths, bits, dim, allowed = CASES[case]
     keys, (values,) = (cuda._described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
-    key_format, hadamard = "fp16" if widths == "k8" else "e3m5", not case.startswith("matrices")
-    wide = case.startswith("wide")
-    shape = cuda.Shape(dim, keys, values, key_format, "e4m4", bf16=True, hadamard=hadamard, wide=wide)
+    key_format, hadamard = "fp16" if widths == "k8" else "e3m5", not case.startswith(("matrices", "k2v2"))
+    options = {"hadamard": hadamard, "wide": case.startswith("wide"), "sparse": case.startswith("sparse")}
+    shape = cuda.Shape(dim, keys, values, key_format, "e4m4", bf16=True, **options)
     warps = cuda.most_warps(shape, SHARED[architecture])
     if not warps:
         pytest.skip("dispatch takes Triton there: too little shared memory for two warps")

@@ -25,6 +25,7 @@ KEYS = {
     "k4": ((1.0, 4),),
     "k5/3": ((0.5, 5), (0.5, 3)),
     "k5/3/2": ((0.25, 5), (0.25, 3), (0.5, 2)),
+    "k4/2/1": ((0.125, 4), (0.625, 2), (0.25, 1)),
     "k8": ((1.0, 8),),
     "mixed": ((0.25, 5), (0.5, 3), (0.25, 2)),  # a group that does not begin at a multiple of its size
 }
@@ -61,7 +62,8 @@ def side(
         }
     blocks = [rotation_matrix(group.size, kind=kind, seed=index) for index, group in enumerate(groups)]
     rotation = torch.block_diag(*blocks).contiguous().cuda()
-    signs = torch.cat([block[0].sign() for block in blocks]).cuda() if kind == "hadamard" else None
+    by_signs = kind == "hadamard" and all(group.size & (group.size - 1) == 0 for group in groups)
+    signs = torch.cat([block[0].sign() for block in blocks]).cuda() if by_signs else None
     gain = gain.cuda() if gain is not None else None
     if per_head:  # other signs for every head, the same matrices
         flips = (torch.randint(0, 2, (1, count, dim)) * 2.0 - 1).cuda()
@@ -86,16 +88,19 @@ def arguments(
     return query, key_side, value_side, sink, raw, torch.zeros(batch, dtype=torch.int64, device="cuda")
 
 
+def float_inputs(given):
+    query, key_side, value_side, sink, raw, starts = given
+    raws = [RawTokens(x.keys.float(), x.values.float()) for x in (sink, raw)]
+    return query.float(), key_side, value_side, *raws, starts
+
+
 def check(given, **options):
     """One call against the reference in float32, with everything a kernel might forget to write poisoned."""
-    query, key_side, value_side, sink, raw, starts = given
+    query, key_side, value_side, _, raw, _ = given
     splits = options.pop("splits", 0)
     assert (reason := cuda.supports(query, key_side, value_side, raw)) is None, reason
-    output = cuda.decode_attention(query, key_side, value_side, sink, raw, starts, splits=splits, **options)
-    exact = decode_attention(
-        query.float(), key_side, value_side, RawTokens(sink.keys.float(), sink.values.float()),
-        RawTokens(raw.keys.float(), raw.values.float()), starts, **options,
-    )  # fmt: skip
+    output = cuda.decode_attention(*given, splits=splits, **options)
+    exact = decode_attention(*float_inputs(given), **options)
     error = (output.float() - exact).norm() / exact.norm()
     assert error < (3e-3 if query.dtype == torch.bfloat16 else 1.5e-3)
 
@@ -106,8 +111,11 @@ def check(given, **options):
 @pytest.mark.parametrize("extra", ["plain", "padded", "masked", "softcap"])
 @pytest.mark.parametrize(
     ("keys", "values", "dim"),
-    [("k5/3", 4, 128), ("k5/3/2", 3, 128), ("k8", 8, 128), ("k5/3", 2, 64), ("k5/3/2", 5, 64), ("k4", 4, 256)],
-)
+    [
+        ("k5/3", 4, 128), ("k5/3/2", 3, 128), ("k8", 8, 128), ("k4/2/1", 2, 128), ("k5/3", 2, 64), ("k5/3/2", 5, 64),
+        ("k5/3", 4, 96), ("k8", 3, 96), ("k4", 4, 256), ("k4/2/1", 2, 256),
+    ],
+)  # fmt: skip
 def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
     given = arguments(keys, values, dim, rows, dtype)
     options = {"scaling": 0.05}
@@ -155,6 +163,50 @@ def test_any_number_of_blocks_shares_a_head(sizes, splits):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("rows", [(1, 1), (4, 1), (8, 1), (3, 5)], ids=str)
+@pytest.mark.parametrize("extra", ["plain", "padded", "masked", "softcap"])
+def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
+    """Every third tile has keys far from the queries, and NaN for the scales of its values."""
+    given = arguments("k5/3", 4, dim, rows, torch.float16, tiles=30, formats=("e3m5", "fp16"))
+    query, keys, values, _, _, starts = given
+    one = query[:, :: rows[0], :1].clone()
+    query[:] = one.repeat_interleave(rows[0], dim=1)
+    keys.mean[:, :, ::3] = (-one * (20 / (0.05 * one.float().square().sum(-1, True)))).half()
+    values.scale[:, :, ::3] = torch.nan
+    options = {"scaling": 0.05, "sparse_v_threshold": 1e-3}
+    if extra == "padded":
+        starts[1] = 300
+    if extra == "masked":
+        options["mask"] = torch.rand(2, 30 * TILE + 77, device="cuda") > 0.3
+    if extra == "softcap":
+        options |= {"softcap": 30.0, "s_aux": torch.randn(query.shape[1], device="cuda")}
+    cuda.unread_tiles()
+    output = cuda.decode_attention(*given, **options)
+    chunks = -(-rows[0] * rows[1] // (8 if rows[0] * rows[1] > 4 else 4))
+    hidden = 2 if extra == "padded" else 0  # tile 1, before the start of the second sequence's two heads
+    assert cuda.unread_tiles() == (2 * 2 * 10 + hidden) * chunks and cuda.unread_tiles() == 0
+    values.scale[:, :, ::3] = 1.0  # the reference multiplies them by zero
+    exact = decode_attention(*float_inputs(given), **options)
+    assert (output.float() - exact).norm() < 1.5e-3 * exact.norm()
+    del options["sparse_v_threshold"]
+    check(given, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
+def test_sparse_v_changes_little(rows):
+    """Unlikely tiles among random ones: what is left out is below the threshold, and at 1e-30 nothing is."""
+    given = arguments("k5/3", 4, 128, rows, torch.float16, tiles=70)
+    given[0][:] = given[0][:, :: rows[0]].repeat_interleave(rows[0], dim=1)
+    given[1].mean.mul_(20)
+    cuda.unread_tiles()
+    for scaling, threshold in ((0.5, 1e-30), (0.05, 1e-5)):
+        check(given, scaling=scaling, sparse_v_threshold=threshold)
+        assert 0 < cuda.unread_tiles() < 4 * 70
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("which", ["keys", "values"])
 def test_a_head_that_holds_nan_says_so(which):
     """A head's NaN gain marks what was not finite: all of its results are NaN, and nobody else's."""
@@ -194,7 +246,7 @@ def test_words_are_read_at_multiples_of_four(widths, dim, served):
     assert cuda._in_words(groups) == served
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("name", preset_names())
 def test_any_preset_is_served_or_has_a_reason(name, dim):
     """What a CUDA device would be asked: here the device is the reason, and nothing raises."""
@@ -207,15 +259,19 @@ def test_any_preset_is_served_or_has_a_reason(name, dim):
     sides = layer.packed_sides()
     query, tail = torch.randn(1, 4, 1, dim), RawTokens(*layer.tail.view())
     assert cuda.supports(query, *sides, tail) == "the query is not on a CUDA device"
-    if name in ("k4v4", "k4v3", "k3v3", "k3v2", "k8v4") and dim != 80:
+    served = {64: "k4v4 k4v3 k4v2 k3v3 k3v2 k8v4", 80: "", 96: "k4v4 k4v3 k4v2 k8v4"}
+    served[128] = served[64] + " k2v2"
+    if name in served[dim].split():
         groups = sides[0].groups
         assert all(cuda._row_fits(group.size, group) for group in groups) and cuda._in_words(groups)
+        assert all(group.size % (dim // 32) == 0 for group in groups)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_levels_as_bytes(bits):
     """What decode.cu makes of a code, permutation by permutation: the codebook's step, a constant away."""
-    steps = grid(bits, 128).steps
+    ((_, _, unit, steps),) = cuda._described((CodeGroup(128, grid(bits, 128)),))
+    assert torch.allclose(unit * (torch.tensor(steps) + 0.5), grid(bits, 128).tensor())
     table = cuda.level_bytes(bits, steps)
     for code, step in enumerate(steps):
         if bits == 8:

@@ -182,3 +182,19 @@ def test_sparse_values_skip_only_below_the_threshold(kernel, device):
     skipped = kernel(query, keys, values, *rest, scaling=0.125, sparse_v_threshold=1.5)
     expected = kernel(query, keys, nothing, *rest, scaling=0.125)
     torch.testing.assert_close(skipped, expected)
+
+
+def test_the_reference_leaves_out_the_values_of_unlikely_tiles():
+    """One tile of three, far from the queries of one head: its values do not count, and everything else does."""
+    query, keys, values, *rest = attention_inputs(heads=2, group=2, conditioned=False)
+    one = query[:, 2:3].clone()  # both query heads of head 1
+    query[:, 2:] = one
+    keys.mean[:, 1, 1] = (-one[:, :, 0] * (14 / (0.125 * one.square().sum()))).half()[0]
+    scale = values.scale.clone()
+    scale[:, 1, 1] = 0
+    without = replace(values, scale=scale)
+    exact = reference.decode_attention(query, keys, without, *rest, scaling=0.125)
+    found = reference.decode_attention(query, keys, values, *rest, scaling=0.125, sparse_v_threshold=1e-4)
+    torch.testing.assert_close(found, exact)
+    dense = reference.decode_attention(query, keys, values, *rest, scaling=0.125)
+    assert not torch.equal(found[:, 2:], dense[:, 2:]) and torch.equal(found[:, :2], dense[:, :2])

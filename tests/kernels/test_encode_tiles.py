@@ -87,10 +87,12 @@ def test_encode_then_decode(kernel, device, case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("widths", [((32, 5), (32, 3)), ((24, 4), (36, 2)), ((160, 2),)], ids=str)
+@pytest.mark.parametrize(
+    "widths", [((32, 5), (32, 3)), ((24, 4), (36, 2)), ((160, 2),), ((32, 4), (160, 2), (64, 1))], ids=str
+)
 def test_conditioned_tiles_into_views(kernel, device, widths, dtype):
     """Centred, balanced and sorted in the kernel, written between the tiles that an array holds already."""
-    groups, tile = groups_of(*widths, make=polynomial), 32
+    groups, tile = groups_of(*widths, make=polynomial), 128 if len(widths) == 3 else 32
     dim, generator = sum(size for size, _ in widths), torch.Generator().manual_seed(1)
     balance = 4.0 * torch.rand(2, 2, dim, generator=generator) + 0.1
     x = torch.randn(2, 2, 3, tile, dim, generator=generator) / balance[:, :, None, None]

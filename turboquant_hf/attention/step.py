@@ -30,11 +30,11 @@ class PreparedStep:
         cls, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None, options: dict
     ) -> PreparedStep | None:
         """For a query [B, Hq, 1, D] that `packed_attention` serves; None where only the general way does."""
-        if layer.offloader is not None or layer.preset.sparse_v_threshold:
+        if layer.offloader is not None:
             return None
         call = prepared_decode(
             query, *layer.packed_sides(spare=True), RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.arrays),
-            layer.sinks.starts, masked=mask is not None, **options,
+            layer.sinks.starts, masked=mask is not None, sparse_v_threshold=layer.preset.sparse_v_threshold, **options,
         )  # fmt: skip
         return None if call is None else cls(layer, query, mask is not None, options, call)
 

@@ -18,7 +18,6 @@ import torch
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.evaluation import common, decoding, runs
 from turboquant_hf.evaluation.decoding import BASELINE
-from turboquant_hf.evaluation.metrics import load_metric
 from turboquant_hf.evaluation.models import load_model
 from turboquant_hf.evaluation.settings import add_settings, settings
 
@@ -284,6 +283,8 @@ def predict(model, tokenizer, preset, name: str, template: str, row: dict[str, A
 
 def score(task: str, records: list[dict[str, Any]]) -> float:
     """Mean of the task's metric over predictions, in percent."""
+    from turboquant_hf.evaluation.metrics import load_metric
+
     lines = [record["prediction"] for record in records]
     if TASKS[task].few_shot:
         lines = [line.lstrip("\n").split("\n")[0] for line in lines]

@@ -110,33 +110,33 @@ def decode_attention(
 ) -> torch.Tensor:
     """`decode.reference.decode_attention` by the chosen backend.
 
-    CUDA C++ covers part of what Triton does: with "auto" (and no sparse V) it is asked first, with "cuda" it must
-    support the call.
+    CUDA C++ covers part of what Triton does: with "auto" it is asked first, with "cuda" it must support the call.
 
     Args:
-        sparse_v_threshold: see `decode.triton.decode_attention`; plain torch reads everything.
+        sparse_v_threshold: see `decode_attention` of the backends.
         workspace: from `decode_workspace`, for calls that are recorded in CUDA graphs; of no use to other backends.
     """
     chosen = backend(query.device)
     arguments = (query, keys, values, sinks, tail, starts)
     options = {"scaling": scaling, "mask": mask, "softcap": softcap, "s_aux": s_aux}
+    sparse = {"sparse_v_threshold": sparse_v_threshold}
     if counts is not None:
         options["counts"] = counts
     automatic = os.environ.get(VARIABLE, "auto").lower() == "auto"
-    if query.device.type == "cuda" and (chosen == "cuda" or (automatic and sparse_v_threshold == 0.0)):
+    if query.device.type == "cuda" and (chosen == "cuda" or automatic):
         module, _ = _cuda_module()
-        known = {"masked": mask is not None, "softcap": softcap}
+        known = {"masked": mask is not None, "softcap": softcap, **sparse}
         reason = "not loaded" if module is None else module.supports(query, keys, values, tail, **known)
         if reason is None:
             with on_device(query.device):
-                return module.decode_attention(*arguments, **options, workspace=workspace)
+                return module.decode_attention(*arguments, **options, **sparse, workspace=workspace)
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
-        return decode_reference.decode_attention(*arguments, **options)
+        return decode_reference.decode_attention(*arguments, **options, **sparse)
     module = import_module("turboquant_hf.kernels.decode.triton")
     with on_device(query.device):
-        return module.decode_attention(*arguments, **options, sparse_v_threshold=sparse_v_threshold)
+        return module.decode_attention(*arguments, **options, **sparse)
 
 
 def prepared_decode(
@@ -151,6 +151,7 @@ def prepared_decode(
     masked: bool = False,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sparse_v_threshold: float = 0.0,
 ):
     """`decode_attention` for steps that differ in query, tokens and mask alone: a `decode.cuda.Step`, or None where the
     backend that serves the call has no such thing. The arrays are the whole ones, spare room included.
@@ -159,12 +160,11 @@ def prepared_decode(
     if query.device.type != "cuda" or name not in ("auto", "cuda") or backend(query.device) == "torch":
         return None
     module, _ = _cuda_module()
-    if module is None or module.supports(query, keys, values, tail, masked=masked, softcap=softcap) is not None:
+    known = {"masked": masked, "softcap": softcap, "sparse_v_threshold": sparse_v_threshold}
+    if module is None or module.supports(query, keys, values, tail, **known) is not None:
         return None
     with on_device(query.device):
-        return module.Step(
-            query, keys, values, sinks, tail, starts, scaling=scaling, masked=masked, softcap=softcap, s_aux=s_aux
-        )
+        return module.Step(query, keys, values, sinks, tail, starts, scaling=scaling, s_aux=s_aux, **known)
 
 
 def decode_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> torch.Tensor:

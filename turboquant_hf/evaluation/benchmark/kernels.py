@@ -75,6 +75,7 @@ class Inputs:
     tail: RawTokens
     starts: torch.Tensor
     workspace: torch.Tensor | None = None
+    sparse_v_threshold: float = 0.0
 
     @classmethod
     def of_layer(cls, layer: TurboQuantLayer, query: torch.Tensor, workspace: torch.Tensor | None = None) -> Inputs:
@@ -85,7 +86,7 @@ class Inputs:
         """By the backend that TURBOQUANT_BACKEND names."""
         return dispatch.decode_attention(
             self.query, self.keys, self.values, self.sinks, self.tail, self.starts,
-            scaling=self.scaling, workspace=self.workspace,
+            scaling=self.scaling, workspace=self.workspace, sparse_v_threshold=self.sparse_v_threshold,
         )  # fmt: skip
 
     @property

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from turboquant_hf.cache import TurboQuantCache
@@ -23,10 +26,25 @@ from turboquant_hf.evaluation.benchmark.timing import relative_error
 from turboquant_hf.evaluation.benchmark.turns import time_in_turns
 
 ERROR_BOUNDS = {torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float32: 1e-3}
-"""Largest relative error of the logits at which a speed counts: what roundings of the dtype make of eight layers."""
+"""Relative error of the logits up to which a speed always counts: what roundings of the dtype make of eight layers."""
+NOISE_FACTOR = 2
+"""A larger error counts up to so many times the noise of the cell: random weights alone may round to the bound."""
 SIXTEEN_BIT = ("DynamicCache", "StaticCache")
 CLOSE = 1.5
 """A cache this many times slower than another, each timed alone, is not worth timing in turns."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What caches are checked against.
+
+    Attributes:
+        logits: of one step, [B, vocabulary] float32.
+        noise: relative error between that step and another correct one in the same dtype, see `rounding_noise`.
+    """
+
+    logits: torch.Tensor
+    noise: float
 
 
 def model_config(shape: Shape, layers: int, tokens: int) -> LlamaConfig:
@@ -72,7 +90,7 @@ def run_group(group: Group, device: torch.device, bandwidth: float, steps: int, 
                 "level": "model", "shape": group.shape.name, "dtype": group.dtype, "layers": group.layers,
                 "batch": batch, "tokens": tokens, "weight_bytes": read,
             }  # fmt: skip
-            baseline: dict[str, Any] = {}
+            baseline: dict[str, Reference] = {}
             measured: list[tuple[dict[str, Any], Candidate]] = []
             for candidate in candidates(group, (batch, tokens)):
                 row = {**common, "cache": candidate.name, "preset": candidate.preset, "mode": candidate.mode}
@@ -110,10 +128,10 @@ def run_cache(
     steps: int,
     row: dict[str, Any],
     bandwidth: float,
-    baseline: dict[str, Any],
+    baseline: dict[str, Reference],
     recorder: Recorder,
 ) -> dict[str, Any]:
-    """Fill a cache, check it, time its steps; `baseline` keeps the logits of the cell's DynamicCache."""
+    """Fill a cache, check it, time its steps; `baseline` keeps what the cell's next caches are checked against."""
     batch, tokens = cell
     device = model.device
     stepper = Stepper(model, candidate.compiled)
@@ -144,15 +162,15 @@ def run_cache(
 
 
 def check(
-    model: LlamaForCausalLM, stepper: Stepper, cache, candidate: Candidate, batch: int, baseline: dict[str, Any]
+    model: LlamaForCausalLM, stepper: Stepper, cache, candidate: Candidate, batch: int, baseline: dict[str, Reference]
 ) -> dict[str, Any]:
     """The numerical check of one cache: its error, what it is an error from, and a reason where it is too large.
 
     A packed cache is compared with itself read densely through SDPA, another 16-bit cache with DynamicCache; of a
-    cache that quantizes in its own way only the distance from DynamicCache is known.
+    cache that quantizes in its own way only the distance from DynamicCache is known. The cache is one step further
+    afterwards.
     """
-    ids = stepper.first_ids(batch)
-    exact, found = None, {}
+    ids, found = stepper.first_ids(batch), {}
     if candidate.reads_packed and not candidate.compiled:
         settle(stepper, cache, ids)
     logits = stepper.step(cache, ids).float().clone()
@@ -163,23 +181,47 @@ def check(
         cache.crop(-1)
         model.set_attn_implementation("sdpa")
         exact = stepper.step(cache, ids).float().clone()
+        baseline[key] = Reference(exact, rounding_noise(stepper, cache, ids, exact))
         model.set_attn_implementation(candidate.attention)
-        baseline[key], found["check"] = exact, "the same cache read densely"
+        found["check"] = "the same cache read densely"
     elif candidate.name == "DynamicCache":
-        baseline[key] = logits
-        return {"error": 0.0, "check": "the baseline itself"}
+        baseline[key] = Reference(logits, rounding_noise(stepper, cache, ids, logits))
+        found["check"] = "the baseline itself"
     else:
-        exact = baseline.get(key)
         found["check"] = "DynamicCache" if candidate.preset is None else "the packed cache read densely"
     if "dynamic" in baseline and candidate.preset is not None:
-        found["distance_from_fp16"] = relative_error(logits, baseline["dynamic"])
-    if exact is None:
+        found["distance_from_fp16"] = relative_error(logits, baseline["dynamic"].logits)
+    if key not in baseline:
         return {**found, "error": None, "reason": f"nothing to check against: {found['check']} was not measured"}
-    error = relative_error(logits, exact)
-    bound = ERROR_BOUNDS[model.dtype]
-    if error > bound and not candidate.approximate:
-        found["reason"] = f"relative error {error:.1e} above {bound:.0e}"
-    return {**found, "error": error}
+    found |= {"error": relative_error(logits, baseline[key].logits), "noise": baseline[key].noise}
+    return found if candidate.approximate else found | judge(found["error"], found["noise"], model.dtype)
+
+
+def judge(error: float, noise: float, dtype: torch.dtype) -> dict[str, Any]:
+    """The bound on an error, and a reason where it is above: `ERROR_BOUNDS`, or `NOISE_FACTOR` times larger noise."""
+    bound = max(ERROR_BOUNDS[dtype], NOISE_FACTOR * noise)
+    if error <= bound:
+        return {"bound": bound}
+    return {"bound": bound, "reason": f"relative error {error:.1e} above {bound:.1e} (noise {noise:.1e})"}
+
+
+def rounding_noise(stepper: Stepper, cache, ids: torch.Tensor, logits: torch.Tensor) -> float:
+    """Relative error of `logits`, those of a cache's newest step by SDPA, from the same step by SDPA's math backend.
+
+    The math backend computes in float32: both are correct, and differ by roundings of the dtype. 0 where it has no
+    memory or its logits are not finite. The cache ends with that step, as it came.
+    """
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    cache.crop(-1)
+    with suppress(torch.OutOfMemoryError), sdpa_kernel(SDPBackend.MATH):
+        noise = relative_error(logits, stepper.step(cache, ids).float())
+        return noise if math.isfinite(noise) else 0.0
+    for layer, length in zip(cache.layers, lengths, strict=True):
+        if layer.get_seq_length() == length:  # the step failed in this layer or in a later one
+            layer.crop(-1)
+    Recorder.release()
+    stepper.step(cache, ids)
+    return 0.0
 
 
 def settle(stepper: Stepper, cache: TurboQuantCache, ids: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import struct
 import warnings
 from collections.abc import Iterable
@@ -15,20 +16,25 @@ import torch
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
-from turboquant_hf.primitives import packed_size
+from turboquant_hf.primitives import Codebook, packed_size
 
 COMPILER_OPTIONS = ["--std=c++20", "--use_fast_math", "-default-device"]
 TILE = 128
-HEAD_DIMS = (64, 128, 256)
-BITS = (2, 3, 4, 5, 8)
+HEAD_DIMS = (64, 96, 128, 256)
+BITS = (1, 2, 3, 4, 5, 8)
+"""Of keys; values have at least 2."""
 MAX_ROWS = 8
 """Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
 MAX_WARPS = 8
 MAX_SPLITS = 64
-UNROLL = (4, 4)
-"""Units of 16 tokens, and of 16 channels, that decode.cu has in one turn of its loops."""
-ROW_CENTRE = {2: 63.5, 3: 63.5, 4: 191.5, 5: 191.5, 8: 127.5}
+KEY_UNROLL = 4
+"""Units of 16 tokens that decode.cu has in one turn of its loop."""
+VALUE_UNROLL = {64: 4, 96: 3, 128: 4, 256: 4}
+"""Units of 16 channels, by head dim."""
+ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 191.5, 5: 191.5, 8: 127.5}
 """What a level's byte is, less (its step + 1/2), by the width of its code."""
+WIDEST_STEP = 62
+"""Of the levels that decode.cu looks up in seven bits: -63 to 62."""
 
 
 def available() -> str | None:
@@ -54,6 +60,7 @@ def supports(
     *,
     masked: bool = False,
     softcap: float | None = None,
+    sparse_v_threshold: float = 0.0,
 ) -> str | None:
     """None where `decode_attention` can serve this call, else the reason why not. Compiles the kernel."""
     dim = query.shape[-1]
@@ -67,27 +74,27 @@ def supports(
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
         (all(_row_fits(group.size, group) for group in keys.groups), "key groups too narrow, or levels off a grid"),
+        (all(group.size % (dim // 32) == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
         (_in_words(keys.groups), "key groups that do not begin at whole words"),
-        (_row_fits(TILE, values.groups[0]), "value levels off a grid"),
+        (_row_fits(TILE, values.groups[0]) and values.groups[0].bits > 1, "value levels off a grid, or of 1 bit"),
         (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
     )
     reason = next((reason for fine, reason in checks if not fine), None)
-    return reason or _failure(_shape(query, keys, values, masked, softcap), query.device)
+    return reason or _failure(_shape(query, keys, values, masked, softcap, sparse_v_threshold), query.device)
 
 
 def _row_fits(size: int, group: CodeGroup) -> bool:
     if size % 16 or group.bits not in BITS or not group.codebook.unit:
         return False
     steps = group.codebook.steps
-    main = size * _main_width(group.bits) // 32
-    fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
-    return fits and main >= 1 and (main in (1, 2) or main % 4 == 0)
+    fits = max(steps) < (128 if group.bits == 8 else WIDEST_STEP + 2) and steps[0] == -steps[-1] - 1
+    return fits and size * _main_width(group.bits) % 32 == 0
 
 
 def _in_words(groups: tuple[CodeGroup, ...]) -> bool:
-    """Whether lane parts of 4 bytes and more, which are read in words of 4, lie at multiples of 4 in every row."""
+    """Whether lane parts that are whole words lie at multiples of 4 in every row."""
     offsets, row = row_layout((group.size, group.bits) for group in groups)
-    in_words = [group.size * _main_width(group.bits) // 32 >= 4 for group in groups]
+    in_words = [_piece(group.size, group.bits) % 4 == 0 for group in groups]
     return not any(words and (offset % 4 or row % 4) for words, offset in zip(in_words, offsets, strict=True))
 
 
@@ -99,6 +106,14 @@ def row_layout(groups: Iterable[tuple[int, int]]) -> tuple[list[int], int]:
 
 def _main_width(bits: int) -> int:
     return max(width for width in (1, 2, 4, 8) if width <= bits)
+
+
+def _piece(size: int, bits: int) -> int:
+    """Bytes of what decode.cu's `Row` loads at a time: a lane's part of a row if that is whole words, or less."""
+    width = _main_width(bits)
+    part = size * width // 32
+    whole = width > 1 and (part % 4 == 0 or (width, part) == (2, 2))
+    return part if whole else 2 if width == 4 else 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,7 @@ class Shape:
     mean: bool = True
     masked: bool = False
     softcap: bool = False
+    sparse: bool = False  # values are not read where no probability of a tile reaches a threshold
     wide: bool = False  # 8 query rows a block instead of 4
     hadamard: bool = True  # rotations are given by their signs
 
@@ -129,10 +145,21 @@ class Shape:
 
 @lru_cache(maxsize=256)
 def _described(groups: tuple[CodeGroup, ...]) -> tuple[tuple[int, int, float, tuple[int, ...]], ...]:
-    return tuple((group.size, group.bits, group.codebook.unit, group.codebook.steps) for group in groups)
+    return tuple((group.size, group.bits, *_unit_and_steps(group.codebook)) for group in groups)
 
 
-def _shape(query, keys, values, masked=False, softcap=None) -> Shape:
+def _unit_and_steps(codebook: Codebook) -> tuple[float, tuple[int, ...]]:
+    """A codebook's own, but for the two levels of 1 bit: as many units wide as other codebooks are.
+
+    A query has one fixed-point unit for all groups, and each is multiplied by the unit of its levels before.
+    """
+    if codebook.bits != 1:
+        return codebook.unit, codebook.steps
+    width = 2 * WIDEST_STEP + 1
+    return codebook.unit / width, (-WIDEST_STEP - 1, WIDEST_STEP)
+
+
+def _shape(query, keys, values, masked=False, softcap=None, sparse_v_threshold=0.0) -> Shape:
     rows = query.shape[1] // keys.codes.shape[1] * query.shape[2]
     return Shape(
         query.shape[-1],
@@ -144,6 +171,7 @@ def _shape(query, keys, values, masked=False, softcap=None) -> Shape:
         keys.mean is not None,
         masked,
         softcap is not None,
+        sparse_v_threshold > 0.0,
         rows > 4,
         _by_signs(keys) and _by_signs(values),
     )
@@ -167,19 +195,22 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sparse_v_threshold: float = 0.0,
     counts: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     splits: int = 0,
 ) -> torch.Tensor:
     """`reference.decode_attention` in one launch; `supports` says for which arguments.
 
+    sparse_v_threshold: values of a tile are not read where all its probabilities, relative to the largest that a warp
+        has seen of their row (that of the first raw tokens from the start), are below it; 0 reads all; `unread_tiles`.
     workspace: int32, zeros at first and left so where it counts blocks; see `workspace_size`. None: one of this
         module's, which grows and is shared by the calls of a stream. One that is too small is not used.
     splits: how many blocks share a head's tiles, at most 64; 0 chooses by the card.
     """
     step = Step(
         query, keys, values, sinks, tail, starts, scaling=scaling, masked=mask is not None, softcap=softcap,
-        s_aux=s_aux, counts=counts, workspace=workspace, splits=splits,
+        s_aux=s_aux, sparse_v_threshold=sparse_v_threshold, counts=counts, workspace=workspace, splits=splits,
     )  # fmt: skip
     return step(query.contiguous(), keys.codes.shape[2], tail.keys.shape[2], mask)
 
@@ -204,6 +235,7 @@ class Step:
         masked: bool = False,
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
+        sparse_v_threshold: float = 0.0,
         counts: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
         splits: int = 0,
@@ -211,15 +243,15 @@ class Step:
         batch, query_heads, count, dim = query.shape
         heads = keys.codes.shape[1]
         rows = query_heads // heads * count
-        self._shape = _shape(query, keys, values, masked, softcap)
+        self._shape = _shape(query, keys, values, masked, softcap, sparse_v_threshold)
         self._device = query.device
         self._kernel, self._warps = _kernel(self._shape, query.device)
         self._chunks = -(-rows // self._shape.rows)
         self._heads, self._splits = batch * heads, splits
         counters = self._heads * self._chunks * self._shape.rows
-        if not 0 <= splits <= MAX_SPLITS or (splits > 1 and counters > ARRIVALS):
+        if not 0 <= splits <= MAX_SPLITS or (splits > 1 and counters >= ARRIVALS):
             raise ValueError(
-                f"splits={splits} for {counters} rows: allowed are 0 to {MAX_SPLITS}, 0 and 1 above {ARRIVALS} rows"
+                f"splits={splits} for {counters} rows: allowed are 0 to {MAX_SPLITS}, 0 and 1 from {ARRIVALS} rows on"
             )
         self._given = workspace
         if self._shape.hadamard:
@@ -236,7 +268,7 @@ class Step:
         integers = (
             heads, rows, count, 0, _capacity(keys.codes), sink_keys.shape[2], 0, tail.keys.stride(1) // dim,
             tail.keys.shape[2] if counts is not None else 0, 0, *strides, 0, _float_bits(scaling),
-            _float_bits(softcap or 0.0),
+            _float_bits(softcap or 0.0), _float_bits(math.log2(sparse_v_threshold) if sparse_v_threshold else 0.0),
         )  # fmt: skip
         self._arguments = Arguments([0 if x is None else x.data_ptr() for x in self._tensors], integers)
         self._options = self._kernel.options()
@@ -289,7 +321,7 @@ class Step:
 
 ARRIVALS = 1 << 16
 """Words at the head of a workspace, one for every query row: how many of the blocks that share its tiles are done.
-Tiles are shared only where there are few heads (`_splits`)."""
+Tiles are shared only where there are few heads (`_splits`). The last word is for `unread_tiles`."""
 
 
 def workspace_size(blocks: int, shape: Shape, warps: int) -> int:
@@ -311,6 +343,18 @@ def _cleared(words: int, device: torch.device) -> torch.Tensor:
 
 
 _WORKSPACES: dict[tuple, torch.Tensor] = {}
+
+
+def unread_tiles() -> int:
+    """Tiles, by KV head and chunk of query rows, whose values sparse V did not read since this was asked last.
+
+    Calls with a workspace of their own are not counted.
+    """
+    total = 0
+    for workspace in _WORKSPACES.values():
+        total += int(workspace[ARRIVALS - 1])
+        workspace[ARRIVALS - 1] = 0
+    return total
 
 
 def _workspace(words: int, device: torch.device, stream: int) -> torch.Tensor:
@@ -446,13 +490,14 @@ def source(shape: Shape, warps: int) -> str:
         f"#define HAS_MEAN {int(shape.mean)}",
         f"#define MASKED {int(shape.masked)}",
         f"#define SOFTCAP {int(shape.softcap)}",
+        f"#define SPARSE {int(shape.sparse)}",
         f"#define HADAMARD {int(shape.hadamard)}",
         f"#define WAIT_IN_SHARED {int(_wait_in_shared(shape))}",
         f"constexpr int D = {shape.dim}, WARPS = {warps}, NT = {shape.rows // 4};",
         f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {row};",
         f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
-        f"constexpr int KEY_UNROLL = {UNROLL[0]}, VALUE_UNROLL = {UNROLL[1]};",
-        f"constexpr int KEY_PAD = {key_pad(shape)};",
+        f"constexpr int KEY_UNROLL = {KEY_UNROLL}, VALUE_UNROLL = {VALUE_UNROLL[shape.dim]};",
+        f"constexpr int KEY_PAD = {key_pad(shape)}, ARRIVALS = {ARRIVALS};",
         array("int", "KEY_SIZE", [group[0] for group in shape.keys]),
         array("int", "KEY_BITS", [group[1] for group in shape.keys]),
         array("int", "KEY_OFFSET", offsets),
@@ -514,8 +559,8 @@ def key_pad(shape: Shape) -> int:
 def _pieces(size: int, bits: int, rows: list[int], align: int) -> list[tuple[int, list[int]]]:
     """The loads of decode.cu's `Row::load`: (bytes a lane, address of every lane)."""
     width = _main_width(bits)
-    own, plane = size * width // 32, size * width // 8
-    step = max(x for x in (1, 2, 4, 8, 16) if own % x == 0 and (x <= 4 or align % x == 0))
+    own, plane, piece = size * width // 32, size * width // 8, _piece(size, bits)
+    step = max(x for x in (1, 2, 4, 8, 16) if piece % x == 0 and (x <= 4 or align % x == 0))
     loads = []
     for i in range(0, own, step):
         loads.append((step, [row + t * own + i for row in rows for t in range(4)]))

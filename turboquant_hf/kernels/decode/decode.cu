@@ -144,7 +144,7 @@ __device__ __forceinline__ void unrolled(Fn&& fn) {
 
 // ---------------------------------------------------------------- from bytes to levels
 
-__host__ __device__ constexpr int main_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : 2; }
+__host__ __device__ constexpr int main_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
 // Twice what is to be subtracted from a level's byte to centre it.
 __host__ __device__ constexpr int twice_bias(int bits) { return bits == 8 ? 255 : bits >= 4 ? 383 : 127; }
 
@@ -188,19 +188,26 @@ struct Row {
     static constexpr int WIDTH = main_width(BITS);
     static constexpr bool EXTRA = BITS != WIDTH;         // one more bit in a plane of its own: 5 = 4 + 1, 3 = 2 + 1
     static constexpr int BYTES = N * WIDTH / 32;         // a lane's part of the main plane
-    static constexpr int WORDS = BYTES >= 4 ? BYTES / 4 : 1;
+    // Parts that are not whole words are loaded in pieces of one unit (two with 1 bit), each to a word of its own.
+    static constexpr bool PIECES = WIDTH == 1 || (BYTES % 4 != 0 && !(WIDTH == 2 && BYTES == 2));
+    static constexpr int PIECE = !PIECES ? BYTES : WIDTH == 4 ? 2 : 1;
+    static constexpr int WORDS = PIECES ? BYTES / PIECE : (BYTES + 3) / 4;
     static constexpr int UNITS = N / 16;
     static constexpr int PLANE = N * WIDTH / 8;
     static constexpr int PARTS = EXTRA ? 4 / WIDTH : 1;  // the extra plane is this many lane parts long
-    static_assert(N % 16 == 0 && (BYTES < 4 || BYTES % 4 == 0) && BYTES != 3, "a lane owns 1 or 2 bytes, or whole words");
+    static_assert(N % 16 == 0 && N * WIDTH % 32 == 0, "whole units, and the same number of bytes for every lane");
     u32 w[WORDS], e[WORDS];
 
+    template <int ALIGN, int OFFSET>
+    static __device__ __forceinline__ void load_part(u32* out, u32 part) {
+        unrolled<0, BYTES / PIECE>([&]<int I>() { load_piece<PIECE, ALIGN, OFFSET + I * PIECE>(out + I, part); });
+    }
     // The row begins at `row` + OFFSET.
     template <int ALIGN, int OFFSET>
     __device__ __forceinline__ void load(u32 row, int t) {
-        load_piece<BYTES, ALIGN, OFFSET>(w, row + t * BYTES);
+        load_part<ALIGN, OFFSET>(w, row + t * BYTES);
         if constexpr (EXTRA) {
-            load_piece<BYTES, ALIGN, OFFSET + PLANE>(e, row + t % PARTS * BYTES);
+            load_part<ALIGN, OFFSET + PLANE>(e, row + t % PARTS * BYTES);
 #pragma unroll
             for (int i = 0; i < WORDS; i++) e[i] >>= t / PARTS;  // now field f stands in bit WIDTH * f of its byte
         }
@@ -211,8 +218,8 @@ struct Row {
         if constexpr (BITS == 8) {
             return w[U];
         } else if constexpr (WIDTH == 4) {
-            constexpr int I = BYTES >= 4 ? U / 2 : 0;
-            constexpr bool HIGH = BYTES >= 4 && U % 2;
+            constexpr int I = PIECES ? U : U / 2;
+            constexpr bool HIGH = !PIECES && U % 2;
             u32 code = w[I];
             // Levels of a 5-bit code are symmetric: the extra bit is the sign, and turns the others round where it is 0.
             if constexpr (EXTRA) code ^= ~((e[I] & 0x11111111u) * 15u);
@@ -225,28 +232,28 @@ struct Row {
                 level ^= permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
             }
             return level;
+        } else if constexpr (WIDTH == 1) {
+            u32 code = w[U / 2] >> 2 * (U % 2);
+            return permute(book.table[0], book.table[1], (code & 0x11u) | (code << 7 & 0x1100u));
         } else {
-            constexpr int I = BYTES >= 4 ? U / 4 : 0;
+            constexpr int I = PIECES ? U : U / 4;
             u32 even = w[I] & 0x33333333u, odd = w[I] >> 2 & 0x33333333u;
             if constexpr (EXTRA) {
                 even |= e[I] << 2 & 0x44444444u;
                 odd |= e[I] & 0x44444444u;
             }
-            u32 selector = BYTES == 1 ? even | odd << 8 : U % 2 ? odd : even;
-            return permute(book.table[0], book.table[1], BYTES >= 4 && U % 4 / 2 ? high_half(selector) : selector);
+            u32 selector = PIECES ? even | odd << 8 : U % 2 ? odd : even;
+            return permute(book.table[0], book.table[1], !PIECES && U % 4 / 2 ? high_half(selector) : selector);
         }
     }
 
     // Index in the row of byte j of unit u in lane part t.
     static __host__ __device__ __forceinline__ constexpr int index(int u, int j, int t) {
         if (WIDTH == 8) return t * BYTES + 4 * u + j;
-        if (WIDTH == 4) {
-            int byte = BYTES >= 4 ? 2 * u + (j >> 1) : j >> 1;
-            return t * BYTES + byte + (j & 1) * PLANE;
-        }
-        if (BYTES == 1) return t + ((j >> 1) + 2 * (j & 1)) * PLANE;
-        int byte = (BYTES >= 4 ? 4 * (u / 4) + 2 * (u % 4 / 2) : 0) + (j >> 1);
-        return t * BYTES + byte + ((u & 1) + 2 * (j & 1)) * PLANE;
+        if (WIDTH == 4) return t * BYTES + 2 * u + (j >> 1) + (j & 1) * PLANE;
+        if (WIDTH == 1) return t * BYTES + u / 2 + (2 * (u & 1) + (j >> 1) + 4 * (j & 1)) * PLANE;
+        if (PIECES) return t * BYTES + u + ((j >> 1) + 2 * (j & 1)) * PLANE;
+        return t * BYTES + 4 * (u / 4) + 2 * (u % 4 / 2) + (j >> 1) + ((u & 1) + 2 * (j & 1)) * PLANE;
     }
 
     // And back: the unit, byte and lane part of the code at `index`.
@@ -259,8 +266,11 @@ struct Row {
         } else if (WIDTH == 4) {
             u = byte / 2;
             j = field + 2 * (byte & 1);
-        } else if (BYTES == 1) {
-            u = 0;
+        } else if (WIDTH == 1) {
+            u = 2 * byte + (field >> 1 & 1);
+            j = (field >> 2) + 2 * (field & 1);
+        } else if (PIECES) {
+            u = byte;
             j = (field >> 1) + 2 * (field & 1);
         } else {
             u = 4 * (byte / 4) + 2 * (byte % 4 / 2) + (field & 1);
@@ -347,6 +357,32 @@ __device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane, u64
     }
 }
 
+// N words of global memory, N even.
+template <int N>
+__device__ __forceinline__ void load_words(u32 (&x)[N], const u16* from) {
+    if constexpr (N % 4 == 0)
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            uint4 v = ((const uint4*)from)[i / 4];
+            x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+        }
+    else
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            uint2 v = ((const uint2*)from)[i / 2];
+            x[i] = v.x, x[i + 1] = v.y;
+        }
+}
+template <int N>
+__device__ __forceinline__ void store_words(u16* to, const u32 (&x)[N]) {
+    if constexpr (N % 4 == 0)
+#pragma unroll
+        for (int i = 0; i < N; i += 4) ((uint4*)to)[i / 4] = make_uint4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    else
+#pragma unroll
+        for (int i = 0; i < N; i += 2) ((uint2*)to)[i / 2] = make_uint2(x[i], x[i + 1]);
+}
+
 // ---------------------------------------------------------------- rows, OWN channels a lane
 
 template <bool SHARED_BY_BLOCKS = false>  // past the first cache, which does not see what other blocks wrote
@@ -354,6 +390,9 @@ __device__ __forceinline__ void read_row(float (&x)[OWN], const float* from) {
     if constexpr (OWN == 2) {
         float2 v = SHARED_BY_BLOCKS ? __ldcg((const float2*)from) : *(const float2*)from;
         x[0] = v.x, x[1] = v.y;
+    } else if constexpr (OWN == 3) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] = SHARED_BY_BLOCKS ? __ldcg(from + i) : from[i];
     } else {
 #pragma unroll
         for (int i = 0; i < OWN; i += 4) {
@@ -365,29 +404,37 @@ __device__ __forceinline__ void read_row(float (&x)[OWN], const float* from) {
 __device__ __forceinline__ void write_row(float* to, const float (&x)[OWN]) {
     if constexpr (OWN == 2)
         *(float2*)to = make_float2(x[0], x[1]);
+    else if constexpr (OWN == 3)
+#pragma unroll
+        for (int i = 0; i < OWN; i++) to[i] = x[i];
     else
 #pragma unroll
         for (int i = 0; i < OWN; i += 4) *(float4*)(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
 }
 __device__ __forceinline__ void read_row(u16 (&x)[OWN], const u16* from) {
-    u32 w[OWN / 2];
-    if constexpr (OWN == 2) {
-        w[0] = *(const u32*)from;
-    } else if constexpr (OWN == 4) {
-        uint2 v = *(const uint2*)from;
-        w[0] = v.x, w[1] = v.y;
-    } else {
-        uint4 v = *(const uint4*)from;
-        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
-    }
+    if constexpr (OWN == 3) {
 #pragma unroll
-    for (int i = 0; i < OWN; i++) x[i] = (u16)(w[i / 2] >> 16 * (i % 2));
+        for (int i = 0; i < OWN; i++) x[i] = from[i];
+    } else {
+        u32 w[OWN / 2];
+        if constexpr (OWN == 2)
+            w[0] = *(const u32*)from;
+        else
+            load_words(w, from);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] = (u16)(w[i / 2] >> 16 * (i % 2));
+    }
 }
 __device__ __forceinline__ void write_row(u16* to, const u16 (&x)[OWN]) {
+    if constexpr (OWN == 3)
 #pragma unroll
-    for (int i = 0; i < OWN; i += 2) ((u32*)to)[i / 2] = x[i] | (u32)x[i + 1] << 16;
+        for (int i = 0; i < OWN; i++) to[i] = x[i];
+    else
+#pragma unroll
+        for (int i = 0; i < OWN; i += 2) ((u32*)to)[i / 2] = x[i] | (u32)x[i + 1] << 16;
 }
 
+#if HADAMARD
 // Sylvester's Hadamard matrix times every block of `size` channels, a power of two from OWN on; blocks begin at
 // multiples of their size.
 __device__ __forceinline__ void hadamard(float (&x)[OWN], int size, int lane) {
@@ -408,6 +455,7 @@ __device__ __forceinline__ void hadamard(float (&x)[OWN], int size, int lane) {
             if (d * OWN < size) x[i] = lane & d ? other - x[i] : other + x[i];
         }
 }
+#endif
 
 // sum over j of x[j] matrix[j][own channel]; `room` is a row of shared memory.
 __device__ __forceinline__ void multiply(float (&x)[OWN], const float* matrix, float* room, int lane) {
@@ -499,6 +547,8 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, c
 // and are written to the tail here. `counts`, where it is not null, holds {tiles, length} on the device and the tail
 // is a ring of `ring` tokens; `work` takes the blocks' parts, `arrivals` (zeros, left as zeros) counts the blocks that are
 // done with a row. A rotation is its signs [D] (HADAMARD), or a matrix [D, D], the keys' transposed.
+// SPARSE: values of a tile are asked for when its scores are known, and only if one of its probabilities, relative to the
+// largest that the warp has seen of that row, reaches 2^sparse; the last of the `arrivals` counts tiles that were not read.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     const u16* query, const float* key_turn, const u16* order, const float* balance, const float* key_gain,
     const u8* key_codes, const u8* key_scales, const u8* key_means, const u8* value_codes, const u8* value_scales,
@@ -506,7 +556,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     u16* tail_keys, u16* tail_values, const u16* new_keys, const u16* new_values, const i64* starts, const u8* mask, const float* s_aux,
     const int* counts, float* work, int* arrivals, u16* result,
     int heads, int all_rows, int queries, int tiles, int capacity, int sinks, int tail, int tail_stride, int ring, int fresh,
-    int key_turn_stride, int value_turn_stride, int mask_stride, int scaling_bits, int softcap_bits) {
+    int key_turn_stride, int value_turn_stride, int mask_stride, int scaling_bits, int softcap_bits, int sparse_bits) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *(Shared*)memory;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -559,7 +609,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     };
     auto copy_first_tile = [&] {
         copy_keys(begin);
-        copy_values(begin);
+        if (!SPARSE) copy_values(begin);
     };
     auto all_but_newest_arrived = [] {
         asm volatile("cp.async.wait_group 1;" ::: "memory");
@@ -597,8 +647,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         return i < oldest_fresh ? kept(i, recent) : newest + ((i64)bh * fresh + i - oldest_fresh) * D;
     };
     constexpr int BLOCKS = D / 32, CHANNELS = D / 8;
-    uint4 raw_query[BLOCKS], raw_keys[2][BLOCKS], raw_values[4][CHANNELS / 8];
-    auto ask_for_raw = [&](int first) {
+    uint4 raw_query[BLOCKS], raw_keys[2][BLOCKS];
+    u32 raw_values[4][CHANNELS / 2];
+    auto ask_for_raw_keys = [&](int first) {
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
             raw_query[i] = make_uint4(0, 0, 0, 0);
@@ -609,11 +660,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int i = 0; i < BLOCKS; i++)
                 raw_keys[r][i] = *(const uint4*)(place(first + g + 8 * r, sink_keys, tail_keys, new_keys) + 32 * i + 8 * t);
+    };
+    auto ask_for_raw = [&](int first) {
+        ask_for_raw_keys(first);
 #pragma unroll
         for (int r = 0; r < 4; r++)
-#pragma unroll
-            for (int i = 0; i < CHANNELS / 8; i++)
-                raw_values[r][i] = *(const uint4*)(place(first + 2 * t + r % 2 + r / 2 * 8, sink_values, tail_values, new_values) + g * CHANNELS + 8 * i);
+            load_words(raw_values[r], place(first + 2 * t + r % 2 + r / 2 * 8, sink_values, tail_values, new_values) + g * CHANNELS);
     };
 
     // -------- a query in the coded domain: q' = gain * unit * R diag(1 / balance) q, sorted, in 15 bits
@@ -678,6 +730,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     };
 
     // -------- sinks and tail, 16 tokens at a time: S = K q^T, O = P V in the model's dtype
+    auto score_raw = [&](float (&s)[4], int first) {  // of token first + g + r / 2 * 8 and row 2 t + r % 2
+        s[0] = s[1] = s[2] = s[3] = 0.f;
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            const uint4 x = raw_query[i];
+            mma_raw(s, raw_keys[0][i].x, raw_keys[1][i].x, raw_keys[0][i].y, raw_keys[1][i].y, x.x, x.y);
+            mma_raw(s, raw_keys[0][i].z, raw_keys[1][i].z, raw_keys[0][i].w, raw_keys[1][i].w, x.z, x.w);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int i = first + g + r / 2 * 8;
+            bool sink = i < sinks;
+            i64 position = sink ? start + i : (i64)packed + i - sinks;
+            bool seen = i < sinks + tail && (sink ? position < packed : position >= start);
+#if MASKED
+            seen = seen && mask[(i64)b * mask_stride + position];
+#endif
+            // Query row n is token n % queries of the newest `queries`.
+            seen = seen && (sink || i - sinks <= tail - queries + (row0 + 2 * t + r % 2) % queries);
+            s[r] = seen ? cap(s[r] * factor, softcap) : NEVER;
+        }
+    };
     bool spilled_rows = false;
     {
         float o[CHANNELS][4], maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
@@ -705,31 +779,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
                 for (int r = 0; r < 4; r++)
                     if (is_fresh(first + 2 * t + r % 2 + r / 2 * 8))
-#pragma unroll
-                        for (int i = 0; i < CHANNELS / 8; i++)
-                            *(uint4*)(kept(first + 2 * t + r % 2 + r / 2 * 8, tail_values) + g * CHANNELS + 8 * i) = raw_values[r][i];
+                        store_words(kept(first + 2 * t + r % 2 + r / 2 * 8, tail_values) + g * CHANNELS, raw_values[r]);
             }
-            float s[4] = {};
-#pragma unroll
-            for (int i = 0; i < BLOCKS; i++) {
-                const uint4 x = raw_query[i];
-                mma_raw(s, raw_keys[0][i].x, raw_keys[1][i].x, raw_keys[0][i].y, raw_keys[1][i].y, x.x, x.y);
-                mma_raw(s, raw_keys[0][i].z, raw_keys[1][i].z, raw_keys[0][i].w, raw_keys[1][i].w, x.z, x.w);
-            }
-            float p[4], fade[2];
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const int i = first + g + r / 2 * 8;
-                bool sink = i < sinks;
-                i64 position = sink ? start + i : (i64)packed + i - sinks;
-                bool seen = i < sinks + tail && (sink ? position < packed : position >= start);
-#if MASKED
-                seen = seen && mask[(i64)b * mask_stride + position];
-#endif
-                // Query row n is token n % queries of the newest `queries`.
-                seen = seen && (sink || i - sinks <= tail - queries + (row0 + 2 * t + r % 2) % queries);
-                s[r] = seen ? cap(s[r] * factor, softcap) : NEVER;
-            }
+            float s[4], p[4], fade[2];
+            score_raw(s, first);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float top = fmaxf(maximum[r], fmaxf(s[r], s[r + 2]));
@@ -750,11 +803,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 o[j][0] = spilled_rows ? o[j][0] * mine : 0.f;
                 o[j][1] = spilled_rows ? o[j][1] * mine : 0.f;
                 o[j][2] = o[j][3] = 0.f;
-                const u32 *x0 = &raw_values[0][j / 8].x, *x1 = &raw_values[1][j / 8].x;
-                const u32 *x2 = &raw_values[2][j / 8].x, *x3 = &raw_values[3][j / 8].x;
-                const int w = j % 8 / 2;
-                mma_raw(o[j], a0, 0, a2, 0, permute(x0[w], x1[w], j % 2 ? 0x7632 : 0x5410),
-                        permute(x2[w], x3[w], j % 2 ? 0x7632 : 0x5410));
+                const int w = j / 2;
+                mma_raw(o[j], a0, 0, a2, 0, permute(raw_values[0][w], raw_values[1][w], j % 2 ? 0x7632 : 0x5410),
+                        permute(raw_values[2][w], raw_values[3][w], j % 2 ? 0x7632 : 0x5410));
             }
             spilled_rows = true;
         }
@@ -777,6 +828,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
     }
 
+    float o[CHANNEL_TILES][NT][2], maximum[NT], sum[NT];
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+        maximum[nt] = NEVER;
+        sum[nt] = 0.f;
+#pragma unroll
+        for (int m = 0; m < CHANNEL_TILES; m++) o[m][nt][0] = o[m][nt][1] = 0.f;
+    }
+#if SPARSE
+    // What the first raw tokens score, sinks above all, is known before the first tile: most tiles are then below it.
+    const float sparse = __int_as_float(sparse_bits);  // log2 of the threshold
+    int unread = 0;
+    {
+        float s[4] = {NEVER, NEVER, NEVER, NEVER};
+        if (sinks + tail) {
+            ask_for_raw_keys(0);
+            score_raw(s, 0);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            s[r] = fmaxf(s[r], s[r + 2]);
+#pragma unroll
+            for (int d = 4; d < 32; d <<= 1) s[r] = fmaxf(s[r], __shfl_xor_sync(~0u, s[r], d));
+        }
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            const float even = __shfl_sync(~0u, s[0], 2 * nt + (t >> 1)), odd = __shfl_sync(~0u, s[1], 2 * nt + (t >> 1));
+            maximum[nt] = t & 1 ? odd : even;
+        }
+    }
+#endif
+
     wait_once(coded_rows);
     __syncwarp();
 
@@ -785,9 +868,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)  // rows 4 nt + g / 2, byte g % 2
 #pragma unroll
-        for (int u = 0; u < UNITS; u += 4) {
-            uint4 x = *(const uint4*)&shared.coded[8 * nt + g][t][u];
-            q[u][nt] = x.x, q[u + 1][nt] = x.y, q[u + 2][nt] = x.z, q[u + 3][nt] = x.w;
+        for (int u = 0; u < UNITS; u += 2) {
+            uint2 x = *(const uint2*)&shared.coded[8 * nt + g][t][u];
+            q[u][nt] = x.x, q[u + 1][nt] = x.y;
         }
     int start_at[KEY_GROUPS][NT][2];  // what accumulators begin with: MAGIC_BITS less the levels' bias
     float unit[NT];
@@ -802,14 +885,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             debias(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
         }
     }
-    float o[CHANNEL_TILES][NT][2], maximum[NT], sum[NT];
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-        maximum[nt] = NEVER;
-        sum[nt] = 0.f;
-#pragma unroll
-        for (int m = 0; m < CHANNEL_TILES; m++) o[m][nt][0] = o[m][nt][1] = 0.f;
-    }
     Levels key_levels[KEY_GROUPS], value_levels;
 #pragma unroll
     for (int group = 0; group < KEY_GROUPS; group++) key_levels[group].read(shared_address(shared.books[group]));
@@ -817,7 +892,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     constexpr int OWN_STEP = ValueRow::index(0, 2, 0);
     const int own_token = (g >> 1) * OWN_TOKENS + (g & 1) * OWN_STEP;
     for (int tile = begin; tile < tiles; tile += stride) {
+#if SPARSE
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+#else
         all_but_newest_arrived();
+#endif
         float base[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) base[nt] = 0.f;
@@ -825,7 +905,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         {  // q . mean: lanes over channels, then the rows' sums folded over the warp at once
             float acc[NR] = {};
 #pragma unroll
-            for (int c = 0; c < D / 64; c++) {
+            for (int c = 0; c < (D + 63) / 64; c++) {
+                if (D % 64 && 64 * c + 2 * lane >= D) break;
                 u32 x;
                 asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(key_room + KEY_CODES + KEY_SCALES + 128 * c + 4 * lane));
                 float low = half_to_float((u16)x), high = half_to_float((u16)(x >> 16));
@@ -850,13 +931,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
 #endif
         float s[8][NT][2];
-        u32 rows = key_room + key_place((g >> 1) * OWN_TOKENS) + (g & 1) * OWN_STEP * KEY_ROW_BYTES;
+        u32 key_rows = key_room + key_place((g >> 1) * OWN_TOKENS) + (g & 1) * OWN_STEP * KEY_ROW_BYTES;
         u32 scales = key_room + KEY_CODES + own_token * KEY_SCALE_BYTES;
         // Loops over units and channels are not unrolled whole: their code would not fit the instruction cache.
 #pragma unroll 1
         for (int turn = 0; turn < 8 / KEY_UNROLL; turn++) {
             float x[KEY_UNROLL][NT][2];
-            unrolled<0, KEY_UNROLL>([&]<int U>() { score<0, U>(x[U], rows, scales, q, start_at, key_levels, t); });
+            unrolled<0, KEY_UNROLL>([&]<int U>() { score<0, U>(x[U], key_rows, scales, q, start_at, key_levels, t); });
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
@@ -868,7 +949,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 }
             constexpr int NEXT = ValueRow::index(KEY_UNROLL, 0, 0);
             static_assert(KEY_UNROLL == 8 || NEXT < OWN_TOKENS, "turns differ by whole rows of the lane's own tokens");
-            rows += NEXT * KEY_ROW_BYTES;
+            key_rows += NEXT * KEY_ROW_BYTES;
             scales += NEXT * KEY_SCALE_BYTES;
         }
         const i64 first = (i64)tile * 128;
@@ -889,12 +970,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         float highest[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
-            highest[nt] = maximum[nt];
+            highest[nt] = SPARSE ? NEVER : maximum[nt];
 #pragma unroll
             for (int u = 0; u < 8; u++) highest[nt] = fmaxf(highest[nt], fmaxf(s[u][nt][0], s[u][nt][1]));
         }
+#if SPARSE
+        bool wanted = false;
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            wanted = wanted || (4 * nt + t < rows && !(highest[nt] < maximum[nt] + sparse));
+            highest[nt] = fmaxf(highest[nt], maximum[nt]);
+        }
+        wanted = __any_sync(~0u, wanted);
+        if (wanted) copy_values(tile);
+#endif
         __syncwarp();  // a copy ahead writes to the slot that was read last
         copy_keys(tile + stride);
+#if SPARSE
+        if (!wanted) {  // no maximum has changed
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int u = 0; u < 8; u++) sum[nt] += exp2_fast(s[u][nt][0] - maximum[nt]) + exp2_fast(s[u][nt][1] - maximum[nt]);
+            unread++;
+            continue;
+        }
+#endif
         float fade[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
@@ -987,8 +1088,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             value_rows += 16 * VALUE_UNROLL * VALUE_ROW_BYTES;
         }
         __syncwarp();
-        copy_values(tile + stride);
+        if (!SPARSE) copy_values(tile + stride);
     }
+#if SPARSE
+    if (lane == 0 && unread) atomicAdd(arrivals + ARRIVALS - 1, unread);
+#endif
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncwarp();  // of the warp's tiles nothing is needed any more
     float* output = (float*)shared.rooms[warp];

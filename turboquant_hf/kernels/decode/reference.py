@@ -91,6 +91,7 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sparse_v_threshold: float = 0.0,
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of the newest Q tokens over everything that is stored, themselves included.
@@ -108,6 +109,9 @@ def decode_attention(
         mask: bool [B, N T + L], False hides a position; on top of `starts`.
         softcap: scores become softcap * tanh(scores / softcap).
         s_aux: [Hq] logits that take probability and carry no value.
+        sparse_v_threshold: a tile's values are left out where all its probabilities, of every row of its head and
+            relative to the largest of their row, are below it. Kernels leave out fewer: they compare with the largest
+            that they have seen by then.
         counts: int32 [2], (tiles in use, length), for buffers of fixed size: the arrays of `keys` and `values` then
             have room for more tiles, `mask` for more positions, and `tail` is a ring in which position p has slot
             p % R. None: everything given is in use.
@@ -149,6 +153,11 @@ def decode_attention(
     probabilities = torch.where(seen, scores.softmax(dim=-1), 0.0).flatten(2, 3)
     split = [packed, sinks.keys.shape[2], length - packed]
     p_packed, p_sinks, p_tail = probabilities[..., : sum(split)].split(split, dim=-1)
+    if sparse_v_threshold:
+        peak = probabilities[..., : sum(split)].amax(dim=-1)
+        by_tile = p_packed.unflatten(-1, (values.codes.shape[2], -1))
+        likely = (by_tile.amax(dim=-1) >= sparse_v_threshold * peak[..., None]).any(dim=2, keepdim=True)
+        p_packed = torch.where(likely[..., None], by_tile, 0.0).flatten(-2)
     out = values.unrotate(p_packed @ values.rotated(channel_major=True))
     if values.mean is not None:
         weight = p_packed.unflatten(-1, (values.codes.shape[2], -1)).sum(-1)

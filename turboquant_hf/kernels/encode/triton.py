@@ -542,6 +542,9 @@ def _arguments(
     m_b, m_h, m_n = (0, 0, 0) if kept is None else kept.stride()[:3]
     (c_b, c_h, c_n), (s_b, s_h, s_n) = out["codes"].stride()[:3], out["scale"].stride()[:3]
     x_b, x_h, x_n, x_t = x.stride()[:4]
+    spec = tile_spec(groups, tile, scale_format, channel_major=channel_major, exact=True)
+    # Twice the warps for wide heads; but for padded groups of them Triton 3.6 then reads past its shared memory.
+    many = block > 128 and all(group.block == group.size for group in spec.groups)
     return {
         "p_x": x, "p_mean": x if kept is None else kept, "p_matrix": matrix, "p_units": units,
         "p_order": x if order is None else order.contiguous(),
@@ -552,13 +555,12 @@ def _arguments(
         "x_b": x_b, "x_h": x_h, "x_n": x_n, "x_t": x_t, "m_b": m_b, "m_h": m_h, "m_n": m_n,
         "c_b": c_b, "c_h": c_h, "c_n": c_n, "s_b": s_b, "s_h": s_h, "s_n": s_n,
         "part_stride": heads * dim * dim, "a_b": a_b, "a_h": a_h, "u_h": u_h, "H": x.shape[1],
-        "SPEC": tile_spec(groups, tile, scale_format, channel_major=channel_major, exact=True),
-        "T": tile, "D": dim, "BLOCK_T": padded_size(tile), "BLOCK_D": block,
+        "SPEC": spec, "T": tile, "D": dim, "BLOCK_T": padded_size(tile), "BLOCK_D": block,
         "BLOCK_K": 32 if path == FULL else min(block, 128), "PATH": path, "PARTS": parts,
         "MEAN": "taken" if center else "none" if mean is None else "given", "ORDER": order is not None,
         "BALANCE": balance is not None, "GAIN": gain is not None, "RULE": scale_rule, "CHANNEL_MAJOR": channel_major,
-        "num_warps": WARPS if block <= 128 else 2 * WARPS, "num_stages": 1,
-        "maxnreg": REGISTERS if block <= 128 else REGISTERS // 2,
+        "num_warps": 2 * WARPS if many else WARPS, "num_stages": 1,
+        "maxnreg": REGISTERS // 2 if many else REGISTERS,
     }  # fmt: skip
 
 

@@ -1,0 +1,163 @@
+"""`turboquant-hf sparse-v`: what it saves not to read the values of unlikely tiles, and what it costs.
+
+Quality and the share of tiles that are left out come from a model that reads the end of a long text token by token;
+the time that a share saves is measured on one layer of Llama-3.1-8B's shape whose keys make so many tiles unlikely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache, TurboQuantLayer
+from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
+from turboquant_hf.evaluation import common, decoding
+from turboquant_hf.evaluation.models import forward, load_model
+from turboquant_hf.kernels import dispatch
+
+THRESHOLDS = (1e-5, 1e-4, 1e-3, 1e-2)
+SHARES = (0.0, 0.5, 0.8, 0.95)
+LAYER = {"batch": 1, "heads": 8, "group": 4, "dim": 128}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model_arguments(parser)
+    common.add_text_arguments(parser)
+    parser.add_argument("--preset", metavar="NAME", default=DEFAULT_PRESET, help="preset name or YAML path")
+    parser.add_argument(
+        "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="of a probability (default: %(default)s)"
+    )
+    parser.add_argument("--context", type=int, default=4096, help="tokens that are read at once (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=128, help="tokens that follow one by one (default: %(default)s)")
+    parser.add_argument(
+        "--layer-tokens", type=int, default=131072, help="tokens of the layer that is timed, 0: none (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print two tables; 0 when done."""
+    if not str(args.device).startswith("cuda"):
+        raise ValueError(f"device={args.device!r} is not supported: only GPU kernels have sparse V; allowed: cuda")
+    if args.steps < 1 or args.context < 1 or not all(0 < threshold < 1 for threshold in args.thresholds):
+        raise ValueError("context, steps, thresholds: allowed are at least 1 token, 1 step, and between 0 and 1")
+    common.check_output(args.output)
+    preset = load_preset(args.preset)
+    model, tokenizer = load_model(
+        args.model, dtype=common.resolve_dtype(args), device=args.device, attn_implementation=ATTENTION_NAME
+    )
+    name, text = common.read_text(args)
+    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.context + args.steps]
+    if tokens.shape[1] < args.context + args.steps or args.context < preset.first_encode:
+        raise ValueError(
+            f"context={args.context} is not supported; allowed: from {preset.first_encode}, with the steps at most "
+            f"{tokens.shape[1]}, the tokens of this text"
+        )
+    results = measure_model(model, tokens.to(args.device), args.context, preset, args.thresholds)
+    print(common.format_table([row.values() for row in results], results[0]))
+    speed = []
+    if args.layer_tokens:
+        speed = measure_layer(preset, args.layer_tokens, min(args.thresholds), torch.device(args.device))
+        print()
+        print(common.format_table([row.values() for row in speed], speed[0]))
+    about = {"tool": "sparse-v", "model": args.model, "text": name, "preset": preset.name, "context": args.context}
+    config = {**vars(args), "output": str(args.output)}
+    common.write_run(args.output, config, {**about, "results": results, "layer": speed})
+    return 0
+
+
+@torch.inference_mode()
+def measure_model(
+    model, tokens: torch.Tensor, context: int, preset: CachePreset, thresholds: Sequence[float]
+) -> list[dict[str, Any]]:
+    """A row a threshold, 0 first, from tokens [1, T] of which the first `context` are read at once.
+
+    `unread` is the share of packed tiles whose values were not read (by KV head); `kl` is from the uncompressed model,
+    in nats a token, and `kl_added` from the same cache with all values read.
+    """
+    prompt, rest = tokens[:, :context], tokens[:, context:]
+    dense = DynamicCache(config=model.config)
+    decoding.prefill(model, prompt, dense, chunk=0)
+    exact = forward(model, rest, dense).logits[0].float().log_softmax(dim=-1)
+    filled = TurboQuantCache(model.config, preset)
+    decoding.prefill(model, prompt, filled, chunk=0)
+    rows, all_read = [], None
+    for threshold in (0.0, *thresholds):
+        cache = copy.deepcopy(filled)
+        for layer in cache.packed_layers:
+            layer.preset = replace(layer.preset, sparse_v_threshold=threshold)
+        found, unread = decode(model, rest, cache)
+        all_read = found if all_read is None else all_read
+        rows.append({"threshold": threshold, "unread": unread} | distances(found, exact, all_read))
+    return rows
+
+
+def decode(model, tokens: torch.Tensor, cache: TurboQuantCache) -> tuple[torch.Tensor, float]:
+    """Log-probabilities [T, V] after each of tokens [1, T], fed one by one, and the share of tiles left unread."""
+    found, tiles = [], 0
+    unread_tiles()
+    for token in tokens.split(1, dim=1):
+        found.append(forward(model, token, cache).logits[0, -1].float().log_softmax(dim=-1))
+        tiles += sum(layer.tiles[0].count * layer.num_heads for layer in cache.packed_layers)
+    return torch.stack(found), unread_tiles() / tiles
+
+
+def unread_tiles() -> int:
+    """Tiles whose values the CUDA C++ kernels left unread since this was asked last."""
+    module, reason = dispatch._cuda_module()
+    if module is None:
+        raise ValueError(f"tiles left unread are counted by the CUDA C++ kernels alone, which are not there: {reason}")
+    return module.unread_tiles()
+
+
+def distances(found: torch.Tensor, exact: torch.Tensor, all_read: torch.Tensor) -> dict[str, float]:
+    """KL of log-probabilities [T, V] from two others, and how often the likeliest token is that of `exact`."""
+
+    def divergence(reference: torch.Tensor) -> float:
+        return (reference.exp() * (reference - found)).sum(dim=-1).double().mean().item()
+
+    same = (found.argmax(dim=-1) == exact.argmax(dim=-1)).double().mean().item()
+    return {"kl": divergence(exact), "kl_added": divergence(all_read), "top1": same}
+
+
+@torch.no_grad()
+def measure_layer(preset: CachePreset, tokens: int, threshold: float, device: torch.device) -> list[dict[str, Any]]:
+    """Microseconds of decode attention: all values read, then by share of unlikely tiles; each beside its error."""
+    from turboquant_hf.evaluation.benchmark.data import Source, packed_layer, tile_nbytes
+    from turboquant_hf.evaluation.benchmark.kernels import Inputs
+    from turboquant_hf.evaluation.benchmark.timing import measure, relative_error, rotation_count
+
+    workspace = dispatch.decode_workspace(LAYER["batch"] * LAYER["heads"], LAYER["group"], LAYER["dim"], device)
+    source = Source(**LAYER, dtype=torch.bfloat16, device=device)
+    layer, query = packed_layer(preset, source, tokens), source.queries(1)
+    rows = []
+    for sparse, share in ((0.0, 0.0), *((threshold, share) for share in SHARES)):
+        made = copy.deepcopy(layer)
+        make_unlikely(made, query, share)
+        copies = [made, *(copy.deepcopy(made) for _ in range(1, rotation_count(tile_nbytes(made), device)))]
+        inputs = [replace(Inputs.of_layer(one, query), sparse_v_threshold=sparse) for one in copies]
+        unread_tiles()
+        error = relative_error(inputs[0].attend(), inputs[0].exact())
+        unread = unread_tiles() / (made.tiles[0].count * made.num_heads)
+        timing = measure([replace(one, workspace=workspace).attend for one in inputs], device)
+        rows.append({"threshold": sparse, "unread": unread, "us": timing.us, "error": error})
+    for row in rows:
+        row["times faster"] = rows[0]["us"] / row["us"]
+    return rows
+
+
+def make_unlikely(layer: TurboQuantLayer, query: torch.Tensor, share: float) -> None:
+    """Move a random share of the tiles of every head where none of its queries [1, Hq, 1, D] finds them likely."""
+    means = layer.tiles[0].arrays["mean"]
+    rows = query.float().unflatten(1, (layer.num_heads, -1)).squeeze(3)
+    # The shortest vector whose products with all rows of a head are 1.
+    direction = torch.linalg.pinv(rows) @ torch.ones(rows.shape[-2], 1, device=query.device)
+    scores = 100 * query.shape[-1] ** 0.5
+    count = layer.tiles[0].count
+    chosen = torch.rand(*means.shape[:2], count, 1, device=query.device).argsort(dim=2).argsort(dim=2) < share * count
+    means[:, :, :count] -= (scores * direction.mT * chosen).to(means.dtype)
