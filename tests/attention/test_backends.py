@@ -69,7 +69,7 @@ def test_decode_of_every_preset(name, dim, backend, monkeypatch):
         pytest.skip(reason)
     monkeypatch.setenv(dispatch.VARIABLE, backend)
     preset = load_preset(name, min_statistics=0)
-    if backend == "cuda" and name == "k2v2":
+    if backend == "cuda" and name == "k2v2" and dim == 64:
         with pytest.raises(RuntimeError, match="does not support this call: key groups too narrow"):
             run(preset, dim, SHAPES["one-tile"], torch.bfloat16)
         return
@@ -82,9 +82,9 @@ def test_decode_of_every_preset(name, dim, backend, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [20, 80, 96])
+@pytest.mark.parametrize(("dim", "backend"), [(20, "triton"), (80, "triton"), (96, "triton"), (96, "cuda")])
 @torch.inference_mode()
-def test_odd_head_dims(dim, monkeypatch):
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+def test_odd_head_dims(dim, backend, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, backend)
     got, expected = run(load_preset("k4v4", min_statistics=0), dim, SHAPES["padded"], torch.float16)
     assert (got.float() - expected).norm() / expected.norm() < 0.02

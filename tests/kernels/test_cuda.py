@@ -15,7 +15,7 @@ import torch
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import load_preset, preset_names
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
-from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda
+from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda, launch
 from turboquant_hf.kernels.decode.reference import decode_attention
 from turboquant_hf.primitives import grid, rotation_matrix
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
@@ -332,11 +332,11 @@ def test_launches_are_what_the_driver_reads(monkeypatch):
             return 700 if options.stream == 9 else 0
 
     monkeypatch.setattr(torch.cuda._utils, "_get_gpu_runtime_library", Driver)
-    assert ctypes.sizeof(cuda._LaunchAttribute) == 8 + 64 and ctypes.sizeof(cuda._LaunchOptions) == 56
+    assert ctypes.sizeof(launch.LaunchAttribute) == 8 + 64 and ctypes.sizeof(launch.LaunchOptions) == 56
     kernel = SimpleNamespace(func=None)
-    launcher = cuda._Launcher(kernel, 256, 1000, True)
+    launcher = launch.Launcher(kernel, 256, 1000, True)
     first, second = launcher.options(), launcher.options()
-    arguments = cuda.Arguments([1, 2], (3,))
+    arguments = launch.Arguments([1, 2], (3,))
     launcher((3, 2, 1), arguments, 7, first)
     launcher((4, 2, 1), arguments, 8, second)
     assert seen == [(3, 2, 1, 256, 1, 1, 1000, 7, 1), (4, 2, 1, 256, 1, 1, 1000, 8, 1)]

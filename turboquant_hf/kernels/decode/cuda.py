@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 import struct
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup
+from turboquant_hf.kernels.decode.launch import Arguments, Launcher
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.primitives import Codebook, packed_size
 
@@ -353,7 +353,8 @@ def unread_tiles() -> int:
     total = 0
     for workspace in _WORKSPACES.values():
         total += int(workspace[ARRIVALS - 1])
-        workspace[ARRIVALS - 1] = 0
+        with torch.inference_mode():  # in which it may have been made
+            workspace[ARRIVALS - 1] = 0
     return total
 
 
@@ -374,62 +375,6 @@ def _splits(blocks: int, tiles: int, warps: int, processors: int) -> int:
 
     most = max(1, min(MAX_SPLITS, 4 * processors // blocks, tiles))
     return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
-
-
-class Arguments:
-    """A kernel's argument block: pointers, then integers. The driver copies it before a launch returns."""
-
-    def __init__(self, pointers: list[int], integers: tuple[int, ...]) -> None:
-        self.pointers = (ctypes.c_uint64 * len(pointers))(*pointers)
-        self.integers = (ctypes.c_int * len(integers))(*integers)
-        addresses = [ctypes.addressof(self.pointers) + 8 * i for i in range(len(pointers))]
-        addresses += [ctypes.addressof(self.integers) + 4 * i for i in range(len(integers))]
-        self.block = (ctypes.c_void_p * len(addresses))(*addresses)
-
-
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_...
-
-
-class _LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute of cuda.h: a number, and a union of 64 bytes of which an int is used."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
-
-
-class _LaunchOptions(ctypes.Structure):
-    """CUlaunchConfig of cuda.h."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_LaunchAttribute)),
-        ("count", ctypes.c_uint),
-    )
-
-
-class _Launcher:
-    """Launches one compiled kernel. overlaps: it waits by itself for the kernel before it, and may begin earlier."""
-
-    def __init__(self, kernel, threads: int, shared: int, overlaps: bool) -> None:
-        self._kernel, self._threads, self._shared = kernel, threads, shared
-        self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernelEx
-        self._attributes = ctypes.pointer(_LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1))
-        self._count = int(overlaps)
-
-    def options(self) -> _LaunchOptions:
-        """For the launches of one caller; threads must not share them."""
-        return _LaunchOptions(
-            block=(self._threads, 1, 1), shared=self._shared, attributes=self._attributes, count=self._count
-        )
-
-    def __call__(self, grid: tuple[int, int, int], arguments: Arguments, stream: int, options: _LaunchOptions) -> None:
-        options.grid[0], options.grid[1], options.grid[2] = grid
-        options.stream = stream
-        status = self._launch(ctypes.byref(options), self._kernel.func, arguments.block, None)
-        if status:
-            raise RuntimeError(f"cuLaunchKernelEx failed with error {status} (grid {grid}, {self._threads} threads)")
 
 
 @lru_cache(maxsize=16)
@@ -596,7 +541,7 @@ def _failure(shape: Shape, device: torch.device) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _kernel(shape: Shape, device: torch.device) -> tuple[_Launcher, int]:
+def _kernel(shape: Shape, device: torch.device) -> tuple[Launcher, int]:
     warps = _plan(shape, device)
     text = source(shape, warps)
     with torch.cuda.device(device):
@@ -605,4 +550,4 @@ def _kernel(shape: Shape, device: torch.device) -> tuple[_Launcher, int]:
         if shared > 48 * 1024:
             kernel.set_shared_memory_config(shared)
         overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
-    return _Launcher(kernel, warps * 32, shared, overlaps), warps
+    return Launcher(kernel, warps * 32, shared, overlaps), warps
