@@ -39,7 +39,8 @@ class CachePreset:
             wait there until their tile is full.
         min_statistics: tokens seen before the first encode, for quantizers that measure their input.
         boundary_layers: how many KV layers at each end keep their values at 8 bits.
-        sparse_v_threshold: a tile whose largest attention probability is below it is not read for values; 0 is off.
+        sparse_v_threshold: a GPU's kernels do not read the values of a tile whose attention probabilities, relative to
+            the largest seen of their row, are all below it; 0 is off.
         encode_first: encode new tokens before they are attended to instead of after, and read those that fill no tile
             yet through a trial encode. Nothing outside the recent window is then read raw, not even the answer's own
             tokens: slower and worse, for measuring the quantizers alone.

@@ -22,7 +22,7 @@ def calls(monkeypatch):
             monkeypatch.setattr(packed, "backend", lambda device=None: "triton")
             monkeypatch.setattr(packed, "decode_attention", count)
 
-    def count(query, keys, *rest, sparse_v_threshold=0.0, **options):
+    def count(query, keys, *rest, **options):
         seen.append((query.shape[2], keys.codes.shape[2], options["mask"] is not None))
         return reference.decode_attention(query, keys, *rest, **options)
 

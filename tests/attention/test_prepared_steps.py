@@ -74,11 +74,18 @@ def ids():
     return torch.randint(3, 199, (2, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
 
 
+def read_fewer_values(cache, number):
+    if number == 20:
+        for layer in cache.layers:
+            layer.preset = replace(layer.preset, sparse_v_threshold=0.9)
+
+
 CHANGES = {
     "none": lambda cache, number: None,
     "crop": lambda cache, number: cache.crop(-1) if number in (11, 12, 35) else None,
     "crop-into-tiles": lambda cache, number: cache.crop(40) if number == 30 else None,
     "reorder": lambda cache, number: cache.reorder_cache(torch.tensor([1, 0])) if number == 20 else None,
+    "sparse-v": read_fewer_values,
 }
 
 

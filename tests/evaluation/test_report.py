@@ -74,6 +74,15 @@ def test_report_shows_what_a_benchmark_measured_level_by_level(runs):
     assert "no GPU \\| here" in text
 
 
+def test_report_shows_thresholds_of_sparse_v_and_the_timed_layer(tmp_path):
+    rows = [{"threshold": 0.001, "unread": 0.37, "kl": 0.003, "kl_added": 0.002, "top1": 0.95}]
+    layer = [{"threshold": 1e-05, "unread": 0.5, "us": 48.1, "error": 0.0016, "times faster": 1.17}]
+    write(tmp_path / "run", {"tool": "sparse-v", "preset": "k4v4", "results": rows, "layer": layer})
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 0.001 | 0.37 |" in text and "| 0.5 | 48.1 |" in text
+
+
 def test_report_computes_the_memory_of_shipped_presets(tmp_path):
     row = {"preset": "k4v4", "kl": 0.01, "key_bits": 4.4, "value_bits": 4.1, "compression_ratio": 3.7}
     write(tmp_path / "run", {"results": [{**row, "perplexity": 9.0, "top1": 0.9}, {**row, "preset": "other"}]})

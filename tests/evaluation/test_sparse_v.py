@@ -26,7 +26,7 @@ def test_distances():
 def test_a_model_reads_on_from_the_same_cache_for_every_threshold(tiny_folder, monkeypatch):
     """On a CPU all values are read: thresholds change nothing, and the count of tiles is the denominator."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="turboquant")
-    monkeypatch.setattr(sparse_v, "unread_tiles", lambda: 12)
+    monkeypatch.setattr(sparse_v.dispatch, "unread_tiles", lambda: 12)
     tokens = torch.randint(0, 256, (1, 600 + 5), generator=torch.Generator().manual_seed(0))
     rows = sparse_v.measure_model(model, tokens, 600, load_preset("k4v4"), [1e-3, 1e-2])
     assert [row["threshold"] for row in rows] == [0.0, 1e-3, 1e-2]

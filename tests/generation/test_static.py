@@ -198,7 +198,10 @@ def test_one_graph_serves_every_step(compiler, kind, backend, preset):
         compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
         for _ in range(2):
             result = teacher_forced(model, compiled, tokens, cache(), steps)
-            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+            # Sums in another order may tip a code over its threshold: few logits then move, and little.
+            apart = ~torch.isclose(result, expected, rtol=1e-4, atol=1e-4)
+            assert apart.float().mean() <= (0.01 if backend == "inductor" else 0.0)
+            torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
     assert not counters["graph_break"]
     if kind == "llama":
         assert counters["stats"]["unique_graphs"] == 1

@@ -196,7 +196,7 @@ def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
 def test_sparse_v_changes_little(rows):
-    """Unlikely tiles among random ones: what is left out is below the threshold, and at 1e-30 nothing is."""
+    """Unlikely tiles among random ones: leaving them out does not show, at 1e-30 least of all."""
     given = arguments("k5/3", 4, 128, rows, torch.float16, tiles=70)
     given[0][:] = given[0][:, :: rows[0]].repeat_interleave(rows[0], dim=1)
     given[1].mean.mul_(20)
@@ -246,10 +246,10 @@ def test_words_are_read_at_multiples_of_four(widths, dim, served):
     assert cuda._in_words(groups) == served
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("name", preset_names())
-def test_any_preset_is_served_or_has_a_reason(name, dim):
-    """What a CUDA device would be asked: here the device is the reason, and nothing raises."""
+def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
+    """Here the device is the reason; a query that says it is elsewhere shows what a CUDA device would serve."""
     preset = load_preset(name, min_statistics=0, boundary_layers=0)
     if not isinstance(preset.keys, RotatedQuantizer) or not isinstance(preset.values, RotatedQuantizer):
         pytest.skip("not for the packed kernels")
@@ -259,12 +259,13 @@ def test_any_preset_is_served_or_has_a_reason(name, dim):
     sides = layer.packed_sides()
     query, tail = torch.randn(1, 4, 1, dim), RawTokens(*layer.tail.view())
     assert cuda.supports(query, *sides, tail) == "the query is not on a CUDA device"
-    served = {64: "k4v4 k4v3 k4v2 k3v3 k3v2 k8v4", 80: "", 96: "k4v4 k4v3 k4v2 k8v4"}
-    served[128] = served[64] + " k2v2"
-    if name in served[dim].split():
-        groups = sides[0].groups
-        assert all(cuda._row_fits(group.size, group) for group in groups) and cuda._in_words(groups)
-        assert all(group.size % (dim // 32) == 0 for group in groups)
+    served = {16: "", 64: "k4v4 k4v3 k4v2 k3v3 k3v2 k8v4", 80: "", 96: "k4v4 k4v3 k4v2 k8v4"}
+    served[128] = served[256] = served[64] + " k2v2"
+    monkeypatch.setattr(cuda, "_shape", lambda *given: None)
+    monkeypatch.setattr(cuda, "_failure", lambda shape, device: None)
+    elsewhere = SimpleNamespace(shape=query.shape, dtype=torch.float16, is_cuda=True, device=None)
+    half = RawTokens(tail.keys.half(), tail.values.half())
+    assert (cuda.supports(elsewhere, *sides, half) is None) == (name in served[dim].split())
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])

@@ -25,9 +25,12 @@ def test_importing_the_package_does_not_import_triton():
 def test_a_cpu_takes_plain_torch(monkeypatch):
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     assert dispatch.backend("cpu") == "torch"
-    arguments = attention_inputs(heads=1, tiles=1)
-    out = dispatch.decode_attention(*arguments, scaling=0.125, sparse_v_threshold=0.01)
-    torch.testing.assert_close(out, reference.decode_attention(*arguments, scaling=0.125))
+    arguments = attention_inputs(heads=1)
+    for threshold in (0.0, 0.99):
+        options = {"scaling": 0.125, "sparse_v_threshold": threshold}
+        out = dispatch.decode_attention(*arguments, **options)
+        torch.testing.assert_close(out, reference.decode_attention(*arguments, **options))
+    assert not torch.allclose(out, reference.decode_attention(*arguments, scaling=0.125))
 
 
 def test_an_unknown_backend_is_named(monkeypatch):

@@ -23,6 +23,7 @@ class PreparedStep:
         self._shape, self._dtype, self._device = query.shape, query.dtype, query.device
         self._tokens = tuple(torch.Size((*x.shape[:2], 1, x.shape[3])) for x in layer.tail.arrays)
         self._scaling, self._softcap, self._s_aux = options["scaling"], options["softcap"], options["s_aux"]
+        self._sparse = layer.preset.sparse_v_threshold
         self._backend = os.environ.get(VARIABLE)
 
     @classmethod
@@ -59,6 +60,7 @@ class PreparedStep:
             and options["s_aux"] is self._s_aux
             and options["scaling"] == self._scaling
             and options["softcap"] == self._softcap
+            and layer.preset.sparse_v_threshold == self._sparse
             and all(map(is_, self._held, _held(layer)))
             and os.environ.get(VARIABLE) == self._backend
         )

@@ -202,13 +202,13 @@ def _section(folder: Path, metrics: Mapping[str, Any]) -> Section:
         section.tables += report_parts.speed_tables(results)
     elif results and "task" in results[0]:
         section.tables.append(report_parts.task_table(results))
-    elif results and "kl" in results[0]:
+    elif results and "kl" in results[0] and kind != "sparse-v":
         keys = [key for key in FIDELITY if key in results[0]]
         section.tables.append(Table([FIDELITY[k] for k in keys], [[row.get(k) for k in keys] for row in results]))
     elif results:
         section.tables.append(report_parts.plain_table(results))
-    if pruned := metrics.get("pruned"):
-        section.tables.append(report_parts.plain_table(pruned))
+    for more in filter(None, (metrics.get("pruned"), metrics.get("layer"))):
+        section.tables.append(report_parts.plain_table(more))
     if kind != "needle":
         section.pictures += [(path.stem, path.read_bytes()) for path in sorted(folder.glob("*.png"))]
     if section.tables or section.pictures or findings:

@@ -18,12 +18,17 @@ from transformers import DynamicCache
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache, TurboQuantLayer
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 from turboquant_hf.evaluation import common, decoding
+from turboquant_hf.evaluation.benchmark.data import Source, packed_layer, tile_nbytes
+from turboquant_hf.evaluation.benchmark.kernels import Inputs, using_backend
+from turboquant_hf.evaluation.benchmark.timing import measure, relative_error, rotation_count
 from turboquant_hf.evaluation.models import forward, load_model
 from turboquant_hf.kernels import dispatch
 
 THRESHOLDS = (1e-5, 1e-4, 1e-3, 1e-2)
 SHARES = (0.0, 0.5, 0.8, 0.95)
 LAYER = {"batch": 1, "heads": 8, "group": 4, "dim": 128}
+COUNTED_ROWS = 8
+"""Query heads of a KV head that a kernel serves at once, and counts a tile for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print two tables; 0 when done."""
     if not str(args.device).startswith("cuda"):
-        raise ValueError(f"device={args.device!r} is not supported: only GPU kernels have sparse V; allowed: cuda")
-    if args.steps < 1 or args.context < 1 or not all(0 < threshold < 1 for threshold in args.thresholds):
-        raise ValueError("context, steps, thresholds: allowed are at least 1 token, 1 step, and between 0 and 1")
+        raise ValueError(f"device={args.device!r} is not supported: models use sparse V on a GPU alone; allowed: cuda")
+    if args.steps < 1:
+        raise ValueError(f"steps={args.steps} is not supported; allowed: at least 1")
+    if not all(0 < threshold < 1 for threshold in args.thresholds):
+        raise ValueError(f"thresholds={args.thresholds} are not supported; allowed: between 0 and 1")
     common.check_output(args.output)
     preset = load_preset(args.preset)
     model, tokenizer = load_model(
@@ -58,16 +65,21 @@ def run(args: argparse.Namespace) -> int:
             f"context={args.context} is not supported; allowed: from {preset.first_encode}, with the steps at most "
             f"{tokens.shape[1]}, the tokens of this text"
         )
-    results = measure_model(model, tokens.to(args.device), args.context, preset, args.thresholds)
-    print(common.format_table([row.values() for row in results], results[0]))
-    speed = []
-    if args.layer_tokens:
-        speed = measure_layer(preset, args.layer_tokens, min(args.thresholds), torch.device(args.device))
-        print()
-        print(common.format_table([row.values() for row in speed], speed[0]))
+    layer: list[dict[str, Any]] = []
+    try:
+        with using_backend("cuda"):
+            if args.layer_tokens:
+                layer = measure_layer(preset, args.layer_tokens, min(args.thresholds), torch.device(args.device))
+            results = measure_model(model, tokens.to(args.device), args.context, preset, args.thresholds)
+    except RuntimeError as error:
+        if dispatch.VARIABLE not in str(error):
+            raise
+        raise ValueError(f"preset={preset.name!r}: tiles are counted by the CUDA C++ kernels ({error})") from None
+    for rows in filter(None, (results, layer)):
+        print(common.format_table([row.values() for row in rows], rows[0]), end="\n\n")
     about = {"tool": "sparse-v", "model": args.model, "text": name, "preset": preset.name, "context": args.context}
     config = {**vars(args), "output": str(args.output)}
-    common.write_run(args.output, config, {**about, "results": results, "layer": speed})
+    common.write_run(args.output, config, {**about, "results": results, "layer": layer})
     return 0
 
 
@@ -100,19 +112,14 @@ def measure_model(
 def decode(model, tokens: torch.Tensor, cache: TurboQuantCache) -> tuple[torch.Tensor, float]:
     """Log-probabilities [T, V] after each of tokens [1, T], fed one by one, and the share of tiles left unread."""
     found, tiles = [], 0
-    unread_tiles()
+    query_heads = model.config.get_text_config().num_attention_heads
+    dispatch.unread_tiles()
     for token in tokens.split(1, dim=1):
         found.append(forward(model, token, cache).logits[0, -1].float().log_softmax(dim=-1))
-        tiles += sum(layer.tiles[0].count * layer.num_heads for layer in cache.packed_layers)
-    return torch.stack(found), unread_tiles() / tiles
-
-
-def unread_tiles() -> int:
-    """Tiles whose values the CUDA C++ kernels left unread since this was asked last."""
-    module, reason = dispatch._cuda_module()
-    if module is None:
-        raise ValueError(f"tiles left unread are counted by the CUDA C++ kernels alone, which are not there: {reason}")
-    return module.unread_tiles()
+        for layer in cache.packed_layers:
+            times = -(-query_heads // layer.num_heads // COUNTED_ROWS)  # rounded up
+            tiles += layer.tiles[0].count * layer.num_heads * times
+    return torch.stack(found), dispatch.unread_tiles() / tiles
 
 
 def distances(found: torch.Tensor, exact: torch.Tensor, all_read: torch.Tensor) -> dict[str, float]:
@@ -128,10 +135,6 @@ def distances(found: torch.Tensor, exact: torch.Tensor, all_read: torch.Tensor) 
 @torch.no_grad()
 def measure_layer(preset: CachePreset, tokens: int, threshold: float, device: torch.device) -> list[dict[str, Any]]:
     """Microseconds of decode attention: all values read, then by share of unlikely tiles; each beside its error."""
-    from turboquant_hf.evaluation.benchmark.data import Source, packed_layer, tile_nbytes
-    from turboquant_hf.evaluation.benchmark.kernels import Inputs
-    from turboquant_hf.evaluation.benchmark.timing import measure, relative_error, rotation_count
-
     workspace = dispatch.decode_workspace(LAYER["batch"] * LAYER["heads"], LAYER["group"], LAYER["dim"], device)
     source = Source(**LAYER, dtype=torch.bfloat16, device=device)
     layer, query = packed_layer(preset, source, tokens), source.queries(1)
@@ -141,9 +144,9 @@ def measure_layer(preset: CachePreset, tokens: int, threshold: float, device: to
         make_unlikely(made, query, share)
         copies = [made, *(copy.deepcopy(made) for _ in range(1, rotation_count(tile_nbytes(made), device)))]
         inputs = [replace(Inputs.of_layer(one, query), sparse_v_threshold=sparse) for one in copies]
-        unread_tiles()
+        dispatch.unread_tiles()
         error = relative_error(inputs[0].attend(), inputs[0].exact())
-        unread = unread_tiles() / (made.tiles[0].count * made.num_heads)
+        unread = dispatch.unread_tiles() / (made.tiles[0].count * made.num_heads)
         timing = measure([replace(one, workspace=workspace).attend for one in inputs], device)
         rows.append({"threshold": sparse, "unread": unread, "us": timing.us, "error": error})
     for row in rows:
@@ -152,12 +155,19 @@ def measure_layer(preset: CachePreset, tokens: int, threshold: float, device: to
 
 
 def make_unlikely(layer: TurboQuantLayer, query: torch.Tensor, share: float) -> None:
-    """Move a random share of the tiles of every head where none of its queries [1, Hq, 1, D] finds them likely."""
+    """Move a random share of the tiles of every head where none of its queries [1, Hq, 1, D] finds them likely.
+
+    Raises: ValueError for keys that are not stored around a mean of their tile.
+    """
+    if "mean" not in layer.tiles[0].arrays:
+        raise ValueError(f"preset={layer.preset.name!r} stores no means to move; allowed: --layer-tokens 0")
     means = layer.tiles[0].arrays["mean"]
+    generator = torch.Generator(query.device).manual_seed(0)
     rows = query.float().unflatten(1, (layer.num_heads, -1)).squeeze(3)
     # The shortest vector whose products with all rows of a head are 1.
     direction = torch.linalg.pinv(rows) @ torch.ones(rows.shape[-2], 1, device=query.device)
     scores = 100 * query.shape[-1] ** 0.5
     count = layer.tiles[0].count
-    chosen = torch.rand(*means.shape[:2], count, 1, device=query.device).argsort(dim=2).argsort(dim=2) < share * count
+    lots = torch.rand(*means.shape[:2], count, 1, generator=generator, device=query.device)
+    chosen = lots.argsort(dim=2).argsort(dim=2) < share * count
     means[:, :, :count] -= (scores * direction.mT * chosen).to(means.dtype)

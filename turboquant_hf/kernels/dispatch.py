@@ -175,6 +175,17 @@ def decode_workspace(batch_heads: int, rows: int, dim: int, device: torch.device
     return torch.zeros(words, dtype=torch.int32, device=device)
 
 
+def unread_tiles() -> int:
+    """Tiles whose values sparse V left unread since this was asked last: of the CUDA C++ kernels, which alone count.
+
+    A tile counts for each KV head and each eight of its query rows. Raises: RuntimeError where there are none.
+    """
+    module, reason = _cuda_module()
+    if module is None:
+        raise RuntimeError(f"only CUDA C++ kernels count tiles left unread: {reason}")
+    return module.unread_tiles()
+
+
 def append_tokens(
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -33,8 +33,8 @@ VALUE_UNROLL = {64: 4, 96: 3, 128: 4, 256: 4}
 """Units of 16 channels, by head dim."""
 ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 191.5, 5: 191.5, 8: 127.5}
 """What a level's byte is, less (its step + 1/2), by the width of its code."""
-WIDEST_STEP = 62
-"""Of the levels that decode.cu looks up in seven bits: -63 to 62."""
+ONE_BIT_STEP = 62
+"""That of the upper of two levels: about as large as the largest steps of other widths."""
 
 
 def available() -> str | None:
@@ -73,8 +73,11 @@ def supports(
         (query.shape[2] <= tail.keys.shape[2], "new tokens outside the tail"),
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
-        (all(_row_fits(group.size, group) for group in keys.groups), "key groups too narrow, or levels off a grid"),
-        (all(group.size % (dim // 32) == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
+        (
+            all(_row_fits(group.size, group) for group in keys.groups),
+            "key groups of broken units, or levels off a grid",
+        ),
+        (all(group.size * 32 % dim == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
         (_in_words(keys.groups), "key groups that do not begin at whole words"),
         (_row_fits(TILE, values.groups[0]) and values.groups[0].bits > 1, "value levels off a grid, or of 1 bit"),
         (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
@@ -87,7 +90,7 @@ def _row_fits(size: int, group: CodeGroup) -> bool:
     if size % 16 or group.bits not in BITS or not group.codebook.unit:
         return False
     steps = group.codebook.steps
-    fits = max(steps) < (128 if group.bits == 8 else WIDEST_STEP + 2) and steps[0] == -steps[-1] - 1
+    fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
     return fits and size * _main_width(group.bits) % 32 == 0
 
 
@@ -155,8 +158,8 @@ def _unit_and_steps(codebook: Codebook) -> tuple[float, tuple[int, ...]]:
     """
     if codebook.bits != 1:
         return codebook.unit, codebook.steps
-    width = 2 * WIDEST_STEP + 1
-    return codebook.unit / width, (-WIDEST_STEP - 1, WIDEST_STEP)
+    width = 2 * ONE_BIT_STEP + 1
+    return codebook.unit / width, (-ONE_BIT_STEP - 1, ONE_BIT_STEP)
 
 
 def _shape(query, keys, values, masked=False, softcap=None, sparse_v_threshold=0.0) -> Shape:
@@ -348,10 +351,11 @@ _WORKSPACES: dict[tuple, torch.Tensor] = {}
 def unread_tiles() -> int:
     """Tiles, by KV head and chunk of query rows, whose values sparse V did not read since this was asked last.
 
-    Calls with a workspace of their own are not counted.
+    Waits for the devices. Calls with a workspace of their own are not counted.
     """
     total = 0
     for workspace in _WORKSPACES.values():
+        torch.cuda.synchronize(workspace.device)
         total += int(workspace[ARRIVALS - 1])
         with torch.inference_mode():  # in which it may have been made
             workspace[ARRIVALS - 1] = 0
@@ -361,7 +365,10 @@ def unread_tiles() -> int:
 def _workspace(words: int, device: torch.device, stream: int) -> torch.Tensor:
     kept = _WORKSPACES.get((device, stream))
     if kept is None or kept.numel() < words:
-        kept = _WORKSPACES[device, stream] = _cleared(words, device)
+        larger = _WORKSPACES[device, stream] = _cleared(words, device)
+        if kept is not None:
+            larger[ARRIVALS - 1] = kept[ARRIVALS - 1]
+        return larger
     return kept
 
 
@@ -408,7 +415,7 @@ def _float_bits(x: float) -> int:
 def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
     """The 16 bytes that decode.cu looks levels up in: byte = step + 1/2 + ROW_CENTRE.
 
-    2 and 3 bits: all levels; 4 bits: all levels, with the top bit set; 5 bits: those of the positive half.
+    1 to 3 bits: all levels; 4 bits: all levels, with the top bit set; 5 bits: those of the positive half.
     """
     if bits == 8:
         return [0] * 16
