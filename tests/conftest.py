@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-with suppress(ModuleNotFoundError):  # modules that need hypothesis skip themselves without it
-    from hypothesis import HealthCheck, settings
-
-    settings.register_profile(
-        "ci",
-        deadline=None,
-        derandomize=True,
-        max_examples=40,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
-    settings.load_profile("ci")
+settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items):

@@ -6,13 +6,12 @@ from dataclasses import asdict
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from turboquant_hf import CachePreset, load_preset, preset_names
 from turboquant_hf.config import BOUNDARY_VALUES
 from turboquant_hf.quantizers import QUANTIZERS
-
-hypothesis = pytest.importorskip("hypothesis")
-given, st = hypothesis.given, hypothesis.strategies
 
 BAD = [
     ({"recent": 3}, ("recent", "3", "recent_window")),

@@ -7,24 +7,21 @@ import json
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.cache.tagged import Lossless, Tagged
 from turboquant_hf.cache import TurboQuantLayer, serialization
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.config import CachePreset
 
-hypothesis = pytest.importorskip("hypothesis")
-stateful = pytest.importorskip("hypothesis.stateful")
-settings, st = hypothesis.settings, hypothesis.strategies
-initialize, rule = stateful.initialize, stateful.rule
-invariant, precondition = stateful.invariant, stateful.precondition
-
 HEADS = 2
 MAX_BATCH = 6
 LENGTHS = st.sampled_from([0, 1, 1, 1, 2, 7, 8, 9, 16, 25, 64, 130])
 
 
-class LayerMachine(stateful.RuleBasedStateMachine):
+class LayerMachine(RuleBasedStateMachine):
     """`keys` and `values` are the model: dense [B, H, T, D]; `starts` is where each sequence's real tokens begin."""
 
     @initialize(

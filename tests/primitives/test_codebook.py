@@ -5,11 +5,10 @@ import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from turboquant_hf.primitives import Codebook, distortion, grid, lloyd_max, nf4, polynomial, uniform
-
-hypothesis = pytest.importorskip("hypothesis")
-given, st = hypothesis.given, hypothesis.strategies
 
 # Relative squared error on the unit sphere by bits 1..5, from independent integration and simulation.
 THEORY = {

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from turboquant_hf.primitives import pack, packed_size, planes, unpack
-
-hypothesis = pytest.importorskip("hypothesis")
-given, st = hypothesis.given, hypothesis.strategies
 
 PLANES = {
     1: ((1, 0),),

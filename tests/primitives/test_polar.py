@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from turboquant_hf.primitives import CircularCodebook, from_polar, polar_codebook, to_polar
-
-hypothesis = pytest.importorskip("hypothesis")
-given, st = hypothesis.given, hypothesis.strategies
 
 TURN = 2 * math.pi
 

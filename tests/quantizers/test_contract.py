@@ -8,14 +8,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from turboquant_hf.config import load_preset, quantizer_from
 from turboquant_hf.primitives import hadamard_matrix
 from turboquant_hf.quantizers import QUANTIZERS
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
-
-hypothesis = pytest.importorskip("hypothesis")
-given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 TILE = 32
 HEAD_DIMS = (64, 80, 128, 65)
