@@ -121,7 +121,7 @@ def measure_window(
         for cache, total in zip(caches, sums, strict=True):
             logits = _log_probabilities(model, piece, cache, len(targets))
             total["nll"] += _nll(logits, targets)
-            total["kl"] += (reference.exp() * (reference - logits)).sum(dim=1).double().sum().item()
+            total["kl"] += divergences(reference, logits).double().sum().item()
             total["top1"] += (logits.argmax(dim=1) == reference.argmax(dim=1)).sum().item()
     for cache, total in zip(caches, sums, strict=True):
         total["key_bits"], total["value_bits"] = common.average_bits(cache)
@@ -216,6 +216,11 @@ def table(results: Sequence[dict[str, Any]], baseline: float | None = None) -> s
     """One line a preset, below that of the uncompressed model where its perplexity is given."""
     rows = [] if baseline is None else [["(16 bit)", baseline, 0.0, 1.0, 16.0, 16.0, 1.0]]
     return common.format_table([*rows, *([row[c] for c in COLUMNS] for row in results)], HEADER)
+
+
+def divergences(reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(reference || found) in nats of every token [T], from log-probabilities [T, V]."""
+    return (reference.exp() * (reference - found)).sum(dim=-1)
 
 
 def _log_probabilities(model, piece: torch.Tensor, cache, count: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from turboquant_hf.cache import TurboQuantCache
-from turboquant_hf.evaluation import common, decoding
+from turboquant_hf.evaluation import common, decoding, fidelity
 from turboquant_hf.evaluation.models import forward
 from turboquant_hf.evaluation.presets import bits_per_channel
 
@@ -62,7 +62,7 @@ def measure_pruned(
             cache.update(layer.keys, layer.values, index)
             cache.packed_layers[index].commit()
         found = _score(model, tokens, cache, half, chunk)
-        kl = (reference.exp() * (reference - found)).sum(-1).mean().item()
+        kl = fidelity.divergences(reference, found).mean().item()
         bits = bits_per_channel(preset, pruned.layers[0].keys.shape[-1], len(cache.packed_layers))
         rows.append({"pruned by": press, "preset": preset.name, "kl": kl, "kept": kept, "bits": sum(bits) / 2 * kept})
     return rows

@@ -202,7 +202,7 @@ def _section(folder: Path, metrics: Mapping[str, Any]) -> Section:
         section.tables += report_parts.speed_tables(results)
     elif results and "task" in results[0]:
         section.tables.append(report_parts.task_table(results))
-    elif results and "kl" in results[0] and kind != "sparse-v":
+    elif results and {"preset", "kl"} <= results[0].keys():
         keys = [key for key in FIDELITY if key in results[0]]
         section.tables.append(Table([FIDELITY[k] for k in keys], [[row.get(k) for k in keys] for row in results]))
     elif results:

@@ -17,18 +17,17 @@ from transformers import DynamicCache
 
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache, TurboQuantLayer
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
-from turboquant_hf.evaluation import common, decoding
-from turboquant_hf.evaluation.benchmark.data import Source, packed_layer, tile_nbytes
+from turboquant_hf.evaluation import common, decoding, fidelity
+from turboquant_hf.evaluation.benchmark.data import Source, packed_layer
 from turboquant_hf.evaluation.benchmark.kernels import Inputs, using_backend
-from turboquant_hf.evaluation.benchmark.timing import measure, relative_error, rotation_count
+from turboquant_hf.evaluation.benchmark.timing import measure, relative_error
 from turboquant_hf.evaluation.models import forward, load_model
 from turboquant_hf.kernels import dispatch
+from turboquant_hf.kernels.decode.cuda import MAX_ROWS
 
 THRESHOLDS = (1e-5, 1e-4, 1e-3, 1e-2)
 SHARES = (0.0, 0.5, 0.8, 0.95)
 LAYER = {"batch": 1, "heads": 8, "group": 4, "dim": 128}
-COUNTED_ROWS = 8
-"""Query heads of a KV head that a kernel serves at once, and counts a tile for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,19 +116,16 @@ def decode(model, tokens: torch.Tensor, cache: TurboQuantCache) -> tuple[torch.T
     for token in tokens.split(1, dim=1):
         found.append(forward(model, token, cache).logits[0, -1].float().log_softmax(dim=-1))
         for layer in cache.packed_layers:
-            times = -(-query_heads // layer.num_heads // COUNTED_ROWS)  # rounded up
+            times = -(-query_heads // layer.num_heads // MAX_ROWS)  # rounded up: a tile counts for so many rows at once
             tiles += layer.tiles[0].count * layer.num_heads * times
     return torch.stack(found), dispatch.unread_tiles() / tiles
 
 
 def distances(found: torch.Tensor, exact: torch.Tensor, all_read: torch.Tensor) -> dict[str, float]:
     """KL of log-probabilities [T, V] from two others, and how often the likeliest token is that of `exact`."""
-
-    def divergence(reference: torch.Tensor) -> float:
-        return (reference.exp() * (reference - found)).sum(dim=-1).double().mean().item()
-
+    kl, added = (fidelity.divergences(reference, found).double().mean().item() for reference in (exact, all_read))
     same = (found.argmax(dim=-1) == exact.argmax(dim=-1)).double().mean().item()
-    return {"kl": divergence(exact), "kl_added": divergence(all_read), "top1": same}
+    return {"kl": kl, "kl_added": added, "top1": same}
 
 
 @torch.no_grad()
@@ -142,12 +138,12 @@ def measure_layer(preset: CachePreset, tokens: int, threshold: float, device: to
     for sparse, share in ((0.0, 0.0), *((threshold, share) for share in SHARES)):
         made = copy.deepcopy(layer)
         make_unlikely(made, query, share)
-        copies = [made, *(copy.deepcopy(made) for _ in range(1, rotation_count(tile_nbytes(made), device)))]
-        inputs = [replace(Inputs.of_layer(one, query), sparse_v_threshold=sparse) for one in copies]
+        inputs = [replace(one, sparse_v_threshold=sparse) for one in Inputs.rotated(made, query, workspace)]
+        counted = replace(inputs[0], workspace=None)
         dispatch.unread_tiles()
-        error = relative_error(inputs[0].attend(), inputs[0].exact())
+        error = relative_error(counted.attend(), counted.exact())
         unread = dispatch.unread_tiles() / (made.tiles[0].count * made.num_heads)
-        timing = measure([replace(one, workspace=workspace).attend for one in inputs], device)
+        timing = measure([one.attend for one in inputs], device)
         rows.append({"threshold": sparse, "unread": unread, "us": timing.us, "error": error})
     for row in rows:
         row["times faster"] = rows[0]["us"] / row["us"]

@@ -118,25 +118,26 @@ def decode_attention(
     """
     chosen = backend(query.device)
     arguments = (query, keys, values, sinks, tail, starts)
-    options = {"scaling": scaling, "mask": mask, "softcap": softcap, "s_aux": s_aux}
-    sparse = {"sparse_v_threshold": sparse_v_threshold}
+    options = {
+        "scaling": scaling, "mask": mask, "softcap": softcap, "s_aux": s_aux, "sparse_v_threshold": sparse_v_threshold
+    }  # fmt: skip
     if counts is not None:
         options["counts"] = counts
     automatic = os.environ.get(VARIABLE, "auto").lower() == "auto"
     if query.device.type == "cuda" and (chosen == "cuda" or automatic):
         module, _ = _cuda_module()
-        known = {"masked": mask is not None, "softcap": softcap, **sparse}
+        known = {"masked": mask is not None, "softcap": softcap, "sparse_v_threshold": sparse_v_threshold}
         reason = "not loaded" if module is None else module.supports(query, keys, values, tail, **known)
         if reason is None:
             with on_device(query.device):
-                return module.decode_attention(*arguments, **options, **sparse, workspace=workspace)
+                return module.decode_attention(*arguments, **options, workspace=workspace)
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
-        return decode_reference.decode_attention(*arguments, **options, **sparse)
+        return decode_reference.decode_attention(*arguments, **options)
     module = import_module("turboquant_hf.kernels.decode.triton")
     with on_device(query.device):
-        return module.decode_attention(*arguments, **options, **sparse)
+        return module.decode_attention(*arguments, **options)
 
 
 def prepared_decode(

@@ -183,7 +183,7 @@ def grid(bits: int, dim: int | None = None) -> Codebook:
     half = 2 ** (bits - 1)
     levels = lloyd_max_levels(density, bits)[half:]
     best = (math.inf, levels, 1.0)
-    for top in range(max(half, 3 * GRID_STEPS // 4), GRID_STEPS + 1) if bits > 1 else (1,):
+    for top in range(max(half, 3 * GRID_STEPS // 4), GRID_STEPS + 1):
         unit = float(levels[-1]) / (top - 0.5)
         steps = (levels / unit - 0.5).round()
         for _ in range(8):

@@ -82,6 +82,15 @@ class Inputs:
         raws = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())
         return cls(query, *layer.packed_sides(), *raws, layer.sinks.starts, workspace)
 
+    @classmethod
+    def rotated(
+        cls, layer: TurboQuantLayer, query: torch.Tensor, workspace: torch.Tensor | None = None
+    ) -> list[Inputs]:
+        """`of_layer`, and of so many copies of the layer that calls in turn find none of it in a cache."""
+        count = rotation_count(tile_nbytes(layer), query.device)
+        layers = [layer, *(copy.deepcopy(layer) for _ in range(1, count))]
+        return [cls.of_layer(one, query, workspace) for one in layers]
+
     def attend(self) -> torch.Tensor:
         """By the backend that TURBOQUANT_BACKEND names."""
         return dispatch.decode_attention(
@@ -211,17 +220,14 @@ def run_packed(
     device, (batch, heads, _, dim), kv_heads = query.device, query.shape, layer.num_heads
     # As a model's steps have it: made once. Without, every recorded call would clear one of its own first.
     workspace = dispatch.decode_workspace(batch * kv_heads, heads // kv_heads, dim, device)
-    inputs = Inputs.of_layer(layer, query, workspace)
+    copies = Inputs.rotated(layer, query, workspace)
     nbytes = tile_nbytes(layer)
     row = {**row, "bytes": nbytes, "floor_us": 1e6 * nbytes / bandwidth}
-    exact = inputs.exact()
-    copies = [inputs]
-    for _ in range(1, rotation_count(nbytes, device)):
-        copies.append(Inputs.of_layer(copy.deepcopy(layer), query, workspace))
+    exact = copies[0].exact()
     for name in names:
         with recorder.guard({**row, "backend": name}), using_backend(name):
             dispatch.backend(device)  # says why the backend is not available
-            error = relative_error(inputs.attend(), exact)
+            error = relative_error(copies[0].attend(), exact)
             checked = {**row, "backend": name, "error": error}
             if error > ERROR_BOUNDS[query.dtype]:
                 reason = f"relative error {error:.1e} above {ERROR_BOUNDS[query.dtype]:.0e}"

@@ -16,7 +16,7 @@ import torch
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup
 from turboquant_hf.kernels.decode.launch import Arguments, Launcher
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
-from turboquant_hf.primitives import Codebook, packed_size
+from turboquant_hf.primitives import packed_size
 
 COMPILER_OPTIONS = ["--std=c++20", "--use_fast_math", "-default-device"]
 TILE = 128
@@ -33,8 +33,6 @@ VALUE_UNROLL = {64: 4, 96: 3, 128: 4, 256: 4}
 """Units of 16 channels, by head dim."""
 ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 191.5, 5: 191.5, 8: 127.5}
 """What a level's byte is, less (its step + 1/2), by the width of its code."""
-ONE_BIT_STEP = 62
-"""That of the upper of two levels: about as large as the largest steps of other widths."""
 
 
 def available() -> str | None:
@@ -73,10 +71,7 @@ def supports(
         (query.shape[2] <= tail.keys.shape[2], "new tokens outside the tail"),
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
-        (
-            all(_row_fits(group.size, group) for group in keys.groups),
-            "key groups of broken units, or levels off a grid",
-        ),
+        (all(_row_fits(x.size, x) for x in keys.groups), "key groups of broken units, or levels off a grid"),
         (all(group.size * 32 % dim == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
         (_in_words(keys.groups), "key groups that do not begin at whole words"),
         (_row_fits(TILE, values.groups[0]) and values.groups[0].bits > 1, "value levels off a grid, or of 1 bit"),
@@ -148,18 +143,7 @@ class Shape:
 
 @lru_cache(maxsize=256)
 def _described(groups: tuple[CodeGroup, ...]) -> tuple[tuple[int, int, float, tuple[int, ...]], ...]:
-    return tuple((group.size, group.bits, *_unit_and_steps(group.codebook)) for group in groups)
-
-
-def _unit_and_steps(codebook: Codebook) -> tuple[float, tuple[int, ...]]:
-    """A codebook's own, but for the two levels of 1 bit: as many units wide as other codebooks are.
-
-    A query has one fixed-point unit for all groups, and each is multiplied by the unit of its levels before.
-    """
-    if codebook.bits != 1:
-        return codebook.unit, codebook.steps
-    width = 2 * ONE_BIT_STEP + 1
-    return codebook.unit / width, (-ONE_BIT_STEP - 1, ONE_BIT_STEP)
+    return tuple((group.size, group.bits, group.codebook.unit, group.codebook.steps) for group in groups)
 
 
 def _shape(query, keys, values, masked=False, softcap=None, sparse_v_threshold=0.0) -> Shape:
