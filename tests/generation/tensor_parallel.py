@@ -50,4 +50,5 @@ def main(folder: str, output: str) -> None:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a process that goes first may take the other down
         torch.distributed.destroy_process_group()
