@@ -25,13 +25,16 @@ BITS = (1, 2, 3, 4, 5, 8)
 """Of keys; values have at least 2."""
 MAX_ROWS = 8
 """Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
-MAX_WARPS = 8
+MAX_WARPS = {64: 12, 96: 8, 128: 8, 256: 8}
+"""Of a block, by head dim; those that share tiles of 64 channels are more than 8."""
 MAX_SPLITS = 64
 KEY_UNROLL = 4
 """Units of 16 tokens that decode.cu has in one turn of its loop."""
+LARGE_ROOM = 13 * 1024
+"""Bytes of a tile from which on two warps share it."""
 VALUE_UNROLL = {64: 4, 96: 3, 128: 4, 256: 4}
 """Units of 16 channels, by head dim."""
-ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 191.5, 5: 191.5, 8: 127.5}
+ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 63.5, 5: 191.5, 8: 127.5}
 """What a level's byte is, less (its step + 1/2), by the width of its code."""
 
 
@@ -140,6 +143,22 @@ class Shape:
     def rows(self) -> int:
         return 8 if self.wide else 4
 
+    @property
+    def room(self) -> int:
+        """Bytes of shared memory for one tile: decode.cu's `ROOM`."""
+        _, row = self.key_rows
+        key_scale, value_scale = (1 if SCALE_FORMATS[x][0] else 2 for x in (self.key_format, self.value_format))
+        pads = TILE // (TILE * _main_width(self.values[1]) // 32) * key_pad(self)
+        keys = TILE * row + pads + TILE * len(self.keys) * key_scale + (2 * self.dim if self.mean else 0)
+        values = self.dim * packed_size(TILE, self.values[1]) + TILE * value_scale
+        return -(-keys // 128) * 128 + -(-values // 128) * 128
+
+    @property
+    def team(self) -> int:
+        """Warps that share a tile: two finish it sooner and have fewer bytes under way, but some work is done twice."""
+        large = self.room > LARGE_ROOM or self.dim == 64
+        return 2 if large and not (self.wide or self.sparse) else 1
+
 
 @lru_cache(maxsize=256)
 def _described(groups: tuple[CodeGroup, ...]) -> tuple[tuple[int, int, float, tuple[int, ...]], ...]:
@@ -233,9 +252,10 @@ class Step:
         self._shape = _shape(query, keys, values, masked, softcap, sparse_v_threshold)
         self._device = query.device
         self._kernel, self._warps = _kernel(self._shape, query.device)
-        self._chunks = -(-rows // self._shape.rows)
-        self._heads, self._splits = batch * heads, splits
-        counters = self._heads * self._chunks * self._shape.rows
+        self._teams, self._splits = self._warps // self._shape.team, splits
+        self._grid = heads, batch * -(-rows // self._shape.rows)
+        self._blocks = math.prod(self._grid)  # of each split
+        counters = self._blocks * self._shape.rows
         if not 0 <= splits <= MAX_SPLITS or (splits > 1 and counters >= ARRIVALS):
             raise ValueError(
                 f"splits={splits} for {counters} rows: allowed are 0 to {MAX_SPLITS}, 0 and 1 from {ARRIVALS} rows on"
@@ -274,10 +294,10 @@ class Step:
         tiles, tail: how many tiles and tokens of the tail are filled (with `counts`, their room).
         new: keys and values [B, H, n, D], contiguous: the tail's newest, which are written to it.
         """
-        splits = self._splits or _splits(self._heads * self._chunks, tiles, self._warps, _multiprocessors(self._device))
+        splits = self._splits or _splits(self._blocks, tiles, self._teams, _multiprocessors(self._device))
         result = torch.empty_like(query)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-        workspace = self._room(self._heads * self._chunks * splits, stream)
+        workspace = self._room(self._blocks * splits, stream)
         pointers, integers = self._arguments.pointers, self._arguments.integers
         pointers[0], pointers[24] = query.data_ptr(), result.data_ptr()
         pointers[22], pointers[23] = workspace.data_ptr() + 4 * ARRIVALS, workspace.data_ptr()
@@ -288,7 +308,7 @@ class Step:
             integers[9] = 0
         else:
             pointers[16], pointers[17], integers[9] = new[0].data_ptr(), new[1].data_ptr(), new[0].shape[2]
-        self._kernel((splits, self._heads, self._chunks), self._arguments, stream, self._options)
+        self._kernel((splits, *self._grid), self._arguments, stream, self._options)
         return result
 
     def _room(self, blocks: int, stream: int) -> torch.Tensor:
@@ -319,7 +339,7 @@ def workspace_size(blocks: int, shape: Shape, warps: int) -> int:
 def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> int:
     """Words that serve any call of up to `rows` query rows a KV head, however it splits its tiles."""
     blocks = max(batch_heads * -(-rows // MAX_ROWS), 4 * _multiprocessors(device))
-    return ARRIVALS + blocks * MAX_ROWS * (dim + 2 + MAX_WARPS * dim)
+    return ARRIVALS + blocks * MAX_ROWS * (dim + 2 + MAX_WARPS.get(dim, 8) * dim)
 
 
 def _cleared(words: int, device: torch.device) -> torch.Tensor:
@@ -357,12 +377,13 @@ def _workspace(words: int, device: torch.device, stream: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _splits(blocks: int, tiles: int, warps: int, processors: int) -> int:
-    """Blocks a head so that waves of blocks are full and warps have equal numbers of tiles."""
+def _splits(blocks: int, tiles: int, teams: int, processors: int) -> int:
+    """Blocks a head so that waves of blocks are full and teams of warps have equal numbers of tiles."""
 
     def cost(splits: int) -> float:
-        rounds, busy = -(-tiles // (splits * warps)), min(1.0, tiles / (splits * warps))
-        return -(-blocks * splits // processors) * (rounds * (1 + busy) + 3) + 0.05 * splits
+        mean = tiles / (splits * teams)  # a block waits for its last team and is slowed by all of them
+        tiles_of_team = (math.ceil(mean) + mean) / 2
+        return -(-blocks * splits // processors) * (tiles_of_team * (1 + min(1.0, mean)) + 3) + 0.05 * splits
 
     most = max(1, min(MAX_SPLITS, 4 * processors // blocks, tiles))
     return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
@@ -399,7 +420,7 @@ def _float_bits(x: float) -> int:
 def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
     """The 16 bytes that decode.cu looks levels up in: byte = step + 1/2 + ROW_CENTRE.
 
-    1 to 3 bits: all levels; 4 bits: all levels, with the top bit set; 5 bits: those of the positive half.
+    1 to 4 bits: all levels, below 128; 5 bits: those of the positive half, with the top bit set.
     """
     if bits == 8:
         return [0] * 16
@@ -429,10 +450,10 @@ def source(shape: Shape, warps: int) -> str:
         f"#define SPARSE {int(shape.sparse)}",
         f"#define HADAMARD {int(shape.hadamard)}",
         f"#define WAIT_IN_SHARED {int(_wait_in_shared(shape))}",
-        f"constexpr int D = {shape.dim}, WARPS = {warps}, NT = {shape.rows // 4};",
+        f"constexpr int D = {shape.dim}, WARPS = {warps}, TEAM = {shape.team}, NT = {shape.rows // 4};",
         f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {row};",
         f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
-        f"constexpr int KEY_UNROLL = {KEY_UNROLL}, VALUE_UNROLL = {VALUE_UNROLL[shape.dim]};",
+        f"constexpr int KEY_UNROLL = {min(KEY_UNROLL, 8 // shape.team)}, VALUE_UNROLL = {VALUE_UNROLL[shape.dim]};",
         f"constexpr int KEY_PAD = {key_pad(shape)}, ARRIVALS = {ARRIVALS};",
         array("int", "KEY_SIZE", [group[0] for group in shape.keys]),
         array("int", "KEY_BITS", [group[1] for group in shape.keys]),
@@ -451,13 +472,8 @@ def source(shape: Shape, warps: int) -> str:
 def shared_bytes(shape: Shape, warps: int) -> int:
     """Size of decode.cu's `Shared`."""
     dim, rows = shape.dim, shape.rows
-    _, key_row = shape.key_rows
-    key_scale, value_scale = (1 if SCALE_FORMATS[x][0] else 2 for x in (shape.key_format, shape.value_format))
-    pads = TILE // (TILE * _main_width(shape.values[1]) // 32) * key_pad(shape)
-    key_slot = TILE * key_row + pads + TILE * len(shape.keys) * key_scale + (2 * dim if shape.mean else 0)
-    value_slot = dim * packed_size(TILE, shape.values[1]) + TILE * value_scale
-    room = -(-key_slot // 128) * 128 + -(-value_slot // 128) * 128
-    total = warps * room + 4 * rows * dim * 2 + (4 * warps * rows * dim if _wait_in_shared(shape) else 0)
+    total = warps // shape.team * shape.room + 4 * rows * dim * 2
+    total += 4 * warps * rows * dim if _wait_in_shared(shape) else 0
     total += 32 * (len(shape.keys) + 1) + 2 * rows * dim + 8 + 4 * rows + 4 * 2 * 2 * warps * rows
     return -(-total // 128) * 128
 
@@ -515,7 +531,8 @@ def _plan(shape: Shape, device: torch.device) -> int:
 
 def most_warps(shape: Shape, limit: int) -> int:
     """How many warps `limit` bytes of shared memory serve; 0 where two do not fit."""
-    return next((warps for warps in range(MAX_WARPS, 1, -1) if shared_bytes(shape, warps) <= limit), 0)
+    most = MAX_WARPS[shape.dim] if shape.team > 1 else 8
+    return next((n for n in range(most, 1, -1) if n % shape.team == 0 and shared_bytes(shape, n) <= limit), 0)
 
 
 @lru_cache(maxsize=256)

@@ -7,9 +7,10 @@
 // as floats because the accumulators start at the bit pattern of 1.5 * 2^23.
 //
 // A row of queries is coded, and a row of results put together, by one warp, which answers to no other: what a warp
-// leaves for later goes to its own room. Three barriers are all.
+// leaves for later goes to its own room. Three barriers of the block are all.
 //
-// A warp takes whole tiles of 128 tokens: K is the big operand of S = K q^T (16 tokens x 32 channels), V^T that of
+// A team of TEAM warps takes whole tiles of 128 tokens and copies them together; of their tokens each warp has its own
+// 128 / TEAM, with a maximum and sums of its own. K is the big operand of S = K q^T (16 tokens x 32 channels), V^T that of
 // O^T = V^T P^T (16 channels x 32 tokens). Which channel (token) stands where in a product does not matter as long as
 // both operands agree, so lane = 4 g + t keeps the bytes that it loaded: its part of rows g and g + 8. The tokens of an
 // S product are chosen as the V product that follows wants them; between the two P changes hands by movmatrix.
@@ -24,7 +25,7 @@ constexpr float NEVER = -1e30f;  // a score that is not seen; finite, so that di
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: adding a whole number below 2^22 puts it into the mantissa
 constexpr int MAGIC_BITS = 0x4B400000;
-constexpr float QUERY_TOP = 16256.f, PROBABILITY_TOP = 16383.f;  // 127 * 128; 127 * 128 + 127
+constexpr float QUERY_TOP = 16256.f, PROBABILITY_TOP = 32639.f;  // 127 * 128; 127 * 256 + 127
 
 // ---------------------------------------------------------------- instructions
 
@@ -38,6 +39,13 @@ __device__ __forceinline__ u32 high_half(u32 x) {  // opaque, so that masks befo
     asm("shr.u32 %0, %1, 16;" : "=r"(y) : "r"(x));
     return y;
 }
+template <int TABLE>  // of the function of three bits; opaque, since what compilers make of it takes more instructions
+__device__ __forceinline__ u32 lop3(u32 x, u32 y, u32 z) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(x), "r"(y), "r"(z), "n"(TABLE));
+    return d;
+}
+constexpr int SELECT = 0xCA, XNOR = 0xC3, XNOR3 = 0x69;  // x ? y : z; ~(x ^ y); ~(x ^ y ^ z)
 __device__ __forceinline__ float half_to_float(u16 x) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
@@ -67,6 +75,11 @@ __device__ __forceinline__ void mma32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma32(int (&d)[4], const int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 __device__ __forceinline__ void mma16(int (&c)[4], u32 a0, u32 a1, u32 b0) {
     asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
@@ -130,8 +143,10 @@ __device__ __forceinline__ u64 read_once_policy() {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
+template <int TO, int FROM>
 __device__ __forceinline__ void copy16(u32 to, const u8* from, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0+%2], [%1+%3], 16, %4;"
+                 ::"r"(to), "l"(from), "n"(TO), "n"(FROM), "l"(policy) : "memory");
 }
 
 template <int I, int N, class Fn>
@@ -146,7 +161,7 @@ __device__ __forceinline__ void unrolled(Fn&& fn) {
 
 __host__ __device__ constexpr int main_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
 // Twice what is to be subtracted from a level's byte to centre it.
-__host__ __device__ constexpr int twice_bias(int bits) { return bits == 8 ? 255 : bits >= 4 ? 383 : 127; }
+__host__ __device__ constexpr int twice_bias(int bits) { return bits == 8 ? 255 : bits == 5 ? 383 : 127; }
 
 // BYTES of shared memory at `lane` + OFFSET, the address a multiple of ALIGN.
 template <int BYTES, int ALIGN, int OFFSET>
@@ -182,25 +197,27 @@ struct Levels {
     }
 };
 
-// One packed row of N codes: what a lane owns of it, as UNITS words of four levels.
-template <int N, int BITS>
+// One packed row of N codes: what a lane owns of it, as UNITS words of four levels, or one of SHARES equal parts of that.
+template <int N, int BITS, int SHARES = 1>
 struct Row {
     static constexpr int WIDTH = main_width(BITS);
     static constexpr bool EXTRA = BITS != WIDTH;         // one more bit in a plane of its own: 5 = 4 + 1, 3 = 2 + 1
     static constexpr int BYTES = N * WIDTH / 32;         // a lane's part of the main plane
     // Parts that are not whole words are loaded in pieces of one unit (two with 1 bit), each to a word of its own.
     static constexpr bool PIECES = WIDTH == 1 || (BYTES % 4 != 0 && !(WIDTH == 2 && BYTES == 2));
-    static constexpr int PIECE = !PIECES ? BYTES : WIDTH == 4 ? 2 : 1;
-    static constexpr int WORDS = PIECES ? BYTES / PIECE : (BYTES + 3) / 4;
+    static constexpr int LOADED = BYTES / SHARES;
+    static constexpr int PIECE = !PIECES ? LOADED : WIDTH == 4 ? 2 : 1;
+    static constexpr int WORDS = PIECES ? LOADED / PIECE : (LOADED + 3) / 4;
     static constexpr int UNITS = N / 16;
     static constexpr int PLANE = N * WIDTH / 8;
     static constexpr int PARTS = EXTRA ? 4 / WIDTH : 1;  // the extra plane is this many lane parts long
     static_assert(N % 16 == 0 && N * WIDTH % 32 == 0, "whole units, and the same number of bytes for every lane");
+    static_assert(SHARES == 1 || (!PIECES && (LOADED % 4 == 0 || (WIDTH == 2 && LOADED == 2))), "shares of whole words");
     u32 w[WORDS], e[WORDS];
 
     template <int ALIGN, int OFFSET>
     static __device__ __forceinline__ void load_part(u32* out, u32 part) {
-        unrolled<0, BYTES / PIECE>([&]<int I>() { load_piece<PIECE, ALIGN, OFFSET + I * PIECE>(out + I, part); });
+        unrolled<0, LOADED / PIECE>([&]<int I>() { load_piece<PIECE, ALIGN, OFFSET + I * PIECE>(out + I, part); });
     }
     // The row begins at `row` + OFFSET.
     template <int ALIGN, int OFFSET>
@@ -208,12 +225,20 @@ struct Row {
         load_part<ALIGN, OFFSET>(w, row + t * BYTES);
         if constexpr (EXTRA) {
             load_part<ALIGN, OFFSET + PLANE>(e, row + t % PARTS * BYTES);
-#pragma unroll
-            for (int i = 0; i < WORDS; i++) e[i] >>= t / PARTS;  // now field f stands in bit WIDTH * f of its byte
         }
     }
+    // To be called once after `load`.
+    __device__ __forceinline__ void take_own_bits(int t) {
+        if constexpr (EXTRA)
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) e[i] = WIDTH == 2 ? lop3<SELECT>(0x55555555u, e[i] >> t / PARTS, 0) : e[i] >> t / PARTS;
+            // Now field f stands in bit WIDTH * f of its byte.
+    }
 
-    template <int U>
+    // Levels are sums of this many bytes, of which all but one are zero.
+    static constexpr int ADDENDS = BITS == 4 ? 2 : 1;
+
+    template <int U, int ADDEND = 0>
     __device__ __forceinline__ u32 levels(const Levels& book) const {
         if constexpr (BITS == 8) {
             return w[U];
@@ -221,26 +246,29 @@ struct Row {
             constexpr int I = PIECES ? U : U / 2;
             constexpr bool HIGH = !PIECES && U % 2;
             u32 code = w[I];
-            // Levels of a 5-bit code are symmetric: the extra bit is the sign, and turns the others round where it is 0.
-            if constexpr (EXTRA) code ^= ~((e[I] & 0x11111111u) * 15u);
-            u32 other = code ^ book.top_bits;
-            // A set top bit of a selector repeats the sign of the byte, a 1 in these tables: one of the two is all ones.
-            u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
-            level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
-            if constexpr (EXTRA) {
-                u32 sign = e[I] << 3;
-                level ^= permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
+            // A set top bit of a selector repeats the sign of the byte.
+            if constexpr (!EXTRA) {
+                if (ADDEND) code ^= book.top_bits;
+                return permute(book.table[2 * ADDEND], book.table[2 * ADDEND + 1], HIGH ? high_half(code) : code);
+            } else {
+                // Levels of a 5-bit code are symmetric: the extra bit is the sign, and turns the others round where it is 0.
+                u32 turned = (e[I] & 0x11111111u) * 15u, sign = e[I] << 3;
+                u32 other = lop3<XNOR3>(code, turned, book.top_bits);
+                code = lop3<XNOR>(code, turned, 0);
+                u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
+                level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
+                return level ^ permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
             }
-            return level;
         } else if constexpr (WIDTH == 1) {
             u32 code = w[U / 2] >> 2 * (U % 2);
             return permute(book.table[0], book.table[1], (code & 0x11u) | (code << 7 & 0x1100u));
         } else {
             constexpr int I = PIECES ? U : U / 4;
-            u32 even = w[I] & 0x33333333u, odd = w[I] >> 2 & 0x33333333u;
+            constexpr u32 FIELD = 0x33333333u;
+            u32 even = w[I] & FIELD, odd = w[I] >> 2 & FIELD;
             if constexpr (EXTRA) {
-                even |= e[I] << 2 & 0x44444444u;
-                odd |= e[I] & 0x44444444u;
+                even = lop3<SELECT>(FIELD, w[I], e[I] << 2);
+                odd = lop3<SELECT>(FIELD, w[I] >> 2, e[I]);
             }
             u32 selector = PIECES ? even | odd << 8 : U % 2 ? odd : even;
             return permute(book.table[0], book.table[1], !PIECES && U % 4 / 2 ? high_half(selector) : selector);
@@ -289,7 +317,7 @@ struct Row {
 
 template <int G> using KeyRow = Row<KEY_SIZE[G], KEY_BITS[G]>;
 __host__ __device__ constexpr int group_start(int group) { return group ? group_start(group - 1) + KEY_SIZE[group - 1] : 0; }
-typedef Row<128, VALUE_BITS> ValueRow;
+typedef Row<128, VALUE_BITS, TEAM> ValueRow;
 
 __host__ __device__ constexpr int key_align(int offset, int bytes) {
     int x = KEY_ROW_BYTES | offset | bytes | 16;
@@ -303,19 +331,19 @@ constexpr int KEY_SCALE_BYTES = KEY_FORMAT ? 1 : 2, VALUE_SCALE_BYTES = VALUE_FO
 // Rows of keys that stand for one value of g >> 1 are followed by KEY_PAD bytes, so that lanes meet different banks.
 constexpr int OWN_TOKENS = ValueRow::BYTES;
 __host__ __device__ constexpr int key_place(int token) { return token * KEY_ROW_BYTES + token / OWN_TOKENS * KEY_PAD; }
-// Every warp has room for one tile's keys (codes, scales, mean) and one tile's values (codes, scales).
+// Every team has room for one tile's keys (codes, scales, mean) and one tile's values (codes, scales).
 constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES, KEY_CODES = key_place(128), KEY_SCALES = 128 * KEY_GROUPS * KEY_SCALE_BYTES;
 constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
 constexpr int KEY_ROOM = (KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0) + 127) / 128 * 128;
 constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
-constexpr int ROOM = KEY_ROOM + VALUE_ROOM, THREADS = 32 * WARPS;
+constexpr int ROOM = KEY_ROOM + VALUE_ROOM, THREADS = 32 * WARPS, TEAMS = WARPS / TEAM, OWN_UNITS = 8 / TEAM;
 
 // A row of queries or of results belongs to one warp, OWN neighbouring channels to a lane.
 constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, so that lanes meet different banks
-static_assert(4 * NR * OUTPUT_ROW <= ROOM, "a warp's output takes the place of its tiles");
+static_assert(TEAM * 4 * NR * OUTPUT_ROW <= ROOM, "the output of a team's warps takes the place of its tiles");
 
 struct Shared {
-    __align__(128) u8 rooms[WARPS][ROOM];  // at the end: a warp's output in the values' coded domain
+    __align__(128) u8 rooms[TEAMS][ROOM];  // at the end: a warp's output in the values' coded domain
     float raw[NR][D];                   // queries times scaling * log2(e)
     float scratch[NR][D];               // of the warp that has the row
     u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads, the values' last
@@ -346,15 +374,21 @@ __device__ __forceinline__ float load_scale(u32 lane) {  // FORMAT 0: halves; el
     return half_to_float((u16)(x[0] << FORMAT));
 }
 
-// A block of memory to shared memory; every GROUP bytes are followed by PAD.
+// A block of memory to shared memory, by a whole team; every GROUP bytes are followed by PAD.
 template <int BYTES, int GROUP = BYTES, int PAD = 0>
-__device__ __forceinline__ void copy_block(u32 to, const u8* from, int lane, u64 policy) {
+__device__ __forceinline__ void copy_block(u32 to, const u8* from, int member, u64 policy) {
     static_assert(BYTES % 16 == 0 && GROUP % 16 == 0, "whole pieces");
-#pragma unroll
-    for (int i = 0; i < BYTES; i += 512) {
-        const int at = i + 16 * lane, pad = PAD == 0 ? 0 : (GROUP % 512 == 0 ? i / GROUP : at / GROUP) * PAD;
-        if (i + 512 <= BYTES || at < BYTES) copy16(to + at + pad, from + at, policy);
-    }
+    constexpr int STEP = 512 * TEAM;
+    const int at = 16 * member;
+    from += at;
+    to += at + (PAD && STEP % GROUP == 0 ? at / GROUP * PAD : 0);
+    unrolled<0, (BYTES + STEP - 1) / STEP>([&]<int I>() {
+        if ((I + 1) * STEP > BYTES && I * STEP + at >= BYTES) return;
+        if constexpr (PAD == 0 || STEP % GROUP == 0 || GROUP % STEP == 0)
+            copy16<I * STEP + I * STEP / GROUP * PAD, I * STEP>(to, from, policy);
+        else
+            copy16<I * STEP, I * STEP>(to + (I * STEP + at) / GROUP * PAD, from, policy);
+    });
 }
 
 // N words of global memory, N even.
@@ -473,10 +507,11 @@ __device__ __forceinline__ void multiply(float (&x)[OWN], const float* matrix, f
     }
 }
 
+__device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }  // of the floats
 __device__ __forceinline__ float warp_maximum(float x) {
-#pragma unroll
-    for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
-    return x;
+    int highest, mine = in_order(__float_as_int(x));
+    asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(highest) : "r"(mine));
+    return __int_as_float(in_order(highest));
 }
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -493,41 +528,68 @@ __device__ __forceinline__ int arrive(int* counter) {  // what was written befor
     return before;
 }
 
-// What accumulators of a product with biased levels begin with, from the sums of the columns' high and low bytes.
-__device__ __forceinline__ void debias(int (&start)[2], const int (&sums)[4], int twice) {
+// What accumulators of a product with biased levels begin with, from the sums of the columns' high and low bytes; a high
+// unit is BASE low ones.
+template <int BASE>
+__device__ __forceinline__ void debias(int (&start)[4], const int (&sums)[4], int twice) {
     int high = twice * sums[0], low = twice * sums[1];
     start[0] = MAGIC_BITS - (high >> 1);
-    start[1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);  // half a high unit is 64 low ones
+    start[1] = MAGIC_BITS - (low >> 1) - BASE / 2 * (high & 1);
+    // The same of other sums, which happen to be equal: four registers that a product can begin with as they are.
+    high = twice * sums[2], low = twice * sums[3];
+    start[2] = MAGIC_BITS - (high >> 1);
+    start[3] = MAGIC_BITS - (low >> 1) - BASE / 2 * (high & 1);
 }
 
 // Scores of the two tokens that unit U of the values wants from this lane, without unit and mean. `rows` and `scales`:
 // the lane's own token's in the slot.
 template <int G, int U>
 __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, const u32 (*q)[NT],
-                                      const int (*start_at)[NT][2], const Levels* books, int t) {
+                                      const int (*start_at)[NT][4], const Levels* books, int t) {
     if constexpr (G < KEY_GROUPS) {
         typedef KeyRow<G> R;
         constexpr int ALIGN = key_align(KEY_OFFSET[G], R::BYTES);
         constexpr int LOW = ValueRow::index(U, 0, 0), HIGH = ValueRow::index(U, 1, 0);
+        constexpr bool JOINED = R::WIDTH == 2 && R::BYTES == 2 && !R::PIECES;  // the parts of two rows fill a word
         R a, b;
         a.template load<ALIGN, key_place(LOW) + KEY_OFFSET[G]>(rows, t);
         b.template load<ALIGN, key_place(HIGH) + KEY_OFFSET[G]>(rows, t);
         int c[NT][4];
+        if constexpr (JOINED) {
+            Row<2 * R::UNITS * 16, KEY_BITS[G]> both;
+            both.w[0] = a.w[0] + b.w[0] * 65536u;
+            if constexpr (R::EXTRA) both.e[0] = a.e[0] + b.e[0] * 65536u;
+            both.take_own_bits(t);
+            u32 a0 = both.template levels<0>(books[G]), a1 = both.template levels<2>(books[G]);
+            u32 a2 = both.template levels<1>(books[G]), a3 = both.template levels<3>(books[G]);
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) {
-            c[nt][0] = c[nt][2] = start_at[G][nt][0];
-            c[nt][1] = c[nt][3] = start_at[G][nt][1];
-        }
-        unrolled<0, R::UNITS / 2>([&]<int I>() {
-            u32 a0 = a.template levels<2 * I>(books[G]), a1 = b.template levels<2 * I>(books[G]);
-            u32 a2 = a.template levels<2 * I + 1>(books[G]), a3 = b.template levels<2 * I + 1>(books[G]);
+            for (int nt = 0; nt < NT; nt++) mma32(c[nt], start_at[G][nt], a0, a1, a2, a3, q[0][nt], q[1][nt]);
+        } else {
+            a.take_own_bits(t);
+            b.take_own_bits(t);
+            unrolled<0, R::ADDENDS * (R::UNITS / 2)>([&]<int J>() {
+                constexpr int I = J / R::ADDENDS, ADDEND = J % R::ADDENDS;
+                u32 a0 = a.template levels<2 * I, ADDEND>(books[G]), a1 = b.template levels<2 * I, ADDEND>(books[G]);
+                u32 a2 = a.template levels<2 * I + 1, ADDEND>(books[G]), a3 = b.template levels<2 * I + 1, ADDEND>(books[G]);
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) mma32(c[nt], a0, a1, a2, a3, q[2 * I][nt], q[2 * I + 1][nt]);
-        });
-        if constexpr (R::UNITS % 2) {
-            u32 a0 = a.template levels<R::UNITS - 1>(books[G]), a1 = b.template levels<R::UNITS - 1>(books[G]);
+                for (int nt = 0; nt < NT; nt++)
+                    if constexpr (J == 0)
+                        mma32(c[nt], start_at[G][nt], a0, a1, a2, a3, q[2 * I][nt], q[2 * I + 1][nt]);
+                    else
+                        mma32(c[nt], a0, a1, a2, a3, q[2 * I][nt], q[2 * I + 1][nt]);
+            });
+            if constexpr (R::UNITS % 2)
+                unrolled<0, R::ADDENDS>([&]<int ADDEND>() {
+                    constexpr int LAST = R::UNITS - 1;
+                    u32 a0 = a.template levels<LAST, ADDEND>(books[G]), a1 = b.template levels<LAST, ADDEND>(books[G]);
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) mma16(c[nt], a0, a1, q[R::UNITS - 1][nt]);
+                    for (int nt = 0; nt < NT; nt++) {
+                        if constexpr (R::UNITS == 1 && ADDEND == 0)
+#pragma unroll
+                            for (int i = 0; i < 4; i++) c[nt][i] = start_at[G][nt][i];
+                        mma16(c[nt], a0, a1, q[LAST][nt]);
+                    }
+                });
         }
         float first = load_scale<KEY_FORMAT, (128 * G + LOW) * KEY_SCALE_BYTES>(scales);
         float second = load_scale<KEY_FORMAT, (128 * G + HIGH) * KEY_SCALE_BYTES>(scales);
@@ -543,7 +605,7 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, c
     }
 }
 
-// grid (splits, B * H, ceil(rows / NR)). The tail's newest `fresh` tokens are in new_keys and new_values, [B * H, fresh, D],
+// grid (splits, H, B * ceil(rows / NR)). The tail's newest `fresh` tokens are in new_keys and new_values, [B * H, fresh, D],
 // and are written to the tail here. `counts`, where it is not null, holds {tiles, length} on the device and the tail
 // is a ring of `ring` tokens; `work` takes the blocks' parts, `arrivals` (zeros, left as zeros) counts the blocks that are
 // done with a row. A rotation is its signs [D] (HADAMARD), or a matrix [D, D], the keys' transposed.
@@ -560,16 +622,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *(Shared*)memory;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int bh = blockIdx.y, b = bh / heads, h = bh % heads, split = blockIdx.x, splits = gridDim.x;
-    const int row0 = blockIdx.z * NR, rows = all_rows - row0 < NR ? all_rows - row0 : NR;
+    const int h = blockIdx.y, split = blockIdx.x, splits = gridDim.x;
+    const int chunks = all_rows <= NR ? 1 : (all_rows + NR - 1) / NR, b = all_rows <= NR ? blockIdx.z : blockIdx.z / chunks;
+    const int chunk = blockIdx.z - b * chunks, bh = b * heads + h, blocks_of_rows = bh * chunks + chunk;
+    const int row0 = chunk * NR, rows = all_rows - row0 < NR ? all_rows - row0 : NR;
     const float scaling = __int_as_float(scaling_bits), softcap = __int_as_float(softcap_bits);
     const u32 coded_rows = shared_address(&shared.coded_rows);
     if (threadIdx.x == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(coded_rows), "r"(32 * NR) : "memory");
-    unrolled<0, KEY_GROUPS + 1>([&]<int I>() {
-        if (threadIdx.x == I)
+    if (warp == 1)
+        unrolled<0, KEY_GROUPS + 1>([&]<int I>() {
+            if (lane == I)
 #pragma unroll
-            for (int i = 0; i < 6; i++) shared.books[I][i] = i == 4 ? 0x88888888u : i == 5 ? 0x7F7F7F7Fu : LEVELS[I][i];
-    });
+                for (int i = 0; i < 6; i++) shared.books[I][i] = i == 4 ? 0x88888888u : i == 5 ? 0x7F7F7F7Fu : LEVELS[I][i];
+        });
+    __syncthreads();
     previous_kernel_done();
     if (counts) {
         tiles = counts[0];
@@ -578,32 +644,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     const i64 start = starts[b];
     const int packed = 128 * tiles;
     // `work`: the rows of every block, their maxima and sums, and what waits of every warp's raw tokens.
-    const i64 parts = ((i64)blockIdx.z * gridDim.y + bh) * splits;
-    float* all_sums = work + (i64)gridDim.z * gridDim.y * splits * (NR * D);
+    const i64 parts = (i64)blocks_of_rows * splits, blocks = (i64)gridDim.z * gridDim.y * splits;
+    float* all_sums = work + blocks * (NR * D);
 #if WAIT_IN_SHARED
     float* waiting = &shared.waiting[0][0][0];
 #else
-    float* waiting = all_sums + (i64)gridDim.z * gridDim.y * splits * (2 * NR) + (parts + split) * WARPS * (NR * D);
+    float* waiting = all_sums + blocks * (2 * NR) + (parts + split) * WARPS * (NR * D);
 #endif
 
+    auto warp_output = [&](int w) { return (float*)shared.rooms[w / TEAM] + w % TEAM * (NR * OUTPUT_ROW); };
+
     // -------- copies ahead: a tile's values arrive while its keys are at work, the next tile's keys while they are
-    const int stride = splits * WARPS, begin = warp * splits + split;
-    const u32 key_room = shared_address(shared.rooms[warp]), value_room = key_room + KEY_ROOM;
+    const int team = warp / TEAM, share = warp % TEAM, member = 32 * share + lane;
+    const int stride = splits * TEAMS, begin = team * splits + split;
+    auto team_sync = [&] {
+        if constexpr (TEAM == 1)
+            __syncwarp();
+        else
+            asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * TEAM) : "memory");
+    };
+    const u32 key_room = shared_address(shared.rooms[team]), value_room = key_room + KEY_ROOM;
     const u64 policy = read_once_policy();
     auto copy_keys = [&](int tile) {
         if (tile < tiles) {
             const i64 slot = (i64)bh * capacity + tile;
-            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, lane, policy);
-            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, lane, policy);
-            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, lane, policy);
+            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, member, policy);
+            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, member, policy);
+            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, member, policy);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
     auto copy_values = [&](int tile) {
         if (tile < tiles) {
             const i64 slot = (i64)bh * capacity + tile;
-            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, lane, policy);
-            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, lane, policy);
+            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, member, policy);
+            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, member, policy);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
@@ -611,9 +686,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         copy_keys(begin);
         if (!SPARSE) copy_values(begin);
     };
-    auto all_but_newest_arrived = [] {
+    auto all_but_newest_arrived = [&] {
         asm volatile("cp.async.wait_group 1;" ::: "memory");
-        __syncwarp();
+        team_sync();
     };
 
     // -------- what is needed first is asked for first: queries, raw tokens, tiles
@@ -630,7 +705,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     // Up to the rows of a block, the warps before the last code queries; raw tokens go to the last warps and few tiles to
     // the first, so that with enough of them nobody has two of these tasks.
     const int first_query = (2 * WARPS - 2 - warp) % WARPS;
-    const int first_raw = 16 * (stride - 1 - begin);
+    const int seats = splits * WARPS, first_raw = 16 * (seats - 1 - (warp * splits + split));
     const bool idle = first_query >= NR && first_raw >= sinks + tail;  // until a tile comes
     if (first_query < NR) ask_for_query(first_query);
     if (idle) copy_first_tile();
@@ -755,22 +830,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     bool spilled_rows = false;
     {
         float o[CHANNELS][4], maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
-        for (int first = first_raw, waited = 0;; first += 16 * stride) {
+        for (int first = first_raw, turn = 0;; first += 16 * seats, turn++) {
             if (first < sinks + tail) ask_for_raw(first);
-            if (!waited++) {
-                __syncthreads();
-                // Those who code queries copy later: the others' copies keep the memory busy until then.
+            if (turn == 0) {
 #pragma unroll
                 for (int n = 0; n < NR; n += WARPS) {
                     if (n + first_query >= NR) break;
                     if (n) ask_for_query(n + first_query);
                     code_query(n + first_query);
                 }
-                if (!idle) copy_first_tile();
+                if (!idle) {
+                    // Others' copies keep the memory busy until then; more of them would hold up the queries.
+                    if (first_query >= NR) wait_once(coded_rows);
+                    copy_first_tile();
+                }
             }
             if (first >= sinks + tail) break;
             auto is_fresh = [&](int i) { return i >= sinks && i >= oldest_fresh && i < sinks + tail; };
-            if (first + 16 > oldest_fresh && blockIdx.z == 0) {
+            if (first + 16 > oldest_fresh && chunk == 0) {
 #pragma unroll
                 for (int r = 0; r < 2; r++)
                     if (is_fresh(first + g + 8 * r))
@@ -872,7 +949,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             uint2 x = *(const uint2*)&shared.coded[8 * nt + g][t][u];
             q[u][nt] = x.x, q[u + 1][nt] = x.y;
         }
-    int start_at[KEY_GROUPS][NT][2];  // what accumulators begin with: MAGIC_BITS less the levels' bias
+    int start_at[KEY_GROUPS][NT][4];  // what accumulators begin with: MAGIC_BITS less the levels' bias
     float unit[NT];
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
@@ -882,7 +959,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             int c[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int i = 0; i < KEY_SIZE[group] / 16; i++) mma16(c, 0x01010101u, 0x01010101u, q[u + i][nt]);
-            debias(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
+            debias<128>(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
         }
     }
     Levels key_levels[KEY_GROUPS], value_levels;
@@ -890,7 +967,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     for (int group = 0; group < KEY_GROUPS; group++) key_levels[group].read(shared_address(shared.books[group]));
     value_levels.read(shared_address(shared.books[KEY_GROUPS]));
     constexpr int OWN_STEP = ValueRow::index(0, 2, 0);
-    const int own_token = (g >> 1) * OWN_TOKENS + (g & 1) * OWN_STEP;
+    const int within = (g & 1) * OWN_STEP + share * ValueRow::index(OWN_UNITS, 0, 0);
+    const int own_token = (g >> 1) * OWN_TOKENS + within;
     for (int tile = begin; tile < tiles; tile += stride) {
 #if SPARSE
         asm volatile("cp.async.wait_all;" ::: "memory");
@@ -930,12 +1008,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             for (int nt = 0; nt < NT; nt++) base[nt] = __shfl_sync(~0u, acc[0], (4 * nt + t) * (32 / NR));
         }
 #endif
-        float s[8][NT][2];
-        u32 key_rows = key_room + key_place((g >> 1) * OWN_TOKENS) + (g & 1) * OWN_STEP * KEY_ROW_BYTES;
+        float s[OWN_UNITS][NT][2];
+        u32 key_rows = key_room + key_place((g >> 1) * OWN_TOKENS) + within * KEY_ROW_BYTES;
         u32 scales = key_room + KEY_CODES + own_token * KEY_SCALE_BYTES;
         // Loops over units and channels are not unrolled whole: their code would not fit the instruction cache.
 #pragma unroll 1
-        for (int turn = 0; turn < 8 / KEY_UNROLL; turn++) {
+        for (int turn = 0; turn < OWN_UNITS / KEY_UNROLL; turn++) {
             float x[KEY_UNROLL][NT][2];
             unrolled<0, KEY_UNROLL>([&]<int U>() { score<0, U>(x[U], key_rows, scales, q, start_at, key_levels, t); });
 #pragma unroll
@@ -943,18 +1021,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
                 for (int r = 0; r < 2; r++) {  // the newest scores enter behind the others
 #pragma unroll
-                    for (int u = 0; u < 8 - KEY_UNROLL; u++) s[u][nt][r] = s[u + KEY_UNROLL][nt][r];
+                    for (int u = 0; u < OWN_UNITS - KEY_UNROLL; u++) s[u][nt][r] = s[u + KEY_UNROLL][nt][r];
 #pragma unroll
-                    for (int u = 0; u < KEY_UNROLL; u++) s[8 - KEY_UNROLL + u][nt][r] = fmaf(x[u][nt][r], unit[nt], base[nt]);
+                    for (int u = 0; u < KEY_UNROLL; u++) s[OWN_UNITS - KEY_UNROLL + u][nt][r] = fmaf(x[u][nt][r], unit[nt], base[nt]);
                 }
             constexpr int NEXT = ValueRow::index(KEY_UNROLL, 0, 0);
-            static_assert(KEY_UNROLL == 8 || NEXT < OWN_TOKENS, "turns differ by whole rows of the lane's own tokens");
+            static_assert(KEY_UNROLL == OWN_UNITS || NEXT < OWN_TOKENS, "turns differ by whole rows of the lane's own tokens");
             key_rows += NEXT * KEY_ROW_BYTES;
             scales += NEXT * KEY_SCALE_BYTES;
         }
         const i64 first = (i64)tile * 128;
         if (MASKED || SOFTCAP || first < start + sinks) {
-            unrolled<0, 8>([&]<int U>() {
+            unrolled<0, OWN_UNITS>([&]<int U>() {
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     i64 position = first + own_token + ValueRow::index(U, r, 0);
@@ -972,7 +1050,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         for (int nt = 0; nt < NT; nt++) {
             highest[nt] = SPARSE ? NEVER : maximum[nt];
 #pragma unroll
-            for (int u = 0; u < 8; u++) highest[nt] = fmaxf(highest[nt], fmaxf(s[u][nt][0], s[u][nt][1]));
+            for (int u = 0; u < OWN_UNITS; u++) highest[nt] = fmaxf(highest[nt], fmaxf(s[u][nt][0], s[u][nt][1]));
         }
 #if SPARSE
         bool wanted = false;
@@ -984,14 +1062,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         wanted = __any_sync(~0u, wanted);
         if (wanted) copy_values(tile);
 #endif
-        __syncwarp();  // a copy ahead writes to the slot that was read last
+        team_sync();  // a copy ahead writes to the slot that was read last
         copy_keys(tile + stride);
 #if SPARSE
         if (!wanted) {  // no maximum has changed
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-                for (int u = 0; u < 8; u++) sum[nt] += exp2_fast(s[u][nt][0] - maximum[nt]) + exp2_fast(s[u][nt][1] - maximum[nt]);
+                for (int u = 0; u < OWN_UNITS; u++) sum[nt] += exp2_fast(s[u][nt][0] - maximum[nt]) + exp2_fast(s[u][nt][1] - maximum[nt]);
             unread++;
             continue;
         }
@@ -1012,7 +1090,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) largest[nt] = 1e-30f;
         const u32 value_scale = value_room + VALUE_CODES + own_token * VALUE_SCALE_BYTES;
-        unrolled<0, 16>([&]<int I>() {
+        unrolled<0, 2 * OWN_UNITS>([&]<int I>() {
             constexpr int U = I / 2, R = I % 2;
             float scale = load_scale<VALUE_FORMAT, ValueRow::index(U, R, 0) * VALUE_SCALE_BYTES>(value_scale);
 #pragma unroll
@@ -1023,7 +1101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 largest[nt] = larger_or_nan(largest[nt], s[U][nt][R]);
             }
         });
-        u32 p[8][NT];
+        u32 p[OWN_UNITS][NT];
         float back[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
@@ -1032,22 +1110,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             const float grow = __fdividef(PROBABILITY_TOP, largest[nt]);
             back[nt] = largest[nt] * (1.f / PROBABILITY_TOP);
 #pragma unroll
-            for (int u = 0; u < 8; u++) {
-                u32 x = __float_as_uint(fmaf(s[u][nt][0], grow, 8388608.f)), y = __float_as_uint(fmaf(s[u][nt][1], grow, 8388608.f));
-                u32 both = permute(x, y, 0x5410);
-                p[u][nt] = transpose8x8(permute(both >> 7 & 0x007F007Fu, both & 0x007F007Fu, 0x6420));
+            for (int u = 0; u < OWN_UNITS; u++) {
+                // Half a high byte more, so that the low one, with its top bit turned, is what is left of a rounded high one.
+                u32 x = __float_as_uint(fmaf(s[u][nt][0], grow, 8388736.f)), y = __float_as_uint(fmaf(s[u][nt][1], grow, 8388736.f));
+                p[u][nt] = transpose8x8(permute(x, y, 0x4051) ^ 0x80800000u);
             }
         }
-        int bias[NT][2];
+        int bias[NT][4];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
             int c[4] = {0, 0, 0, 0};  // every row: the sum of the column's bytes
 #pragma unroll
-            for (int u = 0; u < 8; u += 2)
+            for (int u = 0; u < OWN_UNITS; u += 2)
                 mma32(c, 0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u, p[u][nt], p[u + 1][nt]);
-            debias(bias[nt], c, twice_bias(VALUE_BITS));
+            debias<256>(bias[nt], c, twice_bias(VALUE_BITS));
         }
-        u32 value_rows = value_room + g * VALUE_ROW_BYTES;
+        u32 value_rows = value_room + g * VALUE_ROW_BYTES + share * ValueRow::LOADED;
 #pragma unroll 1
         for (int turn = 0; turn < CHANNEL_TILES / VALUE_UNROLL; turn++) {
             float next[VALUE_UNROLL][NT][2];
@@ -1055,23 +1133,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 ValueRow x, y;
                 x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, t);
                 y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, t);
+                x.take_own_bits(t);
+                y.take_own_bits(t);
                 int c[NT][4];
+                constexpr int ADDENDS = ValueRow::ADDENDS;
+                unrolled<0, ADDENDS * (OWN_UNITS / 2)>([&]<int J>() {
+                    constexpr int I = J / ADDENDS, ADDEND = J % ADDENDS;
+                    u32 a0 = x.template levels<2 * I, ADDEND>(value_levels), a1 = y.template levels<2 * I, ADDEND>(value_levels);
+                    u32 a2 = x.template levels<2 * I + 1, ADDEND>(value_levels), a3 = y.template levels<2 * I + 1, ADDEND>(value_levels);
 #pragma unroll
-                for (int nt = 0; nt < NT; nt++) {
-                    c[nt][0] = c[nt][2] = bias[nt][0];
-                    c[nt][1] = c[nt][3] = bias[nt][1];
-                }
-                unrolled<0, 4>([&]<int I>() {
-                    u32 a0 = x.template levels<2 * I>(value_levels), a1 = y.template levels<2 * I>(value_levels);
-                    u32 a2 = x.template levels<2 * I + 1>(value_levels), a3 = y.template levels<2 * I + 1>(value_levels);
-#pragma unroll
-                    for (int nt = 0; nt < NT; nt++) mma32(c[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
+                    for (int nt = 0; nt < NT; nt++)
+                        if constexpr (J == 0)
+                            mma32(c[nt], bias[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
+                        else
+                            mma32(c[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
                 });
 #pragma unroll
                 for (int nt = 0; nt < NT; nt++)
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
-                        float high = fmaf(__int_as_float(c[nt][2 * r]), 128.f, -128.f * MAGIC);
+                        float high = fmaf(__int_as_float(c[nt][2 * r]), 256.f, -256.f * MAGIC);
                         float low = __int_as_float(c[nt][2 * r + 1]) - MAGIC;
                         next[M][nt][r] = fmaf(o[M][nt][r], fade[nt], back[nt] * (high + low));
                     }
@@ -1087,15 +1168,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 }
             value_rows += 16 * VALUE_UNROLL * VALUE_ROW_BYTES;
         }
-        __syncwarp();
+        team_sync();
         if (!SPARSE) copy_values(tile + stride);
     }
 #if SPARSE
     if (lane == 0 && unread) atomicAdd(arrivals + ARRIVALS - 1, unread);
 #endif
     asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncwarp();  // of the warp's tiles nothing is needed any more
-    float* output = (float*)shared.rooms[warp];
+    team_sync();  // of the team's tiles nothing is needed any more
+    float* output = warp_output(warp);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
 #pragma unroll
@@ -1117,7 +1198,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     // -------- a row of the block: the warps' parts added up, the packed ones turned back
     for (int n = warp; n < rows; n += WARPS) {
         float x[OWN] = {}, raw[OWN] = {};
-        // Lane w stands for the tiles of warp w, lane 16 + w for its raw tokens.
+        constexpr int AHEAD = WARPS < 32 / OWN ? WARPS : 32 / OWN;  // parts that are asked for at once
+        float packed[AHEAD][OWN];
+        auto ask_for_packed = [&](int first) {
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (first + j < WARPS) read_row(packed[j], warp_output(first + j) + n * OUTPUT_ROW + OWN * lane);
+        };
+        ask_for_packed(0);
+        // Lane w stands for what warp w had of the tiles, lane 16 + w for its raw tokens.
         const int kind = lane >> 4, of = lane & 15;
         const float part_maximum = of < WARPS ? shared.maximum[kind][of][n] : NEVER;
         const float part_sum = of < WARPS ? shared.sum[kind][of][n] : 0.f;
@@ -1125,17 +1214,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         float weight = part_weight(part_maximum, part_sum, top);
         float total = warp_sum(weight * part_sum);
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
+        for (int first = 0; first < WARPS; first += AHEAD) {
+            if (first) ask_for_packed(first);
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (first + j < WARPS) {
+                    const float mine = __shfl_sync(~0u, weight, first + j);
+#pragma unroll
+                    for (int i = 0; i < OWN; i++) x[i] = fmaf(mine, packed[j][i], x[i]);
+                }
+        }
+        for (u32 left = __ballot_sync(~0u, weight != 0.f) >> 16; left; left &= left - 1) {
+            const int w = __ffs(left) - 1;
+            const float mine = __shfl_sync(~0u, weight, 16 + w);
             float part[OWN];
-            const float packed_weight = __shfl_sync(~0u, weight, w), raw_weight = __shfl_sync(~0u, weight, 16 + w);
-            read_row(part, (const float*)shared.rooms[w] + n * OUTPUT_ROW + OWN * lane);
+            read_row(part, waiting + (w * NR + n) * D + OWN * lane);
 #pragma unroll
-            for (int i = 0; i < OWN; i++) x[i] = fmaf(packed_weight, part[i], x[i]);
-            if (raw_weight != 0.f) {
-                read_row(part, waiting + (w * NR + n) * D + OWN * lane);
-#pragma unroll
-                for (int i = 0; i < OWN; i++) raw[i] = fmaf(raw_weight, part[i], raw[i]);
-            }
+            for (int i = 0; i < OWN; i++) raw[i] = fmaf(mine, part[i], raw[i]);
         }
 #if HADAMARD
         hadamard(x, D, lane);
@@ -1153,26 +1248,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             if (lane == 0) *(float2*)(all_sums + 2 * (first_part + split * NR)) = make_float2(top, total);
             __syncwarp();
             int before = 0;
-            int* arrival = arrivals + ((i64)blockIdx.z * gridDim.y + bh) * NR + n;
+            int* arrival = arrivals + (i64)blocks_of_rows * NR + n;
             if (lane == 0) before = arrive(arrival);
             if (__shfl_sync(~0u, before, 0) != splits - 1) continue;
             __syncwarp();
             if (lane == 0) *arrival = 0;
+            constexpr int AHEAD = OWN <= 4 ? 16 : 8;
+            float part[AHEAD][OWN];
+            const float* from = work + first_part * D + OWN * lane;
+            auto ask_for_parts = [&](int first) {
+#pragma unroll
+                for (int j = 0; j < AHEAD; j++)
+                    if (first + j < splits) read_row<true>(part[j], from + j * (NR * D));
+                from += AHEAD * NR * D;
+            };
             float2 sums[2];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 sums[j] = make_float2(NEVER, 0.f);
                 if (lane + 32 * j < splits) sums[j] = __ldcg((const float2*)(all_sums + 2 * (first_part + (lane + 32 * j) * NR)));
             }
-            constexpr int PIECE = OWN <= 4 ? 16 : 8;  // parts that are asked for at once
-            float part[PIECE][OWN];
-            auto ask_for_parts = [&](int first) {
-#pragma unroll
-                for (int j = 0; j < PIECE; j++) {
-                    const int from = first + j < splits ? first + j : 0;
-                    read_row<true>(part[j], work + (first_part + from * NR) * D + OWN * lane);
-                }
-            };
             ask_for_parts(0);
             top = warp_maximum(fmaxf(sums[0].x, sums[1].x));
             float weights[2];
@@ -1182,14 +1277,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int i = 0; i < OWN; i++) x[i] = 0.f;
 #pragma unroll 1
-            for (int first = 0; first < splits; first += PIECE) {
+            for (int first = 0; first < splits; first += AHEAD) {
                 if (first) ask_for_parts(first);
 #pragma unroll
-                for (int j = 0; j < PIECE; j++) {
-                    const float mine = __shfl_sync(~0u, first + j < 32 ? weights[0] : weights[1], (first + j) & 31);
+                for (int j = 0; j < AHEAD; j++) {
+                    const float mine = __shfl_sync(~0u, first < 32 ? weights[0] : weights[1], (first & 31) + j);
+                    if (first + j < splits)
 #pragma unroll
-                    for (int i = 0; i < OWN; i++)
-                        if (first + j < splits) x[i] = fmaf(mine, part[j][i], x[i]);
+                        for (int i = 0; i < OWN; i++) x[i] = fmaf(mine, part[j][i], x[i]);
                 }
             }
         }
