@@ -165,10 +165,11 @@ def test_any_number_of_blocks_shares_a_head(sizes, splits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("rows", [(1, 1), (4, 1), (8, 1), (3, 5)], ids=str)
-@pytest.mark.parametrize("extra", ["plain", "padded", "masked", "softcap"])
+@pytest.mark.parametrize("extra", ["plain", "padded", "masked", "softcap", "counts"])
 def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
     """Every third tile has keys far from the queries, and NaN for the scales of its values."""
-    given = arguments("k5/3", 4, dim, rows, torch.float16, tiles=30, formats=("e3m5", "fp16"))
+    tail = 150 if extra == "counts" else 77
+    given = arguments("k5/3", 4, dim, rows, torch.float16, tiles=30, tail=tail, formats=("e3m5", "fp16"))
     query, keys, values, _, _, starts = given
     one = query[:, :: rows[0], :1].clone()
     query[:] = one.repeat_interleave(rows[0], dim=1)
@@ -181,11 +182,14 @@ def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
         options["mask"] = torch.rand(2, 30 * TILE + 77, device="cuda") > 0.3
     if extra == "softcap":
         options |= {"softcap": 30.0, "s_aux": torch.randn(query.shape[1], device="cuda")}
+    if extra == "counts":  # three tiles are spare, and the tail is a ring that begins in its middle
+        options["counts"] = torch.tensor([27, 27 * TILE + 77], dtype=torch.int32, device="cuda")
     cuda.unread_tiles()
     output = cuda.decode_attention(*given, **options)
     chunks = -(-rows[0] * rows[1] // (8 if rows[0] * rows[1] > 4 else 4))
     hidden = 2 if extra == "padded" else 0  # tile 1, before the start of the second sequence's two heads
-    assert cuda.unread_tiles() == (2 * 2 * 10 + hidden) * chunks and cuda.unread_tiles() == 0
+    unlikely = 9 if extra == "counts" else 10
+    assert cuda.unread_tiles() == (2 * 2 * unlikely + hidden) * chunks and cuda.unread_tiles() == 0
     values.scale[:, :, ::3] = 1.0  # the reference multiplies them by zero
     exact = decode_attention(*float_inputs(given), **options)
     assert (output.float() - exact).norm() < 1.5e-3 * exact.norm()

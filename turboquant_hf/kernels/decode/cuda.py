@@ -32,7 +32,7 @@ KEY_UNROLL = 4
 """Units of 16 tokens that decode.cu has in one turn of its loop."""
 LARGE_ROOM = 13 * 1024
 """Bytes of a tile from which on two warps share it."""
-VALUE_UNROLL = {64: 4, 96: 3, 128: 4, 256: 4}
+VALUE_UNROLL = {64: 4, 96: 3, 128: 4, 256: 2}
 """Units of 16 channels, by head dim."""
 ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 63.5, 5: 191.5, 8: 127.5}
 """What a level's byte is, less (its step + 1/2), by the width of its code."""
@@ -157,7 +157,7 @@ class Shape:
     def team(self) -> int:
         """Warps that share a tile: two finish it sooner and have fewer bytes under way, but some work is done twice."""
         large = self.room > LARGE_ROOM or self.dim == 64
-        return 2 if large and not (self.wide or self.sparse) else 1
+        return 2 if large and not self.wide else 1
 
 
 @lru_cache(maxsize=256)

@@ -663,6 +663,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         else
             asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * TEAM) : "memory");
     };
+    auto team_any = [&](bool mine) -> bool {  // which is a team_sync() too
+        u32 any = mine;
+        if constexpr (TEAM == 1)
+            any = __any_sync(~0u, mine);
+        else
+            asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %0, 0; bar.red.or.pred q, %1, %2, p; selp.u32 %0, 1, 0, q; }"
+                         : "+r"(any) : "r"(1 + team), "n"(32 * TEAM) : "memory");
+        return any;
+    };
     const u32 key_room = shared_address(shared.rooms[team]), value_room = key_room + KEY_ROOM;
     const u64 policy = read_once_policy();
     auto copy_keys = [&](int tile) {
@@ -972,7 +981,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     for (int tile = begin; tile < tiles; tile += stride) {
 #if SPARSE
         asm volatile("cp.async.wait_all;" ::: "memory");
-        __syncwarp();
+        team_sync();
 #else
         all_but_newest_arrived();
 #endif
@@ -1059,10 +1068,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             wanted = wanted || (4 * nt + t < rows && !(highest[nt] < maximum[nt] + sparse));
             highest[nt] = fmaxf(highest[nt], maximum[nt]);
         }
-        wanted = __any_sync(~0u, wanted);
+        wanted = team_any(wanted);
         if (wanted) copy_values(tile);
-#endif
+#else
         team_sync();  // a copy ahead writes to the slot that was read last
+#endif
         copy_keys(tile + stride);
 #if SPARSE
         if (!wanted) {  // no maximum has changed
@@ -1172,7 +1182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         if (!SPARSE) copy_values(tile + stride);
     }
 #if SPARSE
-    if (lane == 0 && unread) atomicAdd(arrivals + ARRIVALS - 1, unread);
+    if (member == 0 && unread) atomicAdd(arrivals + ARRIVALS - 1, unread);
 #endif
     asm volatile("cp.async.wait_all;" ::: "memory");
     team_sync();  // of the team's tiles nothing is needed any more
