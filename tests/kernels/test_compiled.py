@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from turboquant_hf.kernels.decode import cuda
+from turboquant_hf.kernels.decode import cuda, source
 
 from .conftest import INTERPRETED
 from .test_cuda import KEYS, groups_of
@@ -90,12 +90,12 @@ def test_cuda_source_compiles(case, architecture):
     keys, (values,) = (cuda._described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
     key_format, hadamard = "fp16" if widths == "k8" else "e3m5", not case.startswith(("matrices", "k2v2"))
     options = {"hadamard": hadamard, "wide": case.startswith("wide"), "sparse": case.startswith("sparse")}
-    shape = cuda.Shape(dim, keys, values, key_format, "e4m4", bf16=True, **options)
-    warps = cuda.most_warps(shape, SHARED[architecture])
+    shape = source.Shape(dim, keys, values, key_format, "e4m4", bf16=True, **options)
+    warps = source.most_warps(shape, SHARED[architecture])
     if not warps:
         pytest.skip("dispatch takes Triton there: too little shared memory for two warps")
     options = (f"--gpu-architecture={architecture}", *cuda.COMPILER_OPTIONS, "--ptxas-options=-v")
-    status, log = nvrtc.compile(cuda.source(shape, warps), *options)
+    status, log = nvrtc.compile(source.source_text(shape, warps), *options)
     assert status == 0, log
     spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
     assert spilled <= allowed, log

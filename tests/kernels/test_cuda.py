@@ -15,7 +15,7 @@ import torch
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import load_preset, preset_names
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
-from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda, launch
+from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda, launch, source
 from turboquant_hf.kernels.decode.reference import decode_attention
 from turboquant_hf.primitives import grid, rotation_matrix
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
@@ -274,10 +274,10 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_levels_as_bytes(bits):
-    """What decode.cu makes of a code, permutation by permutation: the codebook's step, a constant away."""
+    """What levels.cuh makes of a code, permutation by permutation: the codebook's step, a constant away."""
     ((_, _, unit, steps),) = cuda._described((CodeGroup(128, grid(bits, 128)),))
     assert torch.allclose(unit * (torch.tensor(steps) + 0.5), grid(bits, 128).tensor())
-    table = cuda.level_bytes(bits, steps)
+    table = source.level_bytes(bits, steps)
     for code, step in enumerate(steps):
         if bits == 8:
             byte = code
@@ -289,7 +289,7 @@ def test_levels_as_bytes(bits):
             byte = table[low] if low < 8 else table[8 + (low & 7)]
             assert byte >> 7 == (bits == 5)
             byte ^= 0 if bits == 4 or code & 16 else 0x7F
-        assert byte == step + 0.5 + cuda.ROW_CENTRE[bits]
+        assert byte == step + 0.5 + source.ROW_CENTRE[bits]
 
 
 def test_a_torch_that_cannot_launch_is_refused(monkeypatch):
@@ -313,7 +313,7 @@ def test_what_does_not_compile_is_left_to_others(monkeypatch):
         raise OSError("no NVRTC library")
 
     keys, (values,) = (cuda._described(groups_of(128, x)) for x in (KEYS["k5/3"], ((1.0, 4),)))
-    shape, device = cuda.Shape(128, keys, values), torch.device("cuda", 7)
+    shape, device = source.Shape(128, keys, values), torch.device("cuda", 7)
     monkeypatch.setattr(cuda, "_kernel", compile_kernel)
     monkeypatch.setattr(cuda, "_plan", lambda shape, device: 7)
     with pytest.warns(UserWarning, match="no NVRTC library.*Triton serves") as warned:

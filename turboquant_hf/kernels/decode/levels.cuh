@@ -1,0 +1,157 @@
+// From packed bytes to levels: the rows of codes, and which lane owns what of them.
+
+__host__ __device__ constexpr int main_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
+// Twice what is to be subtracted from a level's byte to centre it.
+__host__ __device__ constexpr int twice_bias(int bits) { return bits == 8 ? 255 : bits == 5 ? 383 : 127; }
+
+// BYTES of shared memory at `lane` + OFFSET, the address a multiple of ALIGN.
+template <int BYTES, int ALIGN, int OFFSET>
+__device__ __forceinline__ void load_piece(u32* out, u32 lane) {
+    if constexpr (BYTES == 1)
+        asm volatile("ld.shared.u8 %0, [%1+%2];" : "=r"(out[0]) : "r"(lane), "n"(OFFSET));
+    else if constexpr (BYTES == 2)
+        asm volatile("ld.shared.u16 %0, [%1+%2];" : "=r"(out[0]) : "r"(lane), "n"(OFFSET));
+    else {
+        constexpr int STEP = BYTES % 16 == 0 && ALIGN % 16 == 0 ? 16 : BYTES % 8 == 0 && ALIGN % 8 == 0 ? 8 : 4;
+        unrolled<0, BYTES / STEP>([&]<int I>() {
+            if constexpr (STEP == 16)
+                asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4+%5];"
+                    : "=r"(out[4 * I]), "=r"(out[4 * I + 1]), "=r"(out[4 * I + 2]), "=r"(out[4 * I + 3])
+                    : "r"(lane), "n"(OFFSET + 16 * I));
+            else if constexpr (STEP == 8)
+                asm volatile("ld.shared.v2.u32 {%0,%1}, [%2+%3];"
+                    : "=r"(out[2 * I]), "=r"(out[2 * I + 1]) : "r"(lane), "n"(OFFSET + 8 * I));
+            else
+                asm volatile("ld.shared.u32 %0, [%1+%2];" : "=r"(out[I]) : "r"(lane), "n"(OFFSET + 4 * I));
+        });
+    }
+}
+
+// The table of one codebook, and the constants that go with it. They come from shared memory to stay in registers: what
+// the compiler knows to be the same in all lanes it copies before every permutation.
+struct Levels {
+    u32 table[4], top_bits, mirror;
+    __device__ __forceinline__ void read(u32 at) {
+        load_piece<16, 16, 0>(table, at);
+        load_piece<4, 4, 16>(&top_bits, at);
+        load_piece<4, 4, 20>(&mirror, at);
+    }
+};
+
+// One packed row of N codes: what a lane owns of it, as UNITS words of four levels, or one of SHARES equal parts of that.
+template <int N, int BITS, int SHARES = 1>
+struct Row {
+    static constexpr int WIDTH = main_width(BITS);
+    static constexpr bool EXTRA = BITS != WIDTH;         // one more bit in a plane of its own: 5 = 4 + 1, 3 = 2 + 1
+    static constexpr int BYTES = N * WIDTH / 32;         // a lane's part of the main plane
+    // Parts that are not whole words are loaded in pieces of one unit (two with 1 bit), each to a word of its own.
+    static constexpr bool PIECES = WIDTH == 1 || (BYTES % 4 != 0 && !(WIDTH == 2 && BYTES == 2));
+    static constexpr int LOADED = BYTES / SHARES;
+    static constexpr int PIECE = !PIECES ? LOADED : WIDTH == 4 ? 2 : 1;
+    static constexpr int WORDS = PIECES ? LOADED / PIECE : (LOADED + 3) / 4;
+    static constexpr int UNITS = N / 16;
+    static constexpr int PLANE = N * WIDTH / 8;
+    static constexpr int PARTS = EXTRA ? 4 / WIDTH : 1;  // the extra plane is this many lane parts long
+    static_assert(N % 16 == 0 && N * WIDTH % 32 == 0, "whole units, and the same number of bytes for every lane");
+    static_assert(SHARES == 1 || (!PIECES && (LOADED % 4 == 0 || (WIDTH == 2 && LOADED == 2))), "shares of whole words");
+    u32 w[WORDS], e[WORDS];
+
+    template <int ALIGN, int OFFSET>
+    static __device__ __forceinline__ void load_part(u32* out, u32 part) {
+        unrolled<0, LOADED / PIECE>([&]<int I>() { load_piece<PIECE, ALIGN, OFFSET + I * PIECE>(out + I, part); });
+    }
+    // The row begins at `row` + OFFSET.
+    template <int ALIGN, int OFFSET>
+    __device__ __forceinline__ void load(u32 row, int t) {
+        load_part<ALIGN, OFFSET>(w, row + t * BYTES);
+        if constexpr (EXTRA) {
+            load_part<ALIGN, OFFSET + PLANE>(e, row + t % PARTS * BYTES);
+        }
+    }
+    // To be called once after `load`.
+    __device__ __forceinline__ void take_own_bits(int t) {
+        if constexpr (EXTRA)
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) e[i] = WIDTH == 2 ? lop3<SELECT>(0x55555555u, e[i] >> t / PARTS, 0) : e[i] >> t / PARTS;
+            // Now field f stands in bit WIDTH * f of its byte.
+    }
+
+    // Levels are sums of this many bytes, of which all but one are zero.
+    static constexpr int ADDENDS = BITS == 4 ? 2 : 1;
+
+    template <int U, int ADDEND = 0>
+    __device__ __forceinline__ u32 levels(const Levels& book) const {
+        if constexpr (BITS == 8) {
+            return w[U];
+        } else if constexpr (WIDTH == 4) {
+            constexpr int I = PIECES ? U : U / 2;
+            constexpr bool HIGH = !PIECES && U % 2;
+            u32 code = w[I];
+            // A set top bit of a selector repeats the sign of the byte.
+            if constexpr (!EXTRA) {
+                if (ADDEND) code ^= book.top_bits;
+                return permute(book.table[2 * ADDEND], book.table[2 * ADDEND + 1], HIGH ? high_half(code) : code);
+            } else {
+                // Levels of a 5-bit code are symmetric: the extra bit is the sign, and turns the others round where it is 0.
+                u32 turned = (e[I] & 0x11111111u) * 15u, sign = e[I] << 3;
+                u32 other = lop3<XNOR3>(code, turned, book.top_bits);
+                code = lop3<XNOR>(code, turned, 0);
+                u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
+                level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
+                return level ^ permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
+            }
+        } else if constexpr (WIDTH == 1) {
+            u32 code = w[U / 2] >> 2 * (U % 2);
+            return permute(book.table[0], book.table[1], (code & 0x11u) | (code << 7 & 0x1100u));
+        } else {
+            constexpr int I = PIECES ? U : U / 4;
+            constexpr u32 FIELD = 0x33333333u;
+            u32 even = w[I] & FIELD, odd = w[I] >> 2 & FIELD;
+            if constexpr (EXTRA) {
+                even = lop3<SELECT>(FIELD, w[I], e[I] << 2);
+                odd = lop3<SELECT>(FIELD, w[I] >> 2, e[I]);
+            }
+            u32 selector = PIECES ? even | odd << 8 : U % 2 ? odd : even;
+            return permute(book.table[0], book.table[1], !PIECES && U % 4 / 2 ? high_half(selector) : selector);
+        }
+    }
+
+    // Index in the row of byte j of unit u in lane part t.
+    static __host__ __device__ __forceinline__ constexpr int index(int u, int j, int t) {
+        if (WIDTH == 8) return t * BYTES + 4 * u + j;
+        if (WIDTH == 4) return t * BYTES + 2 * u + (j >> 1) + (j & 1) * PLANE;
+        if (WIDTH == 1) return t * BYTES + u / 2 + (2 * (u & 1) + (j >> 1) + 4 * (j & 1)) * PLANE;
+        if (PIECES) return t * BYTES + u + ((j >> 1) + 2 * (j & 1)) * PLANE;
+        return t * BYTES + 4 * (u / 4) + 2 * (u % 4 / 2) + (j >> 1) + ((u & 1) + 2 * (j & 1)) * PLANE;
+    }
+
+    // And back: the unit, byte and lane part of the code at `index`.
+    static __host__ __device__ __forceinline__ constexpr void find(int index, int& u, int& j, int& t) {
+        const int field = WIDTH == 8 ? 0 : index / PLANE, rest = WIDTH == 8 ? index : index % PLANE, byte = rest % BYTES;
+        t = rest / BYTES;
+        if (WIDTH == 8) {
+            u = byte / 4;
+            j = byte % 4;
+        } else if (WIDTH == 4) {
+            u = byte / 2;
+            j = field + 2 * (byte & 1);
+        } else if (WIDTH == 1) {
+            u = 2 * byte + (field >> 1 & 1);
+            j = (field >> 2) + 2 * (field & 1);
+        } else if (PIECES) {
+            u = byte;
+            j = (field >> 1) + 2 * (field & 1);
+        } else {
+            u = 4 * (byte / 4) + 2 * (byte % 4 / 2) + (field & 1);
+            j = (field >> 1) + 2 * (byte & 1);
+        }
+    }
+    static constexpr bool found() {
+        for (int index = 0; index < N; index++) {
+            int u = 0, j = 0, t = 0;
+            find(index, u, j, t);
+            if (Row::index(u, j, t) != index || u >= UNITS || j >= 4 || t >= 4) return false;
+        }
+        return true;
+    }
+};

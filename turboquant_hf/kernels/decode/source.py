@@ -1,0 +1,203 @@
+"""What decode.cu is compiled for: layer shapes, what they take of shared memory, and the constants above its text."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from turboquant_hf.kernels.codes import SCALE_FORMATS
+from turboquant_hf.primitives import packed_size
+
+FILES = ("instructions.cuh", "levels.cuh", "decode.cu")
+"""One text, in this order."""
+TILE = 128
+MAX_WARPS = {64: 12, 96: 8, 128: 8, 256: 8}
+"""Of a block, by head dim; those that share tiles of 64 channels are more than 8."""
+KEY_UNROLL = 4
+"""Units of 16 tokens that decode.cu has in one turn of its loop."""
+LARGE_ROOM = 13 * 1024
+"""Bytes of a tile from which on two warps share it."""
+VALUE_UNROLL = {64: 4, 96: 3, 128: 4, 256: 2}
+"""Units of 16 channels, by head dim."""
+ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 63.5, 5: 191.5, 8: 127.5}
+"""What a level's byte is, less (its step + 1/2), by the width of its code."""
+ARRIVALS = 1 << 16
+"""Words at the head of a workspace, one for every query row: how many of the blocks that share its tiles are done.
+Tiles are shared only where there are few heads (`_splits`). The last word is for `unread_tiles`."""
+
+
+def row_layout(groups: Iterable[tuple[int, int]]) -> tuple[list[int], int]:
+    """Where groups of (channels, bits) begin in a token's row of keys, and the row's size: bytes."""
+    ends = list(itertools.accumulate((packed_size(size, bits) for size, bits in groups), initial=0))
+    return ends[:-1], ends[-1]
+
+
+def main_width(bits: int) -> int:
+    return max(width for width in (1, 2, 4, 8) if width <= bits)
+
+
+def piece_size(size: int, bits: int) -> int:
+    """Bytes of what levels.cuh's `Row` loads at a time: a lane's part of a row if that is whole words, or less."""
+    width = main_width(bits)
+    part = size * width // 32
+    whole = width > 1 and (part % 4 == 0 or (width, part) == (2, 2))
+    return part if whole else 2 if width == 4 else 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the kernel is compiled for. Groups are (channels, bits, levels' unit, levels' steps)."""
+
+    dim: int
+    keys: tuple[tuple[int, int, float, tuple[int, ...]], ...]
+    values: tuple[int, int, float, tuple[int, ...]]
+    key_format: str = "fp16"
+    value_format: str = "fp16"
+    bf16: bool = False
+    mean: bool = True
+    masked: bool = False
+    softcap: bool = False
+    sparse: bool = False  # values are not read where no probability of a tile reaches a threshold
+    wide: bool = False  # 8 query rows a block instead of 4
+    hadamard: bool = True  # rotations are given by their signs
+
+    @property
+    def key_rows(self) -> tuple[list[int], int]:
+        """`row_layout` of the keys."""
+        return row_layout((size, bits) for size, bits, _, _ in self.keys)
+
+    @property
+    def rows(self) -> int:
+        return 8 if self.wide else 4
+
+    @property
+    def room(self) -> int:
+        """Bytes of shared memory for one tile: decode.cu's `ROOM`."""
+        _, row = self.key_rows
+        key_scale, value_scale = (1 if SCALE_FORMATS[x][0] else 2 for x in (self.key_format, self.value_format))
+        pads = TILE // (TILE * main_width(self.values[1]) // 32) * key_pad(self)
+        keys = TILE * row + pads + TILE * len(self.keys) * key_scale + (2 * self.dim if self.mean else 0)
+        values = self.dim * packed_size(TILE, self.values[1]) + TILE * value_scale
+        return -(-keys // 128) * 128 + -(-values // 128) * 128
+
+    @property
+    def team(self) -> int:
+        """Warps that share a tile: two finish it sooner and have fewer bytes under way, but some work is done twice."""
+        large = self.room > LARGE_ROOM or self.dim == 64
+        return 2 if large and not self.wide else 1
+
+
+def most_warps(shape: Shape, limit: int) -> int:
+    """How many warps `limit` bytes of shared memory serve; 0 where two do not fit."""
+    most = MAX_WARPS[shape.dim] if shape.team > 1 else 8
+    return next((n for n in range(most, 1, -1) if n % shape.team == 0 and shared_bytes(shape, n) <= limit), 0)
+
+
+def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
+    """The 16 bytes that levels.cuh looks levels up in: byte = step + 1/2 + ROW_CENTRE.
+
+    1 to 4 bits: all levels, below 128; 5 bits: those of the positive half, with the top bit set.
+    """
+    if bits == 8:
+        return [0] * 16
+    kept = steps[16:] if bits == 5 else steps
+    table = [int(step + 0.5 + ROW_CENTRE[bits]) for step in kept]
+    return table + [0] * (16 - len(table))
+
+
+def source_text(shape: Shape, warps: int) -> str:
+    """Constants of one layer shape, then `FILES`."""
+    offsets, row = shape.key_rows
+    key_shift, key_unit = SCALE_FORMATS[shape.key_format]
+    value_shift, value_unit = SCALE_FORMATS[shape.value_format]
+
+    def array(kind: str, name: str, items) -> str:
+        return f"__device__ constexpr {kind} {name}[] = {{{', '.join(map(str, items))}}};"
+
+    def table(bits: int, steps: tuple[int, ...]) -> str:
+        words = struct.unpack("<4I", bytes(level_bytes(bits, steps)))
+        return "{" + ", ".join(f"0x{word:08X}u" for word in words) + "}"
+
+    lines = [
+        f"#define RAW_BF16 {int(shape.bf16)}",
+        f"#define HAS_MEAN {int(shape.mean)}",
+        f"#define MASKED {int(shape.masked)}",
+        f"#define SOFTCAP {int(shape.softcap)}",
+        f"#define SPARSE {int(shape.sparse)}",
+        f"#define HADAMARD {int(shape.hadamard)}",
+        f"#define WAIT_IN_SHARED {int(wait_in_shared(shape))}",
+        f"constexpr int D = {shape.dim}, WARPS = {warps}, TEAM = {shape.team}, NT = {shape.rows // 4};",
+        f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {row};",
+        f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
+        f"constexpr int KEY_UNROLL = {min(KEY_UNROLL, 8 // shape.team)}, VALUE_UNROLL = {VALUE_UNROLL[shape.dim]};",
+        f"constexpr int KEY_PAD = {key_pad(shape)}, ARRIVALS = {ARRIVALS};",
+        array("int", "KEY_SIZE", [group[0] for group in shape.keys]),
+        array("int", "KEY_BITS", [group[1] for group in shape.keys]),
+        array("int", "KEY_OFFSET", offsets),
+        array("float", "KEY_UNIT", [f"{group[2] * key_unit!r}f" for group in shape.keys]),
+        f"constexpr int VALUE_BITS = {shape.values[1]};",
+        "__device__ constexpr unsigned int LEVELS[][4] = {"
+        + ", ".join(table(bits, steps) for _, bits, _, steps in (*shape.keys, shape.values))
+        + "};",
+        f"constexpr float VALUE_UNIT = {shape.values[2] * value_unit!r}f;",
+        f"constexpr int SHARED_BYTES = {shared_bytes(shape, warps)};",
+    ]
+    files = [Path(__file__).with_name(name).read_text() for name in FILES]
+    return "\n".join([*lines, *files])
+
+
+def shared_bytes(shape: Shape, warps: int) -> int:
+    """Size of decode.cu's `Shared`."""
+    dim, rows = shape.dim, shape.rows
+    total = warps // shape.team * shape.room + 4 * rows * dim * 2
+    total += 4 * warps * rows * dim if wait_in_shared(shape) else 0
+    total += 32 * (len(shape.keys) + 1) + 2 * rows * dim + 8 + 4 * rows + 4 * 2 * 2 * warps * rows
+    return -(-total // 128) * 128
+
+
+def wait_in_shared(shape: Shape) -> bool:
+    """Whether sums over raw tokens wait for the end in shared memory; else there is no room for them."""
+    return shape.dim <= 128 and max(bits for _, bits, _, _ in (*shape.keys, shape.values)) < 8
+
+
+@lru_cache(maxsize=64)
+def key_pad(shape: Shape) -> int:
+    """Bytes behind the rows of keys of one lane part: the fewest passes through shared memory, by counting banks."""
+    offsets, row = shape.key_rows
+    value_width = main_width(shape.values[1])
+    own, step = TILE * value_width // 32, 2 if value_width == 8 else 1  # tokens of a lane part; of one lane to the next
+
+    def passes(pad: int) -> int:
+        rows = [((g >> 1) * own + (g & 1) * step) * row + (g >> 1) * pad for g in range(8)]
+        total = 0
+        for offset, (size, bits, _, _) in zip(offsets, shape.keys, strict=True):
+            align = row | offset | 16
+            for width, addresses in _pieces(size, bits, [start + offset for start in rows], align & -align):
+                lanes = 32 if width <= 4 else 128 // width
+                for first in range(0, 32, lanes):
+                    banks: dict[int, set[int]] = {}
+                    for address in addresses[first : first + lanes]:
+                        for word in range(address // 4, (address + width + 3) // 4):
+                            banks.setdefault(word % 32, set()).add(word)
+                    total += max(len(words) for words in banks.values())
+        return total
+
+    return min(range(0, 128, 16), key=lambda pad: (passes(pad), pad))
+
+
+def _pieces(size: int, bits: int, rows: list[int], align: int) -> list[tuple[int, list[int]]]:
+    """The loads of levels.cuh's `Row::load`: (bytes a lane, address of every lane)."""
+    width = main_width(bits)
+    own, plane, piece = size * width // 32, size * width // 8, piece_size(size, bits)
+    step = max(x for x in (1, 2, 4, 8, 16) if piece % x == 0 and (x <= 4 or align % x == 0))
+    loads = []
+    for i in range(0, own, step):
+        loads.append((step, [row + t * own + i for row in rows for t in range(4)]))
+        if bits != width:
+            parts = 4 // width
+            loads.append((step, [row + plane + t % parts * own + i for row in rows for t in range(4)]))
+    return loads
