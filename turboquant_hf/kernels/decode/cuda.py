@@ -33,6 +33,8 @@ BITS = (1, 2, 3, 4, 5, 8)
 MAX_ROWS = 8
 """Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
 MAX_SPLITS = 64
+MAX_GRID = 65535
+"""Blocks in the second and third direction of a launch."""
 
 
 def available() -> str | None:
@@ -69,6 +71,7 @@ def supports(
         (dim in HEAD_DIMS and tail.values.shape[-1] == dim, f"head dim {dim}"),
         (keys.scale.shape[-1] == TILE, f"tiles of {keys.scale.shape[-1]} tokens"),
         (query.shape[2] <= tail.keys.shape[2], "new tokens outside the tail"),
+        (max(_grid(query, keys)) <= MAX_GRID, "more blocks than a launch can have"),
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
         (all(_row_fits(x.size, x) for x in keys.groups), "key groups of broken units, or levels off a grid"),
@@ -102,7 +105,6 @@ def _described(groups: tuple[CodeGroup, ...]) -> tuple[tuple[int, int, float, tu
 
 
 def _shape(query, keys, values, masked=False, softcap=None, sparse_v_threshold=0.0) -> Shape:
-    rows = query.shape[1] // keys.codes.shape[1] * query.shape[2]
     return Shape(
         query.shape[-1],
         _described(keys.groups),
@@ -114,9 +116,20 @@ def _shape(query, keys, values, masked=False, softcap=None, sparse_v_threshold=0
         masked,
         softcap is not None,
         sparse_v_threshold > 0.0,
-        rows > 4,
+        _rows(query, keys) > 4,
         _by_signs(keys) and _by_signs(values),
     )
+
+
+def _rows(query: torch.Tensor, keys: PackedSide) -> int:
+    """Query rows of a KV head."""
+    return query.shape[1] // keys.codes.shape[1] * query.shape[2]
+
+
+def _grid(query: torch.Tensor, keys: PackedSide) -> tuple[int, int]:
+    """The launch's second and third direction: KV heads, and sequences times chunks of query rows."""
+    rows = _rows(query, keys)
+    return keys.codes.shape[1], query.shape[0] * -(-rows // (MAX_ROWS if rows > 4 else 4))
 
 
 def _by_signs(side: PackedSide) -> bool:
@@ -182,14 +195,13 @@ class Step:
         workspace: torch.Tensor | None = None,
         splits: int = 0,
     ) -> None:
-        batch, query_heads, count, dim = query.shape
-        heads = keys.codes.shape[1]
-        rows = query_heads // heads * count
+        batch, _, count, dim = query.shape
+        heads, rows = keys.codes.shape[1], _rows(query, keys)
         self._shape = _shape(query, keys, values, masked, softcap, sparse_v_threshold)
         self._device = query.device
-        self._kernel, self._warps = _kernel(self._shape, query.device)
-        self._teams, self._splits = self._warps // self._shape.team, splits
-        self._grid = heads, batch * -(-rows // self._shape.rows)
+        self._kernel, self._warps, self._teams = _kernel(self._shape, query.device)
+        self._splits = splits
+        self._grid = _grid(query, keys)
         self._blocks = math.prod(self._grid)  # of each split
         counters = self._blocks * self._shape.rows
         if not 0 <= splits <= MAX_SPLITS or (splits > 1 and counters >= ARRIVALS):
@@ -366,7 +378,8 @@ def _failure(shape: Shape, device: torch.device) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _kernel(shape: Shape, device: torch.device) -> tuple[Launcher, int]:
+def _kernel(shape: Shape, device: torch.device) -> tuple[Launcher, int, int]:
+    """And how many warps a block has, in how many teams."""
     warps = _plan(shape, device)
     text = source_text(shape, warps)
     with torch.cuda.device(device):
@@ -375,4 +388,4 @@ def _kernel(shape: Shape, device: torch.device) -> tuple[Launcher, int]:
         if shared > 48 * 1024:
             kernel.set_shared_memory_config(shared)
         overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
-    return Launcher(kernel, warps * 32, shared, overlaps), warps
+    return Launcher(kernel, warps * 32, shared, overlaps), warps, warps // shape.team

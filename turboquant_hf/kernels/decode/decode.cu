@@ -43,7 +43,7 @@ constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, so
 static_assert(TEAM * 4 * NR * OUTPUT_ROW <= ROOM, "the output of a team's warps takes the place of its tiles");
 
 struct Shared {
-    __align__(128) u8 rooms[TEAMS][ROOM];  // at the end: a warp's output in the values' coded domain
+    __align__(128) u8 rooms[TEAMS][ROOM];  // at the end: its warps' outputs in the values' coded domain
     float raw[NR][D];                   // queries times scaling * log2(e)
     float scratch[NR][D];               // of the warp that has the row
     u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads, the values' last
@@ -55,7 +55,8 @@ struct Shared {
     float query_unit[NR];
     float maximum[2][WARPS][NR], sum[2][WARPS][NR];  // over tiles, over raw tokens
 };
-static_assert(sizeof(Shared) == SHARED_BYTES, "cuda.py computes another size");
+static_assert(sizeof(Shared) == SHARED_BYTES, "source.py computes another size");
+static_assert(WARPS % TEAM == 0 && WARPS >= 2 && WARPS <= 16, "whole teams, and a lane for every warp in each half of a warp");
 
 __device__ __forceinline__ float cap(float s, float softcap) {
 #if SOFTCAP
@@ -310,7 +311,8 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, c
 // is a ring of `ring` tokens; `work` takes the blocks' parts, `arrivals` (zeros, left as zeros) counts the blocks that are
 // done with a row. A rotation is its signs [D] (HADAMARD), or a matrix [D, D], the keys' transposed.
 // SPARSE: values of a tile are asked for when its scores are known, and only if one of its probabilities, relative to the
-// largest that the warp has seen of that row, reaches 2^sparse; the last of the `arrivals` counts tiles that were not read.
+// largest that its warp has seen of that row, reaches 2^sparse, for any warp of the team; the last of the `arrivals` counts
+// tiles that were not read.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     const u16* query, const float* key_turn, const u16* order, const float* balance, const float* key_gain,
     const u8* key_codes, const u8* key_scales, const u8* key_means, const u8* value_codes, const u8* value_scales,
@@ -366,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     auto team_any = [&](bool mine) -> bool {  // which is a team_sync() too
         u32 any = mine;
         if constexpr (TEAM == 1)
-            any = __any_sync(~0u, mine);
+            any = __any_sync(~0u, mine), __syncwarp();
         else
             asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %0, 0; bar.red.or.pred q, %1, %2, p; selp.u32 %0, 1, 0, q; }"
                          : "+r"(any) : "r"(1 + team), "n"(32 * TEAM) : "memory");
@@ -647,7 +649,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #endif
 
     wait_once(coded_rows);
-    __syncwarp();
 
     // -------- tiles
     u32 q[UNITS][NT];
@@ -963,14 +964,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             if (__shfl_sync(~0u, before, 0) != splits - 1) continue;
             __syncwarp();
             if (lane == 0) *arrival = 0;
-            constexpr int AHEAD = OWN <= 4 ? 16 : 8;
-            float part[AHEAD][OWN];
+            constexpr int MANY = OWN <= 4 ? 16 : 8;
+            float part[MANY][OWN];
             const float* from = work + first_part * D + OWN * lane;
             auto ask_for_parts = [&](int first) {
 #pragma unroll
-                for (int j = 0; j < AHEAD; j++)
+                for (int j = 0; j < MANY; j++)
                     if (first + j < splits) read_row<true>(part[j], from + j * (NR * D));
-                from += AHEAD * NR * D;
+                from += MANY * NR * D;
             };
             float2 sums[2];
 #pragma unroll
@@ -987,10 +988,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int i = 0; i < OWN; i++) x[i] = 0.f;
 #pragma unroll 1
-            for (int first = 0; first < splits; first += AHEAD) {
+            for (int first = 0; first < splits; first += MANY) {
                 if (first) ask_for_parts(first);
 #pragma unroll
-                for (int j = 0; j < AHEAD; j++) {
+                for (int j = 0; j < MANY; j++) {
                     const float mine = __shfl_sync(~0u, first < 32 ? weights[0] : weights[1], (first & 31) + j);
                     if (first + j < splits)
 #pragma unroll

@@ -119,6 +119,7 @@ __device__ __forceinline__ void wait_once(u32 barrier) {  // for the first phase
     do asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
                     : "=r"(done) : "r"(barrier) : "memory");
     while (!done);
+    __syncwarp();
 }
 // Packed bytes are read once: they leave the L2 cache first, and what every block reads stays.
 __device__ __forceinline__ u64 read_once_policy() {

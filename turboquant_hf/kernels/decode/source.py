@@ -15,12 +15,12 @@ from turboquant_hf.primitives import packed_size
 FILES = ("instructions.cuh", "levels.cuh", "decode.cu")
 """One text, in this order."""
 TILE = 128
-MAX_WARPS = {64: 12, 96: 8, 128: 8, 256: 8}
+MAX_WARPS = {64: 12, 96: 8, 128: 8, 256: 8}  # decode.cu can have 16
 """Of a block, by head dim; those that share tiles of 64 channels are more than 8."""
 KEY_UNROLL = 4
 """Units of 16 tokens that decode.cu has in one turn of its loop."""
 LARGE_ROOM = 13 * 1024
-"""Bytes of a tile from which on two warps share it."""
+"""Two warps share a tile of more bytes than this."""
 VALUE_UNROLL = {64: 4, 96: 3, 128: 4, 256: 2}
 """Units of 16 channels, by head dim."""
 ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 63.5, 5: 191.5, 8: 127.5}
