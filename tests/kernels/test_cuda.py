@@ -296,7 +296,7 @@ def test_blocks_are_whole_teams(option, keys, values, dim, limit):
     if not warps:  # Triton serves
         assert source.shared_bytes(shape, 2) > limit * 1024
         return
-    assert 2 <= warps <= source.MAX_WARPS[dim] and warps % shape.team == 0
+    assert 2 <= warps <= source.max_warps(dim) and warps % shape.team == 0
     assert source.shared_bytes(shape, warps) <= limit * 1024
     assert shape.team == 1 or not shape.wide
 

@@ -15,10 +15,11 @@ from turboquant_hf.kernels.decode.launch import Arguments, Launcher
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.kernels.decode.source import (
     ARRIVALS,
-    MAX_WARPS,
     TILE,
     Shape,
+    block_rows,
     main_width,
+    max_warps,
     most_warps,
     piece_size,
     row_layout,
@@ -30,8 +31,7 @@ COMPILER_OPTIONS = ["--std=c++20", "--use_fast_math", "-default-device"]
 HEAD_DIMS = (64, 96, 128, 256)
 BITS = (1, 2, 3, 4, 5, 8)
 """Of keys; values have at least 2."""
-MAX_ROWS = 8
-"""Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
+MAX_ROWS = block_rows(wide=True)
 MAX_SPLITS = 64
 MAX_GRID = 65535
 """Blocks in the second and third direction of a launch."""
@@ -116,7 +116,7 @@ def _shape(query, keys, values, masked=False, softcap=None, sparse_v_threshold=0
         masked,
         softcap is not None,
         sparse_v_threshold > 0.0,
-        _rows(query, keys) > 4,
+        _is_wide(query, keys),
         _by_signs(keys) and _by_signs(values),
     )
 
@@ -126,10 +126,14 @@ def _rows(query: torch.Tensor, keys: PackedSide) -> int:
     return query.shape[1] // keys.codes.shape[1] * query.shape[2]
 
 
+def _is_wide(query: torch.Tensor, keys: PackedSide) -> bool:
+    return _rows(query, keys) > block_rows(wide=False)
+
+
 def _grid(query: torch.Tensor, keys: PackedSide) -> tuple[int, int]:
     """The launch's second and third direction: KV heads, and sequences times chunks of query rows."""
-    rows = _rows(query, keys)
-    return keys.codes.shape[1], query.shape[0] * -(-rows // (MAX_ROWS if rows > 4 else 4))
+    chunks = -(-_rows(query, keys) // block_rows(_is_wide(query, keys)))
+    return keys.codes.shape[1], query.shape[0] * chunks
 
 
 def _by_signs(side: PackedSide) -> bool:
@@ -282,7 +286,7 @@ def workspace_size(blocks: int, shape: Shape, warps: int) -> int:
 def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> int:
     """Words that serve any call of up to `rows` query rows a KV head, however it splits its tiles."""
     blocks = max(batch_heads * -(-rows // MAX_ROWS), 4 * _multiprocessors(device))
-    return ARRIVALS + blocks * MAX_ROWS * (dim + 2 + MAX_WARPS.get(dim, 8) * dim)
+    return ARRIVALS + blocks * MAX_ROWS * (dim + 2 + max_warps(dim) * dim)
 
 
 def _cleared(words: int, device: torch.device) -> torch.Tensor:

@@ -242,6 +242,23 @@ __device__ __forceinline__ void debias(int (&start)[4], const int (&sums)[4], in
     start[3] = MAGIC_BITS - (low >> 1) - BASE / 2 * (high & 1);
 }
 
+// c = start + the first 2 PAIRS units of rows a and b (g and g + 8 of the big operand) times as many columns.
+template <int PAIRS, class R>
+__device__ __forceinline__ void multiply_levels(int (&c)[NT][4], const int (&start)[NT][4], const R& a, const R& b,
+                                                const u32 (*columns)[NT], const Levels& book) {
+    unrolled<0, R::ADDENDS * PAIRS>([&]<int J>() {
+        constexpr int U = J / R::ADDENDS * 2, ADDEND = J % R::ADDENDS;
+        u32 a0 = a.template levels<U, ADDEND>(book), a1 = b.template levels<U, ADDEND>(book);
+        u32 a2 = a.template levels<U + 1, ADDEND>(book), a3 = b.template levels<U + 1, ADDEND>(book);
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++)
+            if constexpr (J == 0)
+                mma32(c[nt], start[nt], a0, a1, a2, a3, columns[U][nt], columns[U + 1][nt]);
+            else
+                mma32(c[nt], a0, a1, a2, a3, columns[U][nt], columns[U + 1][nt]);
+    });
+}
+
 // Scores of the two tokens that unit U of the values wants from this lane, without unit and mean. `rows` and `scales`:
 // the lane's own token's in the slot.
 template <int G, int U>
@@ -268,17 +285,7 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, c
         } else {
             a.take_own_bits(t);
             b.take_own_bits(t);
-            unrolled<0, R::ADDENDS * (R::UNITS / 2)>([&]<int J>() {
-                constexpr int I = J / R::ADDENDS, ADDEND = J % R::ADDENDS;
-                u32 a0 = a.template levels<2 * I, ADDEND>(books[G]), a1 = b.template levels<2 * I, ADDEND>(books[G]);
-                u32 a2 = a.template levels<2 * I + 1, ADDEND>(books[G]), a3 = b.template levels<2 * I + 1, ADDEND>(books[G]);
-#pragma unroll
-                for (int nt = 0; nt < NT; nt++)
-                    if constexpr (J == 0)
-                        mma32(c[nt], start_at[G][nt], a0, a1, a2, a3, q[2 * I][nt], q[2 * I + 1][nt]);
-                    else
-                        mma32(c[nt], a0, a1, a2, a3, q[2 * I][nt], q[2 * I + 1][nt]);
-            });
+            multiply_levels<R::UNITS / 2>(c, start_at[G], a, b, q, books[G]);
             if constexpr (R::UNITS % 2)
                 unrolled<0, R::ADDENDS>([&]<int ADDEND>() {
                     constexpr int LAST = R::UNITS - 1;
@@ -326,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int h = blockIdx.y, split = blockIdx.x, splits = gridDim.x;
     const int chunks = all_rows <= NR ? 1 : (all_rows + NR - 1) / NR, b = all_rows <= NR ? blockIdx.z : blockIdx.z / chunks;
-    const int chunk = blockIdx.z - b * chunks, bh = b * heads + h, blocks_of_rows = bh * chunks + chunk;
+    const int chunk = blockIdx.z - b * chunks, bh = b * heads + h, head_chunk = bh * chunks + chunk;
     const int row0 = chunk * NR, rows = all_rows - row0 < NR ? all_rows - row0 : NR;
     const float scaling = __int_as_float(scaling_bits), softcap = __int_as_float(softcap_bits);
     const u32 coded_rows = shared_address(&shared.coded_rows);
@@ -346,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     const i64 start = starts[b];
     const int packed = 128 * tiles;
     // `work`: the rows of every block, their maxima and sums, and what waits of every warp's raw tokens.
-    const i64 parts = (i64)blocks_of_rows * splits, blocks = (i64)gridDim.z * gridDim.y * splits;
+    const i64 parts = (i64)head_chunk * splits, blocks = (i64)gridDim.z * gridDim.y * splits;
     float* all_sums = work + blocks * (NR * D);
 #if WAIT_IN_SHARED
     float* waiting = &shared.waiting[0][0][0];
@@ -847,18 +854,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 x.take_own_bits(t);
                 y.take_own_bits(t);
                 int c[NT][4];
-                constexpr int ADDENDS = ValueRow::ADDENDS;
-                unrolled<0, ADDENDS * (OWN_UNITS / 2)>([&]<int J>() {
-                    constexpr int I = J / ADDENDS, ADDEND = J % ADDENDS;
-                    u32 a0 = x.template levels<2 * I, ADDEND>(value_levels), a1 = y.template levels<2 * I, ADDEND>(value_levels);
-                    u32 a2 = x.template levels<2 * I + 1, ADDEND>(value_levels), a3 = y.template levels<2 * I + 1, ADDEND>(value_levels);
-#pragma unroll
-                    for (int nt = 0; nt < NT; nt++)
-                        if constexpr (J == 0)
-                            mma32(c[nt], bias[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
-                        else
-                            mma32(c[nt], a0, a1, a2, a3, p[2 * I][nt], p[2 * I + 1][nt]);
-                });
+                multiply_levels<OWN_UNITS / 2>(c, bias, x, y, p, value_levels);
 #pragma unroll
                 for (int nt = 0; nt < NT; nt++)
 #pragma unroll
@@ -959,7 +955,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             if (lane == 0) *(float2*)(all_sums + 2 * (first_part + split * NR)) = make_float2(top, total);
             __syncwarp();
             int before = 0;
-            int* arrival = arrivals + (i64)blocks_of_rows * NR + n;
+            int* arrival = arrivals + (i64)head_chunk * NR + n;
             if (lane == 0) before = arrive(arrival);
             if (__shfl_sync(~0u, before, 0) != splits - 1) continue;
             __syncwarp();

@@ -53,7 +53,7 @@ struct Row {
     static constexpr int PLANE = N * WIDTH / 8;
     static constexpr int PARTS = EXTRA ? 4 / WIDTH : 1;  // the extra plane is this many lane parts long
     static_assert(N % 16 == 0 && N * WIDTH % 32 == 0, "whole units, and the same number of bytes for every lane");
-    static_assert(SHARES == 1 || (!PIECES && (LOADED % 4 == 0 || (WIDTH == 2 && LOADED == 2))), "shares of whole words");
+    static_assert(SHARES == 1 || (!PIECES && LOADED % 4 == 0), "shares of whole words");
     u32 w[WORDS], e[WORDS];
 
     template <int ALIGN, int OFFSET>
@@ -68,12 +68,14 @@ struct Row {
             load_part<ALIGN, OFFSET + PLANE>(e, row + t % PARTS * BYTES);
         }
     }
-    // To be called once after `load`.
+    // To be called once after `load`: then the extra bit of field f stands in bit WIDTH * f of its byte.
     __device__ __forceinline__ void take_own_bits(int t) {
         if constexpr (EXTRA)
 #pragma unroll
-            for (int i = 0; i < WORDS; i++) e[i] = WIDTH == 2 ? lop3<SELECT>(0x55555555u, e[i] >> t / PARTS, 0) : e[i] >> t / PARTS;
-            // Now field f stands in bit WIDTH * f of its byte.
+            for (int i = 0; i < WORDS; i++) {
+                e[i] >>= t / PARTS;
+                if (WIDTH == 2) e[i] = lop3<SELECT>(0x55555555u, e[i], 0);
+            }
     }
 
     // Levels are sums of this many bytes, of which all but one are zero.
@@ -106,11 +108,8 @@ struct Row {
         } else {
             constexpr int I = PIECES ? U : U / 4;
             constexpr u32 FIELD = 0x33333333u;
-            u32 even = w[I] & FIELD, odd = w[I] >> 2 & FIELD;
-            if constexpr (EXTRA) {
-                even = lop3<SELECT>(FIELD, w[I], e[I] << 2);
-                odd = lop3<SELECT>(FIELD, w[I] >> 2, e[I]);
-            }
+            u32 even = EXTRA ? lop3<SELECT>(FIELD, w[I], e[I] << 2) : w[I] & FIELD;
+            u32 odd = EXTRA ? lop3<SELECT>(FIELD, w[I] >> 2, e[I]) : w[I] >> 2 & FIELD;
             u32 selector = PIECES ? even | odd << 8 : U % 2 ? odd : even;
             return permute(book.table[0], book.table[1], !PIECES && U % 4 / 2 ? high_half(selector) : selector);
         }

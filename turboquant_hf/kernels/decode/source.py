@@ -15,8 +15,6 @@ from turboquant_hf.primitives import packed_size
 FILES = ("instructions.cuh", "levels.cuh", "decode.cu")
 """One text, in this order."""
 TILE = 128
-MAX_WARPS = {64: 12, 96: 8, 128: 8, 256: 8}  # decode.cu can have 16
-"""Of a block, by head dim; those that share tiles of 64 channels are more than 8."""
 KEY_UNROLL = 4
 """Units of 16 tokens that decode.cu has in one turn of its loop."""
 LARGE_ROOM = 13 * 1024
@@ -48,6 +46,11 @@ def piece_size(size: int, bits: int) -> int:
     return part if whole else 2 if width == 4 else 1
 
 
+def block_rows(wide: bool) -> int:
+    """Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
+    return 8 if wide else 4
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the kernel is compiled for. Groups are (channels, bits, levels' unit, levels' steps)."""
@@ -72,7 +75,7 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        return 8 if self.wide else 4
+        return block_rows(self.wide)
 
     @property
     def room(self) -> int:
@@ -91,10 +94,16 @@ class Shape:
         return 2 if large and not self.wide else 1
 
 
+def max_warps(dim: int, team: int = 2) -> int:
+    """Warps of a block, at most (decode.cu can have 16); those that share tiles of 64 channels are more."""
+    return 12 if dim == 64 and team > 1 else 8
+
+
 def most_warps(shape: Shape, limit: int) -> int:
     """How many warps `limit` bytes of shared memory serve; 0 where two do not fit."""
-    most = MAX_WARPS[shape.dim] if shape.team > 1 else 8
-    return next((n for n in range(most, 1, -1) if n % shape.team == 0 and shared_bytes(shape, n) <= limit), 0)
+    team = shape.team
+    counts = (n for n in range(max_warps(shape.dim, team), 1, -1) if n % team == 0)
+    return next((n for n in counts if shared_bytes(shape, n) <= limit), 0)
 
 
 def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
@@ -133,7 +142,7 @@ def source_text(shape: Shape, warps: int) -> str:
         f"constexpr int D = {shape.dim}, WARPS = {warps}, TEAM = {shape.team}, NT = {shape.rows // 4};",
         f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {row};",
         f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
-        f"constexpr int KEY_UNROLL = {min(KEY_UNROLL, 8 // shape.team)}, VALUE_UNROLL = {VALUE_UNROLL[shape.dim]};",
+        f"constexpr int KEY_UNROLL = {KEY_UNROLL}, VALUE_UNROLL = {VALUE_UNROLL[shape.dim]};",
         f"constexpr int KEY_PAD = {key_pad(shape)}, ARRIVALS = {ARRIVALS};",
         array("int", "KEY_SIZE", [group[0] for group in shape.keys]),
         array("int", "KEY_BITS", [group[1] for group in shape.keys]),
