@@ -141,6 +141,27 @@ def test_rotations_as_matrices_and_as_signs(keys, kind, per_head, dim, rows):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [-60, -20, 20, 60])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_queries_of_any_size_meet_the_mean(dim, exponent):
+    given = arguments("k5/3", 4, dim, (4, 1), torch.bfloat16)
+    given[0].mul_(2.0**exponent)
+    check(given, scaling=0.05 * 2.0**-exponent)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
+def test_sums_outlast_tiles_that_are_not_seen(rows, dim):
+    """They are kept in units of a tile's largest probability, of which there is none here."""
+    given = arguments("k5/3", 4, dim, rows, torch.float16, tiles=60)
+    given[2].scale.fill_(250)  # 1.8
+    mask = torch.zeros(2, 60 * TILE + 77, dtype=torch.bool, device="cuda")
+    mask[:, : 24 * TILE] = True
+    check(given, scaling=0.001, mask=mask, splits=1)
+
+
+@pytest.mark.gpu
 def test_softcap_is_exact_where_scores_are_large():
     """A cap of 50, as Gemma 2 has, on scores of that size."""
     check(arguments("k5/3", 4, 128, (4, 1), torch.float16), scaling=0.5, softcap=50.0)

@@ -40,11 +40,12 @@ constexpr int ROOM = KEY_ROOM + VALUE_ROOM, THREADS = 32 * WARPS, TEAMS = WARPS 
 
 // A row of queries or of results belongs to one warp, OWN neighbouring channels to a lane.
 constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, so that lanes meet different banks
+static_assert(128 * 128 * (twice_bias(VALUE_BITS) > 127 ? 255 : 127) < 1 << 22, "sums of a tile fit the mantissa of MAGIC");
 static_assert(TEAM * 4 * NR * OUTPUT_ROW <= ROOM, "the output of a team's warps takes the place of its tiles");
 
 struct Shared {
     __align__(128) u8 rooms[TEAMS][ROOM];  // at the end: its warps' outputs in the values' coded domain
-    float raw[NR][D];                   // queries times scaling * log2(e)
+    u16 halves[NR][D];                  // queries times a power of two, in half precision
     float scratch[NR][D];               // of the warp that has the row
     u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads, the values' last
 #if WAIT_IN_SHARED
@@ -52,7 +53,7 @@ struct Shared {
 #endif
     u32 coded[2 * NR][4][UNITS];        // 2 n + {0, 1}: high and low bytes of coded query n, as the lane parts want them
     u64 coded_rows;                     // a barrier that counts the lanes that have coded a query
-    float query_unit[NR];
+    float query_unit[NR], half_unit[NR];
     float maximum[2][WARPS][NR], sum[2][WARPS][NR];  // over tiles, over raw tokens
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "source.py computes another size");
@@ -192,6 +193,9 @@ __device__ __forceinline__ void hadamard(float (&x)[OWN], int size, int lane) {
 }
 #endif
 
+// Where the queries that meet the mean have a channel: of eight, one product takes 0, 1, 4, 5 and another 2, 3, 6, 7.
+__device__ __forceinline__ int half_place(int channel) { return (channel & ~6) | (channel & 2) << 1 | (channel & 4) >> 1; }
+
 // sum over j of x[j] matrix[j][own channel]; `room` is a row of shared memory.
 __device__ __forceinline__ void multiply(float (&x)[OWN], const float* matrix, float* room, int lane) {
     __syncwarp();
@@ -214,6 +218,13 @@ __device__ __forceinline__ float warp_maximum(float x) {
     asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(highest) : "r"(mine));
     return __int_as_float(in_order(highest));
 }
+__device__ __forceinline__ u32 warp_largest(const float (&x)[OWN]) {  // as bits without a sign: a NaN is above all
+    u32 mine = 0, largest;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) mine = max(mine, __float_as_uint(fabsf(x[i])));
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(mine));
+    return largest;
+}
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
@@ -229,17 +240,19 @@ __device__ __forceinline__ int arrive(int* counter) {  // what was written befor
     return before;
 }
 
-// What accumulators of a product with biased levels begin with, from the sums of the columns' high and low bytes; a high
-// unit is BASE low ones.
-template <int BASE>
+// What accumulators of a product with biased levels begin with, from the sums of the columns' high and low bytes.
 __device__ __forceinline__ void debias(int (&start)[4], const int (&sums)[4], int twice) {
-    int high = twice * sums[0], low = twice * sums[1];
-    start[0] = MAGIC_BITS - (high >> 1);
-    start[1] = MAGIC_BITS - (low >> 1) - BASE / 2 * (high & 1);
-    // The same of other sums, which happen to be equal: four registers that a product can begin with as they are.
-    high = twice * sums[2], low = twice * sums[3];
-    start[2] = MAGIC_BITS - (high >> 1);
-    start[3] = MAGIC_BITS - (low >> 1) - BASE / 2 * (high & 1);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {  // both halves the same: four registers that a product can begin with as they are
+        const int high = twice * sums[i], low = twice * sums[i + 1];
+        start[i] = MAGIC_BITS - (high >> 1);
+        start[i + 1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);
+    }
+}
+// BASE high + low, of whole numbers that stand in the mantissa of MAGIC; rounded once, since the first step is exact.
+template <int BASE>
+__device__ __forceinline__ float join_bytes(int high, int low) {
+    return fmaf(__int_as_float(high), BASE, -(BASE + 1) * MAGIC) + __int_as_float(low);
 }
 
 // c = start + the first 2 PAIRS units of rows a and b (g and g + 8 of the big operand) times as many columns.
@@ -303,9 +316,7 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, c
         float second = load_scale<KEY_FORMAT, (128 * G + HIGH) * KEY_SCALE_BYTES>(scales);
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
-            // 128 (high - MAGIC) is exact, so that the sum of both bytes is rounded once.
-            float x = fmaf(__int_as_float(c[nt][0]), 128.f, -128.f * MAGIC) + (__int_as_float(c[nt][1]) - MAGIC);
-            float y = fmaf(__int_as_float(c[nt][2]), 128.f, -128.f * MAGIC) + (__int_as_float(c[nt][3]) - MAGIC);
+            const float x = join_bytes<128>(c[nt][0], c[nt][1]), y = join_bytes<128>(c[nt][2], c[nt][3]);
             s[nt][0] = G ? fmaf(x, first, s[nt][0]) : x * first;
             s[nt][1] = G ? fmaf(y, second, s[nt][1]) : y * second;
         }
@@ -475,8 +486,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     auto code_query = [&](int n) {
         float x[OWN];
 #pragma unroll
-        for (int i = 0; i < OWN; i++) x[i] = n < rows ? raw_to_float(own_query[i]) * factor : 0.f;
-        write_row(&shared.raw[n][OWN * lane], x);
+        for (int i = 0; i < OWN; i++) x[i] = n < rows ? raw_to_float(own_query[i]) : 0.f;
+        if (HAS_MEAN) {
+            // Times the power of two that takes the largest to 2^14 or more: as halves they lose nothing that counts beside it.
+            constexpr u32 ONE = 1u << 23;  // of an exponent in a float's bits
+            const u32 exponent = max(warp_largest(x) & 0x7F800000u, 15 * ONE);
+            const float grow = __uint_as_float(268 * ONE - exponent);
+#pragma unroll
+            for (int i = 0; i < OWN; i++) shared.halves[n][half_place(OWN * lane + i)] = float_to_half(x[i] * grow);
+            if (lane == 0) shared.half_unit[n] = __uint_as_float(exponent - 14 * ONE) * factor;
+        }
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] *= factor;
         if (balance)
 #pragma unroll
             for (int i = 0; i < OWN; i++) x[i] /= own_balance[i];
@@ -488,14 +509,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             for (int i = 0; i < OWN; i++) x[i] = shared.scratch[n][own_order[i]];
         }
         int size;
-        float lead, square = 0.f;
+        float lead;
         group_of(OWN * lane, size, lead);
-        // A rotation keeps the norm, so that no coordinate exceeds it: the unit needs no second look.
-#pragma unroll
-        for (int i = 0; i < OWN; i++) square += x[i] * lead * (x[i] * lead);
-        const float norm = sqrtf(warp_sum(square)) * gain;
-        const float query_unit = (norm < 1e-30f ? 1e-30f : norm) / QUERY_TOP;  // unlike fmaxf, this keeps a NaN
-        if (lane == 0) shared.query_unit[n] = query_unit;
 #if HADAMARD
 #pragma unroll
         for (int i = 0; i < OWN; i++) x[i] *= own_signs[i];
@@ -504,7 +519,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #else
         multiply(x, key_turn + (i64)h * key_turn_stride, shared.scratch[n], lane);
 #endif
-        lead *= gain / query_unit;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] *= lead * gain;
+        const float top = __uint_as_float(warp_largest(x));
+        const float query_unit = (top < 1e-30f ? 1e-30f : top) / QUERY_TOP;  // unlike fmaxf, this keeps a NaN
+        if (lane == 0) shared.query_unit[n] = query_unit;
+        const float grow = 1.f / query_unit;
         unrolled<0, KEY_GROUPS>([&]<int G>() {
             static_assert(KeyRow<G>::found(), "find inverts index");
             constexpr int FIRST = group_start(G);
@@ -513,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             for (int i = 0; i < OWN; i++) {
                 int u, j, part;
                 KeyRow<G>::find(OWN * lane + i - FIRST, u, j, part);
-                const int v = __float2int_rn(x[i] * lead), high = (v + 64) >> 7;
+                const int v = __float2int_rn(x[i] * grow), high = (v + 64) >> 7;
                 ((u8*)&shared.coded[2 * n][part][FIRST / 16 + u])[j] = (u8)high;
                 ((u8*)&shared.coded[2 * n + 1][part][FIRST / 16 + u])[j] = (u8)(v - 128 * high);
             }
@@ -522,7 +542,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         asm volatile("{ .reg .b64 x; mbarrier.arrive.shared.b64 x, [%0]; }" ::"r"(coded_rows) : "memory");
     };
 
-    // -------- sinks and tail, 16 tokens at a time: S = K q^T, O = P V in the model's dtype
+    // -------- sinks and tail, 16 tokens at a time: S = K q^T, O^T = V^T P^T in the model's dtype
     auto score_raw = [&](float (&s)[4], int first) {  // of token first + g + r / 2 * 8 and row 2 t + r % 2
         s[0] = s[1] = s[2] = s[3] = 0.f;
 #pragma unroll
@@ -545,25 +565,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             s[r] = seen ? cap(s[r] * factor, softcap) : NEVER;
         }
     };
+    if (first_raw < sinks + tail) ask_for_raw(first_raw);
+#pragma unroll
+    for (int n = 0; n < NR; n += WARPS) {
+        if (n + first_query >= NR) break;
+        if (n) ask_for_query(n + first_query);
+        code_query(n + first_query);
+    }
+    if (!idle) {
+        // Others' copies keep the memory busy until then; more of them would hold up the queries.
+        if (first_query >= NR) wait_once(coded_rows);
+        copy_first_tile();
+    }
     bool spilled_rows = false;
     {
-        float o[CHANNELS][4], maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
-        for (int first = first_raw, turn = 0;; first += 16 * seats, turn++) {
-            if (first < sinks + tail) ask_for_raw(first);
-            if (turn == 0) {
-#pragma unroll
-                for (int n = 0; n < NR; n += WARPS) {
-                    if (n + first_query >= NR) break;
-                    if (n) ask_for_query(n + first_query);
-                    code_query(n + first_query);
-                }
-                if (!idle) {
-                    // Others' copies keep the memory busy until then; more of them would hold up the queries.
-                    if (first_query >= NR) wait_once(coded_rows);
-                    copy_first_tile();
-                }
-            }
-            if (first >= sinks + tail) break;
+        float o[CHANNELS / 2][4];  // [j][r]: channel g * CHANNELS + 2 j + r / 2 of row 2 t + r % 2
+        float maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
+        for (int first = first_raw; first < sinks + tail; first += 16 * seats) {
+            if (first != first_raw) ask_for_raw(first);
             auto is_fresh = [&](int i) { return i >= sinks && i >= oldest_fresh && i < sinks + tail; };
             if (first + 16 > oldest_fresh && chunk == 0) {
 #pragma unroll
@@ -589,18 +608,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 p[r + 2] = s[r + 2] == NEVER ? 0.f : exp2_fast(s[r + 2] - top);
                 sum[r] = sum[r] * fade[r] + p[r] + p[r + 2];
             }
-            u32 a0 = transpose8x8(pack_raw(p[0], p[1])), a2 = transpose8x8(pack_raw(p[2], p[3]));
-            // The fade of query row g lies with the lanes whose columns hold it.
-            float even = __shfl_sync(~0u, fade[0], g >> 1), odd = __shfl_sync(~0u, fade[1], g >> 1);
-            const float mine = g & 1 ? odd : even;
+            const u32 b0 = transpose8x8(pack_raw(p[0], p[1])), b1 = transpose8x8(pack_raw(p[2], p[3]));
 #pragma unroll
-            for (int j = 0; j < CHANNELS; j++) {
-                o[j][0] = spilled_rows ? o[j][0] * mine : 0.f;
-                o[j][1] = spilled_rows ? o[j][1] * mine : 0.f;
-                o[j][2] = o[j][3] = 0.f;
-                const int w = j / 2;
-                mma_raw(o[j], a0, 0, a2, 0, permute(raw_values[0][w], raw_values[1][w], j % 2 ? 0x7632 : 0x5410),
-                        permute(raw_values[2][w], raw_values[3][w], j % 2 ? 0x7632 : 0x5410));
+            for (int j = 0; j < CHANNELS / 2; j++) {
+#pragma unroll
+                for (int r = 0; r < 4; r++) o[j][r] = spilled_rows ? o[j][r] * fade[r % 2] : 0.f;
+                const u32 (&v)[4][CHANNELS / 2] = raw_values;
+                mma_raw(o[j], permute(v[0][j], v[1][j], 0x5410), permute(v[0][j], v[1][j], 0x7632),
+                        permute(v[2][j], v[3][j], 0x5410), permute(v[2][j], v[3][j], 0x7632), b0, b1);
             }
             spilled_rows = true;
         }
@@ -613,21 +628,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 shared.sum[1][warp][2 * t + r] = sum[r];
             }
         }
-        if (spilled_rows && g < NR) {
-            float* mine = waiting + (warp * NR + g) * D;
+        if (spilled_rows)
 #pragma unroll
-            for (int j = 0; j < CHANNELS; j++) {
-                mine[2 * t * CHANNELS + j] = o[j][0];
-                mine[(2 * t + 1) * CHANNELS + j] = o[j][1];
+            for (int r = 0; r < 2; r++) {
+                if (2 * t + r >= NR) break;
+                float* mine = waiting + (warp * NR + 2 * t + r) * D + g * CHANNELS;
+#pragma unroll
+                for (int j = 0; j < CHANNELS / 2; j++) *(float2*)(mine + 2 * j) = make_float2(o[j][r], o[j][2 + r]);
             }
-        }
     }
 
-    float o[CHANNEL_TILES][NT][2], maximum[NT], sum[NT];
+    // Over tiles: o is P times the levels' bytes and p_sum P alone, times the values' scales and in units of
+    // p_top / PROBABILITY_TOP, p_peak the largest p_top; sum is P without scales.
+    float o[CHANNEL_TILES][NT][2], p_sum[NT], p_top[NT], p_peak[NT], maximum[NT], sum[NT];
+    int zeros[NT][4];  // a product's accumulators that stand for 0
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
         maximum[nt] = NEVER;
-        sum[nt] = 0.f;
+        sum[nt] = p_sum[nt] = p_top[nt] = p_peak[nt] = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; i++) zeros[nt][i] = MAGIC_BITS;
 #pragma unroll
         for (int m = 0; m < CHANNEL_TILES; m++) o[m][nt][0] = o[m][nt][1] = 0.f;
     }
@@ -676,13 +696,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             int c[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int i = 0; i < KEY_SIZE[group] / 16; i++) mma16(c, 0x01010101u, 0x01010101u, q[u + i][nt]);
-            debias<128>(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
+            debias(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
         }
     }
     Levels key_levels[KEY_GROUPS], value_levels;
 #pragma unroll
     for (int group = 0; group < KEY_GROUPS; group++) key_levels[group].read(shared_address(shared.books[group]));
     value_levels.read(shared_address(shared.books[KEY_GROUPS]));
+#if HAS_MEAN
+    // Columns 2 t and 2 t + 1 of a product with the mean are query rows t and 4 + t; with NT = 1, both are row t.
+    constexpr bool HELD = D <= 128;
+    const uint4* half_row = (const uint4*)shared.halves[(g >> 1) + (g & 1) * (NR - 4)] + t;
+    uint4 half_query[HELD ? D / 32 : 1];
+    if (HELD)
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) half_query[i] = half_row[4 * i];
+    float half_unit[NT];
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) half_unit[nt] = shared.half_unit[4 * nt + t];
+#endif
     constexpr int OWN_STEP = ValueRow::index(0, 2, 0);
     const int within = (g & 1) * OWN_STEP + share * ValueRow::index(OWN_UNITS, 0, 0);
     const int own_token = (g >> 1) * OWN_TOKENS + within;
@@ -693,36 +725,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #else
         all_but_newest_arrived();
 #endif
-        float base[NT];
-#pragma unroll
-        for (int nt = 0; nt < NT; nt++) base[nt] = 0.f;
+        float base[2] = {0.f, 0.f};  // of all scores of a row: q . mean
 #if HAS_MEAN
-        {  // q . mean: lanes over channels, then the rows' sums folded over the warp at once
-            float acc[NR] = {};
+        {
+            float c[2][4] = {};
+            unrolled<0, D / 32>([&]<int I>() {
+                u32 x[4];
+                load_piece<16, 16, KEY_CODES + KEY_SCALES + 64 * I>(x, key_room + 16 * t);
+                const uint4 y = HELD ? half_query[I] : half_row[4 * I];
+                mma_half(c[0], x[0], x[1], x[2], x[3], y.x, y.y);  // rows 0 to 7, in which x[0] and x[2] stand, are wanted
+                mma_half(c[1], x[0], x[1], x[2], x[3], y.z, y.w);  // rows 8 to 15
+            });
 #pragma unroll
-            for (int c = 0; c < (D + 63) / 64; c++) {
-                if (D % 64 && 64 * c + 2 * lane >= D) break;
-                u32 x;
-                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(key_room + KEY_CODES + KEY_SCALES + 128 * c + 4 * lane));
-                float low = half_to_float((u16)x), high = half_to_float((u16)(x >> 16));
-#pragma unroll
-                for (int n = 0; n < NR; n++) {
-                    float2 r = *(const float2*)&shared.raw[n][64 * c + 2 * lane];
-                    acc[n] += low * r.x + high * r.y;
-                }
-            }
-#pragma unroll
-            for (int width = NR / 2, bit = 16; width; width >>= 1, bit >>= 1)
-#pragma unroll
-                for (int n = 0; n < width; n++) {
-                    float mine = lane & bit ? acc[n + width] : acc[n], other = lane & bit ? acc[n] : acc[n + width];
-                    acc[n] = mine + __shfl_xor_sync(~0u, other, bit);
-                }
-#pragma unroll
-            for (int bit = 16 / NR; bit; bit >>= 1) acc[0] += __shfl_xor_sync(~0u, acc[0], bit);
-            // The highest bits of the lane now say the row.
-#pragma unroll
-            for (int nt = 0; nt < NT; nt++) base[nt] = __shfl_sync(~0u, acc[0], (4 * nt + t) * (32 / NR));
+            for (int nt = 0; nt < NT; nt++) base[nt] = (c[0][nt] + c[1][2 + nt]) * half_unit[nt];
         }
 #endif
         float s[OWN_UNITS][NT][2];
@@ -740,13 +755,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
                     for (int u = 0; u < OWN_UNITS - KEY_UNROLL; u++) s[u][nt][r] = s[u + KEY_UNROLL][nt][r];
 #pragma unroll
-                    for (int u = 0; u < KEY_UNROLL; u++) s[OWN_UNITS - KEY_UNROLL + u][nt][r] = fmaf(x[u][nt][r], unit[nt], base[nt]);
+                    for (int u = 0; u < KEY_UNROLL; u++) s[OWN_UNITS - KEY_UNROLL + u][nt][r] = x[u][nt][r];
                 }
             constexpr int NEXT = ValueRow::index(KEY_UNROLL, 0, 0);
             static_assert(KEY_UNROLL == OWN_UNITS || NEXT < OWN_TOKENS, "turns differ by whole rows of the lane's own tokens");
             key_rows += NEXT * KEY_ROW_BYTES;
             scales += NEXT * KEY_SCALE_BYTES;
         }
+        // A score is s * unit + base, but for SOFTCAP, where it is s from here on.
+        auto score_of = [&](float x, int nt, float less) { return SOFTCAP ? x - less : fmaf(x, unit[nt], base[nt] - less); };
         const i64 first = (i64)tile * 128;
         if (MASKED || SOFTCAP || first < start + sinks) {
             unrolled<0, OWN_UNITS>([&]<int U>() {
@@ -758,24 +775,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                     seen = seen && mask[(i64)b * mask_stride + position];
 #endif
 #pragma unroll
-                    for (int nt = 0; nt < NT; nt++) s[U][nt][r] = seen ? cap(s[U][nt][r], softcap) : NEVER;
+                    for (int nt = 0; nt < NT; nt++) {
+                        if (SOFTCAP) s[U][nt][r] = cap(fmaf(s[U][nt][r], unit[nt], base[nt]), softcap);
+                        if (!seen) s[U][nt][r] = minus_infinity();
+                    }
                 }
             });
         }
         float highest[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
-            highest[nt] = SPARSE ? NEVER : maximum[nt];
+            highest[nt] = fmaxf(s[0][nt][0], s[0][nt][1]);
 #pragma unroll
-            for (int u = 0; u < OWN_UNITS; u++) highest[nt] = fmaxf(highest[nt], fmaxf(s[u][nt][0], s[u][nt][1]));
+            for (int u = 1; u < OWN_UNITS; u++) highest[nt] = fmaxf(highest[nt], fmaxf(s[u][nt][0], s[u][nt][1]));
+            highest[nt] = score_of(highest[nt], nt, 0.f);
         }
 #if SPARSE
         bool wanted = false;
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) {
-            wanted = wanted || (4 * nt + t < rows && !(highest[nt] < maximum[nt] + sparse));
-            highest[nt] = fmaxf(highest[nt], maximum[nt]);
-        }
+        for (int nt = 0; nt < NT; nt++) wanted = wanted || (4 * nt + t < rows && !(highest[nt] < maximum[nt] + sparse));
         wanted = team_any(wanted);
         if (wanted) copy_values(tile);
 #else
@@ -787,7 +805,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-                for (int u = 0; u < OWN_UNITS; u++) sum[nt] += exp2_fast(s[u][nt][0] - maximum[nt]) + exp2_fast(s[u][nt][1] - maximum[nt]);
+                for (int u = 0; u < OWN_UNITS; u++)
+                    sum[nt] += exp2_fast(score_of(s[u][nt][0], nt, maximum[nt])) + exp2_fast(score_of(s[u][nt][1], nt, maximum[nt]));
             unread++;
             continue;
         }
@@ -797,36 +816,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         for (int nt = 0; nt < NT; nt++) {
 #pragma unroll
             for (int d = 4; d < 32; d <<= 1) highest[nt] = fmaxf(highest[nt], __shfl_xor_sync(~0u, highest[nt], d));
+            highest[nt] = fmaxf(highest[nt], maximum[nt]);
             fade[nt] = exp2_fast(maximum[nt] - highest[nt]);
             maximum[nt] = highest[nt];
             sum[nt] *= fade[nt];
         }
         all_but_newest_arrived();
         // Probabilities times the values' scales, in units of 1 / PROBABILITY_TOP of the tile's largest. A scale that is NaN
-        // marks a token that was not finite: fixed point would make a number of it, so that the unit must stay NaN.
+        // marks a token that was not finite: fixed point would make a number of it, so that the unit must stay NaN. What
+        // is nothing beside earlier tiles gets no finer unit: their sums, which are in it too, would be infinite.
         float largest[NT];
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) largest[nt] = 1e-30f;
+        for (int nt = 0; nt < NT; nt++) {
+            p_peak[nt] *= fade[nt];
+            largest[nt] = fmaf(p_peak[nt], 1e-20f, 1e-30f);
+        }
         const u32 value_scale = value_room + VALUE_CODES + own_token * VALUE_SCALE_BYTES;
         unrolled<0, 2 * OWN_UNITS>([&]<int I>() {
             constexpr int U = I / 2, R = I % 2;
             float scale = load_scale<VALUE_FORMAT, ValueRow::index(U, R, 0) * VALUE_SCALE_BYTES>(value_scale);
 #pragma unroll
             for (int nt = 0; nt < NT; nt++) {
-                float p = exp2_fast(s[U][nt][R] - maximum[nt]);
+                const float p = exp2_fast(score_of(s[U][nt][R], nt, maximum[nt]));
                 sum[nt] += p;
                 s[U][nt][R] = p * scale;
                 largest[nt] = larger_or_nan(largest[nt], s[U][nt][R]);
             }
         });
         u32 p[OWN_UNITS][NT];
-        float back[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
 #pragma unroll
             for (int d = 4; d < 32; d <<= 1) largest[nt] = larger_or_nan(largest[nt], __shfl_xor_sync(~0u, largest[nt], d));
-            const float grow = __fdividef(PROBABILITY_TOP, largest[nt]);
-            back[nt] = largest[nt] * (1.f / PROBABILITY_TOP);
+            const float inverse = __fdividef(1.f, largest[nt]), grow = PROBABILITY_TOP * inverse;
+            fade[nt] *= p_top[nt] * inverse;
+            p_top[nt] = largest[nt];
+            p_peak[nt] = larger_or_nan(p_peak[nt], largest[nt]);
 #pragma unroll
             for (int u = 0; u < OWN_UNITS; u++) {
                 // Half a high byte more, so that the low one, with its top bit turned, is what is left of a rounded high one.
@@ -834,14 +859,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 p[u][nt] = transpose8x8(permute(x, y, 0x4051) ^ 0x80800000u);
             }
         }
-        int bias[NT][4];
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) {
-            int c[4] = {0, 0, 0, 0};  // every row: the sum of the column's bytes
+        for (int nt = 0; nt < NT; nt++) {  // every row of this product: the sum of the column's bytes
+            constexpr u32 ONES = 0x01010101u;
+            int c[4];
 #pragma unroll
             for (int u = 0; u < OWN_UNITS; u += 2)
-                mma32(c, 0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u, p[u][nt], p[u + 1][nt]);
-            debias<256>(bias[nt], c, twice_bias(VALUE_BITS));
+                mma32(c, u ? c : zeros[nt], ONES, ONES, ONES, ONES, p[u][nt], p[u + 1][nt]);
+            p_sum[nt] = fmaf(p_sum[nt], fade[nt], join_bytes<256>(c[0], c[1]));
         }
         u32 value_rows = value_room + g * VALUE_ROW_BYTES + share * ValueRow::LOADED;
 #pragma unroll 1
@@ -854,15 +879,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 x.take_own_bits(t);
                 y.take_own_bits(t);
                 int c[NT][4];
-                multiply_levels<OWN_UNITS / 2>(c, bias, x, y, p, value_levels);
+                multiply_levels<OWN_UNITS / 2>(c, zeros, x, y, p, value_levels);
 #pragma unroll
                 for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        float high = fmaf(__int_as_float(c[nt][2 * r]), 256.f, -256.f * MAGIC);
-                        float low = __int_as_float(c[nt][2 * r + 1]) - MAGIC;
-                        next[M][nt][r] = fmaf(o[M][nt][r], fade[nt], back[nt] * (high + low));
-                    }
+                    for (int r = 0; r < 2; r++)
+                        next[M][nt][r] = fmaf(o[M][nt][r], fade[nt], join_bytes<256>(c[nt][2 * r], c[nt][2 * r + 1]));
             });
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
@@ -892,10 +914,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             shared.maximum[0][warp][4 * nt + t] = maximum[nt];
             shared.sum[0][warp][4 * nt + t] = sum[nt];
         }
+        const float p_unit = p_top[nt] * (1.f / PROBABILITY_TOP);
 #pragma unroll
         for (int m = 0; m < CHANNEL_TILES; m++)
 #pragma unroll
-            for (int r = 0; r < 2; r++) output[(4 * nt + t) * OUTPUT_ROW + 16 * m + g + 8 * r] = o[m][nt][r];
+            for (int r = 0; r < 2; r++)
+                output[(4 * nt + t) * OUTPUT_ROW + 16 * m + g + 8 * r] =
+                    fmaf(p_sum[nt], -.5f * twice_bias(VALUE_BITS), o[m][nt][r]) * p_unit;
     }
     float value_signs[OWN];
     if (HADAMARD && warp < NR) read_row(value_signs, value_turn + (i64)h * value_turn_stride + OWN * lane);

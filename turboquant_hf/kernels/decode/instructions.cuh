@@ -12,6 +12,7 @@ constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: adding a whole number below 
 constexpr int MAGIC_BITS = 0x4B400000;
 constexpr float QUERY_TOP = 16256.f, PROBABILITY_TOP = 32639.f;  // 127 * 128; 127 * 256 + 127
 
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xFF800000); }
 __device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
     u32 d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
@@ -67,14 +68,19 @@ __device__ __forceinline__ void mma16(int (&c)[4], u32 a0, u32 a1, u32 b0) {
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(b0));
 }
+__device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 __device__ __forceinline__ void mma_raw(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if RAW_BF16
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    mma_half(c, a0, a1, a2, a3, b0, b1);
+#endif
 }
 __device__ __forceinline__ u32 pack_raw(float low, float high) {
     u32 d;

@@ -162,9 +162,9 @@ def source_text(shape: Shape, warps: int) -> str:
 def shared_bytes(shape: Shape, warps: int) -> int:
     """Size of decode.cu's `Shared`."""
     dim, rows = shape.dim, shape.rows
-    total = warps // shape.team * shape.room + 4 * rows * dim * 2
+    total = warps // shape.team * shape.room + (2 + 4) * rows * dim
     total += 4 * warps * rows * dim if wait_in_shared(shape) else 0
-    total += 32 * (len(shape.keys) + 1) + 2 * rows * dim + 8 + 4 * rows + 4 * 2 * 2 * warps * rows
+    total += 32 * (len(shape.keys) + 1) + 2 * rows * dim + 8 + 4 * 2 * rows + 4 * 2 * 2 * warps * rows
     return -(-total // 128) * 128
 
 
