@@ -36,7 +36,8 @@ constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES, KEY_CODES = key_place(128), KEY_S
 constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
 constexpr int KEY_ROOM = (KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0) + 127) / 128 * 128;
 constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
-constexpr int ROOM = KEY_ROOM + VALUE_ROOM, THREADS = 32 * WARPS, TEAMS = WARPS / TEAM, OWN_UNITS = 8 / TEAM;
+constexpr int ROOM = KEY_ROOM + VALUE_ROOM, THREADS = 32 * WARPS, TEAMS = WARPS / TEAM;
+constexpr int OWN_UNITS = 8 / TEAM, KEY_UNROLL = 4;  // S products of a warp's tokens, and those of one turn of a loop
 
 // A row of queries or of results belongs to one warp, OWN neighbouring channels to a lane.
 constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, so that lanes meet different banks
@@ -743,7 +744,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         float s[OWN_UNITS][NT][2];
         u32 key_rows = key_room + key_place((g >> 1) * OWN_TOKENS) + within * KEY_ROW_BYTES;
         u32 scales = key_room + KEY_CODES + own_token * KEY_SCALE_BYTES;
-        // Loops over units and channels are not unrolled whole: their code would not fit the instruction cache.
+        // Not unrolled whole: short contexts wait for code that is run for the first time.
 #pragma unroll 1
         for (int turn = 0; turn < OWN_UNITS / KEY_UNROLL; turn++) {
             float x[KEY_UNROLL][NT][2];
@@ -868,35 +869,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 mma32(c, u ? c : zeros[nt], ONES, ONES, ONES, ONES, p[u][nt], p[u + 1][nt]);
             p_sum[nt] = fmaf(p_sum[nt], fade[nt], join_bytes<256>(c[0], c[1]));
         }
-        u32 value_rows = value_room + g * VALUE_ROW_BYTES + share * ValueRow::LOADED;
-#pragma unroll 1
-        for (int turn = 0; turn < CHANNEL_TILES / VALUE_UNROLL; turn++) {
-            float next[VALUE_UNROLL][NT][2];
-            unrolled<0, VALUE_UNROLL>([&]<int M>() {
-                ValueRow x, y;
-                x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, t);
-                y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, t);
-                x.take_own_bits(t);
-                y.take_own_bits(t);
-                int c[NT][4];
-                multiply_levels<OWN_UNITS / 2>(c, zeros, x, y, p, value_levels);
-#pragma unroll
-                for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-                    for (int r = 0; r < 2; r++)
-                        next[M][nt][r] = fmaf(o[M][nt][r], fade[nt], join_bytes<256>(c[nt][2 * r], c[nt][2 * r + 1]));
-            });
+        const u32 value_rows = value_room + g * VALUE_ROW_BYTES + share * ValueRow::LOADED;
+        unrolled<0, CHANNEL_TILES>([&]<int M>() {
+            ValueRow x, y;
+            x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, t);
+            y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, t);
+            x.take_own_bits(t);
+            y.take_own_bits(t);
+            int c[NT][4];
+            multiply_levels<OWN_UNITS / 2>(c, zeros, x, y, p, value_levels);
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-#pragma unroll
-                    for (int m = 0; m < CHANNEL_TILES - VALUE_UNROLL; m++) o[m][nt][r] = o[m + VALUE_UNROLL][nt][r];
-#pragma unroll
-                    for (int m = 0; m < VALUE_UNROLL; m++) o[CHANNEL_TILES - VALUE_UNROLL + m][nt][r] = next[m][nt][r];
-                }
-            value_rows += 16 * VALUE_UNROLL * VALUE_ROW_BYTES;
-        }
+                for (int r = 0; r < 2; r++)
+                    o[M][nt][r] = fmaf(o[M][nt][r], fade[nt], join_bytes<256>(c[nt][2 * r], c[nt][2 * r + 1]));
+        });
         team_sync();
         if (!SPARSE) copy_values(tile + stride);
     }

@@ -15,12 +15,8 @@ from turboquant_hf.primitives import packed_size
 FILES = ("instructions.cuh", "levels.cuh", "decode.cu")
 """One text, in this order."""
 TILE = 128
-KEY_UNROLL = 4
-"""Units of 16 tokens that decode.cu has in one turn of its loop."""
 LARGE_ROOM = 13 * 1024
 """Two warps share a tile of more bytes than this."""
-VALUE_UNROLL = {64: 4, 96: 3, 128: 4, 256: 2}
-"""Units of 16 channels, by head dim."""
 ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 63.5, 5: 191.5, 8: 127.5}
 """What a level's byte is, less (its step + 1/2), by the width of its code."""
 ARRIVALS = 1 << 16
@@ -142,7 +138,6 @@ def source_text(shape: Shape, warps: int) -> str:
         f"constexpr int D = {shape.dim}, WARPS = {warps}, TEAM = {shape.team}, NT = {shape.rows // 4};",
         f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {row};",
         f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
-        f"constexpr int KEY_UNROLL = {KEY_UNROLL}, VALUE_UNROLL = {VALUE_UNROLL[shape.dim]};",
         f"constexpr int KEY_PAD = {key_pad(shape)}, ARRIVALS = {ARRIVALS};",
         array("int", "KEY_SIZE", [group[0] for group in shape.keys]),
         array("int", "KEY_BITS", [group[1] for group in shape.keys]),
