@@ -16,7 +16,14 @@ from turboquant_hf.evaluation.benchmark.data import Source, packed_layer, tile_n
 from turboquant_hf.evaluation.benchmark.plot import plot_level
 from turboquant_hf.evaluation.benchmark.rows import PARTIAL, Recorder
 from turboquant_hf.evaluation.benchmark.steps import Stepper
-from turboquant_hf.evaluation.benchmark.timing import copy_bandwidth, measure, relative_error, rotation_count
+from turboquant_hf.evaluation.benchmark.timing import (
+    Timing,
+    copy_bandwidth,
+    measure,
+    relative_error,
+    rotation_count,
+    steadiest,
+)
 from turboquant_hf.resources import config_path
 
 CPU = torch.device("cpu")
@@ -119,6 +126,16 @@ def test_measure_counts_each_call_once():
     assert order[:6] == [0, 1, 0, 1, 0, 1]
     assert rotation_count(1, CPU) == 1
     assert rotation_count(40 * 2**20, torch.device("cuda")) == 4
+
+
+@pytest.mark.parametrize(
+    ("spreads", "kept", "taken"), [((0.01, 0.0), 0, 1), ((0.24, 0.02, 0.01), 1, 2), ((0.4, 0.2, 0.3, 0.01), 1, 3)]
+)
+def test_disturbed_measurements_are_taken_again(spreads, kept, taken):
+    timings = [Timing(1.0 + i, spread, "graph") for i, spread in enumerate(spreads)]
+    left = iter(timings)
+    assert steadiest(lambda: next(left)) is timings[kept]
+    assert len(list(left)) == len(spreads) - taken
 
 
 def test_copy_bandwidth_is_one_of_memory():
