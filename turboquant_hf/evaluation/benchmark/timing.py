@@ -51,7 +51,7 @@ def measure(
 
     Runs for about `seconds` and at least `least` rounds. On a CUDA device all calls are captured in one graph, whose
     replays are timed by events; without a graph the events include what the host adds. Replays whose spread is above
-    `STEADY` were disturbed, and are timed again.
+    `STEADY` were disturbed, and are timed again, three times at most.
     """
     if device.type != "cuda":
         return _measure_host(calls, seconds, min(least, 5))

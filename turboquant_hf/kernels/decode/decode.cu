@@ -41,7 +41,9 @@ constexpr int OWN_UNITS = 8 / TEAM, KEY_UNROLL = 4;  // S products of a warp's t
 
 // A row of queries or of results belongs to one warp, OWN neighbouring channels to a lane.
 constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, so that lanes meet different banks
-static_assert(128 * 128 * (twice_bias(VALUE_BITS) > 127 ? 255 : 127) < 1 << 22, "sums of a tile fit the mantissa of MAGIC");
+static_assert(OWN_UNITS % KEY_UNROLL == 0, "whole turns");
+// Sums over a tile's tokens, and over the channels of a key less its bias, stay in the mantissa of MAGIC.
+static_assert(128 * 128 * (twice_bias(VALUE_BITS) > 127 ? 255 : 127) < 1 << 22 && D * 128 * 128 <= 1 << 22, "15-bit operands");
 static_assert(TEAM * 4 * NR * OUTPUT_ROW <= ROOM, "the output of a team's warps takes the place of its tiles");
 
 struct Shared {
@@ -241,13 +243,13 @@ __device__ __forceinline__ int arrive(int* counter) {  // what was written befor
     return before;
 }
 
-// What accumulators of a product with biased levels begin with, from the sums of the columns' high and low bytes.
+// What accumulators of scores begin with, to be without the levels' bias: from the sums of a query's high and low bytes.
 __device__ __forceinline__ void debias(int (&start)[4], const int (&sums)[4], int twice) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {  // both halves the same: four registers that a product can begin with as they are
         const int high = twice * sums[i], low = twice * sums[i + 1];
         start[i] = MAGIC_BITS - (high >> 1);
-        start[i + 1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);
+        start[i + 1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);  // a high unit is 128 low ones
     }
 }
 // BASE high + low, of whole numbers that stand in the mantissa of MAGIC; rounded once, since the first step is exact.
@@ -578,7 +580,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         if (first_query >= NR) wait_once(coded_rows);
         copy_first_tile();
     }
-    bool spilled_rows = false;
+    bool has_raw = false;
     {
         float o[CHANNELS / 2][4];  // [j][r]: channel g * CHANNELS + 2 j + r / 2 of row 2 t + r % 2
         float maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
@@ -613,12 +615,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
             for (int j = 0; j < CHANNELS / 2; j++) {
 #pragma unroll
-                for (int r = 0; r < 4; r++) o[j][r] = spilled_rows ? o[j][r] * fade[r % 2] : 0.f;
+                for (int r = 0; r < 4; r++) o[j][r] = has_raw ? o[j][r] * fade[r % 2] : 0.f;
                 const u32 (&v)[4][CHANNELS / 2] = raw_values;
                 mma_raw(o[j], permute(v[0][j], v[1][j], 0x5410), permute(v[0][j], v[1][j], 0x7632),
                         permute(v[2][j], v[3][j], 0x5410), permute(v[2][j], v[3][j], 0x7632), b0, b1);
             }
-            spilled_rows = true;
+            has_raw = true;
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -629,7 +631,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                 shared.sum[1][warp][2 * t + r] = sum[r];
             }
         }
-        if (spilled_rows)
+        if (has_raw)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 if (2 * t + r >= NR) break;
@@ -640,7 +642,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     }
 
     // Over tiles: o is P times the levels' bytes and p_sum P alone, times the values' scales and in units of
-    // p_top / PROBABILITY_TOP, p_peak the largest p_top; sum is P without scales.
+    // p_top / PROBABILITY_TOP. p_peak is the largest p_top so far, beside the present maximum, and no p_top is below 1e-20 of
+    // it or 1e-30. sum is P without scales.
     float o[CHANNEL_TILES][NT][2], p_sum[NT], p_top[NT], p_peak[NT], maximum[NT], sum[NT];
     int zeros[NT][4];  // a product's accumulators that stand for 0
 #pragma unroll
@@ -726,7 +729,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #else
         all_but_newest_arrived();
 #endif
-        float base[2] = {0.f, 0.f};  // of all scores of a row: q . mean
+        float base[NT] = {};  // of all scores of a row: q . mean
 #if HAS_MEAN
         {
             float c[2][4] = {};
@@ -763,7 +766,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             key_rows += NEXT * KEY_ROW_BYTES;
             scales += NEXT * KEY_SCALE_BYTES;
         }
-        // A score is s * unit + base, but for SOFTCAP, where it is s from here on.
+        // A score is s * unit + base; with SOFTCAP it is s, once the next lines have made it one.
         auto score_of = [&](float x, int nt, float less) { return SOFTCAP ? x - less : fmaf(x, unit[nt], base[nt] - less); };
         const i64 first = (i64)tile * 128;
         if (MASKED || SOFTCAP || first < start + sinks) {

@@ -6,7 +6,9 @@ typedef unsigned char u8;
 typedef long long i64;
 typedef unsigned long long u64;
 
-constexpr float NEVER = -1e30f;  // a score that is not seen; finite, so that differences stay numbers
+// A raw token's score that is not seen, and the maximum where nothing is; finite, so that differences stay numbers. Scores
+// of packed tokens that are not seen may be infinite, since no maximum is below this.
+constexpr float NEVER = -1e30f;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: adding a whole number below 2^22 puts it into the mantissa
 constexpr int MAGIC_BITS = 0x4B400000;
