@@ -78,8 +78,10 @@ def measure(
 def steadiest(take: Callable[[], Timing], attempts: int = 3) -> Timing:
     """The first of `attempts` whose spread is at most `STEADY`, or the one with the least spread (not time)."""
     taken: list[Timing] = []
-    while len(taken) < attempts and not (taken and taken[-1].spread <= STEADY):
+    for _ in range(attempts):
         taken.append(take())
+        if taken[-1].spread <= STEADY:
+            break
     return min(taken, key=lambda timing: timing.spread)
 
 

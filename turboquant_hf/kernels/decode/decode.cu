@@ -699,7 +699,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         for (int group = 0, u = 0; group < KEY_GROUPS; u += KEY_SIZE[group++] / 16) {
             int c[4] = {0, 0, 0, 0};
 #pragma unroll
-            for (int i = 0; i < KEY_SIZE[group] / 16; i++) mma16(c, 0x01010101u, 0x01010101u, q[u + i][nt]);
+            for (int i = 0; i < KEY_SIZE[group] / 16; i++) mma16(c, ONES, ONES, q[u + i][nt]);
             debias(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
         }
     }
@@ -865,7 +865,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {  // every row of this product: the sum of the column's bytes
-            constexpr u32 ONES = 0x01010101u;
             int c[4];
 #pragma unroll
             for (int u = 0; u < OWN_UNITS; u += 2)

@@ -12,6 +12,7 @@ constexpr float NEVER = -1e30f;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: adding a whole number below 2^22 puts it into the mantissa
 constexpr int MAGIC_BITS = 0x4B400000;
+constexpr u32 ONES = 0x01010101u;  // bytes that sum up what they are multiplied with
 constexpr float QUERY_TOP = 16256.f, PROBABILITY_TOP = 32639.f;  // 127 * 128; 127 * 256 + 127
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xFF800000); }
