@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from turboquant_hf.attention.dense import dense_attention
+from turboquant_hf.attention.fixed import fixed_attention
 from turboquant_hf.attention.mask import left_padding
 from turboquant_hf.attention.packed import packed_attention
 from turboquant_hf.attention.static import static_attention
 from turboquant_hf.cache import PackedHandle, StaticHandle, TurboQuantLayer
+from turboquant_hf.cache.fixed import current_step
 from turboquant_hf.cache.layer import NO_TRAINING, refuse_backward
 
 
@@ -41,6 +43,8 @@ def turboquant_attention_forward(
         raise ValueError(NO_TRAINING)
     if query.dtype != key.dtype:  # under torch.autocast rotary embeddings leave it in float32
         query = query.to(key.dtype)
+    if key.layer.in_step:
+        return fixed_attention(module, query, key, value, attention_mask, current_step(), **options)
     if isinstance(key, StaticHandle):
         return static_attention(module, query, key, value, attention_mask, **options)
     return _dynamic_attention(module, query, key, value, attention_mask, **options)

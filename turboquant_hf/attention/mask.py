@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from turboquant_hf.attention.fixed import fixed_mask
+from turboquant_hf.cache.fixed import current_step
+
 MAX_QUERIES = 16
 """Queries that the kernels take at once; longer chunks are worth decoding the history for."""
 
@@ -26,6 +29,9 @@ def turboquant_mask(
     A single query that sees everything needs no mask; with padding it needs only the padding mask itself, which
     is passed on as a view. Everything else is `sdpa_mask`'s work.
     """
+    step = current_step()
+    if step is not None:
+        return fixed_mask(step, kv_length, mask_function, local_size)
     plain = local_size is None and mask_function is causal_mask_function and isinstance(q_length, int)
     if plain and q_length == 1 and kwargs.get("allow_is_causal_skip", True):
         if attention_mask is None:

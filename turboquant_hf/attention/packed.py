@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from turboquant_hf.attention.fixed import is_plain
 from turboquant_hf.attention.mask import MAX_QUERIES
 from turboquant_hf.attention.step import PreparedStep
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.kernels.decode import RawTokens
 from turboquant_hf.kernels.dispatch import backend, decode_attention
-from turboquant_hf.quantizers.rotated import RotatedQuantizer
+from turboquant_hf.quantizers.rotated import reads_packed
 
 
 def packed_attention(
@@ -34,7 +35,7 @@ def packed_attention(
     step = layer.step
     if step is not None and query.shape[2] == 1 and (attention_mask is None or attention_mask.dtype == torch.bool):
         keys = None if attention_mask is None else attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
-        if _plain(dropout, kwargs) and step.fits(layer, query, keys, options):
+        if is_plain(dropout, kwargs) and step.fits(layer, query, keys, options):
             return step(layer, query, keys)
         layer.step = None
     if not _applies(layer, query, dropout, kwargs):
@@ -49,7 +50,7 @@ def packed_attention(
             keys = attention_mask._turboquant_keys
         else:
             keys = attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
-    if query.shape[2] == 1:
+    if query.shape[2] == 1 and layer.fixed is None:
         layer.step = PreparedStep.of(layer, query, keys, options)
         if layer.step is not None:
             return layer.step(layer, query, keys)
@@ -68,26 +69,12 @@ def packed_attention(
 
 def _applies(layer: TurboQuantLayer, query: torch.Tensor, dropout: float, kwargs: dict) -> bool:
     """Whether kernels serve this call; plain torch decodes the tiles once and leaves the rest to SDPA."""
-    keys, values = layer.quantizers
     return (
         query.shape[2] <= MAX_QUERIES
         and layer.tiles[0].count > 0
         and query.shape[2] <= layer.tail.count
         and not (layer.preset.encode_first and layer.tail.count > layer.preset.recent_window)
-        and isinstance(keys, RotatedQuantizer)
-        and isinstance(values, RotatedQuantizer)
-        and values.channel_major
-        and not keys.channel_major
-        and _plain(dropout, kwargs)
+        and reads_packed(*layer.quantizers)
+        and is_plain(dropout, kwargs)
         and backend(query.device) != "torch"
-    )
-
-
-def _plain(dropout: float, kwargs: dict) -> bool:
-    """Causal attention over everything, nothing added to the scores."""
-    return (
-        dropout == 0.0
-        and kwargs.get("sliding_window") is None
-        and kwargs.get("position_bias") is None
-        and kwargs.get("is_causal") is not False
     )

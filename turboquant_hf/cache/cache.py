@@ -55,6 +55,13 @@ def check_config(config: Any) -> None:
         raise ValueError(f"config={what} is not supported; allowed: the model's configuration (model.config)")
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """The value, which must be true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not supported; allowed: true, false")
+    return value
+
+
 def never_packed() -> bool:
     """Of models that expand what they cached (MLA): they need the dense tensor."""
     return False
@@ -71,6 +78,7 @@ class TurboQuantCache(DynamicCache):
         preset: a shipped preset's name, the path of a YAML file, a mapping, or a `CachePreset`.
         offloading: keep packed tiles in host memory and fetch them a layer ahead (`cache.offload`); for contexts beyond
             the GPU's memory.
+        graph: let `generate` record decode steps in CUDA graphs (`turboquant_hf.generation`).
         **overrides: any field of `CachePreset`, such as `recent_window=0` or `boundary_layers=2`.
 
     Raises:
@@ -78,16 +86,21 @@ class TurboQuantCache(DynamicCache):
     """
 
     packed_layer_class = TurboQuantLayer
+    graph = True
+    graph_nbytes = 0
+    """Bytes of the CUDA graphs that a running `generate` has recorded over this cache; counted in `spare_nbytes`."""
 
     def __init__(
         self,
         config: PreTrainedConfig,
         preset: str | Path | dict | CachePreset = DEFAULT_PRESET,
         offloading: bool = False,
+        graph: bool = True,
         **overrides: Any,
     ) -> None:
         check_config(config)
         self.preset = load_preset(preset, **overrides)
+        self.graph = check_flag("graph", graph)
         super().__init__(config=config)
         self._pack_layers(config, offloading)
 
@@ -139,8 +152,7 @@ class TurboQuantCache(DynamicCache):
         return cache
 
     def _pack_layers(self, config: PreTrainedConfig, offloading: bool) -> None:
-        if not isinstance(offloading, bool):
-            raise ValueError(f"offloading={offloading!r} is not supported; allowed: true, false")
+        check_flag("offloading", offloading)
         # Not upstream's `offloading`, which would move whole layers.
         self.offloader = Offloader() if offloading else None
         self.model_fields = model_fields(config)
@@ -198,7 +210,7 @@ class TurboQuantCache(DynamicCache):
     def spare_nbytes(self) -> int:
         """Bytes allocated ahead for tokens to come and to stage offloaded tiles, not counted in `nbytes`."""
         staging = self.offloader.staging_nbytes if self.offloader is not None else 0
-        return sum(layer.spare_nbytes for layer in self.packed_layers) + staging
+        return sum(layer.spare_nbytes for layer in self.packed_layers) + staging + self.graph_nbytes
 
     @property
     def offloaded_nbytes(self) -> int:

@@ -27,7 +27,8 @@ class PackedHandle:
 
     def __init__(self, layer: TurboQuantLayer) -> None:
         self.layer = layer
-        self.length = layer.get_seq_length()
+        # A fixed step reads whole arrays: how much of them is in use is known on the device only.
+        self.length = layer.fixed.room if layer.in_step else layer.get_seq_length()
 
     def dense(self) -> torch.Tensor:
         """The decoded tensor [B, H, T, D]."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from turboquant_hf.cache.fixed import STEP_TOKENS, FixedLayer, RingTail, current_step
 from turboquant_hf.cache.handles import PackedKeys, PackedValues
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
@@ -18,8 +19,6 @@ from turboquant_hf.quantizers import Quantizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_TRAINING = "a packed cache keeps no gradients and serves no training: pass use_cache=False, or use torch.no_grad()"
-TAIL_SLACK = 16
-"""Tokens that one step may add (assisted decoding) without growing the tail."""
 
 
 def _nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
@@ -106,7 +105,8 @@ class TurboQuantLayer(CacheLayerMixin):
         if self.offloader is not None and self.tiles is not None:
             self.offloader.forget(self.tiles[0])
         self.tiles = None
-        self.tail: TailBuffer | None = None
+        self.tail: TailBuffer | RingTail | None = None
+        self.fixed: FixedLayer | None = None
         self.sinks: SinkBuffer | None = None
         self.states: tuple[dict, dict] = ({}, {})
         self._fitted = False
@@ -130,7 +130,7 @@ class TurboQuantLayer(CacheLayerMixin):
             store(q.layout(dim, self.preset.tile, self.dtype), batch, heads, self.device)
             for q, dim in zip(self.quantizers, self.head_dims, strict=True)
         )
-        self.tail = TailBuffer(key_states, value_states, self.preset.recent_window + self.preset.tile + TAIL_SLACK)
+        self.tail = TailBuffer(key_states, value_states, self._tail_capacity)
         starts = self.noted_starts if self.noted_starts is not None else [0] * batch
         if len(starts) != batch:
             raise ValueError(f"padding was noted for {len(starts)} sequences, but the batch has {batch}")
@@ -140,6 +140,9 @@ class TurboQuantLayer(CacheLayerMixin):
     @torch.compiler.disable  # counters in Python: a graph break here, where tracing would compile every step anew
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append [B, H, T, D] keys and values; returns what attention reads, as handles or dense tensors."""
+        if self.in_step:
+            return self._update_fixed(*autocast(key_states, value_states))
+        self.unfix()
         source = key_states
         if self.step is None or not self.step.takes(key_states, value_states):
             source, value_states = autocast(key_states, value_states)
@@ -164,6 +167,14 @@ class TurboQuantLayer(CacheLayerMixin):
         dense = self.dense(0), self.dense(1)
         self.commit()
         return tuple(refuse_backward(x, source) for x in dense) if source.requires_grad else dense
+
+    def _update_fixed(self, key_states: torch.Tensor, value_states: torch.Tensor):
+        """`update` in a `FixedStep`: the tokens are stored and counted on the device only; see `replayed`."""
+        self._check(key_states, value_states)
+        self.fixed.append(key_states.detach(), value_states.detach())
+        if self._returns_handles():
+            return PackedKeys(self), PackedValues(self)
+        return self.fixed.dense(0), self.fixed.dense(1)
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         leading = (self.batch_size, self.num_heads, key_states.shape[-2] if key_states.dim() > 1 else 0)
@@ -217,13 +228,11 @@ class TurboQuantLayer(CacheLayerMixin):
         self.tail.drop_front(ready * tile)
 
     def _mark_bad_heads(self, fresh: list[torch.Tensor], weight: torch.Tensor) -> None:
-        if not any("gain" in state for state in self.states):
-            return
-        bad = bad_heads(fresh, weight)
-        self.states = tuple(
-            {**state, "gain": state["gain"].masked_fill(bad, torch.nan)} if "gain" in state else state
-            for state in self.states
-        )
+        gains = [state["gain"] for state in self.states if "gain" in state]
+        if gains:
+            bad = bad_heads(fresh, weight)
+            for gain in gains:
+                gain.masked_fill_(bad, torch.nan)
 
     def _seen_enough(self) -> bool:
         if not any(quantizer.needs_statistics for quantizer in self.quantizers):
@@ -257,10 +266,78 @@ class TurboQuantLayer(CacheLayerMixin):
     def _tiled(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (-1, self.preset.tile))
 
+    # ------------------------------------------------------------------ steps at fixed addresses
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the statistics are frozen, or there are none to wait for."""
+        return self._fitted or not any(quantizer.needs_statistics for quantizer in self.quantizers)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the forward pass that runs now is a `FixedStep` over this layer."""
+        return self.fixed is not None and current_step() is not None
+
+    @property
+    def _tail_capacity(self) -> int:
+        """Raw tokens that steps need room for once tiles are encoded as soon as they are due."""
+        return self.preset.recent_window + self.preset.tile + STEP_TOKENS
+
+    def fix(self, tokens: int, ahead: int, workspaces: dict[tuple, torch.Tensor]) -> FixedLayer:
+        """Keep every array at its address, with room for a step of `tokens` and for `ahead` tiles; see `cache.fixed`.
+
+        What is in place already stays: a recorded step remains valid while this returns the same object.
+        """
+        self._leave_inference_mode()
+        self.commit()
+        tile, stored = self.preset.tile, self.tiles[0].count
+        wanted = self.tail.count + tokens
+        if not isinstance(self.tail, RingTail) or wanted > self.tail.slots:
+            waits = 0 if self.is_fitted else self.preset.min_statistics + tile
+            slots = -(-max(wanted, waits, self._tail_capacity) // tile) * tile
+            self.tail = RingTail(*self.tail.view(), stored * tile, slots)
+        for store in self.tiles:
+            store.reserve(stored + ahead, exact=True)
+        if self.fixed is None or not self.fixed.holds(self):
+            self.step = None
+            self.fixed = FixedLayer(self, workspaces)
+        self.fixed.tell(stored, self.get_seq_length())
+        return self.fixed
+
+    def unfix(self) -> None:
+        """Back to arrays that may move."""
+        if self.fixed is not None:
+            self.fixed = None
+            tail = TailBuffer(*self.tail.arrays, self._tail_capacity)
+            tail.append(*self.tail.view())
+            self.tail = tail
+
+    def replayed(self, tokens: int) -> None:
+        """Count what a step has stored on the device, and encode what is due by now."""
+        self.tail.count += tokens
+        self.fixed.replayed(tokens)
+        if self.fixed.statistics is not None:
+            self._query_tokens += tokens
+        if self.tail.count - self.preset.recent_window >= self.preset.tile:
+            self.commit()
+
+    def query_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of squares of queries [B, H, D] and their numbers [B, 1 or H, 1], as buffers that steps add to."""
+        shape = self.batch_size, self.num_heads, self.head_dims[0]
+        energy = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        count = torch.zeros(*shape[:2], 1, dtype=torch.float32, device=self.device)
+        if self._query_energy is not None:
+            energy += self._query_energy
+            count += self._query_count
+        self._query_energy, self._query_count = energy, count
+        return energy, count
+
     # ------------------------------------------------------------------ reading
 
     def dense(self, index: int) -> torch.Tensor:
         """All keys (index 0) or values (1), [B, H, T, D] in the model's dtype; raw where nothing is packed."""
+        if self.in_step:
+            return self.fixed.dense(index)
         store, tail = self.tiles[index], self.tail.view()[index]
         if store.count == 0:
             return tail
@@ -300,11 +377,16 @@ class TurboQuantLayer(CacheLayerMixin):
         """Dense values, decoded at every access."""
         return self.dense(1) if self.is_initialized else None
 
-    def get_seq_length(self, *args) -> int:
+    def get_seq_length(self, *args) -> torch.Tensor | int:
+        """Tokens per sequence; inside a `FixedStep` those before the step, on the device."""
+        if self.in_step:
+            return current_step().length
         return self.tiles[0].count * self.preset.tile + self.tail.count if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length) -> tuple[int, int]:
         # Upstream 5.0 passes the positions, later versions their number.
+        if self.in_step:
+            return self.fixed.room, 0
         query_length = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
         return self.get_seq_length() + query_length, 0
 
@@ -353,6 +435,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if whole >= stored:
             self.tail.crop(keep - stored * self.preset.tile)
             return
+        self.unfix()
         cut = [self._decode(index, whole, whole + 1)[:, :, :part] for index in (0, 1)] if part else None
         for store in self.tiles:
             store.count = whole
@@ -367,6 +450,10 @@ class TurboQuantLayer(CacheLayerMixin):
         self._clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.fixed is not None:
+            self.fixed.reorder(beam_idx.to(self.device))
+            self.sinks.reordered()
+            return
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -385,6 +472,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.step = None
+        self.unfix()
         for part in (*self.tiles, self.tail, self.sinks):
             part.map(fn)
         self.states = tuple({name: fn(x) for name, x in state.items()} for state in self.states)
@@ -415,6 +503,7 @@ class TurboQuantLayer(CacheLayerMixin):
         """The same for a layer that holds raw tokens already; nothing may be encoded yet."""
         if starts == self.sinks.first:
             return
+        self.unfix()
         self.sinks.set_starts(starts, self.device)
         self.sinks.write(*self.tail.view(), position=0)
 

@@ -51,8 +51,8 @@ class HostTileStore(TileStore):
             for name, array in target.items():
                 array.copy_(packed[name])
 
-    def reserve(self, tiles: int) -> None:
-        super().reserve(tiles)
+    def reserve(self, tiles: int, exact: bool = False) -> None:
+        super().reserve(tiles, exact)
         self._pin()
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
-from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache, check_flag
 from turboquant_hf.cache.static import TurboQuantStaticCache
 from turboquant_hf.cache.static_plan import STEP_TOKENS
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, check_keys, load_preset
@@ -85,7 +85,7 @@ def _wrap(original):
                 _advise_attention(self, given)
                 given.note_padding(_prompt_mask(model_kwargs, given))
             return result
-        preset, attention, offloading = _parse(generation_config.cache_config)
+        preset, attention, offloading, graph = _parse(generation_config.cache_config)
         generation_config.cache_implementation = UPSTREAM[wanted][0]
         # With chunks, upstream's static cache is allocated at once: it is only a pattern here.
         chunk, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
@@ -109,6 +109,8 @@ def _wrap(original):
                 )
             return result
         model_kwargs[name], packed = _convert(model_kwargs[name], self.config, preset, offloading, model_kwargs)
+        if packed:
+            model_kwargs[name].graph = graph
         if wanted == STATIC_NAME:
             _restore_mask(self, generation_config, model_kwargs, bound["batch_size"])
         if packed and attention == "auto":
@@ -146,21 +148,21 @@ def _cache_argument(model_kwargs: dict) -> str | None:
 
 
 def _parse(cache_config: Any):
-    """(preset, attention choice, offloading) from generate's `cache_config`, which is left as it is."""
+    """(preset, attention choice, offloading, graph) from generate's `cache_config`, which is left as it is."""
     if cache_config is not None and not isinstance(cache_config, Mapping):
         raise ValueError(
             f"cache_config={cache_config!r} is not supported; allowed: a mapping, such as "
             f'{{"preset": "{DEFAULT_PRESET}"}}'
         )
     options = dict(cache_config or {})
-    check_keys("cache_config", options, {"attention", "offloading", "preset", *CachePreset.field_names()})
+    check_keys("cache_config", options, {"attention", "graph", "offloading", "preset", *CachePreset.field_names()})
     attention = options.pop("attention", "auto")
     if attention not in ATTENTION_CHOICES:
         raise ValueError(
             f"cache_config: attention={attention!r} is not supported; allowed: {', '.join(ATTENTION_CHOICES)}"
         )
-    offloading = options.pop("offloading", False)
-    return load_preset(options.pop("preset", DEFAULT_PRESET), **options), attention, offloading
+    offloading, graph = options.pop("offloading", False), check_flag("graph", options.pop("graph", True))
+    return load_preset(options.pop("preset", DEFAULT_PRESET), **options), attention, offloading, graph
 
 
 def _check_room(cache: TurboQuantStaticCache, tokens: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from turboquant_hf.cache.cache import LiveAttention, TurboQuantCache, check_config, never_packed
+from turboquant_hf.cache.cache import LiveAttention, TurboQuantCache, check_config, check_flag, never_packed
 from turboquant_hf.cache.serialization import config_field
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
@@ -23,6 +23,7 @@ class TurboQuantStaticCache(StaticCache):
         config: the model's configuration.
         max_cache_len: tokens that fit, prompt and answer together.
         preset: a shipped preset's name, the path of a YAML file, a mapping, or a `CachePreset`.
+        graph: let `generate` record decode steps in CUDA graphs (`turboquant_hf.generation`).
         **overrides: any field of `CachePreset`.
 
     Raises:
@@ -32,6 +33,8 @@ class TurboQuantStaticCache(StaticCache):
 
     packed_layer_class = TurboQuantStaticLayer
     offloader = None
+    graph = True
+    graph_nbytes = 0
     packed_layers = TurboQuantCache.packed_layers
     tokens = TurboQuantCache.tokens
     note_padding = TurboQuantCache.note_padding
@@ -45,9 +48,11 @@ class TurboQuantStaticCache(StaticCache):
         config: PreTrainedConfig,
         max_cache_len: int,
         preset: str | Path | dict | CachePreset = DEFAULT_PRESET,
+        graph: bool = True,
         **overrides: Any,
     ) -> None:
         check_config(config)
+        self.graph = check_flag("graph", graph)
         if "offloading" in overrides:
             raise ValueError("offloading is not supported by a static cache; use TurboQuantCache")
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
@@ -85,7 +90,7 @@ class TurboQuantStaticCache(StaticCache):
         """Bytes allocated ahead for tokens to come, and to work with, not counted in `nbytes`."""
         layers = self.packed_layers
         shared = {layer.device: layer.workspace.nbytes for layer in layers if layer.is_initialized}
-        return sum(layer.spare_nbytes for layer in layers) + sum(shared.values())
+        return sum(layer.spare_nbytes for layer in layers) + sum(shared.values()) + self.graph_nbytes
 
     def save(self, path: str | Path) -> None:
         raise NotImplementedError("a static cache cannot be saved; prefill and save a TurboQuantCache instead")

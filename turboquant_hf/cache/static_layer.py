@@ -37,6 +37,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
 
     is_compileable = True
     is_sliding = False
+    in_step = False
     is_croppable = True
     supports_early_init = True
 

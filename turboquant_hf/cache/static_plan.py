@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 from turboquant_hf.quantizers import Field, Quantizer
-from turboquant_hf.quantizers.rotated import RotatedQuantizer
+from turboquant_hf.quantizers.rotated import RotatedQuantizer, reads_packed
 
 STEP_TOKENS = 16
 """New tokens that one decode step may bring; a longer chunk is stored by another way."""
@@ -82,9 +82,7 @@ class StaticPlan:
     @cached_property
     def reads_packed(self) -> bool:
         """Whether attention can read these tiles as they are."""
-        keys, values = self.quantizers
-        rotated = isinstance(keys, RotatedQuantizer) and isinstance(values, RotatedQuantizer)
-        return rotated and values.channel_major and not keys.channel_major
+        return reads_packed(*self.quantizers)
 
     @cached_property
     def has_kernels(self) -> bool:

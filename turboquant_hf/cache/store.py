@@ -24,6 +24,8 @@ class TileStore:
 
     def __init__(self, fields: dict[str, Field], batch: int, heads: int, device: torch.device) -> None:
         self.count = 0
+        self.moves = 0
+        """How often the arrays have been replaced: what points to them is stale when this has changed."""
         self.arrays = {
             name: torch.empty((batch, heads, 0, *field.shape), dtype=field.dtype, device=device)
             for name, field in fields.items()
@@ -44,10 +46,12 @@ class TileStore:
         for name, array in self.extend(next(iter(packed.values())).shape[2]).items():
             array.copy_(packed[name])
 
-    def reserve(self, tiles: int) -> None:
+    def reserve(self, tiles: int, exact: bool = False) -> None:
+        """Have room for `tiles`, and unless `exact` for some more, so that growing copies seldom."""
         if tiles <= self.capacity:
             return
-        capacity = tiles + max(MIN_SPARE_TILES, tiles // SPARE_SHARE)
+        self.moves += 1
+        capacity = tiles if exact else tiles + max(MIN_SPARE_TILES, tiles // SPARE_SHARE)
         for name, array in self.arrays.items():
             grown = array.new_empty((*array.shape[:2], capacity, *array.shape[3:]))
             grown[:, :, : self.count] = array[:, :, : self.count]
@@ -65,6 +69,7 @@ class TileStore:
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every array by fn(array); fn may change the batch, never the other dimensions."""
         self.arrays = {name: fn(array) for name, array in self.arrays.items()}
+        self.moves += 1
 
     @property
     def tile_nbytes(self) -> int:
@@ -248,6 +253,10 @@ class SinkBuffer:
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.arrays = tuple(fn(array) for array in self.arrays)
         self.starts = fn(self.starts)
+        self.reordered()
+
+    def reordered(self) -> None:
+        """`starts` has changed by a choice among its entries: what is known of it as a list is looked up again."""
         alike = self._first is not None and len(set(self._first)) == 1
         self._first = self._first[:1] * self.starts.shape[0] if alike else None
 

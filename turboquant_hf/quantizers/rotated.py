@@ -195,6 +195,12 @@ def block_rotation(
     return matrix[None] if num_heads else matrix[0]
 
 
+def reads_packed(keys: Quantizer, values: Quantizer) -> bool:
+    """Whether the decode kernels read tiles of these two as they are."""
+    rotated = isinstance(keys, RotatedQuantizer) and isinstance(values, RotatedQuantizer)
+    return rotated and values.channel_major and not keys.channel_major
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _on_device(sizes, kind: str, rounds: int, seed: int, num_heads: int, device: str) -> torch.Tensor:

@@ -1,0 +1,113 @@
+"""Which model families decode by recorded steps, and why the others do not.
+
+`python -m tests.generation.graphs_by_family`, on a GPU, prints the table of docs/graphs.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from tests.generation.families import FAMILIES, Family, available, build, prompt
+from turboquant_hf.generation import hook, recorders, steps
+
+TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
+NEW = 40
+
+
+@dataclass
+class Watch:
+    """What happened to decode steps while it watched."""
+
+    replays: int = 0
+    recordings: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def watched(device: str) -> Iterator[Watch]:
+    """Count recordings and replays on a device, and note why steps ran as they are. On a CPU, steps are repeated."""
+    watch, kept = Watch(), dict(recorders.RECORDERS)
+    base = recorders.RECORDERS.get(device, recorders.Repeat)
+
+    class Counting(base):
+        def __init__(self, call, *args):
+            super().__init__(call, *args)
+            watch.recordings += 1
+            replay = self.replay
+
+            def counted():
+                watch.replays += 1
+                return replay()
+
+            self.replay = counted
+
+    loggers = [(module.logger, module.logger.warning_once) for module in (hook, steps)]
+    recorders.RECORDERS[device] = Counting
+    for logger, _ in loggers:
+        logger.warning_once = lambda text: watch.reasons.append(text.rsplit("graphs: ", 1)[-1].removesuffix("."))
+    try:
+        yield watch
+    finally:
+        recorders.RECORDERS.clear()
+        recorders.RECORDERS.update(kept)
+        for logger, original in loggers:
+            logger.warning_once = original
+
+
+def generate(model, inputs, **options):
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
+    return model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, **options)
+
+
+@dataclass
+class Row:
+    """One family: its steps were replayed, or not and why; and whether the tokens and logits are DynamicCache's."""
+
+    name: str
+    replayed: bool
+    reason: str
+    same_tokens: bool
+    error: float
+
+
+@torch.no_grad()
+def examine(family: Family, device: str, cache: str = "turboquant", length: int = 41) -> Row:
+    """Generate with the lossless preset and recorded steps, beside DynamicCache with the same attention.
+
+    error: the largest difference of a logit, relative to the root mean square of its step.
+    """
+    model = build(family).to(device)
+    inputs = {name: x.to(device) for name, x in prompt(family, length=length).items()}
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][1, :7] = 0
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    if softcap and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # early versions of SDPA drop the soft-cap
+    expected = generate(model, inputs)
+    if softcap:
+        model.set_attn_implementation("sdpa")
+    with watched(device) as watch:
+        config = {"preset": "lossless", **TILES}
+        got = generate(model, inputs, cache_implementation=cache, cache_config=config)
+    error = 0.0
+    for a, b in zip(got.logits, expected.logits, strict=True):
+        error = max(error, float((a - b).abs().max() / b.square().mean().sqrt()))
+    same = torch.equal(got.sequences, expected.sequences)
+    return Row(family.name, watch.replays >= NEW // 2, "; ".join(dict.fromkeys(watch.reasons)), same, error)
+
+
+def main() -> None:
+    print("| family | decode steps | why |\n|---|---|---|")
+    for family in FAMILIES:
+        if family.packed and not family.refused and available(family):
+            row = examine(family, "cuda")
+            note = row.reason if row.same_tokens else f"{row.reason} (TOKENS DIFFER, error {row.error:.1e})"
+            print(f"| {row.name} | {'graph' if row.replayed else 'eager'} | {note} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Decode steps over arrays that stay at their addresses, so that a CUDA graph can record one step and replay it.
+
+A growing cache counts its tokens in Python and moves its arrays when they grow. For the length of a decoding loop
+(`generation.steps`) its layers are fixed instead:
+
+    tiles      as they are, with room for the tiles of the coming steps
+    raw tail   a ring of R slots; the token at position p lies in slot p % R
+    counts     int32 [3] on the device: tiles encoded, tokens held, and a kernel's ticket
+
+A step appends to the ring and attends by the counts, both on the device. Between two steps, the host encodes the tiles
+that are due by the layer's own rule (`TurboQuantLayer.commit`): it knows how many tokens were replayed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+import torch
+
+from turboquant_hf.kernels.decode import RawTokens
+from turboquant_hf.kernels.dispatch import append_tokens, decode_attention, decode_workspace, observe_due
+from turboquant_hf.quantizers.rotated import reads_packed
+
+STEP_TOKENS = 16
+"""New tokens that one fixed step may bring: the candidates of assisted decoding and prompt lookup."""
+WORKSPACE_ROWS = 16
+"""Query rows per KV head that the shared workspace is made for; a step with more gets memory of its own."""
+_LOCAL = threading.local()
+_WARMED: set[tuple] = set()
+_SERIALS = itertools.count()
+
+
+def current_step() -> FixedStep | None:
+    """The fixed step that this thread's forward pass belongs to, if any."""
+    return getattr(_LOCAL, "step", None)
+
+
+class FixedStep:
+    """A context around one forward pass over a fixed cache: positions and masks that never leave the device.
+
+    Args:
+        counts: int32 [3], of any layer of the cache: all layers hold the same tokens.
+        tokens: how many new tokens per sequence the step brings.
+        room: positions that the cache has room for.
+        padding: bool [B, room], False hides a position; None hides nothing.
+
+    Attributes:
+        length: int64 [], the tokens held before the step.
+    """
+
+    def __init__(self, counts: torch.Tensor, tokens: int, room: int, padding: torch.Tensor | None) -> None:
+        self.counts, self.tokens, self.room, self.padding = counts, tokens, room, padding
+        self._masks: dict[Any, torch.Tensor] = {}
+
+    def __enter__(self) -> FixedStep:
+        self._masks.clear()
+        self.length = self.counts[1].long()
+        _LOCAL.step = self
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        _LOCAL.step = None
+
+    def positions(self) -> torch.Tensor:
+        """Of the new tokens, int64 [tokens]."""
+        return self.length + torch.arange(self.tokens, device=self.length.device)
+
+    def full_mask(self) -> torch.Tensor:
+        """bool [B or 1, 1, tokens, room]: causal, padding hidden. For readers that take dense tensors."""
+        if None not in self._masks:
+            seen = torch.arange(self.room, device=self.length.device) <= self.positions()[:, None]
+            self._masks[None] = self._with_padding(seen, self.padding)
+        return self._masks[None]
+
+    def window_mask(self, window: int, slots: int) -> torch.Tensor:
+        """bool [B or 1, 1, tokens, slots] for a ring of `slots` tokens whose newest are the step's own.
+
+        A token sees itself and the window - 1 tokens before it.
+        """
+        if (window, slots) not in self._masks:
+            positions = self.positions()[:, None]
+            newest = self.length + self.tokens - 1
+            held = newest - (newest - torch.arange(slots, device=newest.device)) % slots
+            seen = (held >= 0) & (held <= positions) & (held > positions - window)
+            padding = None if self.padding is None else self.padding.index_select(1, held.clamp(min=0))
+            self._masks[window, slots] = self._with_padding(seen, padding)
+        return self._masks[window, slots]
+
+    @staticmethod
+    def _with_padding(seen: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        return seen[None, None] if padding is None else (seen[None] & padding[:, None])[:, None]
+
+
+class RingTail:
+    """The raw tail of a fixed layer: keys and values in rings [B, H, R, D]; see `cache.store.TailBuffer`.
+
+    Attributes:
+        start: position of the oldest raw token, which is the end of the packed tiles.
+        count: raw tokens held.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, start: int, slots: int) -> None:
+        self.start, self.count = start, keys.shape[2]
+        self.arrays = tuple(x.new_zeros((*x.shape[:2], slots, x.shape[3])) for x in (keys, values))
+        where = self._slots(keys.device)
+        for ring, new in zip(self.arrays, (keys, values), strict=True):
+            ring.index_copy_(2, where, new)
+
+    @property
+    def slots(self) -> int:
+        return self.arrays[0].shape[2]
+
+    def _slots(self, device: torch.device) -> torch.Tensor:
+        return torch.arange(self.start, self.start + self.count, device=device) % self.slots
+
+    def view(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, count, D] in order: views where they do not wrap round, else copies."""
+        first = self.start % self.slots
+        if first + self.count <= self.slots:
+            return tuple(ring[:, :, first : first + self.count] for ring in self.arrays)
+        where = self._slots(self.arrays[0].device)
+        return tuple(ring.index_select(2, where) for ring in self.arrays)
+
+    def drop_front(self, tokens: int) -> None:
+        self.start, self.count = self.start + tokens, self.count - tokens
+
+    def crop(self, tokens: int) -> None:
+        self.count = tokens
+
+    def own(self) -> None:
+        """A ring never borrows a block of the model's."""
+
+    def is_inference(self) -> bool:
+        """Whether the arrays were made under torch.inference_mode()."""
+        return self.arrays[0].is_inference()
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self._token_nbytes
+
+    @property
+    def spare_nbytes(self) -> int:
+        return (self.slots - self.count) * self._token_nbytes
+
+    @property
+    def _token_nbytes(self) -> int:
+        return sum(ring[:, :, :1].numel() * ring.itemsize for ring in self.arrays)
+
+
+class FixedLayer:
+    """The arrays of one `TurboQuantLayer` as a step sees them; everything here runs on the device alone.
+
+    Args:
+        layer: its tail is a `RingTail`.
+        workspaces: (device, B * H, D) -> the decode kernel's workspace, shared by the layers of a cache.
+
+    Attributes:
+        serial: a number that no other `FixedLayer` of this process has or had.
+        room: positions that the arrays have room for.
+    """
+
+    def __init__(self, layer: Any, workspaces: dict[tuple, torch.Tensor]) -> None:
+        self.quantizers, self.head_dims, self.tile = layer.quantizers, layer.head_dims, layer.preset.tile
+        self.dtype, self.threshold = layer.dtype, layer.preset.sparse_v_threshold
+        self.tiles = tuple(dict(store.arrays) for store in layer.tiles)
+        self.states = tuple(
+            state or _empty_state(quantizer, layer, dim)
+            for state, quantizer, dim in zip(layer.states, self.quantizers, self.head_dims, strict=True)
+        )
+        self.ring, self.sinks, self.starts = layer.tail.arrays, layer.sinks.arrays, layer.sinks.starts
+        self.room = layer.tiles[0].capacity * self.tile + layer.tail.slots
+        self.reads_packed = reads_packed(*self.quantizers)
+        self.serial = next(_SERIALS)
+        self._moves = tuple(store.moves for store in layer.tiles)
+        self._held = layer.states, layer.tail, layer.sinks.arrays
+        self.counts = torch.zeros(3, dtype=torch.int32, device=layer.device)
+        self._known = (0, 0)
+        where = (layer.device, layer.batch_size * layer.num_heads, self.head_dims[0])
+        if where not in workspaces:
+            workspaces[where] = decode_workspace(where[1], WORKSPACE_ROWS, where[2], layer.device)
+        self.workspace = workspaces[where]
+        parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
+        self._sides = [q.packed_side(*part) for q, *part in parts] if self.reads_packed else None
+        self._warm(layer)
+        self.statistics = None
+        if not layer.is_fitted and self.quantizers[0].needs_statistics:
+            self.statistics = layer.query_statistics()
+            flags = torch.zeros(2, layer.num_heads, dtype=torch.int32, device=layer.device)
+            self._seen, self._fitted = flags[0], flags[1]
+
+    def _warm(self, layer: Any) -> None:
+        """Make, once per process, what kernels keep for good (rotations, tables): a recording could not copy it."""
+        what = (self.quantizers, self.head_dims, layer.num_heads, self.dtype, layer.device)
+        if what not in _WARMED and layer.device.type == "cuda":
+            for index in (0, 1):
+                self.dense(index)
+            if self.reads_packed:
+                self.attend(torch.zeros_like(self.ring[0][:, :, :1]), scaling=1.0)
+            _WARMED.add(what)
+
+    def holds(self, layer: Any) -> bool:
+        """Whether these are still the arrays of the layer."""
+        states, tail, sinks = self._held
+        return (
+            self._moves == tuple(store.moves for store in layer.tiles)
+            and states is layer.states
+            and tail is layer.tail
+            and sinks is layer.sinks.arrays
+        )
+
+    def is_ready(self, layer: Any, tokens: int) -> bool:
+        """Whether a step of `tokens` can be replayed as things are. Asked for every layer in every step: no loops."""
+        return (
+            layer.tail.start + layer.tail.count == self._known[1]
+            and layer.tiles[0].count == self._known[0]
+            and layer.tail.count + tokens <= layer.tail.slots
+            and self.holds(layer)
+        )
+
+    def tell(self, tiles: int, length: int) -> None:
+        """Bring the counts on the device to what the host knows."""
+        if self._known != (tiles, length):
+            self.counts[0].fill_(tiles)
+            self.counts[1].fill_(length)
+            self._known = (tiles, length)
+
+    def replayed(self, tokens: int) -> None:
+        """A step has counted `tokens` on the device."""
+        self._known = (self._known[0], self._known[1] + tokens)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store [B, H, q, D] new tokens in the ring, and in the sinks while those fill."""
+        raw = RawTokens(*self.ring), RawTokens(*self.sinks)
+        append_tokens(keys, values, *raw, self.starts, self.counts[:2], self.counts[2:], self.room)
+
+    def observe(self, query: torch.Tensor) -> None:
+        """Count the new tokens' queries [B, Hq, q, D] into the statistics, until the first encode."""
+        if self.statistics is not None:
+            energy, count = self.statistics
+            if query.shape[1] % energy.shape[1] == 0 and query.shape[3] == energy.shape[2]:
+                observe_due(
+                    query, energy, count[:, :, 0], self._seen, self.counts[:2], self._fitted, self.starts
+                )  # fmt: skip
+
+    def attend(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
+        """`decode_attention` over what is held (where `reads_packed`): [B, Hq, q, D] -> [B, Hq, q, Dv]."""
+        return decode_attention(
+            query, *self._sides, RawTokens(*self.sinks), RawTokens(*self.ring), self.starts, **options,
+            sparse_v_threshold=self.threshold, counts=self.counts[:2], workspace=self.workspace,
+        )  # fmt: skip
+
+    def dense(self, index: int) -> torch.Tensor:
+        """All keys (index 0) or values (1), [B, H, room, D] in the model's dtype; zeros behind the newest token."""
+        position = torch.arange(self.room, device=self.starts.device)
+        packed = self.counts[0] * self.tile
+        ring = self.ring[index]
+        raw = ring.index_select(2, position % ring.shape[2])
+        in_ring = (position >= packed) & (position < self.counts[1])
+        out = torch.where(in_ring[:, None], raw, torch.zeros((), dtype=raw.dtype, device=raw.device))
+        quantizer, arrays, dim = self.quantizers[index], self.tiles[index], self.head_dims[index]
+        decoded = quantizer.decode(arrays, self.states[index], dim, self.dtype).flatten(2, 3)
+        covered = decoded.shape[2]
+        inside = (position[:covered] < packed)[:, None]
+        out[:, :, :covered] = torch.where(inside, decoded, out[:, :, :covered])
+        return self._with_sinks(out, index, packed)
+
+    def _with_sinks(self, out: torch.Tensor, index: int, packed: torch.Tensor) -> torch.Tensor:
+        """The sinks over their positions, where those lie inside the tiles."""
+        sinks = self.sinks[index]
+        where = self.starts[:, None] + torch.arange(sinks.shape[2], device=out.device)
+        inside = (where < packed)[:, None, :, None]
+        where = where.clamp(max=self.room - 1)[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
+        return out.scatter_(2, where, torch.where(inside, sinks, out.gather(2, where)))
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Pick the sequences `index` [B] in place: beams change between two replays."""
+        arrays = [x for part in (*self.tiles, *self.states) for x in part.values()]
+        arrays += [*self.ring, *self.sinks, self.starts, *(self.statistics or ())]
+        for x in arrays:
+            x.copy_(x.index_select(0, index))
+
+
+def _empty_state(quantizer: Any, layer: Any, dim: int) -> dict[str, torch.Tensor]:
+    """What a quantizer makes of empty tiles: harmless values of what it will learn, for steps before the first tile."""
+    tiles = torch.zeros(1, layer.num_heads, 1, layer.preset.tile, dim, device=layer.device)
+    state = quantizer.fit(tiles, torch.ones(1, 1, layer.preset.tile, device=layer.device), None)
+    return {name: x.expand(layer.batch_size, *x.shape[1:]).contiguous() for name, x in state.items()}

@@ -1,0 +1,134 @@
+"""A whole cache fixed for decode steps: which caches can be, and what a recorded step over one depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from turboquant_hf.cache.fixed import FixedStep
+from turboquant_hf.cache.fixed_sliding import RingSlidingLayer
+from turboquant_hf.cache.hybrid import HybridLayer, packed_part
+
+SMALL_ROOM = 16
+"""Tiles that are allocated at once for the tokens of a call, whatever the cache holds already."""
+
+
+class FixedCache:
+    """Fixes the layers of a `TurboQuantCache` for the steps of one decoding loop, and releases them.
+
+    Args:
+        cache: holds a prompt; see `why_not`.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.workspaces: dict[tuple, torch.Tensor] = {}
+        self._where: tuple = ()
+        self._packed: list = []
+
+    def prepare(self, tokens: int, expected: int) -> tuple:
+        """Room for a step of `tokens` in every layer; what a recorded step points to, to be compared by equality.
+
+        Args:
+            expected: tokens that the call may still bring. Their room is allocated at once where it is small: 2,048
+                tokens, or a tenth of what is held. Otherwise it grows by that much at a time.
+        """
+        if self._where and all(layer.fixed and layer.fixed.is_ready(layer, tokens) for layer in self._packed):
+            return (*self._where, *(x.data_ptr() for x in self._foreign()))
+        layers = self.cache.layers
+        for index, layer in enumerate(layers):
+            if type(layer) is DynamicSlidingWindowLayer:
+                layers[index] = RingSlidingLayer(layer)
+        fixed, self._packed = [], self.cache.packed_layers
+        for layer in self._packed:
+            stored, tile = layer.tiles[0].count, layer.preset.tile
+            needed = -(-(layer.tail.count + expected) // tile)
+            room = min(needed, max(SMALL_ROOM, stored // 10))
+            enough = layer.fixed is not None and layer.tiles[0].capacity > stored
+            fixed.append(layer.fix(tokens, 0 if enough else max(room, 1), self.workspaces))
+        self.first, self._where = fixed[0], tuple(layer.serial for layer in fixed)
+        return (*self._where, *(x.data_ptr() for x in self._foreign()))
+
+    def step(self, tokens: int, padding: torch.Tensor | None) -> FixedStep:
+        """The context of a forward pass that brings `tokens`."""
+        return FixedStep(self.first.counts, tokens, self.first.room, padding)
+
+    def holds_tokens(self) -> bool:
+        """Whether a prompt is in."""
+        return all(layer.tail.count or layer.tiles[0].count for layer in self.cache.packed_layers)
+
+    def why_not(self) -> str | None:
+        """Why this cache's layers cannot be fixed, or None; looked up until they are."""
+        return None if self._where else why_not(self.cache)
+
+    @property
+    def room(self) -> int:
+        """Positions that a padding mask covers."""
+        return self.first.room
+
+    def replayed(self, tokens: int) -> None:
+        """Count in every layer what a step has stored on the device."""
+        for layer in self._packed:
+            layer.replayed(tokens)
+        for layer in self.cache.layers:
+            if type(layer) is RingSlidingLayer:
+                layer.replayed(tokens)
+
+    def release(self) -> None:
+        """The cache as it was found: ordinary layers, free to grow."""
+        self._where = ()
+        for index, layer in enumerate(self.cache.layers):
+            if isinstance(layer, RingSlidingLayer):
+                self.cache.layers[index] = layer.release()
+        for layer in self.cache.packed_layers:
+            layer.unfix()
+
+    def snapshot(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Copies of what a step adds to or overwrites and no counter takes back: recurrent states, statistics."""
+        statistics = [x for layer in self.cache.packed_layers for x in layer.fixed.statistics or ()]
+        return [(x, x.clone()) for x in (*self._foreign(), *statistics)]
+
+    def _foreign(self) -> Iterator[torch.Tensor]:
+        for layer in self.cache.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                for held in (layer.conv_states, layer.recurrent_states):
+                    yield from (x for x in _values(held) if isinstance(x, torch.Tensor))
+
+
+def _values(held: Any) -> list:
+    """Early versions of transformers hold one state per layer, later ones a dict of them."""
+    return list(held.values()) if isinstance(held, dict) else [held]
+
+
+def why_not(cache: Any) -> str | None:
+    """Why the layers of a `TurboQuantCache` cannot be fixed, or None where they can."""
+    if cache.offloader is not None:
+        return "its tiles are offloaded to host memory"
+    if cache.preset.encode_first:
+        return "encode_first decodes and encodes the newest tokens at every step"
+    if not cache.packed_layers:
+        return "none of its layers is packed"
+    for layer in cache.layers:
+        if getattr(layer, "record_past", False):
+            return "its layers record what they would drop, for candidates that are taken back"
+        part = packed_part(layer)
+        if part is not None:
+            if not part.is_initialized or not part.get_seq_length():
+                return "a layer is still empty"
+            continue
+        sliding = type(layer) is DynamicSlidingWindowLayer
+        linear = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, CacheLayerMixin)
+        if sliding and not layer.is_initialized:
+            return "a sliding-window layer is still empty"
+        if not sliding and not linear and _holds_tensors(layer):
+            return f"a {type(layer).__name__} moves what it holds"
+    if len({layer.device for layer in cache.packed_layers}) > 1:
+        return "its layers lie on several devices"
+    return None
+
+
+def _holds_tensors(layer: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) for x in vars(layer).values()) and not isinstance(layer, HybridLayer)

@@ -1,0 +1,241 @@
+"""Decode steps as recorded graphs: what stands in a model's `forward` for the length of one decoding loop.
+
+The first step of a shape runs as it is over the fixed cache (it loads kernels and handles), the second is recorded and
+replayed, all others are replayed. Between two steps the host encodes what is due; where that moves an array, the next
+step is recorded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from transformers.utils import logging
+
+from turboquant_hf.cache import TurboQuantCache, TurboQuantStaticCache
+from turboquant_hf.cache.fixed import STEP_TOKENS
+from turboquant_hf.cache.fixed_cache import FixedCache
+from turboquant_hf.generation.recorders import RECORDERS
+from turboquant_hf.generation.static import FixedStatic
+
+logger = logging.get_logger(__name__)
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+MOST_RECORDINGS = 4
+"""Recordings within `RECENT_STEPS` from which on recording is not worth its time."""
+RECENT_STEPS = 24
+
+
+class DecodeSteps:
+    """A forward function that replays graphs where it can, and calls the model's own everywhere else.
+
+    Args:
+        forward: the model's own, bound.
+        cache: the cache of the loop; calls with another one are passed on.
+        name: of the model, for the log.
+        expected: tokens per sequence that the loop may still bring.
+    """
+
+    def __init__(
+        self, forward: Callable, cache: TurboQuantCache | TurboQuantStaticCache, name: str, expected: int
+    ) -> None:
+        self.forward, self.cache, self.name, self.expected = forward, cache, name, expected
+        self.fixed = FixedStatic(cache) if isinstance(cache, TurboQuantStaticCache) else FixedCache(cache)
+        self.refused = False
+        self._graphs: dict[Any, _Recorded] = {}
+        self._warm: set = set()
+        self._unpadded: bool | None = None
+        self._steps, self._recorded_at = 0, []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tokens = 0 if args or self.refused else self._tokens(kwargs)
+        if not 1 <= tokens <= STEP_TOKENS:
+            return self.forward(*args, **kwargs)
+        self.device = self.cache.packed_layers[0].device
+        reason = self._why_not(kwargs)
+        if reason is None:
+            try:
+                return self._step(tokens, kwargs)
+            except _NotRecordable as error:
+                reason = str(error)
+        self.refuse(reason)
+        return self.forward(**kwargs)
+
+    def refuse(self, reason: str) -> None:
+        """Run every further step as it is, and say so once."""
+        self.close()
+        self.refused = True
+        logger.warning_once(f"turboquant_hf: decode steps of {self.name} run without CUDA graphs: {reason}.")
+
+    def close(self) -> None:
+        """Free the graphs, and leave the cache as it was found."""
+        self._graphs.clear()
+        self.fixed.release()
+        self.cache.graph_nbytes = 0
+
+    # ------------------------------------------------------------------ what a call is
+
+    def _tokens(self, kwargs: dict) -> int:
+        """New tokens per sequence of a call that continues this cache; 0 for any other call."""
+        if not any(kwargs.get(name) is self.cache for name in CACHE_ARGUMENTS):
+            return 0
+        if not all(layer.is_initialized for layer in self.cache.packed_layers):
+            return 0
+        given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
+        given = [x for x in given if isinstance(x, torch.Tensor) and x.dim() >= 2]
+        return given[0].shape[1] if given and self.fixed.holds_tokens() else 0
+
+    def _why_not(self, kwargs: dict) -> str | None:
+        for name in ("output_attentions", "output_hidden_states", "labels"):
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                return f"{name} was asked for"
+        return self.fixed.why_not()
+
+    # ------------------------------------------------------------------ a step
+
+    def _step(self, tokens: int, kwargs: dict) -> Any:
+        self._steps += 1
+        self.expected = max(self.expected - tokens, tokens)
+        where = self.fixed.prepare(tokens, self.expected)
+        inputs = _Inputs(kwargs, self.fixed.room, self._is_padded(kwargs))
+        recorded = self._graphs.get(inputs.key)
+        if recorded is None or recorded.where != where:
+            if inputs.key not in self._warm:
+                self._warm.add(inputs.key)
+                return self._first(inputs, tokens)
+            recorded = self._record(inputs, tokens, where)
+        recorded.inputs.load(inputs)
+        output = recorded.graph.replay()
+        self.fixed.replayed(tokens)
+        return _copied(output)
+
+    def _call(self, inputs: _Inputs, tokens: int) -> Callable[[], Any]:
+        def call() -> Any:
+            with self.fixed.step(tokens, inputs.padding):
+                return self.forward(**inputs.arguments())
+
+        return call
+
+    def _first(self, inputs: _Inputs, tokens: int) -> Any:
+        """A step as it is, over the fixed cache; where that fails the states are taken back."""
+        kept = self.fixed.snapshot()
+        try:
+            with RECORDERS[self.device.type].guard():
+                output = self._call(inputs.static(), tokens)()
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            for state, before in kept:
+                state.copy_(before)
+            raise _NotRecordable(_first_line(error)) from error
+        self.fixed.replayed(tokens)
+        return output
+
+    def _record(self, inputs: _Inputs, tokens: int, where: tuple) -> _Recorded:
+        self._recorded_at = [step for step in self._recorded_at if step > self._steps - RECENT_STEPS]
+        if len(self._recorded_at) >= MOST_RECORDINGS:
+            raise _NotRecordable("the shapes or addresses of its steps keep changing")
+        self._recorded_at.append(self._steps)
+        stale = [key for key, recorded in self._graphs.items() if recorded.where != where]
+        for key in stale:
+            del self._graphs[key]
+        pool = next((recorded.graph.pool for recorded in self._graphs.values()), None)
+        inputs = inputs.static()
+        try:
+            graph = RECORDERS[self.device.type](self._call(inputs, tokens), self.device, pool)
+        except Exception as error:  # whatever a model's own code runs into during a recording, the step runs as it is
+            raise _NotRecordable(_first_line(error)) from error
+        recorded = self._graphs[inputs.key] = _Recorded(graph, inputs, where)
+        self.cache.graph_nbytes = sum(recorded.graph.nbytes for recorded in self._graphs.values())
+        return recorded
+
+    def _is_padded(self, kwargs: dict) -> bool:
+        """Whether the loop's 2D mask hides anything: looked up once, later steps only add ones to it."""
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return False
+        if self._unpadded is None:
+            self._unpadded = bool(mask.all())
+        return not self._unpadded
+
+
+class _NotRecordable(Exception):
+    """Why a step cannot be recorded."""
+
+
+class _Recorded:
+    """A graph, its inputs, and what it points to."""
+
+    def __init__(self, graph: Any, inputs: _Inputs, where: tuple) -> None:
+        self.graph, self.inputs, self.where = graph, inputs, where
+
+
+class _Inputs:
+    """The arguments of a step: tensors, which are copied into a graph's own, and the rest, which must stay the same.
+
+    A 2D attention mask grows with the context: it becomes `padding`, as long as the cache has room, or None where it
+    hides nothing.
+
+    Raises: _NotRecordable for an argument that cannot be compared.
+    """
+
+    def __init__(self, kwargs: dict, room: int, padded: bool) -> None:
+        kwargs = dict(kwargs)
+        self.mask = kwargs.pop("attention_mask", None)
+        self.padding: torch.Tensor | None = None
+        self._masked = isinstance(self.mask, torch.Tensor) and self.mask.dim() == 2
+        if not self._masked:
+            kwargs["attention_mask"] = self.mask
+        self._room, self._padded = room, padded and self._masked
+        self._leaves, self._spec = tree_flatten(kwargs)
+        shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in self._leaves)
+        try:
+            # The layout of a step includes which cache it is: caches compare by identity.
+            self.key = (shapes, str(self._spec), room, self._padded)
+            hash(self.key)
+        except TypeError as error:
+            raise _NotRecordable(f"an argument of its steps cannot be compared ({error})") from error
+
+    def static(self) -> _Inputs:
+        """The same inputs in tensors of their own, which stay where they are."""
+        new = object.__new__(_Inputs)
+        vars(new).update(vars(self))
+        new._leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in self._leaves]
+        if self._padded:
+            new.padding = torch.ones(len(self.mask), self._room, dtype=torch.bool, device=self.mask.device)
+            new.load_mask(self.mask)
+        return new
+
+    def load(self, other: _Inputs) -> None:
+        """Take over another step's values."""
+        for mine, new in zip(self._leaves, other._leaves, strict=True):
+            if isinstance(mine, torch.Tensor):
+                mine.copy_(new)
+        if self._padded:
+            self.load_mask(other.mask)
+
+    def load_mask(self, mask: torch.Tensor) -> None:
+        self.padding[:, : mask.shape[1]] = mask
+
+    def arguments(self) -> dict:
+        """What `forward` is called with."""
+        kwargs = tree_unflatten(self._leaves, self._spec)
+        if self._masked:
+            kwargs["attention_mask"] = self.padding
+        return kwargs
+
+
+def _copied(output: Any) -> Any:
+    """A recorded output with tensors of its own: the next replay overwrites the graph's."""
+    if isinstance(output, torch.Tensor):
+        return output.clone()
+    if isinstance(output, dict):  # ModelOutput among them
+        return type(output)(**{name: _copied(value) for name, value in output.items()})
+    if type(output) in (tuple, list):
+        return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, output)
+    return output
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
