@@ -38,8 +38,8 @@ class Dictated(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, input_ids.shape[1], None], 0.0)
 
 
-def generate(model, inputs, name, preset, **options):
-    config = {"preset": preset, "min_statistics": 256}
+def generate(model, inputs, name, preset, graph=False, **options):
+    config = {"preset": preset, "min_statistics": 256, "graph": graph}
     return model.generate(
         **inputs, **OPTIONS, cache_implementation=name, cache_config=config, output_logits=True,
         return_dict_in_generate=True, **options,
@@ -63,8 +63,9 @@ def test_compiled_generation_equals_the_eager_dynamic_cache(model, preset, lengt
     assert counters["stats"]["unique_graphs"] > 0, "transformers compiles by itself"
     graphs = counters["stats"]["unique_graphs"]
     again = generate(model, inputs, "turboquant_static", preset, **options)
+    recorded = generate(model, inputs, "turboquant_static", preset, graph=True, **options)
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
-    for result in (eager, compiled, again):
+    for result in (eager, compiled, again, recorded):
         assert torch.equal(result.sequences, tokens) and len(result.logits) == NEW
         for a, b in zip(result.logits, expected.logits, strict=True):
             assert (a - b).norm() < 5e-2 * b.norm()

@@ -82,7 +82,7 @@ def test_short_prompts_reach_the_first_encode_inside_the_loop(model, device, len
     assert watch.replays > NEW // 2 and watch.recordings <= 4
 
 
-@pytest.mark.parametrize("preset", ["k4v4", "k3v2", "paper-mse-4", "kivi4"])
+@pytest.mark.parametrize("preset", ["k4v4", "k3v2", "paper-mse-4", "int8"])
 def test_presets_give_the_same_tokens_with_and_without_recorded_steps(device, preset):
     """The tokens are given: a rounding of another order must not choose between two that are as likely."""
     model = make_llama(head_dim=32).to(device)

@@ -23,9 +23,10 @@ from turboquant_hf.generation.static import FixedStatic
 logger = logging.get_logger(__name__)
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
+RECENT_STEPS = 32
 MOST_RECORDINGS = 4
-"""Recordings within `RECENT_STEPS` from which on recording is not worth its time."""
-RECENT_STEPS = 24
+"""Of a step of one shape within `RECENT_STEPS`: where addresses change more often, recording is not worth its time."""
+MOST_SHAPES = 20
 
 
 class DecodeSteps:
@@ -47,7 +48,8 @@ class DecodeSteps:
         self._graphs: dict[Any, _Recorded] = {}
         self._warm: set = set()
         self._unpadded: bool | None = None
-        self._steps, self._recorded_at = 0, []
+        self._steps = 0
+        self._recordings: list[tuple[int, Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tokens = 0 if args or self.refused else self._tokens(kwargs)
@@ -132,10 +134,11 @@ class DecodeSteps:
         return output
 
     def _record(self, inputs: _Inputs, tokens: int, where: tuple) -> _Recorded:
-        self._recorded_at = [step for step in self._recorded_at if step > self._steps - RECENT_STEPS]
-        if len(self._recorded_at) >= MOST_RECORDINGS:
+        self._recordings = [(step, key) for step, key in self._recordings if step > self._steps - RECENT_STEPS]
+        keys = [key for _, key in self._recordings]
+        if keys.count(inputs.key) >= MOST_RECORDINGS or len(set(keys)) >= MOST_SHAPES:
             raise _NotRecordable("the shapes or addresses of its steps keep changing")
-        self._recorded_at.append(self._steps)
+        self._recordings.append((self._steps, inputs.key))
         stale = [key for key, recorded in self._graphs.items() if recorded.where != where]
         for key in stale:
             del self._graphs[key]
