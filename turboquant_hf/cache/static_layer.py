@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import logging
 
 from turboquant_hf.cache import static_ops
 from turboquant_hf.cache.handles import PackedHandle
@@ -17,8 +18,16 @@ from turboquant_hf.config import CachePreset
 from turboquant_hf.kernels.dispatch import decode_workspace
 from turboquant_hf.quantizers import Quantizer
 
+logger = logging.get_logger(__name__)
+
 WORKSPACE_ROWS = 16
 """Query rows of a KV head that the shared workspace is made for; calls with more get memory of their own."""
+
+ALLOCATION = (
+    "a static cache cannot be allocated inside a compiled region; call cache.early_initialization(batch_size, "
+    "num_heads, head_dim, dtype, device) before the first compiled forward"
+)
+"""With fullgraph=True this is the reason in the compiler's error; without, the graph breaks and it is a hint."""
 
 
 class TurboQuantStaticLayer(CacheLayerMixin):
@@ -61,13 +70,9 @@ class TurboQuantStaticLayer(CacheLayerMixin):
 
     # ------------------------------------------------------------------ transformers' protocol: growing
 
+    @torch.compiler.disable(reason=ALLOCATION)
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Allocate everything for the batch, heads, dtype and device of [B, H, T, D] states (T may be 0)."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "a static cache cannot be allocated inside a compiled region: run the first forward pass without "
-                "torch.compile, as generate does, or call cache.early_initialization(...) first"
-            )
         value_states = key_states if value_states is None else value_states
         check_pair(key_states, value_states)
         for quantizer, x in zip(self.quantizers, (key_states, value_states), strict=True):
@@ -110,7 +115,8 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         """Take [B, H, q, D] keys and values; returns what attention reads, as handles or dense [B, H, max_len, D]."""
         key_states, value_states = autocast(key_states, value_states)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            allocate = _allocate_between_graphs if torch.compiler.is_compiling() else type(self).lazy_initialization
+            allocate(self, key_states, value_states)
         if not torch.compiler.is_compiling():
             self._check(key_states, value_states)
         key_states, value_states = key_states.detach(), value_states.detach()
@@ -299,6 +305,13 @@ class TurboQuantStaticLayer(CacheLayerMixin):
     def __repr__(self) -> str:
         names = "/".join(quantizer.name for quantizer in self.quantizers)
         return f"{type(self).__name__}({names}, max_cache_len={self.max_cache_len})"
+
+
+@torch.compiler.disable(reason=ALLOCATION)
+def _allocate_between_graphs(layer: TurboQuantStaticLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Allocate in plain Python. The graph breaks in the loop over the layers, and later calls stay in such pieces."""
+    logger.warning_once(f"turboquant_hf: one graph is broken into pieces because {ALLOCATION}.")
+    layer.lazy_initialization(keys, values)
 
 
 class PendingChunk:
