@@ -108,5 +108,3 @@ def test_early_initialization_may_itself_be_compiled(model):
     cache = fresh(model)
     start(cache, torch.zeros(1))
     assert_same(greedy(model, cache), greedy(model, fresh(model)))
-
-

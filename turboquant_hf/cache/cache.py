@@ -62,6 +62,17 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def owning_layers(config: PreTrainedConfig) -> int:
+    """How many of the first layers of the decoder keep keys and values of their own.
+
+    The last layers of Gemma 3n and 4 read those of earlier layers, and T5's `num_hidden_layers` counts its encoder. A
+    cache that some versions of transformers make has layers beyond these, which nothing ever reaches.
+    """
+    decoder = config.get_text_config(decoder=True)
+    layers = getattr(decoder, "num_decoder_layers", None) if decoder.is_encoder_decoder else None
+    return (layers or decoder.num_hidden_layers) - (getattr(decoder, "num_kv_shared_layers", None) or 0)
+
+
 def never_packed() -> bool:
     """Of models that expand what they cached (MLA): they need the dense tensor."""
     return False
@@ -117,9 +128,7 @@ class TurboQuantCache(DynamicCache):
         new = cls.__new__(cls)
         new.__dict__.update(cache.__dict__)
         new.preset = preset
-        # Early versions give assisted decoding a cache without layers: full ones, so that all can be cropped.
-        missing = config.get_text_config(decoder=True).num_hidden_layers if not cache.layers else 0
-        new.layers = [*cache.layers, *(DynamicLayer() for _ in range(missing))]
+        new.layers = list(cache.layers)
         new._pack_layers(config, offloading)
         return new
 
@@ -164,7 +173,10 @@ class TurboQuantCache(DynamicCache):
             self.preset.validate(head_dim)
         reads_packed = never_packed if latent else LiveAttention(config)
         kinds = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-        packed = [index for index, layer in enumerate(self.layers) if type(layer) in kinds]
+        owners = owning_layers(config)
+        # Early versions give assisted decoding, and models that could share layers and do not, a cache without layers.
+        self.layers = self.layers or [DynamicLayer() for _ in range(owners)]
+        packed = [index for index, layer in enumerate(self.layers[:owners]) if type(layer) in kinds]
         self.preset.check_layers(len(packed))
         for ordinal, index in enumerate(packed):
             keys, values = self.preset.layer_quantizers(ordinal, len(packed))

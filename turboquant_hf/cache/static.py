@@ -8,7 +8,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from turboquant_hf.cache.cache import LiveAttention, TurboQuantCache, check_config, check_flag, never_packed
+from turboquant_hf.cache.cache import (
+    LiveAttention,
+    TurboQuantCache,
+    check_config,
+    check_flag,
+    never_packed,
+    owning_layers,
+)
 from turboquant_hf.cache.serialization import config_field
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
@@ -59,11 +66,18 @@ class TurboQuantStaticCache(StaticCache):
             raise ValueError(f"max_cache_len={max_cache_len!r} is not supported; allowed: whole numbers from 1")
         self.preset = load_preset(preset, **overrides)
         super().__init__(config=config, max_cache_len=max_cache_len)
+        # Early versions leave a cache without layers where a model could share layers and does not.
+        self.layers = self.layers or [StaticLayer(max_cache_len) for _ in range(owning_layers(config))]
         self._pack_layers(config)
 
     @classmethod
     def from_static(cls, cache: StaticCache, config: PreTrainedConfig, preset: CachePreset) -> TurboQuantStaticCache:
         """Take over an empty StaticCache: its special layers as they are, packed ones for the rest."""
+        if not cache.layers:
+            raise ValueError(
+                "this version of transformers makes a static cache without layers for this model; allowed: "
+                "TurboQuantStaticCache(model.config, max_cache_len) as past_key_values, or a dynamic cache"
+            )
         new = cls.__new__(cls)
         new.__dict__.update(cache.__dict__)
         new.preset, new.layers = preset, list(cache.layers)
@@ -78,7 +92,8 @@ class TurboQuantStaticCache(StaticCache):
             self.preset.validate(head_dim)
         reads_packed = never_packed if latent else LiveAttention(config)
         workspaces: dict = {}
-        packed = [index for index, layer in enumerate(self.layers) if type(layer) is StaticLayer]
+        owned = self.layers[: owning_layers(config)]
+        packed = [index for index, layer in enumerate(owned) if type(layer) is StaticLayer]
         self.preset.check_layers(len(packed))
         for ordinal, index in enumerate(packed):
             keys, values = self.preset.layer_quantizers(ordinal, len(packed))
