@@ -164,7 +164,6 @@ def test_a_static_cache_in_another_process(model, ids, copied, monkeypatch):
 
     cache = KINDS["static"](model.config)
     first = generate(model, ids, cache, new=5)
-    monkeypatch.setattr(static_plan, "_NAMES", {})
     for name in list(static_plan.PLANS):
         monkeypatch.delitem(static_plan.PLANS, name)
     other = copied(cache)

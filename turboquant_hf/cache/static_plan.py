@@ -7,9 +7,13 @@ how many tokens' queries were counted.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -156,13 +160,23 @@ class StaticPlan:
         return self.batch * self.heads * sum(prod(field.shape) * field.dtype.itemsize for field in fields)
 
 
-PLANS: dict[str, StaticPlan] = {}
-_NAMES: dict[StaticPlan, str] = {}
+PLANS: WeakValueDictionary[str, StaticPlan] = WeakValueDictionary()
+"""Name -> plan, for as long as somebody, such as a layer, holds that plan or an equal one that was named."""
+_LOCK = threading.Lock()
 
 
 def plan_name(plan: StaticPlan) -> str:
-    """The name by which ops find this plan: text, because a compiler specialises on it."""
-    if plan not in _NAMES:
-        _NAMES[plan] = f"plan{len(_NAMES)}"
-        PLANS[_NAMES[plan]] = plan
-    return _NAMES[plan]
+    """The name by which ops find this plan: text, because a compiler specialises on it.
+
+    It is made from what the plan says. Compiled code outlives the cache that it was traced with, and serves the next
+    one of the same size, whose plan gets the same name again.
+    """
+    digest = hashlib.sha256(repr(plan).encode()).hexdigest()[:16]
+    with _LOCK:
+        for number in itertools.count():  # beyond 0 where two kinds of quantizers read alike
+            name = f"plan-{digest}-{number}"
+            known = PLANS.setdefault(name, plan)
+            if known == plan:
+                break
+    vars(plan)["named"] = None if known is plan else known  # whoever holds this one keeps that one, and its name, alive
+    return name
