@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .density import Density, coordinate_density, lloyd_max_levels, mean_squared_error
+from .memo import once
 
 # QLoRA's table (arXiv 2305.14314, appendix E): quantiles of the normal, scaled to [-1, 1], with an exact
 # zero.
@@ -79,13 +79,13 @@ class Codebook:
         return _constant(self.levels, torch.empty(0, device=device).device, dtype)
 
 
-@lru_cache(maxsize=512)
+@once(maxsize=512)
 @torch.inference_mode(False)  # a tensor made inside inference mode could never take part in autograd later
 def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=512)
+@once(maxsize=512)
 @torch.inference_mode(False)
 def lloyd_max(bits: int, dim: int | None = None) -> Codebook:
     """Codebook of least squared error for a coordinate of a random point of the sphere, scaled to variance 1.
@@ -104,7 +104,7 @@ def lloyd_max(bits: int, dim: int | None = None) -> Codebook:
     return Codebook(tuple(lloyd_max_levels(density, bits).tolist()), f"lloyd_max(bits={bits}, dim={dim})")
 
 
-@lru_cache(maxsize=512)
+@once(maxsize=512)
 @torch.inference_mode(False)
 def uniform(bits: int, dim: int | None = None) -> Codebook:
     """Mid-rise codebook (i - (2**bits - 1) / 2) * step of least squared error for `lloyd_max`'s density.
@@ -129,7 +129,7 @@ def uniform(bits: int, dim: int | None = None) -> Codebook:
     return Codebook(tuple((grid * step).tolist()), f"uniform(bits={bits}, dim={dim})", (step / 2,), unit=step)
 
 
-@lru_cache(maxsize=512)
+@once(maxsize=512)
 @torch.inference_mode(False)
 def polynomial(bits: int, dim: int | None = None) -> Codebook:
     """The best codebook for `lloyd_max`'s density whose levels are an odd polynomial of the centred code.
@@ -165,7 +165,7 @@ GRID_STEPS = 64
 """Levels on one side of zero of the finest grid: 7 bits, what two byte permutations can select from."""
 
 
-@lru_cache(maxsize=512)
+@once(maxsize=512)
 @torch.inference_mode(False)
 def grid(bits: int, dim: int | None = None) -> Codebook:
     """`lloyd_max` on a grid: levels are odd multiples of half a unit, at most 64 on a side.
@@ -215,7 +215,7 @@ def distortion(codebook: Codebook, dim: int | None = None) -> float:
     return mean_squared_error(_density(dim), torch.tensor(codebook.levels, dtype=torch.float64, device="cpu"))
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 @torch.inference_mode(False)
 def _density(dim: int | None) -> Density:
     return coordinate_density(dim)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .codebook import Codebook
 from .density import lloyd_max_levels, polar_density
+from .memo import once
 
 
 def to_polar(x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -65,7 +65,7 @@ class CircularCodebook(Codebook):
         return super().encode(_wrap(x.to(torch.promote_types(x.dtype, torch.float32))))
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 @torch.inference_mode(False)
 def polar_codebook(level: int, bits: int) -> Codebook:
     """Codebook of least squared error for one level's angles of a Gaussian vector (arXiv 2502.02617).

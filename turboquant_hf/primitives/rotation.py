@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .hadamard import hadamard_matrix, has_hadamard
+from .memo import once
 
 __all__ = ["hadamard_matrix", "has_hadamard", "head_rotations", "rotation_matrix"]
 
@@ -70,13 +70,13 @@ def head_rotations(
 
 # Inference mode is switched off while a tensor that outlives the call is made: one made inside it could never
 # take part in autograd later.
-@lru_cache(maxsize=256)
+@once(maxsize=256)
 @torch.inference_mode(False)
 def _cached_rotation(dim: int, seed: int, kind: str, rounds: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _rotation(dim, seed, kind, rounds).to(device=device, dtype=dtype)
 
 
-@lru_cache(maxsize=128)
+@once(maxsize=128)
 @torch.inference_mode(False)
 def _cached_head_rotations(
     num_heads: int, dim: int, seed: int, kind: str, rounds: int, dtype: torch.dtype, device: torch.device

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 
 from turboquant_hf.kernels.codes import store_scale
 from turboquant_hf.primitives import Codebook, head_rotations, pack, packed_size, unpack
+from turboquant_hf.primitives.memo import once
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_bits, check_choice
 
 SKETCHES = ("gaussian", "orthogonal")
@@ -67,7 +67,7 @@ def sketch_decode(signs: torch.Tensor, norm: torch.Tensor, sketch: torch.Tensor)
     return (SIGNS.decode(unpack(signs, 1, len(sketch))) @ sketch) * norm.float().unsqueeze(-1)
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 @torch.inference_mode(False)
 def sketch_matrix(kind: str, rows: int, dim: int, seed: int, device: str) -> torch.Tensor:
     """S, float32 [rows, dim]: norm(x) S^T sign(S x) has the mean x. Shared: do not write to it.

@@ -14,6 +14,7 @@ from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles, tile_energy
 from turboquant_hf.kernels.statistics import typical_scale
 from turboquant_hf.primitives import grid, head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
+from turboquant_hf.primitives.memo import once
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
 
 CODEBOOKS = {"lloyd-max": lloyd_max, "grid": grid, "polynomial": polynomial, "uniform": uniform}
@@ -172,7 +173,7 @@ def _code_groups(sizes: tuple[tuple[int, int], ...], codebook: str) -> tuple[Cod
     return tuple(CodeGroup(size, CODEBOOKS[codebook](bits, size)) for size, bits in sizes)
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 @torch.inference_mode(False)
 def block_rotation(
     sizes: tuple[tuple[int, int], ...], kind: str, rounds: int, seed: int, num_heads: int
@@ -201,13 +202,13 @@ def reads_packed(keys: Quantizer, values: Quantizer) -> bool:
     return rotated and values.channel_major and not keys.channel_major
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 @torch.inference_mode(False)
 def _on_device(sizes, kind: str, rounds: int, seed: int, num_heads: int, device: str) -> torch.Tensor:
     return block_rotation(sizes, kind, rounds, seed, num_heads).to(device)
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 @torch.inference_mode(False)
 def _signs(sizes, kind: str, rounds: int, seed: int, num_heads: int, device: str) -> torch.Tensor | None:
     if rounds != 1 or kind not in ("auto", "hadamard") or any(size & (size - 1) for size, _ in sizes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+import threading
 import warnings
 from functools import lru_cache
 
@@ -26,6 +27,7 @@ from turboquant_hf.kernels.decode.source import (
     shared_bytes,
     source_text,
 )
+from turboquant_hf.primitives.memo import once, once_per_tensor
 
 COMPILER_OPTIONS = ["--std=c++20", "--use_fast_math", "-default-device"]
 HEAD_DIMS = (64, 96, 128, 256)
@@ -297,6 +299,9 @@ def _cleared(words: int, device: torch.device) -> torch.Tensor:
 
 
 _WORKSPACES: dict[tuple, torch.Tensor] = {}
+_WORKSPACES_LOCK = threading.Lock()
+MAX_WORKSPACES = 64
+"""Streams with a workspace of their own; the one that came first then gives its own up. torch's pools have 32 each."""
 
 
 def unread_tiles() -> int:
@@ -305,7 +310,9 @@ def unread_tiles() -> int:
     Waits for the devices. Calls with a workspace of their own are not counted.
     """
     total = 0
-    for workspace in _WORKSPACES.values():
+    with _WORKSPACES_LOCK:
+        workspaces = list(_WORKSPACES.values())
+    for workspace in workspaces:
         torch.cuda.synchronize(workspace.device)
         total += int(workspace[ARRIVALS - 1])
         with torch.inference_mode():  # in which it may have been made
@@ -314,13 +321,22 @@ def unread_tiles() -> int:
 
 
 def _workspace(words: int, device: torch.device, stream: int) -> torch.Tensor:
+    """The current stream's. A smaller one may still be launched on by another thread, which holds it until then; its
+    memory was allocated on this stream, where it is used again only behind that launch.
+    """
     kept = _WORKSPACES.get((device, stream))
-    if kept is None or kept.numel() < words:
-        larger = _WORKSPACES[device, stream] = _cleared(words, device)
-        if kept is not None:
-            larger[ARRIVALS - 1] = kept[ARRIVALS - 1]
-        return larger
-    return kept
+    if kept is not None and kept.numel() >= words:
+        return kept
+    with _WORKSPACES_LOCK:
+        kept = _WORKSPACES.get((device, stream))
+        if kept is None or kept.numel() < words:
+            larger = _cleared(words, device)
+            if kept is not None:
+                larger[ARRIVALS - 1] = kept[ARRIVALS - 1]
+            kept = _WORKSPACES[device, stream] = larger
+            while len(_WORKSPACES) > MAX_WORKSPACES:
+                del _WORKSPACES[next(iter(_WORKSPACES))]
+        return kept
 
 
 @lru_cache(maxsize=1024)
@@ -341,15 +357,10 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_TRANSPOSED: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-
+@once_per_tensor
 def _transposed(rotation: torch.Tensor) -> torch.Tensor:
-    """The transpose of a shared rotation, made once: rotations live as long as the process."""
-    kept = _TRANSPOSED.get(id(rotation))
-    if kept is None or kept[0] is not rotation:
-        kept = _TRANSPOSED[id(rotation)] = (rotation, rotation.transpose(-1, -2).contiguous())
-    return kept[1]
+    """The transpose of a shared rotation."""
+    return rotation.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
 
 
 def _capacity(codes: torch.Tensor) -> int:
@@ -368,7 +379,7 @@ def _plan(shape: Shape, device: torch.device) -> int:
     return most_warps(shape, getattr(properties, "shared_memory_per_block_optin", 48 * 1024))
 
 
-@lru_cache(maxsize=256)
+@once(maxsize=256)
 def _failure(shape: Shape, device: torch.device) -> str | None:
     """Why there is no kernel of this shape, or None; a compiler or driver that failed is not asked again."""
     if not _plan(shape, device):
@@ -381,7 +392,7 @@ def _failure(shape: Shape, device: torch.device) -> str | None:
     return None
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 def _kernel(shape: Shape, device: torch.device) -> tuple[Launcher, int, int]:
     """And how many warps a block has, in how many teams."""
     warps = _plan(shape, device)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
 from turboquant_hf.primitives import Codebook, packed_size, planes
+from turboquant_hf.primitives.memo import once
 
 MAX_CHUNK = 128
 MAX_COEFFICIENTS = 6
@@ -143,14 +144,14 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@lru_cache(maxsize=256)
+@once(maxsize=256)
 @torch.inference_mode(False)
 def level_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
     """The levels of all groups one after the other, float32."""
-    return torch.cat([group.codebook.tensor(device) for group in groups])
+    return torch.cat([group.codebook.tensor() for group in groups]).to(device)
 
 
-@lru_cache(maxsize=256)
+@once(maxsize=256)
 @torch.inference_mode(False)
 def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
     """The thresholds of all groups, each followed by one +inf, so that offsets are those of the levels."""
@@ -158,7 +159,7 @@ def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torc
     return torch.cat(rows).to(device)
 
 
-@lru_cache(maxsize=256)
+@once(maxsize=256)
 @torch.inference_mode(False)
 def pair_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
     """int32, offsets as in `level_table`: the levels of a code and the next as two halves, in the codebook's unit.

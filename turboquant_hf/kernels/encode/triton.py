@@ -8,12 +8,10 @@ sums over an axis of fields (`primitives.packing` describes them).
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakIdKeyDictionary
 
 from turboquant_hf.kernels.codes import CodeGroup, tile_bytes
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
@@ -34,6 +32,7 @@ from turboquant_hf.kernels.encode.spec import (
     tile_spec,
     tiles_per_program,
 )
+from turboquant_hf.primitives.memo import once, once_per_tensor
 
 __all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
 
@@ -421,10 +420,7 @@ def _encode_kernel(
             )  # fmt: skip
 
 
-_OPERANDS = WeakIdKeyDictionary()
-"""What `_operand` made of a matrix, as long as that lives."""
-
-
+@once_per_tensor
 def _operand(
     transform: torch.Tensor, groups: tuple[CodeGroup, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -435,17 +431,14 @@ def _operand(
 
     Returns: [parts, 1 or H, D, D], transposed; float32 [1 or H, groups].
     """
-    known = _OPERANDS.setdefault(transform, {})
-    if (groups, dtype) not in known:
-        rows = transform.float().reshape(-1, *transform.shape[-2:]).split([group.size for group in groups], dim=1)
-        units = torch.stack([part.abs().amax(dim=(1, 2)) for part in rows], dim=1).clamp(min=1e-30)
-        rest = torch.cat([part / units[:, i, None, None] for i, part in enumerate(rows)], dim=1).transpose(1, 2)
-        parts = []
-        while not parts or (dtype != torch.float32 and float(rest.abs().max()) > 2.0**-24):
-            parts.append(rest.to(dtype))
-            rest = rest - parts[-1].float()
-        known[groups, dtype] = torch.stack(parts).contiguous(), units
-    return known[groups, dtype]
+    rows = transform.float().reshape(-1, *transform.shape[-2:]).split([group.size for group in groups], dim=1)
+    units = torch.stack([part.abs().amax(dim=(1, 2)) for part in rows], dim=1).clamp(min=1e-30)
+    rest = torch.cat([part / units[:, i, None, None] for i, part in enumerate(rows)], dim=1).transpose(1, 2)
+    parts = []
+    while not parts or (dtype != torch.float32 and float(rest.abs().max()) > 2.0**-24):
+        parts.append(rest.to(dtype))
+        rest = rest - parts[-1].float()
+    return torch.stack(parts).contiguous(), units
 
 
 def encode_tiles(
@@ -564,10 +557,10 @@ def _arguments(
     }  # fmt: skip
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 @torch.inference_mode(False)
 def _ones(count: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(1, count, dtype=torch.float32, device=device)
+    return torch.ones(1, count, dtype=torch.float32, device="cpu").to(device)
 
 
 def new_arrays(x, groups, scale_format, center, channel_major) -> dict[str, torch.Tensor]:
