@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.decode.reference import RawTokens
+from turboquant_hf.kernels.progress import announces
 
 
 @triton.jit
@@ -16,6 +17,7 @@ def _store_rows(p_new, p_ring, p_sinks, d, m_d, slot, sink, m_token, m_sink, q, 
     tl.store(p_sinks + sink * D + d, row, mask=m_d & m_token & m_sink)
 
 
+@announces
 @triton.jit
 def _append_kernel(
     p_keys, p_values, p_ring_keys, p_ring_values, p_sink_keys, p_sink_values, p_starts, p_counts, p_ticket,

@@ -27,6 +27,7 @@ from turboquant_hf.kernels.decode.source import (
     shared_bytes,
     source_text,
 )
+from turboquant_hf.kernels.progress import announced
 from turboquant_hf.primitives.memo import once, once_per_tensor
 
 COMPILER_OPTIONS = ["--std=c++20", "--use_fast_math", "-default-device"]
@@ -397,7 +398,7 @@ def _kernel(shape: Shape, device: torch.device) -> tuple[Launcher, int, int]:
     """And how many warps a block has, in how many teams."""
     warps = _plan(shape, device)
     text = source_text(shape, warps)
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), announced("decode attention (CUDA C++)", "once per process"):
         kernel = torch.cuda._compile_kernel(text, "decode_attention", nvcc_options=COMPILER_OPTIONS)
         shared = shared_bytes(shape, warps)
         if shared > 48 * 1024:

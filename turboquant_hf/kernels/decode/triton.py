@@ -23,6 +23,7 @@ from turboquant_hf.kernels.encode.spec import (
     tile_spec,
     unpack_chunk,
 )
+from turboquant_hf.kernels.progress import announces
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_RAW = 32
@@ -144,6 +145,7 @@ def _store_group(p_out, o_row, m_row, acc, GROUP: tl.constexpr):
     tl.store(p_out + o_out, acc, mask=m_row[None, :] & (c < GROUP.size)[:, None])
 
 
+@announces
 @triton.jit(do_not_specialize=["tiles", "tiles_per_split", "tail", "raw_tokens"])
 def _split_kernel(
     p_rotated, p_query, p_key_codes, p_key_scale, p_key_mean, p_value_codes, p_value_scale, p_value_mean,
@@ -311,6 +313,7 @@ def _split_kernel(
         tl.store(p_raw_out + o_row[None, :] + dv[:, None], raw, mask=m_row[None, :] & (dv < DV)[:, None])
 
 
+@announces
 @triton.jit(do_not_specialize=["splits", "parts", "raw_first"])
 def _merge_kernel(
     p_part, p_raw_part, p_peak, p_total, p_aux, p_out, p_raw_out, splits, parts, raw_first,

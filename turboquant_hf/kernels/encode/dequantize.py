@@ -19,6 +19,7 @@ from turboquant_hf.kernels.encode.spec import (
     rows_contiguous,
     tile_spec,
 )
+from turboquant_hf.kernels.progress import announces
 
 
 @triton.jit
@@ -57,6 +58,7 @@ def _decode_group(
     return acc
 
 
+@announces
 @triton.jit
 def _decode_kernel(
     p_codes, p_scale, p_levels, p_inverse, p_gain, p_mean, p_out,

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous, tiles_per_program
+from turboquant_hf.kernels.progress import announces
 
 PROGRAMS = 1024
 
 
+@announces
 @triton.jit
 def _finite_kernel(
     p_x, p_weight, p_bad, x_b, x_h, x_n, x_t, w_b, w_n, w_t, H, N, TILES,

@@ -32,6 +32,7 @@ from turboquant_hf.kernels.encode.spec import (
     tile_spec,
     tiles_per_program,
 )
+from turboquant_hf.kernels.progress import announces
 from turboquant_hf.primitives.memo import once, once_per_tensor
 
 __all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
@@ -62,6 +63,7 @@ def masked_mean(x, weight, T: tl.constexpr, WEIGHT: tl.constexpr):
     return mean.to(tl.float16)
 
 
+@announces
 @triton.jit
 def _mean_kernel(
     p_x, p_weight, p_out, x_b, x_h, x_n, x_t, w_b, w_n, w_t, H, N,
@@ -326,6 +328,7 @@ def _write_group(
 # ---------------------------------------------------------------- encode
 
 
+@announces
 @triton.jit
 def _encode_kernel(
     p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_codes,

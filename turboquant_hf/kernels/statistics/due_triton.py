@@ -8,9 +8,11 @@ import triton.language as tl
 
 from turboquant_hf.kernels.encode.spec import padded_size
 from turboquant_hf.kernels.encode.triton import masked_mean
+from turboquant_hf.kernels.progress import announces
 from turboquant_hf.kernels.statistics.triton import borrowed, sum_of_squares, write_state
 
 
+@announces
 @triton.jit
 def _observe_kernel(
     p_query, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, q_b, q_h, q_t, H, GROUP, TOKENS,
@@ -72,6 +74,7 @@ def _write_gain(p_gain, energy, count, D: tl.constexpr):
     tl.store(p_gain, tl.maximum(tl.sqrt(tl.sum(energy, axis=0) / tl.maximum(count * D, 1.0)), 1e-12))
 
 
+@announces
 @triton.jit
 def _fit_kernel(
     p_keys, p_values, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, p_balance, p_order, p_key_gain,
@@ -166,6 +169,7 @@ def fit_due(
     )  # fmt: skip
 
 
+@announces
 @triton.jit
 def _advance_kernel(p_counts, p_fitted, WINDOW, T, CAPACITY):
     tiles = tl.load(p_counts)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous, tiles_per_program
 from turboquant_hf.kernels.encode.triton import masked_mean
+from turboquant_hf.kernels.progress import announces
 from turboquant_hf.kernels.statistics.reference import PRIOR_TOKENS, typical_scale
 
 __all__ = ["balance_channels", "query_energy", "tile_energy", "typical_scale"]
@@ -37,6 +38,7 @@ def sum_of_squares(
     return tl.sum(sum, axis=0)
 
 
+@announces
 @triton.jit
 def _query_kernel(
     p_query, p_starts, p_out, q_b, q_h, q_t, H, GROUP, TOKENS, POSITION, QUERIES, PARTS,
@@ -72,6 +74,7 @@ def query_energy(
     return (out[:, :, 0] if parts == 1 else out.sum(dim=2)), count
 
 
+@announces
 @triton.jit
 def _tile_kernel(
     p_x, p_weight, p_out, x_b, x_h, x_n, x_t, w_b, w_n, w_t, H, N, TILES, PARTS,
@@ -175,6 +178,7 @@ def size_edge(sizes, index):
     return total
 
 
+@announces
 @triton.jit
 def _state_kernel(
     p_energy, p_count, p_query, p_balance, p_order, B, H, D: tl.constexpr, BLOCK_D: tl.constexpr, SIZES: tl.constexpr,

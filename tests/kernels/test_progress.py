@@ -1,0 +1,180 @@
+"""A line in the log while a kernel is built for more than a second: one per build, none for what is quick or built."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from turboquant_hf.kernels import progress
+from turboquant_hf.kernels.decode import cuda
+
+from .conftest import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is built there")
+SHORT, LONG = 0.05, 0.4
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 0.2)
+
+
+def lines(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("turboquant_hf.kernels")]
+
+
+def test_a_slow_build_says_so_while_it_runs(caplog):
+    with progress.announced("encode (Triton)", "once per machine"):
+        time.sleep(LONG)
+        seen = lines(caplog)
+    assert seen == lines(caplog) and len(seen) == 1
+    assert "building the kernel encode (Triton) for this GPU, once per machine" in seen[0]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_a_quick_build_says_nothing_now_or_later(caplog):
+    with progress.announced("encode", "once per machine"):
+        time.sleep(SHORT)
+    time.sleep(LONG)
+    assert not lines(caplog)
+
+
+def test_a_build_that_lets_no_other_thread_run_says_so_behind(caplog):
+    interval = sys.getswitchinterval()
+    try:
+        with progress.announced("encode", "once per machine"):
+            sys.setswitchinterval(1000)
+            stop = time.monotonic() + LONG
+            while time.monotonic() < stop:
+                pass
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(lines(caplog)) == 1
+
+
+def test_a_build_that_fails_raises_its_error(caplog):
+    with pytest.raises(RuntimeError, match="no compiler"), progress.announced("encode", "once per machine"):
+        raise RuntimeError("no compiler")
+    time.sleep(LONG)
+    assert not lines(caplog)
+
+
+class Kernel:
+    """As Triton's: a launch builds what it has no code for."""
+
+    __name__ = "_encode_kernel"
+
+    def __init__(self):
+        self.built = {}
+
+    def _do_compile(self, key):
+        time.sleep(LONG)
+        self.built[key] = key
+        return key
+
+    def run(self, key):
+        return self.built.get(key) or self._do_compile(key)
+
+
+def test_a_triton_kernel_says_so_once_per_build(caplog):
+    kernel = progress.announces(Kernel())
+    for key in ("a", "a", "b", "a", "b"):
+        assert kernel.run(key) == key
+    assert len(lines(caplog)) == 2 and all("_encode_kernel" in line for line in lines(caplog))
+
+
+def test_a_launch_of_a_built_kernel_does_not_pass_through_here(monkeypatch):
+    kernel = progress.announces(Kernel())
+    kernel.run("a")
+    monkeypatch.setattr(progress, "announced", None)
+    assert kernel.run("a") == "a"
+    assert type(kernel).run is Kernel.run and "run" not in vars(kernel)
+
+
+def test_what_cannot_be_announced_is_left_as_it_is():
+    other = object()
+    assert progress.announces(other) is other
+
+
+def test_every_triton_kernel_is_announced():
+    pytest.importorskip("triton")
+    folder, kernels = Path(progress.__file__).parent, {}
+    for path in folder.rglob("*.py"):
+        if "import triton" in path.read_text():
+            module = import_module("turboquant_hf.kernels." + ".".join(path.relative_to(folder).with_suffix("").parts))
+            kernels |= {name: x for name, x in inspect.getmembers(module) if name.endswith("_kernel")}
+    assert len(kernels) >= 12
+    assert not [name for name, kernel in kernels.items() if "_do_compile" not in vars(kernel)]
+
+
+REAL = """
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from tests.kernels.compiling import CompilerOnly
+from turboquant_hf.kernels import progress
+from turboquant_hf.kernels.statistics.due_triton import _advance_kernel
+import torch
+
+progress.SECONDS = 0.001
+driver.set_active(CompilerOnly(80))
+counts = torch.zeros(4, dtype=torch.int32)
+for _ in range(3):
+    _advance_kernel.run(counts, counts, 8, 8, 8, grid=(1,), warmup=True)
+"""
+
+
+def test_triton_itself_builds_through_here_and_the_line_reaches_stderr(tmp_path):
+    """No logging is configured there, as in a user's script."""
+    pytest.importorskip("triton")
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", REAL],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stderr.count("turboquant_hf: building the kernel _advance_kernel") == 1
+
+
+def test_the_cuda_kernel_says_so_once_per_build(caplog, monkeypatch):
+    compiled = []
+
+    def compile_kernel(text, name, nvcc_options):
+        compiled.append(name)
+        time.sleep(LONG)
+        return SimpleNamespace(set_shared_memory_config=lambda shared: None)
+
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", compile_kernel, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "Launcher", lambda *arguments: arguments)
+    monkeypatch.setattr(cuda, "_plan", lambda shape, device: 4)
+    monkeypatch.setattr(cuda, "source_text", lambda shape, warps: "")
+    monkeypatch.setattr(cuda, "shared_bytes", lambda shape, warps: 0)
+    cuda._kernel.cache_clear()
+    try:
+        shape = type("Shape", (), {"team": 2})
+        kernels = [cuda._kernel(shape, torch.device("cpu")) for _ in range(3)]
+    finally:
+        cuda._kernel.cache_clear()
+    assert compiled == ["decode_attention"] and kernels[0] is kernels[2]
+    assert [line for line in lines(caplog) if "decode attention (CUDA C++)" in line] == lines(caplog)
+    assert len(lines(caplog)) == 1
+
+
+def test_the_logger_is_the_one_that_transformers_gives():
+    assert transformers_logging.get_logger("turboquant_hf.kernels.progress") is progress.logger
