@@ -136,7 +136,7 @@ def test_models_generate_in_threads_as_they_do_alone(small_llama, name):
     config = {"preset": "k4v4", "tile": 16, "recent_window": 0, "min_statistics": 16}
 
     def answers(model):
-        options = {"cache_implementation": name, "cache_config": config, "max_new_tokens": 12, "do_sample": False}
+        options = {"cache_implementation": name, "cache_config": config, "max_new_tokens": 6, "do_sample": False}
         return [model.generate(ids, attention_mask=torch.ones_like(ids), **options) for _ in range(2)]
 
     together = in_threads(answers, models)

@@ -115,8 +115,10 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         """Take [B, H, q, D] keys and values; returns what attention reads, as handles or dense [B, H, max_len, D]."""
         key_states, value_states = autocast(key_states, value_states)
         if not self.is_initialized:
-            allocate = _allocate_between_graphs if torch.compiler.is_compiling() else type(self).lazy_initialization
-            allocate(self, key_states, value_states)
+            if torch.compiler.is_compiling():
+                _allocate_between_graphs(self, key_states, value_states)
+            else:
+                self.lazy_initialization(key_states, value_states)
         if not torch.compiler.is_compiling():
             self._check(key_states, value_states)
         key_states, value_states = key_states.detach(), value_states.detach()
