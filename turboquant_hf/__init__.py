@@ -4,7 +4,13 @@ Importing this package adds the names "turboquant" to transformers' caches and a
 """
 
 from turboquant_hf.attention import register_attention
-from turboquant_hf.cache import CacheFileError, TurboQuantCache, TurboQuantStaticCache, register_cache
+from turboquant_hf.cache import (
+    CacheFileError,
+    TurboQuantCache,
+    TurboQuantStaticCache,
+    register_cache,
+    restore_attention,
+)
 from turboquant_hf.config import CachePreset, load_preset, preset_names
 from turboquant_hf.generation import register_steps
 from turboquant_hf.version import __version__
@@ -21,4 +27,5 @@ __all__ = [
     "__version__",
     "load_preset",
     "preset_names",
+    "restore_attention",
 ]

@@ -15,6 +15,14 @@ from turboquant_hf.cache import PackedHandle, StaticHandle, TurboQuantLayer
 from turboquant_hf.cache.fixed import current_step
 from turboquant_hf.cache.layer import NO_TRAINING, refuse_backward
 
+try:
+    from transformers.utils.output_capturing import _active_collector as collector
+except ImportError:  # another version of transformers: attentions are seen only where the model passes the option on
+    collector = None
+
+REFUSED = ("head_mask", "layer_head_mask", "cross_attn_head_mask")
+"""Options that no attention of transformers 5 honours; a forward hands whatever it is given on to the attention."""
+
 
 def turboquant_attention_forward(
     module: torch.nn.Module,
@@ -25,18 +33,27 @@ def turboquant_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend, then let the cache encode what is old enough.
 
     Args:
         query: [B, Hq, q, D].
         key, value: dense [B, H, T, D], or the handles that a `TurboQuantLayer` returned.
-        attention_mask: [B, 1, q, T] bool or additive, or None.
+        attention_mask: [B, 1 or Hq, q, T] bool or additive, or None.
 
     Returns:
-        ([B, q, Hq, D], None).
+        ([B, q, Hq, D], weights [B, Hq, q, T] where somebody asks for attentions, or None).
+
+    Raises:
+        ValueError: for a head mask, an integer mask, and for training with a packed cache.
     """
-    options = {"dropout": dropout, "scaling": scaling, **kwargs}
+    for name in REFUSED:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f'{name}={type(kwargs[name]).__name__} is not supported by attn_implementation="turboquant"; '
+                "allowed: None. turboquant_hf.restore_attention(model) gives the model its own attention back."
+            )
+    options = {"dropout": dropout, "scaling": scaling, **kwargs, "output_attentions": wants_weights(kwargs)}
     if not isinstance(key, PackedHandle):
         return dense_attention(module, query, key, densified(value), attention_mask, **options)
     if module.training and torch.is_grad_enabled():
@@ -58,7 +75,7 @@ def _dynamic_attention(
     value: PackedHandle,
     attention_mask: torch.Tensor | None,
     **options: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over handles of a `TurboQuantLayer`, which then encodes."""
     layer = key.layer
     causal = getattr(module, "is_causal", True) if options.get("is_causal") is None else options["is_causal"]
@@ -71,15 +88,28 @@ def _dynamic_attention(
         layer.commit()
     # Models may change one of the two on the way (differential attention): then it is a tensor.
     whole = isinstance(value, PackedHandle) and value.layer is layer and key.length == layer.get_seq_length()
-    packed = packed_attention(layer, query, attention_mask, **options) if whole else None
+    served = whole and not options["output_attentions"] and options.get("sinks") is None
+    if attention_mask is not None and attention_mask.shape[1] != 1:
+        served = False  # the kernels know one mask for all heads
+    packed = packed_attention(layer, query, attention_mask, **options) if served else None
     if packed is not None:
         output = (packed, None)
     else:
         output = dense_attention(module, query, key.dense(), densified(value), attention_mask, **options)
     layer.commit()
     if query.requires_grad and torch.is_grad_enabled():
-        output = (refuse_backward(output[0], query), None)
+        output = (refuse_backward(output[0], query), output[1])
     return output
+
+
+def wants_weights(options: dict[str, Any]) -> bool:
+    """Whether the attention weights are asked for, in so many words or by transformers' collector of outputs."""
+    if options.get("output_attentions"):
+        return True
+    # Traced code can ask the collector only where the whole model is traced.
+    if collector is None or (torch.compiler.is_compiling() and not collector.compiling):
+        return False
+    return any("attentions" in name for name in collector.get() or ())
 
 
 def densified(x: torch.Tensor | PackedHandle) -> torch.Tensor:

@@ -11,6 +11,11 @@ from turboquant_hf.attention.mask import left_padding
 from turboquant_hf.cache import StaticHandle, TurboQuantStaticLayer
 from turboquant_hf.cache.static_ops import attend
 
+NOT_CAUSAL = (
+    "is_causal=False is not supported by a preallocated cache for a few tokens at a time; allowed: None, True, or a "
+    "mask [B, 1, q, max_cache_len] that says what each token sees. TurboQuantCache serves is_causal=False."
+)
+
 
 def static_attention(
     module: torch.nn.Module,
@@ -29,6 +34,9 @@ def static_attention(
         layer.read_by_us = True
     if key.pending is not None:
         return _chunk_attention(module, query, key, attention_mask, **options)
+    if options.get("is_causal") is False and query.shape[2] > 1 and getattr(module, "is_causal", True):
+        if attention_mask is None or hasattr(attention_mask, "_turboquant_keys"):
+            raise ValueError(NOT_CAUSAL)
     served, mask = _key_mask(layer, query, attention_mask, options)
     if served:
         scaling, softcap, s_aux = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
@@ -48,9 +56,9 @@ def _key_mask(
     """(whether the packed reader serves the call, its mask [B, max_len])."""
     if not layer.reads_packed:
         return False, None
-    if options.get("dropout") or options.get("is_causal") is False:
+    if options.get("dropout") or options.get("is_causal") is False or options.get("output_attentions"):
         return False, None
-    if options.get("sliding_window") is not None or options.get("position_bias") is not None:
+    if any(options.get(name) is not None for name in ("sliding_window", "position_bias", "sinks")):
         return False, None
     if mask is None:
         return True, None

@@ -7,6 +7,7 @@ from turboquant_hf.cache.registration import register_cache
 from turboquant_hf.cache.serialization import CacheFileError
 from turboquant_hf.cache.static import TurboQuantStaticCache
 from turboquant_hf.cache.static_layer import StaticHandle, TurboQuantStaticLayer
+from turboquant_hf.cache.switching import restore_attention
 
 __all__ = [
     "ATTENTION_NAME",
@@ -20,4 +21,5 @@ __all__ = [
     "TurboQuantStaticCache",
     "TurboQuantStaticLayer",
     "register_cache",
+    "restore_attention",
 ]

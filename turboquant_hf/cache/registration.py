@@ -12,15 +12,32 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
-from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache, check_flag
+from turboquant_hf.cache.messages import (
+    AS_WITHOUT,
+    LATENT,
+    OWN_STATE,
+    USE_CACHE_OFF,
+    logger,
+    tell,
+    tell_advice,
+    tell_attentions,
+    tell_coverage,
+    tell_unused,
+)
 from turboquant_hf.cache.static import TurboQuantStaticCache
 from turboquant_hf.cache.static_plan import STEP_TOKENS
+from turboquant_hf.cache.switching import (
+    asks_for_attentions,
+    attention_of,
+    could_switch,
+    has_latent_attention,
+    undo_switch,
+    use_turboquant_attention,
+)
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, check_keys, load_preset
-
-logger = logging.get_logger(__name__)
 
 CACHE_NAME = "turboquant"
 STATIC_NAME = "turboquant_static"
@@ -48,6 +65,7 @@ def register_cache() -> bool:
     original = GenerationMixin._prepare_cache_for_generation
     if not hasattr(original, "_turboquant_original"):
         GenerationMixin._prepare_cache_for_generation = _wrap(original)
+    _watch_prefill()
     _refuse_continuous_batching()
     try:
         for ours in UPSTREAM:
@@ -73,6 +91,9 @@ def _wrap(original):
         name = _cache_argument(model_kwargs)
         given = model_kwargs[name] if name else None
         _check_attention(self)
+        asks = asks_for_attentions(self, generation_config)
+        if asks:
+            undo_switch(self)  # an earlier call may have made one; attentions are the model's own, to the last bit
         if wanted and getattr(generation_config, "is_assistant", False):
             # An assistant's cache is cropped at every step and is small: let transformers choose.
             generation_config.cache_implementation = None
@@ -82,7 +103,7 @@ def _wrap(original):
             if isinstance(given, TurboQuantStaticCache):
                 _check_room(given, bound["max_cache_length"])
             if isinstance(given, (TurboQuantCache, TurboQuantStaticCache)):
-                _advise_attention(self, given)
+                _advise(self, given)
                 given.note_padding(_prompt_mask(model_kwargs, given))
             return result
         preset, attention, offloading, graph = _parse(generation_config.cache_config)
@@ -102,19 +123,20 @@ def _wrap(original):
                 self.__dict__["_cache"] = kept
         name = _cache_argument(model_kwargs)
         if name is None:
-            if generation_config.use_cache is not False:
-                logger.warning_once(
-                    f"turboquant_hf: {type(self).__name__} keeps its state in a cache of another kind: "
-                    "nothing is compressed."
-                )
+            tell(self, USE_CACHE_OFF if generation_config.use_cache is False else OWN_STATE)
             return result
-        model_kwargs[name], packed = _convert(model_kwargs[name], self.config, preset, offloading, model_kwargs)
+        model_kwargs[name], packed = _convert(self, model_kwargs[name], preset, offloading, model_kwargs)
         if packed:
             model_kwargs[name].graph = graph
         if wanted == STATIC_NAME:
             _restore_mask(self, generation_config, model_kwargs, bound["batch_size"])
-        if packed and attention == "auto":
-            use_turboquant_attention(self)
+        if packed and has_latent_attention(self):
+            tell(self, LATENT)
+        elif packed and attention == "auto":
+            if asks and could_switch(self):
+                tell_attentions(self, attention_of(self))
+            elif not asks:
+                use_turboquant_attention(self)
         return result
 
     prepare._turboquant_original = original
@@ -132,18 +154,17 @@ def _restore_mask(model: Any, generation_config: GenerationConfig, model_kwargs:
         model_kwargs["attention_mask"] = torch.ones(rows, length, dtype=torch.long, device=model.device)
 
 
-def _advise_attention(model: Any, cache: TurboQuantCache | TurboQuantStaticCache) -> None:
-    """Say once that a cache of the user's own is not read as it could be."""
-    current = _attention_of(model)
-    if cache.packed_layers and current == _default_attention(model) and model._can_set_attn_implementation():
-        logger.warning_once(
-            f'turboquant_hf: the model\'s attention is "{current}", which has the cache decoded at every step and '
-            f'shows it no queries; model.set_attn_implementation("{ATTENTION_NAME}") is faster and more accurate.'
-        )
+def _advise(model: Any, cache: TurboQuantCache | TurboQuantStaticCache) -> None:
+    """Say what a cache of the user's own does not compress, and how it could be read better."""
+    tell_coverage(model, cache)
+    if cache.packed_layers and has_latent_attention(model):
+        tell(model, LATENT)
+    elif cache.packed_layers and could_switch(model):
+        tell_advice(model, attention_of(model), ATTENTION_NAME)
 
 
-def _cache_argument(model_kwargs: dict) -> str | None:
-    """The name under which a cache is among a model's arguments, or None where there is none."""
+def _cache_argument(model_kwargs: Mapping) -> str | None:
+    """The name under which a cache is among a model's arguments or outputs, or None where there is none."""
     return next((name for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
 
 
@@ -174,22 +195,18 @@ def _check_room(cache: TurboQuantStaticCache, tokens: int) -> None:
         )
 
 
-def _convert(cache: Any, config: Any, preset: Any, offloading: Any, model_kwargs: dict) -> tuple[Any, bool]:
+def _convert(model: Any, cache: Any, preset: Any, offloading: Any, model_kwargs: dict) -> tuple[Any, bool]:
     """(the cache to use, whether it packs anything)."""
     if isinstance(cache, EncoderDecoderCache):
-        packed = _pack(cache.self_attention_cache, config, preset, offloading)
+        packed = _pack(cache.self_attention_cache, model.config, preset, offloading)
         cache.self_attention_cache = packed
+        tell_coverage(model, packed)
         return cache, bool(packed.packed_layers)
     if type(cache) not in (DynamicCache, StaticCache):
-        logger.warning_once(
-            f"turboquant_hf: this model brings its own {type(cache).__name__}, which is kept: nothing is compressed."
-        )
+        tell(model, f"it brings its own {type(cache).__name__}, which is kept: nothing is compressed, {AS_WITHOUT}.")
         return cache, False
-    packed = _pack(cache, config, preset, offloading)
-    if not packed.packed_layers:
-        logger.warning_once(
-            "turboquant_hf: this model has no full-attention layer with a growing cache: nothing is compressed."
-        )
+    packed = _pack(cache, model.config, preset, offloading)
+    tell_coverage(model, packed)
     packed.note_padding(_prompt_mask(model_kwargs, packed))
     return packed, bool(packed.packed_layers)
 
@@ -209,37 +226,34 @@ def _prompt_mask(model_kwargs: dict, cache: TurboQuantCache):
     return None if "decoder_attention_mask" in model_kwargs or cache.tokens else mask
 
 
-def use_turboquant_attention(model: Any) -> bool:
-    """Switch a model from the default attention to the one that reads packed tiles; others are left alone."""
-    current = _attention_of(model)
-    if current == ATTENTION_NAME:
-        return True
-    if current != _default_attention(model) or not model._can_set_attn_implementation():
-        return False
-    model.set_attn_implementation(ATTENTION_NAME)
-    logger.warning_once(
-        f'turboquant_hf: switched the model\'s attention from "{current}" to "{ATTENTION_NAME}", which reads the '
-        'packed cache (dense tensors still go to SDPA). cache_config={"attention": "keep"} leaves it as it is.'
-    )
-    return _attention_of(model) == ATTENTION_NAME
-
-
-def _attention_of(model: Any) -> str | None:
-    return model.config.get_text_config(decoder=True)._attn_implementation
-
-
-def _default_attention(model: Any) -> str:
-    """What transformers picks by itself: models that SDPA cannot serve (soft-caps, sinks) start with "eager"."""
-    interface_only = getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", True)
-    return "eager" if interface_only else "sdpa"
-
-
 def _check_attention(model: Any) -> None:
-    if _attention_of(model) == ATTENTION_NAME and not model._can_set_attn_implementation():
+    if attention_of(model) == ATTENTION_NAME and not model._can_set_attn_implementation():
         raise ValueError(
             f'{type(model).__name__} has its attention in its own code and cannot use attn_implementation="'
             f'{ATTENTION_NAME}"; load it without, cache_implementation="{CACHE_NAME}" then gives it dense tensors.'
         )
+
+
+def _watch_prefill() -> None:
+    """Say so where a model has read its prompt past the cache: PEFT's prefix tuning swaps it, RWKV ignores it."""
+    original = getattr(GenerationMixin, "_prefill", None)
+    if original is None or hasattr(original, "_turboquant_original"):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def prefill(self, *args: Any, **kwargs: Any):
+        model_kwargs = signature.bind(self, *args, **kwargs).arguments["model_kwargs"]
+        given = model_kwargs.get(_cache_argument(model_kwargs))
+        outputs = original(self, *args, **kwargs)
+        ours = getattr(given, "self_attention_cache", given)
+        layers = ours.packed_layers if isinstance(ours, (TurboQuantCache, TurboQuantStaticCache)) else []
+        if layers and not any(layer.is_initialized for layer in layers):
+            tell_unused(self, given, outputs.get(_cache_argument(outputs)))
+        return outputs
+
+    prefill._turboquant_original = original
+    GenerationMixin._prefill = prefill
 
 
 def _refuse_continuous_batching() -> None:
@@ -251,7 +265,7 @@ def _refuse_continuous_batching() -> None:
     @functools.wraps(original)
     def init(self, generation_config=None, *args: Any, **kwargs: Any):
         config = self.generation_config if generation_config is None else generation_config
-        if getattr(config, "cache_implementation", None) in UPSTREAM or _attention_of(self) == ATTENTION_NAME:
+        if getattr(config, "cache_implementation", None) in UPSTREAM or attention_of(self) == ATTENTION_NAME:
             raise ValueError(
                 f'"{CACHE_NAME}" does not serve continuous batching (generate_batch), which brings its own paged cache '
                 'and attention; use generate, or cache_implementation=None and model.set_attn_implementation("sdpa").'

@@ -1,0 +1,85 @@
+"""What users are told about a model: one line per class and situation, with what it means for memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import logging
+
+logger = logging.get_logger("turboquant_hf")
+
+AS_WITHOUT = "memory is what it is without turboquant_hf"
+OWN_STATE = f"the model keeps its state in its own way, in no cache of generate's: nothing is compressed, {AS_WITHOUT}."
+USE_CACHE_OFF = "use_cache=False, so there is no cache to compress; allowed: use_cache=True."
+LATENT = (
+    "multi-head latent attention needs dense keys and values: the cache is compressed in memory, and decoded one layer "
+    "at a time at every step, which takes time."
+)
+
+
+def tell(model: Any, text: str) -> None:
+    """Log a line with the model's class name, once per class and text."""
+    logger.warning_once(f"turboquant_hf: {type(model).__name__}: {text}")
+
+
+def tell_coverage(model: Any, cache: Any) -> None:
+    """Say which layers of a cache are not packed although they keep every token, or that nothing is packed."""
+    packed = cache.packed_layers
+    ours = {id(layer) for layer in packed}
+    others = [layer for layer in cache.layers if id(getattr(layer, "packed", layer)) not in ours]
+    growing = [
+        type(layer).__name__
+        for layer in others
+        if isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False)
+    ]
+    kept = ", ".join(f"{growing.count(name)} {name}" for name in dict.fromkeys(growing))
+    if packed and kept:
+        tell(model, f"{len(packed)} layers are compressed; {kept} keep every token uncompressed.")
+    elif kept:
+        tell(
+            model,
+            f"nothing is compressed: this package packs plain full-attention layers only. {kept} keep every token "
+            f"uncompressed: {AS_WITHOUT}.",
+        )
+    elif not packed:
+        tell(
+            model,
+            "nothing is compressed: no layer keeps every token (sliding windows and recurrent states have a fixed "
+            f"size). {AS_WITHOUT.capitalize()} and stops growing by itself.",
+        )
+
+
+def tell_unused(model: Any, given: Any, returned: Any) -> None:
+    """Say that a model has read a prompt without putting it into the cache that it was given."""
+    if returned is not None and returned is not given:
+        what = f"a {type(returned).__name__} replaced the {type(given).__name__} (PEFT's prefix tuning does this)"
+    else:
+        what = f"the model does not use the {type(given).__name__} that it was given"
+    tell(model, f"{what}: nothing is compressed, {AS_WITHOUT}.")
+
+
+def tell_switch(model: Any, before: str, now: str) -> None:
+    tell(
+        model,
+        f'attention switched from "{before}" to "{now}", which can read packed tiles (dense tensors still go to SDPA). '
+        "The switch outlives this call; turboquant_hf.restore_attention(model) undoes it, and "
+        'cache_config={"attention": "keep"} avoids it.',
+    )
+
+
+def tell_attentions(model: Any, attention: str) -> None:
+    hint = ' "sdpa" returns no attentions; "eager" and "turboquant", set by hand, do.' if attention == "sdpa" else ""
+    tell(
+        model,
+        f'this call asks for attentions, so it runs with the model\'s own attention "{attention}", which has the cache '
+        f"decoded at every step and shows it no queries: same memory, slower, less accurate.{hint}",
+    )
+
+
+def tell_advice(model: Any, attention: str, better: str) -> None:
+    tell(
+        model,
+        f'the model\'s attention is "{attention}", which has the cache decoded at every step and shows it no queries: '
+        f'same memory, but model.set_attn_implementation("{better}") is faster and more accurate.',
+    )

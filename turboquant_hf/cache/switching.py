@@ -1,0 +1,114 @@
+"""Which attention a model runs: the switch to "turboquant", and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from turboquant_hf.cache.cache import ATTENTION_NAME
+from turboquant_hf.cache.messages import tell_switch
+
+RECORD = "_turboquant_switched_from"
+"""The attribute by which a switched model remembers {where a configuration is: its attention before the switch}."""
+
+
+def attention_of(model: Any) -> str | None:
+    return model.config.get_text_config(decoder=True)._attn_implementation
+
+
+def default_attention(model: Any) -> str:
+    """What transformers picks by itself: models that SDPA cannot serve (soft-caps, sinks) start with "eager"."""
+    interface_only = getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", True)
+    return "eager" if interface_only else "sdpa"
+
+
+def has_latent_attention(model: Any) -> bool:
+    """Whether the model expands what it cached (MLA): its attention never gets to see packed tiles."""
+    return getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+
+
+def could_switch(model: Any) -> bool:
+    """Whether "turboquant" would serve the model better than the default attention that it has."""
+    return (
+        attention_of(model) == default_attention(model)
+        and model._can_set_attn_implementation()
+        and not has_latent_attention(model)
+    )
+
+
+def use_turboquant_attention(model: Any) -> bool:
+    """Switch a model from the default attention to the one that reads packed tiles; others are left alone."""
+    if attention_of(model) == ATTENTION_NAME:
+        return True
+    if not could_switch(model):
+        return False
+    before = {where: config._attn_implementation for where, config in _configs(model).items()}
+    current = attention_of(model)
+    model.set_attn_implementation(ATTENTION_NAME)
+    vars(model)[RECORD] = before
+    tell_switch(model, current, ATTENTION_NAME)
+    return attention_of(model) == ATTENTION_NAME
+
+
+def restore_attention(model: torch.nn.Module) -> bool:
+    """Give a model the attention back that it had before `generate` switched it to "turboquant".
+
+    A model whose attention was set to "turboquant" by hand gets the one that transformers picks by itself. Others are
+    left as they are. A wrapper around the model (PEFT, torch.compile, data parallel) will do.
+
+    Args:
+        model: any module that is, or holds, a transformers model.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        ValueError: for what is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model={type(model).__name__} is not supported; allowed: a model (torch.nn.Module)")
+    changed = [undo_switch(module) for module in model.modules()]
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and attention_of(module) == ATTENTION_NAME:
+            _set(module, {"": module.get_correct_attn_implementation(None)})
+            changed.append(True)
+    return any(changed)
+
+
+def undo_switch(model: torch.nn.Module) -> bool:
+    """Undo what `use_turboquant_attention` did to this model. A choice that the user made since then stays."""
+    before = vars(model).pop(RECORD, None)
+    if before is None or attention_of(model) != ATTENTION_NAME:
+        return False
+    _set(model, before)
+    return True
+
+
+def asks_for_attentions(model: Any, generation_config: Any) -> bool:
+    """Whether a call of generate wants attention weights, by its arguments or by the model's configuration."""
+    holders = (generation_config, model.config, model.config.get_text_config(decoder=True))
+    return any(getattr(holder, "output_attentions", False) for holder in holders)
+
+
+def _set(model: Any, names: dict[str, str]) -> None:
+    """Write names of attentions over "turboquant", each where it belongs; "" stands for all that is not named."""
+    for where, config in _configs(model).items():
+        if config._attn_implementation == ATTENTION_NAME:
+            config._attn_implementation_internal = names.get(where, names[""])
+
+
+def _configs(model: torch.nn.Module) -> dict[str, PreTrainedConfig]:
+    """{where it is: configuration} of a model ("") and its parts, every object once."""
+    modules = [(name, getattr(module, "config", None)) for name, module in model.named_modules()]
+    waiting = [(name, config) for name, config in modules if isinstance(config, PreTrainedConfig)]
+    found: dict[str, PreTrainedConfig] = {}
+    seen: set[int] = set()
+    for where, config in waiting:  # grows on the way
+        if id(config) not in seen:
+            seen.add(id(config))
+            found[where] = config
+            parts = ((f"{where}/{part}", getattr(config, part, None)) for part in config.sub_configs)
+            waiting.extend((name, part) for name, part in parts if isinstance(part, PreTrainedConfig))
+    return found
