@@ -21,6 +21,10 @@ CACHES = {
     "growing": lambda config: TurboQuantCache(config, "lossless", **TILES),
     "static": lambda config: TurboQuantStaticCache(config, 80, "lossless", **TILES),
 }
+KINDS = {
+    "growing": TurboQuantCache,
+    "static": lambda config, preset, **options: TurboQuantStaticCache(config, 80, preset, **options),
+}
 
 
 def family(kind):
@@ -117,6 +121,20 @@ def test_attentions_of_forward_with_our_attention(kind, make, ids):
                 y = torch.nn.functional.pad(y, (0, max(0, x.shape[-1] - y.shape[-1])))
                 x = torch.nn.functional.pad(x, (0, max(0, y.shape[-1] - x.shape[-1])))
             torch.testing.assert_close(x, y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_attentions_over_packed_tiles(llama, ids, make):
+    """Of presets that kernels read, too."""
+    llama.set_attn_implementation("turboquant")
+    cache = make(llama.config, "k8v4", **TILES)
+    llama(ids[:, :40], past_key_values=cache)
+    got = llama(ids[:, 40:], past_key_values=cache, output_attentions=True).attentions
+    expected = llama(ids, output_attentions=True).attentions
+    assert len(got) == len(expected) == 2
+    for x, y in zip(got, expected, strict=True):
+        assert (x[..., :41] - y[:, :, 40:]).abs().mean() < 0.1 * y[:, :, 40:].mean()
 
 
 def test_nobody_pays_for_attentions_that_nobody_wants(llama, ids):

@@ -51,7 +51,8 @@ def test_lossless_equals_dynamic_cache(family):
         expected = generate(model, inputs)
         model.set_attn_implementation("sdpa")
     assert torch.equal(generate(model, inputs, **static()), expected)
-    if model._can_set_attn_implementation():
+    latent = hasattr(model.config, "kv_lora_rank")  # needs dense tensors: another attention gains nothing
+    if model._can_set_attn_implementation() and not latent:
         assert model.config.get_text_config(decoder=True)._attn_implementation == "turboquant"
 
 
