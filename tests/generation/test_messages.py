@@ -18,6 +18,7 @@ IGNORED = r"(in no cache of generate's|not use the TurboQuant\w*Cache that it wa
 LATENT = (
     r"latent attention needs dense keys and values: the cache is compressed in memory, and decoded .* which takes time"
 )
+OWN_CODE = r"an attention in the model's own code needs dense keys and values: the cache is compressed in memory"
 SWITCHED = r'switched from "sdpa" to "turboquant", .*restore_attention\(model\) undoes it'
 BETTER = r'attention is "sdpa", .*same memory, but model.set_attn_implementation\("turboquant"\) is faster'
 CASES = {
@@ -32,6 +33,7 @@ CASES = {
     "deepseek-v3": (Family("deepseek_v3", MLA), LATENT, LATENT),
     "rwkv": (Family("rwkv", {"attention_hidden_size": 32, "context_length": 256}), IGNORED, IGNORED),
     "xlnet": (Family("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}), IGNORED, IGNORED),
+    "bloom": (Family("bloom"), OWN_CODE, OWN_CODE),
     "llama": (Family("llama"), SWITCHED, BETTER),
     "hybrid": (next(family for family in FAMILIES if family.kind == "falcon_h1"), SWITCHED, BETTER),
 }

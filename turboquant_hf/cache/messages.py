@@ -12,10 +12,6 @@ logger = logging.get_logger("turboquant_hf")
 AS_WITHOUT = "memory is what it is without turboquant_hf"
 OWN_STATE = f"the model keeps its state in its own way, in no cache of generate's: nothing is compressed, {AS_WITHOUT}."
 USE_CACHE_OFF = "use_cache=False, so there is no cache to compress; allowed: use_cache=True."
-LATENT = (
-    "multi-head latent attention needs dense keys and values: the cache is compressed in memory, and decoded one layer "
-    "at a time at every step, which takes time."
-)
 
 
 def tell(model: Any, text: str) -> None:
@@ -57,6 +53,14 @@ def tell_unused(model: Any, given: Any, returned: Any) -> None:
     else:
         what = f"the model does not use the {type(given).__name__} that it was given"
     tell(model, f"{what}: nothing is compressed, {AS_WITHOUT}.")
+
+
+def tell_dense(model: Any, why: str) -> None:
+    tell(
+        model,
+        f"{why} needs dense keys and values: the cache is compressed in memory, and decoded one layer at a time at "
+        "every step, which takes time.",
+    )
 
 
 def tell_switch(model: Any, before: str, now: str) -> None:

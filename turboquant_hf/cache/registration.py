@@ -17,7 +17,6 @@ from transformers.utils.generic import is_flash_attention_requested
 from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache, check_flag
 from turboquant_hf.cache.messages import (
     AS_WITHOUT,
-    LATENT,
     OWN_STATE,
     USE_CACHE_OFF,
     logger,
@@ -25,6 +24,7 @@ from turboquant_hf.cache.messages import (
     tell_advice,
     tell_attentions,
     tell_coverage,
+    tell_dense,
     tell_unused,
 )
 from turboquant_hf.cache.static import TurboQuantStaticCache
@@ -33,9 +33,9 @@ from turboquant_hf.cache.switching import (
     asks_for_attentions,
     attention_of,
     could_switch,
-    has_latent_attention,
     undo_switch,
     use_turboquant_attention,
+    why_dense,
 )
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, check_keys, load_preset
 
@@ -130,17 +130,27 @@ def _wrap(original):
             model_kwargs[name].graph = graph
         if wanted == STATIC_NAME:
             _restore_mask(self, generation_config, model_kwargs, bound["batch_size"])
-        if packed and has_latent_attention(self):
-            tell(self, LATENT)
-        elif packed and attention == "auto":
-            if asks and could_switch(self):
-                tell_attentions(self, attention_of(self))
-            elif not asks:
-                use_turboquant_attention(self)
+        if packed:
+            _choose_attention(self, attention, asks)
         return result
 
     prepare._turboquant_original = original
     return prepare
+
+
+def _choose_attention(model: Any, attention: str, asks: bool) -> None:
+    """Switch to the attention that reads packed tiles, or say why not.
+
+    Args:
+        attention: the user's choice, one of `ATTENTION_CHOICES`.
+        asks: whether the call wants attention weights, which the model's own attention then gives.
+    """
+    if why_dense(model):
+        tell_dense(model, why_dense(model))
+    elif attention == "auto" and asks and could_switch(model):
+        tell_attentions(model, attention_of(model))
+    elif attention == "auto" and not asks:
+        use_turboquant_attention(model)
 
 
 def _restore_mask(model: Any, generation_config: GenerationConfig, model_kwargs: dict, batch_size: int) -> None:
@@ -156,9 +166,11 @@ def _restore_mask(model: Any, generation_config: GenerationConfig, model_kwargs:
 
 def _advise(model: Any, cache: TurboQuantCache | TurboQuantStaticCache) -> None:
     """Say what a cache of the user's own does not compress, and how it could be read better."""
+    if not model._supports_default_dynamic_cache():
+        return  # the prefill shows what becomes of the cache
     tell_coverage(model, cache)
-    if cache.packed_layers and has_latent_attention(model):
-        tell(model, LATENT)
+    if cache.packed_layers and why_dense(model):
+        tell_dense(model, why_dense(model))
     elif cache.packed_layers and could_switch(model):
         tell_advice(model, attention_of(model), ATTENTION_NAME)
 

@@ -24,18 +24,18 @@ def default_attention(model: Any) -> str:
     return "eager" if interface_only else "sdpa"
 
 
-def has_latent_attention(model: Any) -> bool:
-    """Whether the model expands what it cached (MLA): its attention never gets to see packed tiles."""
-    return getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+def why_dense(model: Any) -> str | None:
+    """What keeps a model from reading packed tiles under any attention, or None."""
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None:
+        return "multi-head latent attention"  # expands what it cached
+    if not model._can_set_attn_implementation():
+        return "an attention in the model's own code"
+    return None
 
 
 def could_switch(model: Any) -> bool:
     """Whether "turboquant" would serve the model better than the default attention that it has."""
-    return (
-        attention_of(model) == default_attention(model)
-        and model._can_set_attn_implementation()
-        and not has_latent_attention(model)
-    )
+    return attention_of(model) == default_attention(model) and why_dense(model) is None
 
 
 def use_turboquant_attention(model: Any) -> bool:
