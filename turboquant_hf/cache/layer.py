@@ -12,6 +12,7 @@ from turboquant_hf.cache.fixed import STEP_TOKENS, FixedLayer, RingTail, current
 from turboquant_hf.cache.handles import PackedKeys, PackedValues
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
+from turboquant_hf.cache.word import warn_of_nan
 from turboquant_hf.config import CachePreset
 from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.kernels.dispatch import bad_heads, query_energy
@@ -218,13 +219,21 @@ class TurboQuantLayer(CacheLayerMixin):
         weight = self._weight(stored, ready * tile).unflatten(1, (ready, tile))
         if not self._fitted:
             self._fit(stored)
+        written, states = [], []
         for store, quantizer, x, state in zip(self.tiles, self.quantizers, fresh, self.states, strict=True):
             x = _nan_for_inf(x, quantizer)
             if self.offloader is None:
-                quantizer.encode_into(x, state, weight, store.extend(ready))
+                packed = store.extend(ready)
+                quantizer.encode_into(x, state, weight, packed)
+                state = quantizer.make_room(x, state, weight, packed, store.view(0, store.count - ready))
             else:
-                store.append(quantizer.encode(x, state, weight))
+                packed = quantizer.encode(x, state, weight)
+                store.append(packed)
+            written += (*packed.values(), *state.values())
+            states.append(state)
+        self.states = tuple(states)
         self._mark_bad_heads(fresh, weight)
+        warn_of_nan(written, self.quantizers)
         self.tail.drop_front(ready * tile)
 
     def _mark_bad_heads(self, fresh: list[torch.Tensor], weight: torch.Tensor) -> None:

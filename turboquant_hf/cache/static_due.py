@@ -53,6 +53,7 @@ class DueState(StaticState):
             balance=getattr(keys, "balance", "none"),
             key_state=self.states[0],
             value_state=self.states[1],
+            powers=tuple(quantizer.gain_is_power for quantizer in plan.quantizers),
         )  # fmt: skip
         for quantizer, ring, state, arrays in zip(plan.quantizers, self.ring, self.states, self.tiles, strict=True):
             dim = ring.shape[-1]
@@ -70,7 +71,7 @@ class DueState(StaticState):
         enough = (length - self.starts.min() >= plan.min_statistics) | (length > plan.patience)
         fit = (self.fitted[0] == 0) & (length >= plan.recent_window + plan.tile) & (enough if plan.waits else True)
         for quantizer, ring, state in zip(plan.quantizers, self.ring, self.states, strict=True):
-            learned = quantizer.fit(ring.unflatten(2, (-1, plan.tile)), weight, self._query_rms())
+            learned = quantizer.fit(ring.unflatten(2, (-1, plan.tile)), weight, self._query_rms(), waits=False)
             for name, value in learned.items():
                 state[name].copy_(torch.where(fit, value, state[name]))
         self.fitted.copy_(torch.where(fit, 1, self.fitted))

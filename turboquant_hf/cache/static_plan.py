@@ -79,7 +79,7 @@ class StaticPlan:
         """What the quantizers make of empty tiles: the shapes of what they learn, and harmless values of it."""
         weight = torch.ones(1, 1, self.tile, dtype=torch.float32)
         return tuple(
-            quantizer.fit(torch.zeros(1, self.heads, 1, self.tile, dim, dtype=torch.float32), weight, None)
+            quantizer.fit(torch.zeros(1, self.heads, 1, self.tile, dim, dtype=torch.float32), weight, None, waits=False)
             for quantizer, dim in zip(self.quantizers, self.head_dims, strict=True)
         )
 

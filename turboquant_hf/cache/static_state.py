@@ -12,6 +12,7 @@ import torch
 
 from turboquant_hf.cache.layer import _nan_for_inf
 from turboquant_hf.cache.static_plan import PLANS, ROLES, StaticPlan
+from turboquant_hf.cache.word import warn_of_nan
 from turboquant_hf.kernels.decode import PackedSide, RawTokens
 from turboquant_hf.kernels.dispatch import append_tokens, bad_heads, decode_attention, query_energy
 
@@ -104,10 +105,13 @@ class StaticState:
             weight = self._weight(first + low * plan.tile, (high - low) * plan.tile)
             weight = weight.unflatten(1, (high - low, plan.tile))
             fresh = [x[:, :, low * plan.tile : high * plan.tile].unflatten(2, (-1, plan.tile)) for x in (keys, values)]
+            stored = []
             for quantizer, x, state, arrays in zip(plan.quantizers, fresh, self.states, self.tiles, strict=True):
                 out = {name: array[:, :, tiles + low : tiles + high] for name, array in arrays.items()}
                 quantizer.encode_into(_nan_for_inf(x, quantizer), state, weight, out)
+                stored += out.values()
             self._mark_bad_heads(fresh, weight)
+            warn_of_nan([*stored, *(x for state in self.states for x in state.values())], plan.quantizers)
         self.set_counts(tiles + ready, length)
         return ready * plan.tile
 
@@ -131,7 +135,8 @@ class StaticState:
         weight = self._weight(length - tokens, whole * plan.tile).unflatten(1, (whole, plan.tile))
         query_rms = self._query_rms() if 2 * int(self.seen[0]) >= length else None
         for quantizer, x, state in zip(plan.quantizers, (keys, values), self.states, strict=True):
-            learned = quantizer.fit(x[:, :, : whole * plan.tile].unflatten(2, (whole, plan.tile)), weight, query_rms)
+            first = x[:, :, : whole * plan.tile].unflatten(2, (whole, plan.tile))
+            learned = quantizer.fit(first, weight, query_rms, waits=False)
             for name, value in learned.items():
                 state[name].copy_(value)
         self.fitted.fill_(1)

@@ -39,15 +39,23 @@ def tile_bytes(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) ->
     return tile * sum(packed_size(group.size, group.bits) for group in groups)
 
 
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+def to_half(x: torch.Tensor) -> torch.Tensor:
+    """float32 as float16, and NaN for what does not fit: clamped, it would pass for a number."""
+    return torch.where(x.abs() <= HALF_MAX, x, torch.nan).to(torch.float16)
+
+
 def store_scale(scale: torch.Tensor, scale_format: str = "fp16") -> torch.Tensor:
-    """Non-negative float32 scales in their stored form; what does not fit saturates.
+    """Non-negative float32 scales in their stored form. In fp16, what does not fit becomes NaN (`to_half`).
 
     One-byte formats are the high bits of a half's pattern: "e4m4" covers [2**-12, 126] with a relative error of at
-    most 1/32 above 2**-8, "e3m5" [2**-8, 15.75] with at most 1/64 above 2**-3. They expect scales near 1. NaN has
-    no pattern in them and saturates; fp16 keeps it.
+    most 1/32 above 2**-8, "e3m5" [2**-8, 15.75] with at most 1/64 above 2**-3. They expect scales near 1. They have
+    no pattern for NaN: NaN, and what does not fit, saturates.
     """
     if scale_format == "fp16":
-        return scale.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+        return to_half(scale)
     shift, unit = SCALE_FORMATS[scale_format]
     bits = (scale / unit).clamp(0.0, 65504.0).to(torch.float16).view(torch.int16).to(torch.int32)
     return ((bits + (1 << (shift - 1))) >> shift).clamp(max=255).to(torch.uint8)

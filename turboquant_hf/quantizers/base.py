@@ -48,13 +48,16 @@ class Quantizer(ABC):
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
         """The arrays that `encode` returns, per tile and head, for input of `dtype`."""
 
-    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
+    def fit(
+        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+    ) -> State:
         """What to remember of the first tiles.
 
         Args:
             tiles: [B, H, N, T, D].
             weight: [B, N, T], 1 for a token that counts and 0 for padding and sinks.
             query_rms: [B, H, D] root mean square of the queries that read this head, or None when they are unknown.
+            waits: whether the names in the state may depend on the numbers in `tiles`, for which the host waits.
         """
         return {}
 
@@ -66,6 +69,13 @@ class Quantizer(ABC):
         """`encode`, its arrays written into `out`: views [B, H, N, ...] of storage, where possible without a copy."""
         for name, array in self.encode(tiles, state, weight).items():
             out[name].copy_(array)
+
+    def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
+        """The state for which the scales of these tiles fit: `state` itself where they do, as they nearly always do.
+
+        `new`, what `encode` made of the tiles, and `old`, the tiles before them, are rewritten for another state.
+        """
+        return state
 
     @abstractmethod
     def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:

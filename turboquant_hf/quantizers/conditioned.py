@@ -14,17 +14,25 @@ from typing import ClassVar
 
 import torch
 
-from turboquant_hf.kernels.dispatch import balance_channels, tile_energy
+from turboquant_hf.kernels.codes import HALF_MAX
+from turboquant_hf.kernels.decode import PackedSide
+from turboquant_hf.kernels.dispatch import balance_channels, tile_energy, tile_mean
 from turboquant_hf.kernels.encode.reference import sorted_columns
-from turboquant_hf.quantizers.base import Field, State, check_bits, check_choice
+from turboquant_hf.kernels.statistics import borrow, power_of_two
+from turboquant_hf.quantizers.base import Field, Packed, State, check_bits, check_choice
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 BALANCES = ("query", "key", "none")
+TINY = 2.0**-20
+"""A head of smaller numbers has means that float16 rounds too coarsely."""
 
 
 @dataclass(frozen=True)
 class Conditioned(RotatedQuantizer):
     """Keys measured before they are rounded.
+
+    Where float16 does not serve the means of a head's first tiles, the state also has "offset" and "unit", float32
+    [B, H, D]: what is encoded is (key - offset) / unit. Ordinary keys have neither.
 
     Attributes:
         widths: ((fraction of the channels, bits), ...); fractions add up to 1, the most important channels first.
@@ -66,10 +74,26 @@ class Conditioned(RotatedQuantizer):
         fields = super().layout(head_dim, tile, dtype)
         return {**fields, "mean": Field((head_dim,), torch.float16)} if self.center else fields
 
-    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
+    def fit(
+        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+    ) -> State:
         sizes = tuple(size for size, _ in self.group_sizes(tiles.shape[-1]))
-        energy = tile_energy(tiles, weight, self.center)
-        return balance_channels(energy, weight.sum(dim=(1, 2)), query_rms, sizes, self.balance)
+        energy, count = tile_energy(tiles, weight, self.center), weight.sum(dim=(1, 2))
+        state = _units(tiles, weight, energy, count) if self.center and waits and tiles.dtype != torch.float16 else {}
+        if state:
+            energy = tile_energy(_in_units(tiles, state), weight, True) * state["unit"].square()
+        return {**state, **balance_channels(energy, count, query_rms, sizes, self.balance)}
+
+    def _encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed | None) -> Packed:
+        if "unit" in state:
+            tiles, state = _in_units(tiles, state), {**state, "balance": state["balance"] * state["unit"]}
+        return super()._encode(tiles, state, weight, out)
+
+    def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return super().decode(_with_whole_mean(packed, state), state, head_dim, dtype)
+
+    def packed_side(self, packed: Packed, state: State, head_dim: int) -> PackedSide:
+        return super().packed_side(_with_whole_mean(packed, state), state, head_dim)
 
     def transform(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
         rotation = self.rotation_of(head_dim, num_heads, device)
@@ -78,3 +102,29 @@ class Conditioned(RotatedQuantizer):
     def inverse(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
         rotation = self.rotation_of(head_dim, num_heads, device)
         return (sorted_columns(rotation, state["order"]) / state["balance"].unsqueeze(-2)).transpose(-1, -2)
+
+
+def _units(tiles: torch.Tensor, weight: torch.Tensor, energy: torch.Tensor, count: torch.Tensor) -> State:
+    """{"offset", "unit"}, 0 and 1 for channels that float16 serves; {} where it serves all. Waits for the device."""
+    means = tile_mean(tiles, weight).float().abs()
+    size = energy.sum(dim=-1) / (count[:, None] * energy.shape[-1]).clamp(min=1.0)
+    tiny = (size > 0.0) & (size < TINY**2) & (means.amax(dim=(2, 3)) < TINY)
+    beyond = (~(means <= HALF_MAX / 2).all(dim=2) | tiny[:, :, None]).any(dim=0, keepdim=True)
+    if not beyond.any():
+        return {}
+    counts = count[:, None, None]
+    offset = torch.where(beyond, borrow((tiles.float() * weight[:, None, :, :, None]).sum(dim=(2, 3)), counts), 0.0)
+    rms = borrow(tile_energy(tiles.float() - offset[:, :, None, None], weight, False), counts).sqrt()
+    return {"offset": offset, "unit": torch.where(beyond & (rms > 0.0), power_of_two(rms), 1.0)}
+
+
+def _in_units(tiles: torch.Tensor, state: State) -> torch.Tensor:
+    if "unit" not in state:
+        return tiles
+    return (tiles.float() - state["offset"][:, :, None, None]) / state["unit"][:, :, None, None]
+
+
+def _with_whole_mean(packed: Packed, state: State) -> Packed:
+    if "unit" not in state:
+        return packed
+    return {**packed, "mean": packed["mean"].float() * state["unit"][:, :, None] + state["offset"][:, :, None]}

@@ -7,14 +7,15 @@ from typing import ClassVar
 
 import torch
 
-from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_bits, check_choice
+from turboquant_hf.quantizers.base import Field, Packed, check_bits, check_choice
+from turboquant_hf.quantizers.scaled import ScaledQuantizer
 from turboquant_hf.quantizers.uniform import affine_decode, affine_encode, affine_layout, check_group
 
 AXES = ("channel", "token")
 
 
 @dataclass(frozen=True)
-class KIVI(Quantizer):
+class KIVI(ScaledQuantizer):
     """Equivalent to `uniform` with axis "token"; with axis "channel" to `uniform` of the transposed tile.
 
     Attributes:
@@ -43,19 +44,19 @@ class KIVI(Quantizer):
         shape = (head_dim, tile) if self.axis == "channel" else (tile, head_dim)
         return affine_layout(*shape, self.bits, self.group)
 
-    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
+    def encode_scaled(self, tiles: torch.Tensor, weight: torch.Tensor | None) -> Packed:
         if self.axis == "channel" and weight is not None:
             tiles = self._without_outsiders(tiles, weight)
         return affine_encode(self._rows(tiles), self.bits, self.group)
 
-    def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode_scaled(self, packed: Packed, head_dim: int) -> torch.Tensor:
         # A row of tokens is never padded: whole groups, and tiles are multiples of 8.
         length = packed["scale"].shape[-1] * self.group if self.axis == "channel" else head_dim
-        return self._rows(affine_decode(packed, length, self.bits, self.group)).to(dtype)
+        return self._rows(affine_decode(packed, length, self.bits, self.group))
 
     def _without_outsiders(self, tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Padding and sinks, never read from here, become their group's mean and stretch no range."""
-        x = tiles.float().unflatten(-2, (-1, self.group))
+        x = tiles.unflatten(-2, (-1, self.group))
         w = weight[:, None, :, :, None].float().unflatten(-2, (-1, self.group))
         mean = (x * w).sum(dim=-2, keepdim=True) / w.sum(dim=-2, keepdim=True).clamp(min=1.0)
         return torch.where(w > 0, x, mean).flatten(-3, -2)

@@ -43,7 +43,9 @@ class Outlier(RotatedQuantizer):
         strong = round(self.outlier_fraction * head_dim)
         return ((strong, self.outlier_bits), (head_dim - strong, self.bits))
 
-    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
+    def fit(
+        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+    ) -> State:
         energy = tile_energy(tiles, weight, False)
         order = energy.argsort(dim=-1, descending=True, stable=True)
         return {**super().fit(tiles, weight, query_rms), "order": order.to(torch.int16)}

@@ -17,8 +17,9 @@ from turboquant_hf.primitives import (
     to_polar,
     unpack,
 )
-from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
+from turboquant_hf.quantizers.base import Field, Packed, check_choice
 from turboquant_hf.quantizers.rotated import ROTATIONS
+from turboquant_hf.quantizers.scaled import ScaledQuantizer
 
 BLOCK = 16
 LEVEL_BITS = (4, 2, 2, 2)
@@ -26,7 +27,7 @@ LEVEL_BITS = (4, 2, 2, 2)
 
 
 @dataclass(frozen=True)
-class Polar(Quantizer):
+class Polar(ScaledQuantizer):
     """3.875 bits per channel: 8, 4, 2 and 1 angles a block at 4, 2, 2 and 2 bits, and a radius in fp16.
 
     The angles of one place in the head lie together, along the tokens of a tile, so that no row is padded.
@@ -61,8 +62,8 @@ class Polar(Quantizer):
     def shared_nbytes(self, head_dim: int) -> int:
         return head_dim * head_dim * 4
 
-    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
-        rotated = tiles.float() @ self.rotation_of(tiles.shape[-1], tiles.device).T
+    def encode_scaled(self, tiles: torch.Tensor, weight: torch.Tensor | None) -> Packed:
+        rotated = tiles @ self.rotation_of(tiles.shape[-1], tiles.device).T
         radius, levels = to_polar(rotated.unflatten(-1, (-1, BLOCK)))
         rows = []
         for level, (angles, bits) in enumerate(zip(levels, LEVEL_BITS, strict=True), start=1):
@@ -70,7 +71,7 @@ class Polar(Quantizer):
             rows.append(pack(codes.transpose(-1, -2), bits).flatten(-2))
         return {"angles": torch.cat(rows, dim=-1), "radius": store_scale(radius)}
 
-    def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode_scaled(self, packed: Packed, head_dim: int) -> torch.Tensor:
         tile, blocks = packed["radius"].shape[-2:]
         sizes = [count * packed_size(tile, bits) for count, bits in _level_rows(head_dim)]
         parts, levels = packed["angles"].split(sizes, dim=-1), []
@@ -78,7 +79,7 @@ class Polar(Quantizer):
             codes = unpack(rows.unflatten(-1, (-1, packed_size(tile, bits))), bits, tile).transpose(-1, -2)
             levels.append(polar_codebook(level, bits).decode(codes).unflatten(-1, (blocks, -1)))
         rotated = from_polar(packed["radius"].float(), levels).flatten(-2)
-        return (rotated @ self.rotation_of(head_dim, rotated.device)).to(dtype)
+        return rotated @ self.rotation_of(head_dim, rotated.device)
 
 
 def _level_rows(head_dim: int) -> list[tuple[int, int]]:

@@ -9,16 +9,17 @@ import torch
 
 from turboquant_hf.kernels.encode.reference import decode_rotated
 from turboquant_hf.primitives import packed_size
-from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_bits, check_choice
+from turboquant_hf.quantizers.base import Field, Packed, check_bits, check_choice
 from turboquant_hf.quantizers.mse import MSE
 from turboquant_hf.quantizers.qjl import SKETCHES, sketch_decode, sketch_encode, sketch_matrix
+from turboquant_hf.quantizers.scaled import ScaledQuantizer
 
 SKETCH_SEED = 500_000
 """Added to the seed of a sketch, so that no sketch is the rotation that came before it."""
 
 
 @dataclass(frozen=True)
-class Prod(Quantizer):
+class Prod(ScaledQuantizer):
     """Any linear estimate of q.k is q times one vector: here the first stage's plus the sketch's.
 
     Attributes:
@@ -74,10 +75,10 @@ class Prod(Quantizer):
         sketches = sum(size * rows * 4 for size, rows in self.sketch_sizes(head_dim))
         return self.stage.shared_nbytes(head_dim) + sketches
 
-    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
+    def encode_scaled(self, tiles: torch.Tensor, weight: torch.Tensor | None) -> Packed:
         head_dim, device = tiles.shape[-1], tiles.device
-        packed = self.stage.encode(tiles, state, weight)
-        rotated = tiles.float() @ self.stage.rotation_of(head_dim, 0, device).T
+        packed = self.stage.encode(tiles, {}, weight)
+        rotated = tiles @ self.stage.rotation_of(head_dim, 0, device).T
         left = rotated - decode_rotated(packed["codes"], packed["scale"], self.stage.groups(head_dim))
         sizes = [size for size, _ in self.sketch_sizes(head_dim)]
         pairs = [
@@ -87,14 +88,14 @@ class Prod(Quantizer):
         signs, norms = zip(*pairs, strict=True)
         return {**packed, "signs": torch.cat(signs, dim=-1), "residual": torch.stack(norms, dim=-2)}
 
-    def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode_scaled(self, packed: Packed, head_dim: int) -> torch.Tensor:
         device = packed["codes"].device
         rows = [packed_size(rows, 1) for _, rows in self.sketch_sizes(head_dim)]
         signs, norms = packed["signs"].split(rows, dim=-1), packed["residual"].unbind(dim=-2)
         triples = zip(signs, norms, self.sketches(head_dim, device), strict=True)
         left = torch.cat([sketch_decode(*triple) for triple in triples], dim=-1)
         rotated = decode_rotated(packed["codes"], packed["scale"], self.stage.groups(head_dim)) + left
-        return (rotated @ self.stage.rotation_of(head_dim, 0, device)).to(dtype)
+        return rotated @ self.stage.rotation_of(head_dim, 0, device)
 
 
 class _FirstStage(MSE):

@@ -11,14 +11,15 @@ import torch
 from turboquant_hf.kernels.codes import store_scale
 from turboquant_hf.primitives import Codebook, head_rotations, pack, packed_size, unpack
 from turboquant_hf.primitives.memo import once
-from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_bits, check_choice
+from turboquant_hf.quantizers.base import Field, Packed, check_bits, check_choice
+from turboquant_hf.quantizers.scaled import ScaledQuantizer
 
 SKETCHES = ("gaussian", "orthogonal")
 SIGNS = Codebook((-1.0, 1.0), "signs")
 
 
 @dataclass(frozen=True)
-class QJL(Quantizer):
+class QJL(ScaledQuantizer):
     """One sign a sketch row; the dense key that is decoded gives q.k the asymmetric estimator, with no bias.
 
     Attributes:
@@ -48,13 +49,13 @@ class QJL(Quantizer):
     def shared_nbytes(self, head_dim: int) -> int:
         return self.bits * head_dim * head_dim * 4
 
-    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
-        signs, norm = sketch_encode(tiles.float(), self.sketch_of(tiles.shape[-1], tiles.device))
+    def encode_scaled(self, tiles: torch.Tensor, weight: torch.Tensor | None) -> Packed:
+        signs, norm = sketch_encode(tiles, self.sketch_of(tiles.shape[-1], tiles.device))
         return {"signs": signs, "norm": norm}
 
-    def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode_scaled(self, packed: Packed, head_dim: int) -> torch.Tensor:
         sketch = self.sketch_of(head_dim, packed["signs"].device)
-        return sketch_decode(packed["signs"], packed["norm"], sketch).to(dtype)
+        return sketch_decode(packed["signs"], packed["norm"], sketch)
 
 
 def sketch_encode(x: torch.Tensor, sketch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,16 +9,25 @@ from typing import Any, ClassVar
 
 import torch
 
-from turboquant_hf.kernels.codes import SCALE_FORMATS, SCALE_RULES, CodeGroup, tile_bytes
+from turboquant_hf.kernels.codes import (
+    SCALE_FORMATS,
+    SCALE_RULES,
+    CodeGroup,
+    load_scale,
+    store_scale,
+    tile_bytes,
+)
 from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles, tile_energy
-from turboquant_hf.kernels.statistics import typical_scale
+from turboquant_hf.kernels.statistics import power_of_two, typical_scale
 from turboquant_hf.primitives import grid, head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
 from turboquant_hf.primitives.memo import once
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
 
 CODEBOOKS = {"lloyd-max": lloyd_max, "grid": grid, "polynomial": polynomial, "uniform": uniform}
 ROTATIONS = ("auto", "hadamard", "qr", "identity")
+WIDENINGS = 24
+"""How often the gain of a head may be multiplied by 4 in one encode."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,16 @@ class RotatedQuantizer(Quantizer):
         """The inverse of `transform`. Its transpose takes a query to the rotated domain."""
         return self.rotation_of(head_dim, num_heads, device).transpose(-1, -2)
 
-    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> State:
-        if self.scale_format == "fp16":
-            return {}
-        return {"gain": typical_scale(tile_energy(tiles, weight, False), weight.sum(dim=(1, 2)))}
+    def fit(
+        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+    ) -> State:
+        gain = typical_scale(tile_energy(tiles, weight, False), weight.sum(dim=(1, 2)))
+        return {"gain": power_of_two(gain) if self.gain_is_power else gain}
+
+    @property
+    def gain_is_power(self) -> bool:
+        """Whether gains are powers of two: float16 scales are then rounded as they would be without one."""
+        return self.scale_format == "fp16"
 
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
         return self._encode(tiles, state, weight, None)
@@ -126,6 +141,27 @@ class RotatedQuantizer(Quantizer):
             out=out,
             **self.encoding(state),
         )
+
+    def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
+        """One-byte scales that saturate get a larger gain, of their head; NaN where no gain helps. Waits for the device."""
+        if self.scale_format == "fp16":
+            return state
+        counted = weight[:, None, :, None, :] > 0
+        factor = torch.ones(tiles.shape[:2], dtype=torch.float32, device=tiles.device)
+        roomy = state
+        for _ in range(WIDENINGS):
+            full = ((new["scale"] == 255) & counted).any(dim=-1).any(dim=-1).any(dim=-1)
+            if not full.any():
+                break
+            factor = torch.where(full, 4.0 * factor, factor)
+            roomy = {**state, "gain": state.get("gain", 1.0) * factor}
+            self.encode_into(tiles, roomy, weight, new)
+        else:
+            roomy["gain"] = roomy["gain"].masked_fill(full, torch.nan)
+        if roomy is not state:
+            scale = load_scale(old["scale"], self.scale_format) / factor[:, :, None, None, None]
+            old["scale"].copy_(store_scale(scale, self.scale_format))
+        return roomy
 
     def encoding(self, state: State) -> dict[str, Any]:
         """What `encode_tiles` is told beside the tiles, the rotation and the groups."""

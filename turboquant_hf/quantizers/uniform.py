@@ -7,16 +7,16 @@ from typing import ClassVar
 
 import torch
 
-from turboquant_hf.kernels.codes import store_scale
+from turboquant_hf.kernels.codes import store_scale, to_half
 from turboquant_hf.primitives import Codebook, nf4, pack, packed_size, unpack
-from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_bits, check_choice
+from turboquant_hf.quantizers.base import Field, Packed, check_bits, check_choice
+from turboquant_hf.quantizers.scaled import ScaledQuantizer
 
 GRIDS = ("affine", "symmetric", "nf4")
-HALF_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
-class Uniform(Quantizer):
+class Uniform(ScaledQuantizer):
     """No rotation: each token's channels in groups, scaled by what the group holds.
 
     Attributes:
@@ -44,19 +44,19 @@ class Uniform(Quantizer):
             del fields["zero"]
         return fields
 
-    def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
+    def encode_scaled(self, tiles: torch.Tensor, weight: torch.Tensor | None) -> Packed:
         if self.codebook == "affine":
             return affine_encode(tiles, self.bits, self.group)
-        x = in_groups(tiles.float(), self.group)
+        x = in_groups(tiles, self.group)
         scale = store_scale(x.abs().amax(dim=-1))
         codes = self._levels().encode(x / scale.float().clamp(min=1e-30).unsqueeze(-1))
         return {"codes": pack(codes.flatten(-2)[..., : tiles.shape[-1]], self.bits), "scale": scale}
 
-    def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode_scaled(self, packed: Packed, head_dim: int) -> torch.Tensor:
         if self.codebook == "affine":
-            return affine_decode(packed, head_dim, self.bits, self.group).to(dtype)
+            return affine_decode(packed, head_dim, self.bits, self.group)
         levels = self._levels().decode(unpack(packed["codes"], self.bits, head_dim))
-        return (levels * _per_channel(packed["scale"], self.group, head_dim)).to(dtype)
+        return levels * _per_channel(packed["scale"], self.group, head_dim)
 
     def _levels(self) -> Codebook:
         if self.codebook == "nf4":
@@ -88,7 +88,7 @@ def affine_encode(rows: torch.Tensor, bits: int, group: int) -> Packed:
     """
     x = in_groups(rows.float(), group)
     low, high = x.aminmax(dim=-1)
-    zero = low.clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
+    zero = to_half(low)
     scale = store_scale((high - zero.float()).clamp(min=0.0) / (2**bits - 1))
     step = scale.float().clamp(min=1e-30).unsqueeze(-1)
     codes = ((x - zero.float().unsqueeze(-1)) / step).round().clamp(0, 2**bits - 1).to(torch.uint8)

@@ -82,6 +82,7 @@ def supports(
         (_in_words(keys.groups), "key groups that do not begin at whole words"),
         (_row_fits(TILE, values.groups[0]) and values.groups[0].bits > 1, "value levels off a grid, or of 1 bit"),
         (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
+        (keys.mean is None or keys.mean.dtype == torch.float16, "means that float16 does not hold"),
     )
     reason = next((reason for fine, reason in checks if not fine), None)
     return reason or _failure(_shape(query, keys, values, masked, softcap, sparse_v_threshold), query.device)

@@ -24,7 +24,7 @@ class PackedSide:
         rotation: float32 [D, D] or [1, H, D, D].
         order: int16 [B, H, D], or None for the identity.
         balance: float32 [B, H, D], or None for ones.
-        mean: fp16 [B, H, N, D], or None for zeros.
+        mean: fp16 (float32 where that does not hold it) [B, H, N, D], or None for zeros.
         scale_format: see `kernels.codes.store_scale`.
         gain: float32 [B, H], or None for ones.
         signs: float32 [D] or [1, H, D], another way to say `rotation` where each group is multiplied by these and by

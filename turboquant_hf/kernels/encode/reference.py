@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from turboquant_hf.kernels.codes import CodeGroup, load_scale, store_scale
+from turboquant_hf.kernels.codes import CodeGroup, load_scale, store_scale, to_half
 from turboquant_hf.primitives import pack, packed_size, unpack
 
 
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """Mean over the tokens of each tile. x: [B, H, N, T, D]; weight: [B, N, T], 0 for padding -> [B, H, N, D] fp16.
 
-    An infinity counts as a NaN, here and in `encode_tiles`: clamped, it would pass for a number.
+    A mean that float16 cannot hold is a NaN. So is an infinity, here and in `encode_tiles`.
     """
     x = _nan_for_inf(x.float())
     if weight is None:
@@ -21,8 +21,7 @@ def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     else:
         w = weight[:, None, :, :, None].float()
         mean = (x * w).sum(dim=-2) / w.sum(dim=-2).clamp(min=1.0)
-    limit = torch.finfo(torch.float16).max
-    return mean.clamp(-limit, limit).to(torch.float16)
+    return to_half(mean)
 
 
 def encode_tiles(

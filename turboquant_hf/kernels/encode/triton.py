@@ -54,13 +54,12 @@ REGISTERS = 255
 
 @triton.jit
 def masked_mean(x, weight, T: tl.constexpr, WEIGHT: tl.constexpr):
-    """Mean over the tokens (axis 0) of float32 x, rounded to half as it is stored. An infinity gives NaN."""
+    """Mean over the tokens (axis 0) of float32 x, rounded to half as it is stored; NaN where a half cannot hold it."""
     if WEIGHT:
         mean = tl.sum(x * weight[:, None], axis=0) / tl.maximum(tl.sum(weight, axis=0), 1.0)
     else:
         mean = tl.sum(x, axis=0) / T
-    mean = tl.where(tl.abs(mean) < float("inf"), tl.clamp(mean, -65504.0, 65504.0), float("nan"))
-    return mean.to(tl.float16)
+    return tl.where(tl.abs(mean) <= 65504.0, mean, float("nan")).to(tl.float16)
 
 
 @announces
@@ -311,7 +310,7 @@ def _write_group(
         bits = half.to(tl.int16, bitcast=True).to(tl.int32)
         stored = tl.minimum((bits + (1 << (SPEC.shift - 1))) >> SPEC.shift, 255).to(tl.uint8)
     else:
-        stored = tl.minimum(scale, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+        stored = tl.where(tl.abs(scale) <= 65504.0, scale, float("nan")).to(tl.float16)
     tl.store(p_scale + t, stored, mask=t < T)
 
     if FOLDED:

@@ -1,5 +1,12 @@
 """What quantizers measure before the first encode: energies, and the state that follows from them."""
 
-from turboquant_hf.kernels.statistics.reference import balance_channels, query_energy, tile_energy, typical_scale
+from turboquant_hf.kernels.statistics.reference import (
+    balance_channels,
+    borrow,
+    power_of_two,
+    query_energy,
+    tile_energy,
+    typical_scale,
+)
 
-__all__ = ["balance_channels", "query_energy", "tile_energy", "typical_scale"]
+__all__ = ["balance_channels", "borrow", "power_of_two", "query_energy", "tile_energy", "typical_scale"]

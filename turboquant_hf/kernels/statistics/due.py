@@ -14,7 +14,13 @@ from __future__ import annotations
 
 import torch
 
-from turboquant_hf.kernels.statistics.reference import balance_channels, query_energy, tile_energy, typical_scale
+from turboquant_hf.kernels.statistics.reference import (
+    balance_channels,
+    power_of_two,
+    query_energy,
+    tile_energy,
+    typical_scale,
+)
 
 
 def observe_due(
@@ -56,6 +62,7 @@ def fit_due(
     balance: str,
     key_state: dict[str, torch.Tensor],
     value_state: dict[str, torch.Tensor],
+    powers: tuple[bool, bool] = (False, False),
 ) -> None:
     """Learn the state of a layer from its ring once, when the first tile is due and enough tokens were seen.
 
@@ -70,6 +77,7 @@ def fit_due(
         key_state: buffers to write: "balance" float32 [B, H, D] with "order" int16 [B, H, D], or "gain"
             float32 [B, H], or nothing.
         value_state: "gain" float32 [B, H], or nothing.
+        powers: whether the gains of keys and of values are powers of two.
     """
     length = int(counts[1])
     waits = length - int(starts.min()) < min_statistics and length <= patience
@@ -92,9 +100,10 @@ def fit_due(
         found = balance_channels(tile_energy(tiles(keys), weight, center), number, query_rms, sizes, balance)
         for name, value in found.items():
             key_state[name].copy_(value)
-    for ring, state in ((keys, key_state), (values, value_state)):
+    for ring, state, power in zip((keys, values), (key_state, value_state), powers, strict=True):
         if "gain" in state:
-            state["gain"].copy_(typical_scale(tile_energy(tiles(ring), weight, False), number))
+            gain = typical_scale(tile_energy(tiles(ring), weight, False), number)
+            state["gain"].copy_(power_of_two(gain) if power else gain)
     fitted.fill_(1)
 
 

@@ -70,8 +70,33 @@ def _ring_energy(
 
 
 @triton.jit
-def _write_gain(p_gain, energy, count, D: tl.constexpr):
-    tl.store(p_gain, tl.maximum(tl.sqrt(tl.sum(energy, axis=0) / tl.maximum(count * D, 1.0)), 1e-12))
+def _write_gains(
+    p_rows, p_starts, p_gain, r_b, r_h, r_t, B, H, SINKS, whole,
+    T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """`reference.typical_scale` of one head of all sequences, rounded down to a power of two where POWER."""
+    h = tl.program_id(0).to(tl.int64)
+    pooled = 0.0
+    pooled_count = 0.0
+    for b in range(0, B):
+        start = tl.load(p_starts + b).to(tl.int32) + SINKS
+        number = tl.maximum(whole * T - start, 0).to(tl.float32)
+        energy = _ring_energy(p_rows + b * r_b + h * r_h, r_t, start, whole, T, D, BLOCK_T, BLOCK_D, False)
+        energy = tl.sum(energy, axis=0)
+        tl.store(p_gain + b * H + h, energy)  # until all sequences have been seen
+        pooled += tl.where(energy < float("inf"), energy, 0.0)
+        pooled_count += tl.where(energy < float("inf"), number, 0.0)
+    tl.debug_barrier()
+    for b in range(0, B):
+        number = tl.maximum(whole * T - (tl.load(p_starts + b).to(tl.int32) + SINKS), 0).to(tl.float32)
+        energy = tl.load(p_gain + b * H + h)
+        tl.debug_barrier()  # some threads would read what others write below
+        rms = tl.sqrt(borrowed(energy, number, pooled, pooled_count) / D)
+        gain = tl.where(rms == 0.0, 1.0, rms)
+        if POWER:
+            exponent = gain.to(tl.int32, bitcast=True) & 0x7F800000
+            gain = tl.where(gain == gain, exponent.to(tl.float32, bitcast=True), gain)
+        tl.store(p_gain + b * H + h, gain)
 
 
 @announces
@@ -81,7 +106,7 @@ def _fit_kernel(
     p_value_gain, k_b, k_h, k_t, v_b, v_h, v_t, B, H, WINDOW, SINKS, MINIMUM, PATIENCE,
     T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, CENTER: tl.constexpr, SIZES: tl.constexpr, BALANCE: tl.constexpr, KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
+    VALUES: tl.constexpr, KEY_POWER: tl.constexpr, VALUE_POWER: tl.constexpr,
 ):  # fmt: skip
     """KEYS: "balance", "gain" or "none"; VALUES: "gain" or "none". One program takes one head of all sequences."""
     h = tl.program_id(0).to(tl.int64)
@@ -111,12 +136,15 @@ def _fit_kernel(
             if BALANCE == "query":
                 query_pooled += tl.load(p_energy + head * DK + d, mask=d < DK, other=0.0)
                 query_pooled_count += tl.load(p_count + head)
-        elif KEYS == "gain":
-            energy = _ring_energy(p_keys + b * k_b + h * k_h, k_t, start, whole, T, DK, BLOCK_T, BLOCK_K, False)
-            _write_gain(p_key_gain + head, energy, number, DK)
-        if VALUES == "gain":
-            energy = _ring_energy(p_values + b * v_b + h * v_h, v_t, start, whole, T, DV, BLOCK_T, BLOCK_V, False)
-            _write_gain(p_value_gain + head, energy, number, DV)
+    if KEYS == "gain":
+        _write_gains(
+            p_keys, p_starts, p_key_gain, k_b, k_h, k_t, B, H, SINKS, whole, T, DK, BLOCK_T, BLOCK_K, KEY_POWER
+        )  # fmt: skip
+    if VALUES == "gain":
+        _write_gains(
+            p_values, p_starts, p_value_gain, v_b, v_h, v_t, B, H, SINKS, whole, T, DV, BLOCK_T, BLOCK_V,
+            VALUE_POWER,
+        )  # fmt: skip
     if KEYS == "balance":
         tl.debug_barrier()
         known = 2 * tl.load(p_seen + h) >= length
@@ -154,6 +182,7 @@ def fit_due(
     balance: str,
     key_state: dict[str, torch.Tensor],
     value_state: dict[str, torch.Tensor],
+    powers: tuple[bool, bool] = (False, False),
 ) -> None:
     """Equivalent to `due.fit_due`."""
     batch, heads, _, dim = keys.shape
@@ -165,7 +194,7 @@ def fit_due(
         T=tile, DK=dim, DV=wide, BLOCK_T=padded_size(tile), BLOCK_K=padded_size(dim), BLOCK_V=padded_size(wide),
         CENTER=center, SIZES=tuple(sizes), BALANCE=balance,
         KEYS="balance" if "balance" in key_state else "gain" if "gain" in key_state else "none",
-        VALUES="gain" if "gain" in value_state else "none", num_warps=8,
+        VALUES="gain" if "gain" in value_state else "none", KEY_POWER=powers[0], VALUE_POWER=powers[1], num_warps=8,
     )  # fmt: skip
 
 

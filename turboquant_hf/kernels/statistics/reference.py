@@ -9,6 +9,9 @@ from turboquant_hf.kernels.encode.reference import tile_mean
 PRIOR_TOKENS = 256
 """A sequence with fewer tokens borrows the rest of its statistics from the batch."""
 
+TINY = 1e-30
+"""A mean square below it counts as zero: its root says nothing of the numbers to come."""
+
 
 def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
     """Sums of squares over the tokens that count, of what is left of x without its tile's mean where `center`.
@@ -60,7 +63,7 @@ def balance_channels(
 
     Returns: {"balance": float32 [B, H, D], "order": int16 [B, H, D]}.
     """
-    key_rms = _root(_borrow(energy, count[:, None, None]))
+    key_rms = _root(borrow(energy, count[:, None, None]))
     importance, factor = key_rms, torch.ones_like(key_rms)
     if balance == "query" and query_rms is not None:
         query = _root(query_rms.float().square())
@@ -79,24 +82,33 @@ def balance_channels(
 
 
 def typical_scale(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Root mean square of a head's elements from energies [B, H, D] over `count` [B] tokens: [B, H], above 0."""
-    mean_square = energy.sum(dim=-1) / (count[:, None] * energy.shape[-1]).clamp(min=1.0)
-    return mean_square.sqrt().clamp(min=1e-12)
+    """Root mean square of a head's elements from energies [B, H, D] over `count` [B] tokens: [B, H], 1 for zeros.
+
+    A sequence that is padding so far has no tokens of its own here, but tokens to come: it borrows.
+    """
+    rms = (borrow(energy.sum(dim=-1), count[:, None]) / energy.shape[-1]).sqrt()
+    return torch.where(rms == 0.0, 1.0, rms)
 
 
-def _borrow(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Mean squares [B, H, D] from sums and counts [B, 1, 1], short sequences filled up with the batch's average.
+def power_of_two(x: torch.Tensor) -> torch.Tensor:
+    """The greatest power of two in each positive x; NaN stays NaN."""
+    return x / (2.0 * x.frexp().mantissa)
+
+
+def borrow(sums: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Means [B, H, ...] from sums and counts [B, 1, ...], short sequences filled up with the batch's average.
 
     A sequence with NaN or infinite sums lends nothing: its numbers are its own trouble.
     """
-    lends = energy.isfinite()
-    pooled = torch.where(lends, energy, 0.0).sum(dim=0, keepdim=True)
+    lends = sums.isfinite()
+    pooled = torch.where(lends, sums, 0.0).sum(dim=0, keepdim=True)
     pooled = pooled / (lends * count).sum(dim=0, keepdim=True).clamp(min=1.0)
     missing = (PRIOR_TOKENS - count).clamp(min=0.0)
-    return (energy + missing * pooled) / (count + missing).clamp(min=1.0)
+    return (sums + missing * pooled) / (count + missing).clamp(min=1.0)
 
 
 def _root(mean_square: torch.Tensor) -> torch.Tensor:
-    """Root with a floor, so that a dead channel neither divides by zero nor draws unbounded balance."""
-    floor = 1e-6 * mean_square.mean(dim=-1, keepdim=True) + 1e-20
+    """Root with a floor, so that a dead channel neither divides by zero nor draws unbounded balance; 1 for zeros."""
+    mean = mean_square.mean(dim=-1, keepdim=True)
+    floor = torch.where(mean < TINY, 1.0, 1e-6 * mean)
     return torch.maximum(mean_square, floor).sqrt()

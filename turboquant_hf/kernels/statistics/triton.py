@@ -9,13 +9,14 @@ import triton.language as tl
 from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous, tiles_per_program
 from turboquant_hf.kernels.encode.triton import masked_mean
 from turboquant_hf.kernels.progress import announces
-from turboquant_hf.kernels.statistics.reference import PRIOR_TOKENS, typical_scale
+from turboquant_hf.kernels.statistics.reference import PRIOR_TOKENS, TINY, typical_scale
 
 __all__ = ["balance_channels", "query_energy", "tile_energy", "typical_scale"]
 
 QUERIES = 256
 PROGRAMS = 1024
 PRIOR = tl.constexpr(float(PRIOR_TOKENS))
+LEAST = tl.constexpr(TINY)
 
 
 # ---------------------------------------------------------------- energies
@@ -119,12 +120,14 @@ def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Te
 @triton.jit
 def root(mean_square, D: tl.constexpr):
     """Root with a floor (`reference._root`); channels past D are 0 in the sum."""
-    return tl.sqrt(tl.maximum(mean_square, 1e-6 * (tl.sum(mean_square, axis=0) / D) + 1e-20))
+    mean = tl.sum(mean_square, axis=0) / D
+    floor = tl.where(mean < LEAST, 1.0, 1e-6 * mean)
+    return tl.sqrt(tl.maximum(mean_square, floor))
 
 
 @triton.jit
 def borrowed(energy, count, pooled, pooled_count):
-    """`reference._borrow` of one sequence; `pooled` are the batch's finite sums, over `pooled_count` tokens."""
+    """`reference.borrow` of one sequence; `pooled` are the batch's finite sums, over `pooled_count` tokens."""
     missing = tl.maximum(-(count - PRIOR), 0.0)
     average = pooled / tl.maximum(pooled_count, 1.0)
     return (energy + missing * average) / tl.maximum(count + missing, 1.0)
