@@ -135,6 +135,23 @@ def test_infinities_leave_no_number(kernel, device, center):
         assert scale[0, 0, 1].all() if center else scale[0, 0, 1].nonzero().tolist() == [[0, 5]]
 
 
+def test_what_float16_cannot_hold_is_no_number(kernel, device):
+    """A mean, and a scale: clamped, the rest of the head would be wrong and look right."""
+    groups = groups_of((32, 4), make=polynomial)
+    x = torch.randn(1, 1, 3, 32, 32)
+    x[0, 0, 1, :, 3] += 1e5
+    x[0, 0, 2, 5] *= 2e5
+    weight = torch.ones(1, 3, 32)
+    for module, where in ((reference, "cpu"), (kernel, device)):
+        tiles, rotation, counted = x.to(where), rotation_matrix(32).to(where), weight.to(where)
+        mean = module.encode_tiles(tiles, rotation, groups, scale_rule="norm", center=True, weight=counted)["mean"].cpu()
+        assert mean.isnan().nonzero().tolist() == [[0, 0, 1, 3]]
+        assert torch.equal(module.tile_mean(tiles, counted).cpu().isnan(), mean.isnan())
+        for rule in ("norm", "norm-corrected", "mse", "unbiased"):
+            scale = module.encode_tiles(tiles, rotation, groups, scale_rule=rule)["scale"].cpu()
+            assert scale.isnan().nonzero().tolist() == [[0, 0, 2, 0, 5]]
+
+
 def assert_codes_match(ours, wanted, x, transform, groups, mean, channel_major):
     """Equal codes, but where the coordinate lies within 1e-5 of a threshold: there the next one is as right."""
     tile = x.shape[-2]

@@ -53,6 +53,8 @@ def test_balance_channels(kernel, device, sizes, balance):
     energy, query = torch.rand(3, 2, 40) * 100, torch.rand(3, 2, 40)
     energy[1, :, 3], query[0, 1, 5:9] = 0.0, query[0, 1, 5]
     energy[0, 1, 5:9] = energy[0, 1, 5]
+    energy[0, 0], energy[1, 0] = 0.0, 2.0**-80 * energy[1, 0]  # a dead head, and one of tiny numbers
+    energy[2, 0] = 0.0
     count = torch.tensor([400.0, 30.0, 0.0])
     for known in (query, None):
         found = kernel.balance_channels(*moved((energy, count, known), device), sizes, balance)
@@ -176,6 +178,37 @@ def test_steps(kernel, device, dtype):
         for name, array in found.items():
             different = (array.cpu().float() != wanted[name].float()).float().mean()
             assert different <= 2e-3, f"{name}: {different}"
+
+
+@pytest.mark.parametrize("powers", [(False, True), (True, False)], ids=["values", "keys"])
+def test_gains_of_a_step(kernel, device, powers):
+    """Heads of any size, one of zeros, and a sequence that is padding so far: it borrows, and nobody's unit is tiny."""
+    from turboquant_hf.kernels.statistics import due_triton
+
+    generator = torch.Generator().manual_seed(1)
+    batch, heads, dim = 3, 4, 32
+    rings = [torch.randn(batch, heads, RING, dim, generator=generator) for _ in range(2)]
+    for ring in rings:
+        ring *= torch.tensor([1.0, 1e-15, 1e15, 0.0])[:, None, None]
+    energy, count = torch.zeros(batch, heads, dim), torch.zeros(batch, heads)
+    seen, fitted = (torch.zeros(heads, dtype=torch.int32) for _ in range(2))
+    counts = torch.tensor([0, 50], dtype=torch.int32)
+    starts = torch.tensor([0, 9, 60])
+    arguments = (*rings, energy, count, seen, counts, fitted, starts)
+    found = []
+    for steps, where in ((due, "cpu"), (due_triton, device)):
+        states = tuple({"gain": torch.full((batch, heads), torch.nan, device=where)} for _ in range(2))
+        steps.fit_due(
+            *moved(arguments, where), tile=TILE, window=WINDOW, sinks=SINKS, min_statistics=MINIMUM, center=False,
+            sizes=(dim,), balance="none", key_state=states[0], value_state=states[1], powers=powers,
+        )  # fmt: skip
+        found.append(tuple(state["gain"].cpu() for state in states))
+    for ours, theirs, power in zip(*found, powers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0)
+        assert (ours[:, 3] == 1.0).all(), "zeros say nothing"
+        size = ours[:, :3] / torch.tensor([1.0, 1e-15, 1e15])
+        assert ((0.45 < size) & (size < 1.1)).all()
+        assert not power or (ours.frexp().mantissa == 0.5).all()
 
 
 @pytest.mark.parametrize("token", [30, MINIMUM + 30], ids=["fitted", "later"])

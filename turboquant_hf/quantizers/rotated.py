@@ -18,7 +18,7 @@ from turboquant_hf.kernels.codes import (
     tile_bytes,
 )
 from turboquant_hf.kernels.decode import PackedSide
-from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles, tile_energy
+from turboquant_hf.kernels.dispatch import bad_heads, decode_tiles, encode_tiles, tile_energy
 from turboquant_hf.kernels.statistics import power_of_two, typical_scale
 from turboquant_hf.primitives import grid, head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
 from turboquant_hf.primitives.memo import once
@@ -26,8 +26,8 @@ from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check
 
 CODEBOOKS = {"lloyd-max": lloyd_max, "grid": grid, "polynomial": polynomial, "uniform": uniform}
 ROTATIONS = ("auto", "hadamard", "qr", "identity")
-WIDENINGS = 24
-"""How often the gain of a head may be multiplied by 4 in one encode."""
+WIDENINGS = 32
+"""How often the gain of a head may be doubled in one encode."""
 
 
 @dataclass(frozen=True)
@@ -143,25 +143,31 @@ class RotatedQuantizer(Quantizer):
         )
 
     def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
-        """One-byte scales that saturate get a larger gain, of their head; NaN where no gain helps. Waits for the device."""
+        """Heads whose one-byte scales saturate get a larger gain; NaN where none helps. Waits for the device."""
         if self.scale_format == "fp16":
             return state
         counted = weight[:, None, :, None, :] > 0
-        factor = torch.ones(tiles.shape[:2], dtype=torch.float32, device=tiles.device)
-        roomy = state
+
+        def saturated() -> torch.Tensor:
+            return ((new["scale"] == 255) & counted).flatten(2).any(dim=-1)
+
+        full = saturated()
+        if not full.any():
+            return state
+        hopeless = full & bad_heads([tiles], weight)
+        if "mean" in new:
+            hopeless |= new["mean"].isnan().flatten(2).any(dim=-1)
+        gain = state["gain"] if "gain" in state else torch.ones_like(full, dtype=torch.float32)
+        factor, full = torch.ones_like(gain), full & ~hopeless & ~gain.isnan()
         for _ in range(WIDENINGS):
-            full = ((new["scale"] == 255) & counted).any(dim=-1).any(dim=-1).any(dim=-1)
             if not full.any():
                 break
-            factor = torch.where(full, 4.0 * factor, factor)
-            roomy = {**state, "gain": state.get("gain", 1.0) * factor}
-            self.encode_into(tiles, roomy, weight, new)
-        else:
-            roomy["gain"] = roomy["gain"].masked_fill(full, torch.nan)
-        if roomy is not state:
-            scale = load_scale(old["scale"], self.scale_format) / factor[:, :, None, None, None]
-            old["scale"].copy_(store_scale(scale, self.scale_format))
-        return roomy
+            factor = torch.where(full, 2.0 * factor, factor)
+            self.encode_into(tiles, {**state, "gain": gain * factor}, weight, new)
+            full = full & saturated()
+        scale = load_scale(old["scale"], self.scale_format) / factor[:, :, None, None, None]
+        old["scale"].copy_(store_scale(scale, self.scale_format))
+        return {**state, "gain": (gain * factor).masked_fill(hopeless | full, torch.nan)}
 
     def encoding(self, state: State) -> dict[str, Any]:
         """What `encode_tiles` is told beside the tiles, the rotation and the groups."""
