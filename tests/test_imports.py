@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["primitives", "kernels", "quantizers", "config", "cache", "attention", "evaluation", "cli"]
+ORDER = ["primitives", "kernels", "quantizers", "config", "cache", "attention", "evaluation", "launch", "cli"]
 FILES = sorted((ROOT / "turboquant_hf").rglob("*.py"))
 
 

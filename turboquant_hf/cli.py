@@ -11,6 +11,10 @@ from turboquant_hf.version import __version__
 # name -> (module, help). A module has add_arguments(parser) and run(args) -> exit status; it is imported only
 # when its own command is asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "run": (
+        "turboquant_hf.launch",
+        "another program in this process, with the caches registered: lm_eval, transformers serve, a script",
+    ),
     "perplexity": (
         "turboquant_hf.evaluation.perplexity",
         "perplexity, KL and top-1 agreement with the uncompressed model, read through the cache",

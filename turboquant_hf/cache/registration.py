@@ -27,6 +27,7 @@ from turboquant_hf.cache.messages import (
     tell_dense,
     tell_unused,
 )
+from turboquant_hf.cache.serving import NO_CONTINUOUS_BATCHING, answers_clients
 from turboquant_hf.cache.static import TurboQuantStaticCache
 from turboquant_hf.cache.static_plan import STEP_TOKENS
 from turboquant_hf.cache.switching import (
@@ -83,6 +84,7 @@ def _wrap(original):
     signature = inspect.signature(original)
 
     @functools.wraps(original)
+    @answers_clients
     def prepare(self, *args: Any, **kwargs: Any):
         bound = signature.bind(self, *args, **kwargs).arguments
         generation_config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
@@ -275,13 +277,11 @@ def _refuse_continuous_batching() -> None:
         return
 
     @functools.wraps(original)
+    @answers_clients
     def init(self, generation_config=None, *args: Any, **kwargs: Any):
         config = self.generation_config if generation_config is None else generation_config
         if getattr(config, "cache_implementation", None) in UPSTREAM or attention_of(self) == ATTENTION_NAME:
-            raise ValueError(
-                f'"{CACHE_NAME}" does not serve continuous batching (generate_batch), which brings its own paged cache '
-                'and attention; use generate, or cache_implementation=None and model.set_attn_implementation("sdpa").'
-            )
+            raise ValueError(NO_CONTINUOUS_BATCHING)
         return original(self, generation_config, *args, **kwargs)
 
     init._turboquant_original = original
