@@ -74,7 +74,9 @@ def test_other_channels_do_not_suffer_from_an_offset(case, dtype, offset):
     assert 0.8 * errors(x) < errors(moved) < 1.2 * errors(x)
 
 
-@pytest.mark.parametrize("case", [case for case in CODED if "e4m4" not in str(case) and "e3m5" not in str(case)], ids=id_of)
+@pytest.mark.parametrize(
+    "case", [case for case in CODED if "e4m4" not in str(case) and "e3m5" not in str(case)], ids=id_of
+)
 def test_later_numbers_that_do_not_fit_become_nan(case):
     """Statistics are frozen: what comes later can leave the range of float16, and then says so."""
     quantizer = make(*case)

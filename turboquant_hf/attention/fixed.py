@@ -31,7 +31,7 @@ def fixed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a step's queries [B, Hq, q, D] over a fixed layer -> ([B, q, Hq, Dv], None).
 
     The kernels know which slots are in use, the causal order and, from the step, which positions are padding. What they
@@ -60,6 +60,8 @@ def is_plain(dropout: float, kwargs: dict) -> bool:
         and kwargs.get("sliding_window") is None
         and kwargs.get("position_bias") is None
         and kwargs.get("is_causal") is not False
+        and not kwargs.get("output_attentions")
+        and kwargs.get("sinks") is None
     )
 
 

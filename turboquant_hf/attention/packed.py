@@ -50,7 +50,7 @@ def packed_attention(
             keys = attention_mask._turboquant_keys
         else:
             keys = attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
-    if query.shape[2] == 1 and layer.fixed is None:
+    if query.shape[2] == 1:
         layer.step = PreparedStep.of(layer, query, keys, options)
         if layer.step is not None:
             return layer.step(layer, query, keys)

@@ -231,7 +231,8 @@ class TurboQuantLayer(CacheLayerMixin):
                 store.append(packed)
             written += (*packed.values(), *state.values())
             states.append(state)
-        self.states = tuple(states)
+        if any(new is not old for new, old in zip(states, self.states, strict=True)):
+            self.states = tuple(states)
         self._mark_bad_heads(fresh, weight)
         warn_of_nan(written, self.quantizers)
         self.tail.drop_front(ready * tile)
