@@ -8,17 +8,15 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
 from turboquant_hf.kernels import progress
-from turboquant_hf.kernels.decode import cuda
+from turboquant_hf.kernels.decode import built
 
 from .conftest import INTERPRETED
 
@@ -150,30 +148,34 @@ def test_triton_itself_builds_through_here_and_the_line_reaches_stderr(tmp_path)
     assert run.stderr.count("turboquant_hf: building the kernel _advance_kernel") == 1
 
 
-def test_the_cuda_kernel_says_so_once_per_build(caplog, monkeypatch):
-    compiled = []
+def test_the_cuda_kernel_says_so_once_per_build_and_is_built_once_per_machine(caplog, monkeypatch, tmp_path):
+    compiled, loaded = [], []
 
-    def compile_kernel(text, name, nvcc_options):
-        compiled.append(name)
+    def compile_kernel(source, name, capability, folders, options):
+        compiled.append((source, capability))
         time.sleep(LONG)
-        return SimpleNamespace(set_shared_memory_config=lambda shared: None)
+        return b"binary\nof " + source.encode(), "symbol"
 
-    monkeypatch.setattr(torch.cuda, "_compile_kernel", compile_kernel, raising=False)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "Launcher", lambda *arguments: arguments)
-    monkeypatch.setattr(cuda, "_plan", lambda shape, device: 4)
-    monkeypatch.setattr(cuda, "source_text", lambda shape, warps: "")
-    monkeypatch.setattr(cuda, "shared_bytes", lambda shape, warps: 0)
-    cuda._kernel.cache_clear()
-    try:
-        shape = type("Shape", (), {"team": 2})
-        kernels = [cuda._kernel(shape, torch.device("cpu")) for _ in range(3)]
-    finally:
-        cuda._kernel.cache_clear()
-    assert compiled == ["decode_attention"] and kernels[0] is kernels[2]
-    assert [line for line in lines(caplog) if "decode attention (CUDA C++)" in line] == lines(caplog)
-    assert len(lines(caplog)) == 1
+    def load(binary, names):
+        loaded.append(binary)
+        return {names[0]: binary}
+
+    monkeypatch.setenv(built.VARIABLE, str(tmp_path / "new"))
+    monkeypatch.setattr(torch.cuda._utils, "_nvrtc_compile", compile_kernel, raising=False)
+    monkeypatch.setattr(torch.cuda._utils, "_cuda_load_module", load, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    first = built.load_kernel("one", "f", ["-O3"], "decode attention (CUDA C++)")
+    assert len(lines(caplog)) == 1 and "decode attention (CUDA C++)" in lines(caplog)[0]
+    assert built.load_kernel("one", "f", ["-O3"], "again") == first == b"binary\nof one"
+    assert compiled == [("one", "90")] and len(lines(caplog)) == 1
+    assert built.load_kernel("two", "f", ["-O3"], "another source") == b"binary\nof two"
+    built.load_kernel("one", "f", [], "other options")
+    assert len(compiled) == 3
+    for file in (tmp_path / "new").iterdir():
+        file.write_bytes(b"")
+    assert built.load_kernel("one", "f", ["-O3"], "a damaged file is built again") == first and len(compiled) == 4
+    monkeypatch.setenv(built.VARIABLE, "/dev/null/nowhere")
+    assert built.load_kernel("one", "f", ["-O3"], "a folder that cannot be made") == first and len(compiled) == 5
 
 
 def test_the_logger_is_the_one_that_transformers_gives():

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 
 from turboquant_hf.kernels.codes import CodeGroup
+from turboquant_hf.kernels.decode.built import load_kernel
 from turboquant_hf.kernels.decode.launch import Arguments, Launcher
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.kernels.decode.source import (
@@ -27,7 +28,6 @@ from turboquant_hf.kernels.decode.source import (
     shared_bytes,
     source_text,
 )
-from turboquant_hf.kernels.progress import announced
 from turboquant_hf.primitives.memo import once, once_per_tensor
 
 COMPILER_OPTIONS = ["--std=c++20", "--use_fast_math", "-default-device"]
@@ -50,7 +50,12 @@ def available() -> str | None:
         return "compute capability below 8.0"
     utils = getattr(torch.cuda, "_utils", None)
     launcher = getattr(getattr(utils, "_CudaKernel", None), "set_shared_memory_config", None)
-    if not (hasattr(torch.cuda, "_compile_kernel") and hasattr(utils, "_get_gpu_runtime_library") and launcher):
+    if not (
+        hasattr(utils, "_nvrtc_compile")
+        and hasattr(utils, "_cuda_load_module")
+        and hasattr(utils, "_get_gpu_runtime_library")
+        and launcher
+    ):
         return f"torch {torch.__version__} cannot compile and launch kernels (2.10 and newer can)"
     return None
 
@@ -399,8 +404,8 @@ def _kernel(shape: Shape, device: torch.device) -> tuple[Launcher, int, int]:
     """And how many warps a block has, in how many teams."""
     warps = _plan(shape, device)
     text = source_text(shape, warps)
-    with torch.cuda.device(device), announced("decode attention (CUDA C++)", "once per process"):
-        kernel = torch.cuda._compile_kernel(text, "decode_attention", nvcc_options=COMPILER_OPTIONS)
+    with torch.cuda.device(device):
+        kernel = load_kernel(text, "decode_attention", COMPILER_OPTIONS, "decode attention (CUDA C++)")
         shared = shared_bytes(shape, warps)
         if shared > 48 * 1024:
             kernel.set_shared_memory_config(shared)
