@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,4 +69,5 @@ def _write(path: Path, binary: bytes, symbol: str) -> None:
         scratch.write_bytes(symbol.encode() + b"\n" + binary)
         os.replace(scratch, path)
     except OSError:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
