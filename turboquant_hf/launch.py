@@ -27,6 +27,7 @@ INTERPRETERS = ("python", "python3", Path(sys.executable).name)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [--cache NAME] [--preset NAME] [--cache-config KEY=VALUE] [-m] COMMAND ARGS ..."
     parser.add_argument(
         "--cache",
         metavar="NAME",
