@@ -8,6 +8,7 @@ looks lossless. Here each text is fed in chunks through a `TurboQuantCache`. Imp
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers.utils import logging
 
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.cache.defaults import cache_defaults
@@ -24,7 +24,7 @@ from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 from turboquant_hf.evaluation.common import MEASURED_ALONE
 from turboquant_hf.evaluation.models import forward
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger("lm_eval.models.turboquant")  # below the harness's logger, which shows information too
 
 PADDING = 32
 """Rows of one batch differ by at most this many tokens. A batch starts to pack when its longest row has enough tokens
