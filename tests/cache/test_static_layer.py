@@ -186,3 +186,16 @@ def test_a_bad_number_is_seen_in_its_head(name, token, feeding, bad, side, monke
         output = StaticState(layer.plan_name, layer.arena, layer.counts).attend(query, layer.workspace, scaling=0.2)
         assert output[1, :2].isnan().all()
         assert output[0].isfinite().all() and output[1, 2:].isfinite().all()
+
+
+def test_means_beyond_float16_are_nan_with_a_word(monkeypatch):
+    """The growing cache keeps such heads another way; here the state has no room for it."""
+    said = []
+    monkeypatch.setattr("turboquant_hf.cache.word.logger.warning_once", said.append)
+    layer = make_layer("k4v4")
+    x = states(80, dim=32)
+    x[0][1, 0, :, 7] += 1e5
+    feed(layer, *x, [80])
+    dense = layer.dense()[0][:, :, 8:64]
+    assert dense[1, 0].isnan().any(-1).all() and dense[0].isfinite().all() and dense[1, 1].isfinite().all()
+    assert said and "lossless" in said[0]

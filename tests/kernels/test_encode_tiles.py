@@ -144,9 +144,8 @@ def test_what_float16_cannot_hold_is_no_number(kernel, device):
     weight = torch.ones(1, 3, 32)
     for module, where in ((reference, "cpu"), (kernel, device)):
         tiles, rotation, counted = x.to(where), rotation_matrix(32).to(where), weight.to(where)
-        mean = module.encode_tiles(tiles, rotation, groups, scale_rule="norm", center=True, weight=counted)[
-            "mean"
-        ].cpu()
+        packed = module.encode_tiles(tiles, rotation, groups, scale_rule="norm", center=True, weight=counted)
+        mean = packed["mean"].cpu()
         assert mean.isnan().nonzero().tolist() == [[0, 0, 1, 3]]
         assert torch.equal(module.tile_mean(tiles, counted).cpu().isnan(), mean.isnan())
         for rule in ("norm", "norm-corrected", "mse", "unbiased"):

@@ -1,4 +1,4 @@
-"""What quantizers with float16 scales and no unit of their own share: a power of two per head that brings them near 1."""
+"""What quantizers with plain float16 scales share: a power of two per head that brings numbers near 1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from turboquant_hf.kernels.dispatch import tile_energy
 from turboquant_hf.kernels.statistics import power_of_two, typical_scale
 from turboquant_hf.quantizers.base import Packed, Quantizer, State
-
 
 ROOM = 16.0
 """Norms of whole heads are larger than their elements, and some tokens much larger than others."""
