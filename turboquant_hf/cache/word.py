@@ -18,7 +18,7 @@ def warn_of_nan(arrays: Iterable[torch.Tensor], quantizers: tuple[Quantizer, ...
     if flags and torch.stack(flags).any():
         names = "/".join(quantizer.name for quantizer in quantizers)
         logger.warning_once(
-            f"The cache of a layer ({names}) was given keys or values that are NaN, infinite, or too large for its means "
-            "and scales. What attention reads of those heads is NaN until the cache is reset. "
+            f"The cache of a layer ({names}) was given keys or values that are NaN, infinite, or too large for its "
+            "means and scales. What attention reads of those heads is NaN until the cache is reset. "
             "preset='lossless' stores every number as it is."
         )
