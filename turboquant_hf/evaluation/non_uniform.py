@@ -42,7 +42,9 @@ class NonUniform(Quantizer):
             "outliers": Field((count,), torch.float16),
         }
 
-    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def fit(
+        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+    ) -> dict[str, torch.Tensor]:
         unit, *_ = self._normalised(self._rows(tiles))
         return {"levels": lloyd_levels(unit.flatten(1), 2**self.bits)}
 
