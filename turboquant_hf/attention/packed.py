@@ -76,5 +76,5 @@ def _applies(layer: TurboQuantLayer, query: torch.Tensor, dropout: float, kwargs
         and not (layer.preset.encode_first and layer.tail.count > layer.preset.recent_window)
         and reads_packed(*layer.quantizers)
         and is_plain(dropout, kwargs)
-        and backend(query.device) != "torch"
+        and (query.device.type == "cpu" or backend(query.device) != "torch")
     )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from turboquant_hf.kernels.codes import CodeGroup
+from turboquant_hf.kernels.decode import cpu as decode_cpu
 from turboquant_hf.kernels.decode import reference as decode_reference
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.kernels.encode import reference as encode_reference
@@ -134,7 +135,8 @@ def decode_attention(
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
-        return decode_reference.decode_attention(*arguments, **options)
+        module = decode_cpu if query.device.type == "cpu" else decode_reference
+        return module.decode_attention(*arguments, **options)
     module = import_module("turboquant_hf.kernels.decode.triton")
     with on_device(query.device):
         return module.decode_attention(*arguments, **options)
