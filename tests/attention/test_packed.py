@@ -16,9 +16,12 @@ TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 @pytest.fixture
 def calls(monkeypatch):
     """Turned on by `calls.on()`: packed attention, which counts (queries, tiles, masked) of every call."""
+    applies = packed._applies
+    monkeypatch.setattr(packed, "_applies", lambda *arguments: False)
 
     class Calls(list):
         def on(self):
+            monkeypatch.setattr(packed, "_applies", applies)
             monkeypatch.setattr(packed, "backend", lambda device=None: "triton")
             monkeypatch.setattr(packed, "decode_attention", count)
 

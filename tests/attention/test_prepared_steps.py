@@ -44,6 +44,7 @@ def steps(monkeypatch):
 
     monkeypatch.setattr(step, "prepared_decode", prepared_decode)
     monkeypatch.setattr(packed, "backend", lambda device: "cuda")
+    monkeypatch.setattr(packed, "decode_attention", reference.decode_attention)
     return counts
 
 

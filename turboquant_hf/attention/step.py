@@ -31,7 +31,7 @@ class PreparedStep:
         cls, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None, options: dict
     ) -> PreparedStep | None:
         """For a query [B, Hq, 1, D] that `packed_attention` serves; None where only the general way does."""
-        if layer.offloader is not None or not query.is_cuda:
+        if layer.offloader is not None:
             return None
         call = prepared_decode(
             query, *layer.packed_sides(spare=True), RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.arrays),

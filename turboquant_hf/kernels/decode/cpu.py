@@ -8,14 +8,15 @@
   row lists their levels (`_Reader`). The row's order is the order of the packed bits, not that of the codes, so the
   other factor of the product is put into that order; it is far smaller.
 - Tiles are taken in blocks of BLOCK numbers, so that a block's levels are still in the processor's cache when they are
-  multiplied. Scores of all tokens are kept: 4 bytes per query head and token.
+  multiplied. Scores and probabilities of all tokens are kept: 8 bytes per query head and token.
 - Every operation on a block is large enough for torch to spread it over its threads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from math import gcd
 
 import torch
@@ -31,6 +32,20 @@ WORDS = {1: torch.int16, 2: torch.int32, 4: torch.int64}
 """How many 16-bit numbers are read as one."""
 
 
+def _in_float32(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Shut out torch.autocast, which would multiply in half precision."""
+
+    @wraps(attend)
+    def call(*arguments, **options):
+        if not torch.is_autocast_enabled("cpu"):
+            return attend(*arguments, **options)
+        with torch.autocast("cpu", enabled=False):
+            return attend(*arguments, **options)
+
+    return call
+
+
+@_in_float32
 def decode_attention(
     query: torch.Tensor,
     keys: PackedSide,
@@ -46,12 +61,12 @@ def decode_attention(
     sparse_v_threshold: float = 0.0,
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`reference.decode_attention`, faster; the same arguments and result."""
+    """`reference.decode_attention`, faster; the same arguments and result, but without gradients."""
     if counts is not None:
         keys, values, tail, mask = _in_use(keys, values, tail, mask, *counts.tolist())
     batch, query_heads, count, dim = query.shape
     _, heads, tiles, _, tile = keys.scale.shape
-    rows = (query.float() * scaling).reshape(batch, heads, -1, dim)  # M rows per KV head
+    rows = (query.detach().float() * scaling).reshape(batch, heads, -1, dim)  # M rows per KV head
 
     # Columns: packed tokens | sinks | tail | s_aux.
     packed = tiles * tile
@@ -65,7 +80,7 @@ def decode_attention(
         scores.div_(softcap).tanh_().mul_(softcap)
     seen = _hide(scores, packed, total, starts, sinks.keys.shape[2], count, mask)
     if s_aux is not None:
-        scores[..., total] = s_aux.float().view(heads, -1, 1).expand(-1, -1, count).reshape(heads, -1)
+        scores[..., total] = s_aux.detach().float().view(heads, -1, 1).expand(-1, -1, count).reshape(heads, -1)
     weights = scores.softmax(dim=-1)
     if seen is not None:
         weights = weights.masked_fill_(~seen, 0.0)
@@ -118,7 +133,7 @@ def _packed_values(weights: torch.Tensor, values: PackedSide) -> torch.Tensor:
     """The sum of weights [B, H, M, N * T] times coded values: float32 [B, H, M, D]."""
     batch, heads, tiles, _, tile = values.scale.shape
     dim = sum(group.size for group in values.groups)
-    weights = weights.view(batch, heads, -1, tiles, tile).transpose(2, 3)
+    weights = weights.view(batch, heads, weights.shape[2], tiles, tile).transpose(2, 3)
     out = None
     for first, count in _blocks(values, dim):
         scale = load_scale(values.scale.narrow(2, first, count), values.scale_format)
@@ -161,7 +176,7 @@ def _hide(
     Returns: bool [B, 1, M, 1], whether a row sees anything, or None where all do.
     """
     first, length = starts.tolist(), total - sinks
-    if mask is None and queries == 1 and min(first) == max(first) < length:
+    if queries == 1 and min(first) == max(first) < length and (mask is None or bool(mask.all())):
         start = first[0]
         scores[..., : min(start + sinks, packed)] = -torch.inf
         if start + sinks > packed:
@@ -176,10 +191,10 @@ def _hide(
 class _Reader:
     """Looks up the levels of n codes of one codebook (`primitives.packing` has the layout).
 
-    An index of the table is a byte of the widest plane, and above it the other bits of the same codes. Byte j of a plane
-    of width w and P bytes holds codes j + f P. Of a narrower plane of width v it needs byte j % Q, Q = P v / w, and
-    there fields j // Q + f w / v: every w / v-th, which stand w bits apart, just as the fields of the byte itself do.
-    So one shift per j // Q and one mask put them in place.
+    An index of the table is a byte of the widest plane, and above it the other bits of the same codes. Byte j of a
+    plane of width w and P bytes holds codes j + f P. A narrower plane of width v has the other bits of these codes in
+    byte j % Q, Q = P v / w, in fields j // Q + f w / v: every w / v-th field, w bits apart like the fields of byte j.
+    So one shift per value of j // Q, and one mask, put them in place.
 
     Attributes:
         table: a row for each index, [indices, 1] of 4, 8 or 16 bytes, or float32 [256, 8].
@@ -216,7 +231,8 @@ class _Reader:
         if self.table.shape[1] > 1:
             levels = torch.embedding(self.table, index)
         else:
-            index = index.view(rows.shape[0] * rows.shape[1] * rows.shape[2], -1)  # torch shares these out to its threads
+            # torch deals the rows of a gather out to its threads.
+            index = index.view(rows.shape[0] * rows.shape[1] * rows.shape[2], -1)
             levels = self.table.view(1, -1).expand(index.shape[0], -1).gather(1, index)
         return levels.view(torch.float32).view(-1, rows.shape[3], self.size)
 
@@ -234,16 +250,16 @@ class _Reader:
 def _reader(codebook: Codebook, n: int) -> _Reader:
     (width, _), *others = planes(codebook.bits)
     octets = packed_size(n, 1)
-    shifts = torch.arange(0, 8, width)
+    shifts = torch.arange(0, 8, width, device="cpu")
     narrower = tuple(
         (
             octets * other,
-            (8 + shift - width - other * torch.arange(width // other))[:, None],
+            (8 + shift - width - other * torch.arange(width // other, device="cpu"))[:, None],
             sum((2**other - 1) << (8 + shift - width + field) for field in range(0, 8, width)),
         )
         for other, shift in others
     )
-    index = torch.arange(256 + sum(mask for _, _, mask in narrower))[:, None]
+    index = torch.arange(256 + sum(mask for _, _, mask in narrower), device="cpu")[:, None]
     above = 2 ** (codebook.bits - width) - 1
     codes = (index >> shifts) & (2**width - 1) | ((index >> (8 + shifts)) & above) << width
     levels = codebook.tensor()[codes].contiguous()

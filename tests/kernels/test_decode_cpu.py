@@ -1,0 +1,166 @@
+"""`decode_attention` for a CPU against the reference, which decodes every tile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from turboquant_hf.config import load_preset
+from turboquant_hf.kernels import dispatch
+from turboquant_hf.kernels.decode import cpu, reference
+from turboquant_hf.primitives import grid
+
+from .cases import attention_inputs, groups_of, moved, uniform
+from .test_counts import in_buffers
+from .test_decode_attention import CHANNEL_GROUPS, SHAPES
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRESETS = ["k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2", "paper-mse-4", "paper-3.5"]
+
+
+def check(arguments, dtype=torch.float32, **options):
+    """Both compute in float32: they differ by its rounding, and by one rounding of the output to `dtype`."""
+    arguments = moved(arguments, "cpu", dtype)
+    options = {"scaling": arguments[0].shape[-1] ** -0.5, **options}
+    out = cpu.decode_attention(*arguments, **options)
+    expected = reference.decode_attention(*arguments, **options)
+    assert out.dtype == dtype and out.shape == expected.shape and expected.isfinite().all()
+    error = (out.double() - expected.double()).square().mean().sqrt()
+    scale = expected.double().square().mean().sqrt()
+    assert error <= (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps) * scale, f"{error / scale:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [grid, uniform], ids=["grid", "uniform"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_every_width(bits, make, dtype):
+    groups = groups_of((64, bits), make=make)
+    check(attention_inputs(keys=groups, values=groups, tiles=2), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset, dim):
+    loaded = load_preset(preset)
+    sides = {"keys": loaded.keys.groups(dim), "values": loaded.values.groups(dim)}
+    check(attention_inputs(heads=1, dim=dim, tile=128, tiles=2, scale_format="e4m4", **sides), torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", CHANNEL_GROUPS)
+def test_channel_groups(case):
+    dim, keys, values = CHANNEL_GROUPS[case]
+    check(attention_inputs(dim=dim, keys=keys, values=values, tiles=2))
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_segments_and_layouts(case):
+    check(attention_inputs(**{"batch": 2, **SHAPES[case]}))
+
+
+@pytest.mark.parametrize("queries", [1, 2, 16])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_query_heads_and_tokens(group, queries):
+    check(attention_inputs(heads=3, group=group, queries=queries))
+
+
+@pytest.mark.parametrize("block", [1, 3 * 32 * 64, 1 << 30])
+def test_any_block(block, monkeypatch):
+    """One tile of all heads at a time, some at a time with a rest, and all at once."""
+    monkeypatch.setattr(cpu, "BLOCK", block)
+    check(attention_inputs(heads=1, tiles=8, keys=groups_of((32, 5), (32, 3)), value_mean=True))
+
+
+@pytest.mark.parametrize("starts", [[0, 37, 95], [50, 50, 50], [94, 94, 94], [110, 110, 110]], ids=str)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_padding_and_holes(queries, starts):
+    arguments = (*attention_inputs(batch=3, queries=queries)[:5], torch.tensor(starts))  # tiles end at 96
+    check(arguments)
+    check(arguments, mask=torch.rand(3, 3 * 32 + 21, generator=torch.Generator().manual_seed(1)) > 0.3)
+
+
+def test_rows_that_see_nothing_are_zero():
+    arguments = attention_inputs(batch=2)
+    mask = torch.ones(2, 3 * 32 + 21, dtype=torch.bool)
+    mask[1] = False
+    check(arguments, mask=mask)
+    out = cpu.decode_attention(*arguments, scaling=0.125, mask=mask)
+    assert out[1].abs().max() == 0
+    beyond = (*arguments[:5], torch.full((2,), 3 * 32 + 21))
+    assert cpu.decode_attention(*beyond, scaling=0.125).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap_and_sink_logits(dtype):
+    s_aux = torch.randn(4, generator=torch.Generator().manual_seed(2))
+    check(attention_inputs(queries=2), DTYPES[dtype], softcap=5.0, s_aux=s_aux)
+    check(attention_inputs(), DTYPES[dtype], s_aux=s_aux)
+
+
+def test_sink_logits_take_all_of_a_row_that_sees_nothing():
+    arguments = attention_inputs(heads=1)
+    mask = torch.zeros(1, 3 * 32 + 21, dtype=torch.bool)
+    assert cpu.decode_attention(*arguments, scaling=0.125, mask=mask, s_aux=torch.ones(2)).abs().max() == 0
+
+
+PLACES = ["keys.scale", "keys.mean", "keys.gain", "values.scale", "values.gain", "tail.keys", "tail.values"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_number_comes_out_of_what_is_none(place):
+    """A NaN stored for a head is seen in all that the head's queries read, and in no other head."""
+    name, array = place.split(".")
+    arguments = attention_inputs(conditioned=False, scale_format="e4m4" if array == "gain" else "fp16")
+    given = dict(zip(["query", "keys", "values", "sinks", "tail", "starts"], arguments, strict=True))
+    held = getattr(given[name], array).clone()
+    held[0, 0].view(-1)[-1] = torch.nan
+    given[name] = replace(given[name], **{array: held})
+    out = cpu.decode_attention(*given.values(), scaling=0.125)
+    expected = reference.decode_attention(*given.values(), scaling=0.125)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    assert out[:, :2].isnan().any() and out[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("threshold", [1e-12, 3e-3, 1.5])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_sparse_values(threshold, queries):
+    arguments = attention_inputs(tiles=6, queries=queries)
+    arguments[0].mul_(4)  # peaks, so that some tiles are likely and some are not
+    check(arguments, sparse_v_threshold=threshold)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_buffers_of_fixed_size(queries):
+    arguments = attention_inputs(tiles=2, tail=60, queries=queries)
+    whole, counts = in_buffers(arguments, 5)
+    out = cpu.decode_attention(*whole, scaling=0.125, counts=counts)
+    torch.testing.assert_close(out, reference.decode_attention(*arguments, scaling=0.125))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 6])
+def test_codes_anywhere_in_a_larger_buffer(offset):
+    """A view starts at any byte, and rows of larger words must not be assumed to be aligned."""
+    arguments = attention_inputs(keys=groups_of((32, 5), (32, 3)))
+    keys = arguments[1]
+    buffer = torch.zeros(keys.codes.numel() + offset, dtype=torch.uint8)
+    codes = buffer[offset:].view(keys.codes.shape).copy_(keys.codes)
+    check((arguments[0], replace(keys, codes=codes), *arguments[2:]))
+
+
+def test_autocast_and_gradients_change_nothing():
+    query, *rest = attention_inputs()
+    s_aux = torch.zeros(4)
+    expected = cpu.decode_attention(query, *rest, scaling=0.125, s_aux=s_aux)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cpu.decode_attention(query.requires_grad_(), *rest, scaling=0.125, s_aux=s_aux.requires_grad_())
+    assert torch.equal(out, expected) and not out.requires_grad
+
+
+def test_a_cpu_gets_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu, "decode_attention", lambda *args, **options: calls.append(options))
+    for name in ("auto", "torch"):
+        monkeypatch.setenv(dispatch.VARIABLE, name)
+        dispatch.decode_attention(*attention_inputs(), scaling=0.125)
+    assert len(calls) == 2
