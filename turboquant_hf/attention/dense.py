@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from turboquant_hf.attention.chunk import chunk_attention, is_plain, tensor_parts
+from turboquant_hf.attention.mask import CausalMask
+
 SDPA_TAKES_BIAS = "position_bias" in inspect.signature(sdpa_attention_forward).parameters
 """Early versions of transformers have SDPA swallow a position bias."""
 
@@ -42,6 +45,16 @@ def dense_attention(
         ValueError: for a mask that is neither bool nor floating point.
     """
     q_length, kv_length = query.shape[2], key.shape[2]
+    if isinstance(attention_mask, CausalMask):
+        options = {
+            "dropout": dropout, "softcap": softcap, "s_aux": s_aux, "sinks": sinks, "position_bias": position_bias,
+            "output_attentions": output_attentions, **kwargs,
+        }  # fmt: skip
+        alike = query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        if alike and not trains and is_plain(attention_mask, query, kv_length, options):
+            return chunk_attention(query, tensor_parts(q_length, key, value), scaling), None
+        attention_mask = attention_mask.dense()
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if attention_mask is not None and attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():

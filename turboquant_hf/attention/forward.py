@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from turboquant_hf.attention.chunk import chunk_attention, is_plain, layer_parts
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.attention.fixed import fixed_attention
-from turboquant_hf.attention.mask import left_padding
+from turboquant_hf.attention.mask import MAX_QUERIES, CausalMask, left_padding
 from turboquant_hf.attention.packed import packed_attention
 from turboquant_hf.attention.static import static_attention
 from turboquant_hf.cache import PackedHandle, StaticHandle, TurboQuantLayer
@@ -80,8 +81,8 @@ def _dynamic_attention(
     layer = key.layer
     causal = getattr(module, "is_causal", True) if options.get("is_causal") is None else options["is_causal"]
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
-        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
-        attention_mask._turboquant_keys = None
+        # A growing layer has no free slots, so these are its newest tokens; SDPA's own rule aligns to the oldest.
+        attention_mask = CausalMask(query.shape[0], query.shape[2], key.shape[2], query.device)
     note_padding(layer, attention_mask, query.shape[2])
     layer.observe(query)
     if layer.preset.encode_first:
@@ -94,6 +95,8 @@ def _dynamic_attention(
     packed = packed_attention(layer, query, attention_mask, **options) if served else None
     if packed is not None:
         output = (packed, None)
+    elif whole and _in_pieces(layer, query, attention_mask, options):
+        output = (chunk_attention(query, layer_parts(layer, query.shape[2]), options["scaling"]), None)
     else:
         output = dense_attention(module, query, key.dense(), densified(value), attention_mask, **options)
     layer.commit()
@@ -116,9 +119,13 @@ def densified(x: torch.Tensor | PackedHandle) -> torch.Tensor:
     return x.dense() if isinstance(x, PackedHandle) else x
 
 
-def causal_mask(q_length: int, kv_length: int, device: torch.device) -> torch.Tensor:
-    """[1, 1, q, kv] (True: attend) for the newest q of kv tokens; SDPA's own rule aligns to the oldest."""
-    return torch.ones(q_length, kv_length, dtype=torch.bool, device=device).tril(kv_length - q_length)[None, None]
+def _in_pieces(
+    layer: TurboQuantLayer, query: torch.Tensor, attention_mask: torch.Tensor | None, options: dict[str, Any]
+) -> bool:
+    """Whether a chunk is attended to without ever decoding all of the layer's history at once."""
+    plain = is_plain(attention_mask, query, layer.get_seq_length(), options)
+    # encode_first rounds the tail as well, by the tiles before it: `layer.dense` knows how.
+    return plain and query.shape[2] > MAX_QUERIES and not layer.preset.encode_first
 
 
 def note_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_length: int) -> None:
@@ -127,6 +134,9 @@ def note_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_
         return
     starts = getattr(attention_mask, "_turboquant_starts", None)
     if starts is None:
-        starts = left_padding(attention_mask).expand(layer.batch_size).tolist()
+        if isinstance(attention_mask, CausalMask):
+            starts = [0] * layer.batch_size
+        else:
+            starts = left_padding(attention_mask).expand(layer.batch_size).tolist()
         attention_mask._turboquant_starts = starts  # the same mask serves every layer: one wait for the device
     layer.learn_padding(starts)

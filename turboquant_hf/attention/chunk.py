@@ -1,0 +1,167 @@
+"""Attention of a chunk of new tokens behind a history, without a mask.
+
+    softmax over [history | chunk]  =  the softmax over each part, weighted by the parts' sums of exponentials
+
+- The queries of the chunk see all of the history, so that part needs no mask.
+- Over the chunk itself the causal rule is square, which flash kernels know by `is_causal=True`.
+- Every part gives its output and its log-sum-exp; `merge` puts them together in float32.
+- The history of a packed layer is decoded piece by piece, so its dense keys and values are never whole in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from turboquant_hf.attention.mask import CausalMask
+from turboquant_hf.cache import TurboQuantLayer
+
+PIECE_NUMBERS = 2**25
+"""Dense keys and values of one piece of history: 16,384 tokens of 8 heads with head dim 128."""
+
+BLOCK_SCORES = 2**24
+"""Scores that plain torch holds at once."""
+
+Part = tuple[torch.Tensor, torch.Tensor]
+
+
+ADDED = ("softcap", "s_aux", "sinks", "sliding_window", "position_bias")
+"""Options that change scores or what is seen."""
+
+
+def is_plain(mask: torch.Tensor | None, query: torch.Tensor, kv_length: int, options: dict[str, Any]) -> bool:
+    """Whether `chunk_attention` serves query [B, Hq, q, D] over `kv_length` keys: the causal rule and nothing else."""
+    return (
+        isinstance(mask, CausalMask)
+        and mask.shape[-2:] == (query.shape[2], kv_length)
+        and not options.get("dropout")
+        and not options.get("output_attentions")
+        and all(options.get(name) is None for name in ADDED)
+        and options.get("is_causal") is not False
+    )
+
+
+@torch.no_grad()
+def chunk_attention(query: torch.Tensor, parts: Iterable[Part], scaling: float | None = None) -> torch.Tensor:
+    """[B, q, Hq, Dv] for query [B, Hq, q, D].
+
+    parts: keys [B, H, T, D] and values [B, H, T, Dv]; the first part is the chunk's own q tokens, the others are
+        older. Each is asked for when the one before has been attended to.
+    scaling: None is D ** -0.5.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = total = None
+    for key, value in parts:
+        part, lse = attend(query, key, value, scaling, causal=output is None)
+        del key, value  # before the next piece is decoded
+        output, total = (part, lse) if output is None else merge(output, total, part, lse)
+    return output.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def merge(output: torch.Tensor, total: torch.Tensor, part: torch.Tensor, lse: torch.Tensor) -> Part:
+    """Attention over two sets of keys from that over each: outputs [B, Hq, q, Dv] and log-sum-exps [B, Hq, q].
+
+    Returns them for both sets together, float32. `output` is written to if it is float32.
+    """
+    weight = (lse - total).sigmoid().unsqueeze(-1)
+    return output.float().lerp_(part.float(), weight), torch.logaddexp(total, lse)
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def tensor_parts(queries: int, key: torch.Tensor, value: torch.Tensor) -> Iterator[Part]:
+    """The newest `queries` tokens of dense keys and values, then all the older ones."""
+    start = key.shape[2] - queries
+    yield key[:, :, start:], value[:, :, start:]
+    if start:
+        yield key[:, :, :start], value[:, :, :start]
+
+
+def layer_parts(layer: TurboQuantLayer, queries: int) -> Iterator[Part]:
+    """The newest `queries` tokens of a layer, then the older ones in pieces of equal size, decoded one at a time."""
+    length = layer.get_seq_length()
+    start = length - queries
+    yield _decoded(layer, 0, start, length), _decoded(layer, 1, start, length)
+    if not start:
+        return
+    most = max(PIECE_NUMBERS // (layer.batch_size * layer.num_heads * sum(layer.head_dims)), 1)
+    size = -(-start // -(-start // most))
+    size += -size % layer.preset.tile  # whole tiles: none is decoded twice
+    for first in range(0, start, size):
+        last = min(first + size, start)
+        yield _decoded(layer, 0, first, last), _decoded(layer, 1, first, last)
+
+
+def _decoded(layer: TurboQuantLayer, index: int, start: int, stop: int) -> torch.Tensor:
+    """Keys (index 0) or values (1) of positions [start, stop), [B, H, stop - start, D], as `layer.dense` has them."""
+    tile, stored, parts = layer.preset.tile, layer.tiles[index].count * layer.preset.tile, []
+    if start < stored:
+        low, high = start // tile, -(-min(stop, stored) // tile)
+        packed, first = layer._decode(index, low, high), low * tile
+        if first < layer.sinks.latest + layer.sinks.size:
+            packed = layer.sinks.overlay(packed.clone(), index, first, high * tile)
+        parts.append(packed[:, :, start - first : stop - first])
+    if stop > stored:
+        parts.append(layer.tail.view()[index][:, :, max(start - stored, 0) : stop - stored])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+# ---------------------------------------------------------------------- attention over one part
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool) -> Part:
+    """(output [B, Hq, q, Dv], float32 log-sum-exp [B, Hq, q]) of query [B, Hq, q, D] over key and value of H heads.
+
+    causal: query i sees keys 0 to i (q = T); otherwise every query sees every key. Flash kernels by the ops behind
+    F.scaled_dot_product_attention, which does not hand out the log-sum-exp; else `plain_attend`.
+    """
+    width = max(key.shape[-1], value.shape[-1])
+    width += -width % 8  # flash wants one head dim for all three, in eights; zeros change no score
+    padded = [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value)]
+    found = _fused(*padded, scaling, causal)
+    if found is None:
+        return plain_attend(query, key, value, scaling, causal)
+    output, lse = found
+    return output[..., : value.shape[-1]], lse
+
+
+def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool) -> Part | None:
+    """`attend` by a fused kernel, for tensors of one head dim; None where there is none or users have turned it off."""
+    groups = query.shape[1] // key.shape[1]
+    if query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return run(query, key, value, 0.0, causal, scale=scaling)
+    if query.device.type != "cuda":
+        return None
+    params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, causal, groups > 1)
+    if torch.backends.cuda.can_use_flash_attention(params):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)[:2]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, causal, False)
+    if not torch.backends.cuda.can_use_efficient_attention(params):
+        return None
+    run = torch.ops.aten._scaled_dot_product_efficient_attention
+    output, lse = run(query, key, value, None, True, 0.0, causal, scale=scaling)[:2]
+    return output, lse[:, :, : query.shape[2]]  # this kernel rounds the rows of its log-sum-exp up
+
+
+def plain_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool) -> Part:
+    """`attend` in plain torch, float32, some queries at a time."""
+    heads, tokens = key.shape[1], key.shape[2]
+    rows = max(BLOCK_SCORES // (query.shape[0] * query.shape[1] * tokens), 1)
+    key, value = key.float().unsqueeze(2), value.float().unsqueeze(2)
+    outputs, lses = [], []
+    for first in range(0, query.shape[2], rows):
+        block = query[:, :, first : first + rows].float().unflatten(1, (heads, -1))
+        scores = block @ key.transpose(-1, -2) * scaling  # [B, H, queries per KV head, rows, T]
+        if causal:
+            seen = torch.ones(block.shape[3], tokens, dtype=torch.bool, device=key.device).tril(first)
+            scores = scores.masked_fill(~seen, -torch.inf)
+        lses.append(scores.logsumexp(dim=-1).flatten(1, 2))
+        outputs.append((scores.softmax(dim=-1) @ value).flatten(1, 2))
+    return torch.cat(outputs, dim=2).to(query.dtype), torch.cat(lses, dim=2)
