@@ -101,9 +101,8 @@ def _decoded(layer: TurboQuantLayer, index: int, start: int, stop: int) -> torch
     tile, stored, parts = layer.preset.tile, layer.tiles[index].count * layer.preset.tile, []
     if start < stored:
         low, high = start // tile, -(-min(stop, stored) // tile)
-        packed, first = layer._decode(index, low, high), low * tile
-        if first < layer.sinks.latest + layer.sinks.size:
-            packed = layer.sinks.overlay(packed.clone(), index, first, high * tile)
+        first = low * tile
+        packed = layer.sinks.overlay(layer._decode(index, low, high), index, first, high * tile)
         parts.append(packed[:, :, start - first : stop - first])
     if stop > stored:
         parts.append(layer.tail.view()[index][:, :, max(start - stored, 0) : stop - stored])
