@@ -2,26 +2,57 @@
 
 from __future__ import annotations
 
+import sys
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
-from transformers import DynamicCache, set_seed
+STEPS = 4
+"""Steps of the whole quickstart; the first one, the installation, is quickstart.sh's."""
 
-from turboquant_hf import TurboQuantCache, load_preset
-from turboquant_hf.evaluation.common import format_table
-from turboquant_hf.evaluation.fidelity import cut_windows, measure
-from turboquant_hf.evaluation.models import load_model, packaged_text
+
+@contextmanager
+def step(number: int, title: str) -> Iterator[None]:
+    """Say what begins and, when it is done, how long it took."""
+    print(f"\nStep {number} of {STEPS}: {title}", flush=True)
+    begin = time.monotonic()
+    yield
+    print(f"  done in {time.monotonic() - begin:.0f} s", flush=True)
+
+
+with step(2, "load PyTorch, Transformers and SmolLM2-135M (converted once)"):
+    import torch
+    from transformers import DynamicCache, set_seed
+
+    from turboquant_hf import TurboQuantCache, load_preset
+    from turboquant_hf.evaluation.common import format_table
+    from turboquant_hf.evaluation.fidelity import cut_windows, measure, uncompressed_row
+    from turboquant_hf.evaluation.models import load_model, packaged_text
+
+    MODEL, TOKENIZER = load_model()
 
 PRESETS = ("k8v4", "k4v4", "k3v3", "k2v2", "paper-mse-3")
 CONTEXT = 1280
 
 
+NEXT = """
+Next: your own model in three lines (README.md, "Use"):
+    import turboquant_hf
+    model = AutoModelForCausalLM.from_pretrained(...)
+    model.generate(**inputs, cache_implementation="turboquant")
+What a preset costs on your model and text: turboquant-hf perplexity --model NAME --text FILE --preset k4v4
+All presets: turboquant-hf presets (these commands need the environment: source {environment}/bin/activate)"""
+
+
 def main() -> None:
     set_seed(0)
-    model, tokenizer = load_model()
     text = packaged_text()
-    generate(model, tokenizer, text[:6000])
-    perplexity(model, tokenizer, text)
+    with step(3, "generate 40 tokens with DynamicCache, then with the packed cache"):
+        generate(MODEL, TOKENIZER, text[:6000])
+    with step(4, f"read one window of {CONTEXT} tokens through {len(PRESETS)} presets"):
+        perplexity(MODEL, TOKENIZER, text)
+    print(NEXT.format(environment=sys.prefix))
 
 
 def generate(model, tokenizer, text: str) -> None:
@@ -29,7 +60,7 @@ def generate(model, tokenizer, text: str) -> None:
     question = [{"role": "user", "content": f"{text}\n\nIn one sentence, what is this text about?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     prompt = inputs["input_ids"].shape[1]
-    print(f"\nA prompt of {prompt} tokens, 40 new ones, float32 on the CPU:")
+    print(f"  A prompt of {prompt} tokens, 40 new ones, float32 on the CPU:")
     dense = DynamicCache(config=model.config)
     # One argument does it: model.generate(**inputs, cache_implementation="turboquant"). A cache of your own can be
     # asked what it holds. The attention name lets it measure the queries and reads the tiles directly on a GPU.
@@ -47,12 +78,12 @@ def generate(model, tokenizer, text: str) -> None:
 
 def perplexity(model, tokenizer, text: str) -> None:
     """One window through every preset, everything packed."""
-    print(f"\nOne window of {CONTEXT} tokens, every token packed before it is read (recent_window=0):")
+    print("  Every token is packed before it is read (recent_window=0).", flush=True)
     windows = cut_windows(tokenizer(text, return_tensors="pt", verbose=False).input_ids[0], CONTEXT, 1)
     presets = [load_preset(name, recent_window=0, encode_first=True) for name in PRESETS]
     with torch.inference_mode():
         baseline, results = measure(model, windows, presets)
-    rows = [["(uncompressed)", baseline, 0.0, 1.0, 16.0, 16.0]]
+    rows = [uncompressed_row(baseline, str(model.dtype).removeprefix("torch."))[:-1]]
     rows += [[r["preset"], r["perplexity"], r["kl"], r["top1"], r["key_bits"], r["value_bits"]] for r in results]
     print(format_table(rows, ["cache", "perplexity", "KL", "top-1", "K bits", "V bits"]))
 

@@ -44,6 +44,7 @@ BAD = [
     ({"keys": {"quantizer": "conditioned", "widths": [["a", 3]]}}, ("widths", "'a'", "pairs")),
     ({"keys": {"quantizer": "conditioned", "widths": [[0.5, 4]]}}, ("widths", "add up to 1")),
     ({"keys": {"quantizer": "conditioned", "widths": [[1.0, 12]]}}, ("widths", "12", "from 1 to 8")),
+    ({"tile": list(range(99))}, ("tile=<list>", "whole numbers")),
     ({"layers": 3}, ("layers=3", "ordinals")),
     ({"layers": [1, 2]}, ("layers=[1, 2]", "ordinals")),
     ({"layers": {"first": {}}}, ("layers", "'first'", "ordinals")),
@@ -80,6 +81,55 @@ def test_what_was_meant_is_guessed():
         load_preset("k4v4", boundry_layers=2)
     with pytest.raises(FileNotFoundError, match="mine.yaml"):
         load_preset("mine.yaml")
+
+
+def test_case_is_forgiven_in_a_guess():
+    for data, name in (({"preset": "K4V4"}, "k4v4"), ({"Keys": "mse"}, "keys"), ({"keys": "MSE"}, "mse")):
+        with pytest.raises(ValueError, match=f"did you mean '{name}'"):
+            load_preset(data)
+
+
+@pytest.mark.parametrize("name", ["tile", "sinks", "recent_window", "min_statistics"])
+def test_room_beyond_any_reason_is_refused_before_it_is_allocated(name):
+    with pytest.raises(
+        ValueError, match=f"{name}=1000000000 is not supported; allowed: whole numbers from . to 131,072"
+    ):
+        load_preset("k4v4", **{name: 10**9})
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "message"),
+    [
+        ("k4v4", FileNotFoundError, "path='k4v4': no such file; preset='k4v4' names the shipped preset"),
+        ("none.yaml", FileNotFoundError, "path='none.yaml': no such file"),
+        (".", ValueError, "because it is a folder; allowed: a YAML file"),
+        (None, ValueError, "path=None is not supported; allowed: the path of a YAML file"),
+        (4, ValueError, "path=4 is not supported"),
+    ],
+    ids=str,
+)
+def test_a_path_that_is_no_preset_file_is_named(path, kind, message):
+    with pytest.raises(kind, match=message):
+        CachePreset.from_yaml(path)
+
+
+def test_a_binary_file_is_no_preset(tmp_path):
+    path = tmp_path / "weights.yaml"
+    path.write_bytes(b"\xd0\xff\x00")
+    with pytest.raises(ValueError, match="weights.yaml is not YAML"):
+        load_preset(path)
+
+
+def test_a_label_says_what_differs_from_the_preset_it_names(tmp_path):
+    changed = load_preset("k4v4", values={"quantizer": "mse", "bits": 2}, sinks=8)
+    assert changed.name == "k4v4" and changed.label == "k4v4 with values=mse(bits=2), sinks=8"
+    assert changed.with_overrides(sinks=9).label == "k4v4 with values=mse(bits=2), sinks=9"
+    assert CachePreset.from_dict(changed.to_dict()).label == changed.label, "also when it was saved"
+    assert load_preset("k4v4", layers={0: {"keys": "lossless"}}).label == "k4v4 with layers={0: keys=lossless}"
+    assert load_preset("k4v4", sinks=4).label == "k4v4" and load_preset("k4v4", name="mine", sinks=9).label == "mine"
+    path = tmp_path / "mine.yaml"
+    path.write_text("keys: lossless\n")
+    assert load_preset(path, tile=64).label == "mine with tile=64"
 
 
 def test_a_mapping_may_start_from_a_preset():

@@ -1,23 +1,47 @@
 """Compressed KV caches for Hugging Face Transformers.
 
-Importing this package adds the names "turboquant" to transformers' caches and attentions; nothing else changes.
+Importing this package adds the names "turboquant" to transformers' caches and attentions; nothing else changes. It
+takes no time: what is named below is imported when it is first used, and the names are added when transformers loads
+the modules that they belong to (`import_hook.py`).
 """
 
-from turboquant_hf.attention import register_attention
-from turboquant_hf.cache import (
-    CacheFileError,
-    TurboQuantCache,
-    TurboQuantStaticCache,
-    register_cache,
-    restore_attention,
-)
-from turboquant_hf.config import CachePreset, load_preset, preset_names
-from turboquant_hf.generation import register_steps
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from turboquant_hf.import_hook import install
 from turboquant_hf.version import __version__
 
-register_attention()
-register_cache()
-register_steps()
+if TYPE_CHECKING:
+    from turboquant_hf.cache import CacheFileError, TurboQuantCache, TurboQuantStaticCache, restore_attention
+    from turboquant_hf.config import CachePreset, load_preset, preset_names
+
+_EXPORTS = {
+    "CacheFileError": "cache",
+    "CachePreset": "config",
+    "TurboQuantCache": "cache",
+    "TurboQuantStaticCache": "cache",
+    "load_preset": "config",
+    "preset_names": "config",
+    "restore_attention": "cache",
+}
+"""Public name -> the part of this package that defines it."""
+_PARTS = ("attention", "cache", "config", "evaluation", "generation", "kernels", "primitives", "quantizers")
+
+install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f"{__name__}.{name}")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "CacheFileError",

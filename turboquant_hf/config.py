@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from turboquant_hf.checks import check_file, check_keys, check_whole, guess, shown
 from turboquant_hf.quantizers import QUANTIZERS, Quantizer
 from turboquant_hf.resources import config_path
 
 DEFAULT_PRESET = "k4v4"
 BOUNDARY_VALUES = QUANTIZERS["mse"](bits=8, codebook="uniform", scale="norm-corrected", channel_major=True)
 """What a boundary layer keeps its values with: 8 bits, the error of a rounded half."""
+MOST_TOKENS = 131_072
+"""Largest `tile`, `sinks`, `recent_window` and `min_statistics`: room for them is allocated before any token comes."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,20 @@ class CachePreset:
     sparse_v_threshold: float = 0.0
     encode_first: bool = False
     layers: tuple[tuple[int, LayerOverride], ...] = ()
+    _origin = None  # on an instance that `with_overrides` made: the preset that it changed
 
     def __post_init__(self) -> None:
-        for name, low in (("sinks", 0), ("recent_window", 0), ("min_statistics", 0), ("boundary_layers", 0)):
-            _check_whole(name, getattr(self, name), low)
-        _check_whole("tile", self.tile, 8)
+        for name, low in (("tile", 8), ("sinks", 0), ("recent_window", 0), ("min_statistics", 0)):
+            check_whole(name, getattr(self, name), low, MOST_TOKENS)
+        check_whole("boundary_layers", self.boundary_layers, 0)
         if self.tile % 8:
             raise ValueError(f"tile={self.tile} is not supported; allowed: multiples of 8")
         if not isinstance(self.sparse_v_threshold, (int, float)) or not 0.0 <= self.sparse_v_threshold < 1.0:
-            raise ValueError(f"sparse_v_threshold={self.sparse_v_threshold!r} is not supported; allowed: [0, 1)")
+            raise ValueError(f"sparse_v_threshold={shown(self.sparse_v_threshold)} is not supported; allowed: [0, 1)")
         if not isinstance(self.name, str):
-            raise ValueError(f"name={self.name!r} is not supported; allowed: text")
+            raise ValueError(f"name={shown(self.name)} is not supported; allowed: text")
         if not isinstance(self.encode_first, bool):
-            raise ValueError(f"encode_first={self.encode_first!r} is not supported; allowed: true, false")
+            raise ValueError(f"encode_first={shown(self.encode_first)} is not supported; allowed: true, false")
         for role in ("keys", "values"):
             if not isinstance(getattr(self, role), Quantizer):
                 object.__setattr__(self, role, quantizer_from(getattr(self, role), role))
@@ -88,7 +91,7 @@ class CachePreset:
         With an entry "preset", that one (a name, a path or a mapping) is the base that the others change.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"a preset is a mapping of fields, got {data!r}")
+            raise ValueError(f"a preset is a mapping of fields, got {shown(data)}")
         if "preset" in data:
             return load_preset(data["preset"], **{key: value for key, value in data.items() if key != "preset"})
         check_keys("preset", data, cls.field_names())
@@ -106,12 +109,19 @@ class CachePreset:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> CachePreset:
-        """Read a preset file; its name defaults to the file's."""
-        path = Path(path)
-        with path.open() as file:
+        """Read a preset file; its name defaults to the file's.
+
+        Raises:
+            ValueError: the file holds no preset, or `path` is a folder or no path.
+            FileNotFoundError: there is no such file.
+        """
+        if isinstance(path, str) and path in preset_names() and not Path(path).exists():
+            raise FileNotFoundError(f"path={path!r}: no such file; preset={path!r} names the shipped preset")
+        path = check_file("path", path, "a YAML file")
+        with path.open(encoding="utf-8") as file:
             try:
                 data = yaml.safe_load(file)
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(data, Mapping):
             raise ValueError(f"{path}: a preset file holds a mapping of fields, got {type(data).__name__}")
@@ -120,7 +130,18 @@ class CachePreset:
     def with_overrides(self, **overrides: Any) -> CachePreset:
         """A copy with some fields replaced; `keys` and `values` may be plain data as in YAML."""
         check_keys("preset", overrides, self.field_names())
-        return replace(self, **overrides)
+        changed = replace(self, **overrides)
+        if "name" not in overrides:
+            object.__setattr__(changed, "_origin", self._origin or self)
+        return changed
+
+    @property
+    def label(self) -> str:
+        """The name, and which fields differ from the preset that it names: "k4v4 with values=lossless, sinks=8"."""
+        base = self._origin or (load_preset(self.name) if self.name in preset_names() else self)
+        names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(base, f.name)]
+        changes = ", ".join(f"{name}={_described(getattr(self, name))}" for name in names)
+        return f"{self.name} with {changes}" if changes else self.name
 
     def layer_quantizers(self, ordinal: int, num_layers: int) -> tuple[Quantizer, Quantizer]:
         """Key and value quantizer of KV layer `ordinal` of `num_layers`: an override beats the boundary rule."""
@@ -163,18 +184,18 @@ def load_preset(preset: str | Path | Mapping[str, Any] | CachePreset, **override
         preset = CachePreset.from_dict(preset)
     elif not isinstance(preset, CachePreset):
         if not isinstance(preset, (str, Path)):
-            raise ValueError(f"preset={preset!r} is not supported; allowed: a name, a path, a mapping or a CachePreset")
+            raise ValueError(
+                f"preset={shown(preset)} is not supported; allowed: a name, a path, a mapping or a CachePreset"
+            )
         path = Path(preset)
         if path.suffix not in (".yaml", ".yml"):
             path = config_path("cache", f"{preset}.yaml")
             if not path.is_file():
                 raise ValueError(
-                    f"preset={str(preset)!r} is not supported{_guess(str(preset), preset_names())}; "
+                    f"preset={str(preset)!r} is not supported{guess(str(preset), preset_names())}; "
                     f"allowed: {', '.join(preset_names())}, or a path to a YAML file"
                 )
-        if not path.is_file():
-            raise FileNotFoundError(f"preset={str(preset)!r}: no such file")
-        preset = CachePreset.from_yaml(path)
+        preset = CachePreset.from_yaml(check_file("preset", path, "a YAML file"))
     return preset.with_overrides(**overrides) if overrides else preset
 
 
@@ -190,11 +211,12 @@ def quantizer_from(data: str | Mapping[str, Any] | Quantizer, role: str) -> Quan
     if isinstance(data, str):
         data = {"quantizer": data}
     if not isinstance(data, Mapping) or "quantizer" not in data:
-        raise ValueError(f"{role}={data!r} is not supported; allowed: a mapping with 'quantizer' and its options")
+        raise ValueError(f"{role}={shown(data)} is not supported; allowed: a mapping with 'quantizer' and its options")
     options = {key: _frozen(value) for key, value in data.items() if key != "quantizer"}
     if not isinstance(data["quantizer"], str) or data["quantizer"] not in QUANTIZERS:
         raise ValueError(
-            f"{role}: quantizer={data['quantizer']!r} is not supported; allowed: {', '.join(sorted(QUANTIZERS))}"
+            f"{role}: quantizer={shown(data['quantizer'])} is not supported"
+            f"{guess(str(data['quantizer']), QUANTIZERS)}; allowed: {', '.join(sorted(QUANTIZERS))}"
         )
     kind = QUANTIZERS[data["quantizer"]]
     allowed = {f.name for f in fields(kind)}
@@ -214,14 +236,16 @@ def quantizer_data(quantizer: Quantizer) -> dict[str, Any]:
 def _layer_overrides(data: Any) -> tuple[tuple[int, LayerOverride], ...]:
     items = list(data.items()) if isinstance(data, Mapping) else data
     if not isinstance(items, (list, tuple)) or not all(isinstance(x, (list, tuple)) and len(x) == 2 for x in items):
-        raise ValueError(f"layers={data!r} is not supported; allowed: KV-layer ordinals with keys and values")
+        raise ValueError(f"layers={shown(data)} is not supported; allowed: KV-layer ordinals with keys and values")
     result = []
     for index, override in items:
+        if isinstance(index, str) and index.removeprefix("-").isdecimal():
+            index = int(index)  # the keys of a mapping that was in JSON, such as a saved generation config
         if isinstance(index, bool) or not isinstance(index, int):
-            raise ValueError(f"layers: {index!r} is not supported; allowed: KV-layer ordinals (whole numbers)")
+            raise ValueError(f"layers: {shown(index)} is not supported; allowed: KV-layer ordinals (whole numbers)")
         if not isinstance(override, LayerOverride):
             if not isinstance(override, Mapping):
-                raise ValueError(f"layers: {index}: {override!r} is not supported; allowed: keys and values")
+                raise ValueError(f"layers: {index}: {shown(override)} is not supported; allowed: keys and values")
             check_keys(f"layers: {index}", override, {"keys", "values"})
             override = LayerOverride(**{role: quantizer_from(value, role) for role, value in override.items()})
         result.append((index, override))
@@ -240,26 +264,22 @@ def _check_option(owner: str, option: Field, value: Any) -> None:
     if option.type in OPTION_TYPES:
         kind, allowed = OPTION_TYPES[option.type]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ValueError(f"{owner}: {option.name}={value!r} is not supported; allowed: {allowed}")
+            raise ValueError(f"{owner}: {option.name}={shown(value)} is not supported; allowed: {allowed}")
     elif option.name == "widths":
         pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)
         if not pairs or any(isinstance(x, bool) or not isinstance(x, (int, float)) for pair in value for x in pair):
-            raise ValueError(f"{owner}: widths={value!r} is not supported; allowed: pairs of [fraction, bits]")
+            raise ValueError(f"{owner}: widths={shown(value)} is not supported; allowed: pairs of [fraction, bits]")
 
 
-def _check_whole(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}={value!r} is not supported; allowed: whole numbers from {low}")
-
-
-def check_keys(owner: str, data: Mapping[str, Any], allowed: Collection[str]) -> None:
-    """Raise ValueError, with the nearest name and all allowed ones, for a field that `owner` does not have."""
-    for key, value in data.items():
-        if key not in allowed:
-            guess = _guess(str(key), allowed)
-            raise ValueError(f"{owner}: unknown field {key!r}={value!r}{guess}; allowed: {', '.join(sorted(allowed))}")
-
-
-def _guess(name: str, allowed: Collection[str]) -> str:
-    near = get_close_matches(name, allowed, n=1, cutoff=0.75)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+def _described(value: Any) -> str:
+    """A field's value in a label: a quantizer by its name and the options that are not its defaults."""
+    if isinstance(value, tuple):
+        layers = (f"{index}: {_described(override)}" for index, override in value)
+        return "{" + ", ".join(layers) + "}"
+    if isinstance(value, LayerOverride):
+        return ", ".join(f"{role}={_described(q)}" for role, q in vars(value).items() if q is not None)
+    if not isinstance(value, Quantizer):
+        return repr(value)
+    changed = (f for f in fields(value) if getattr(value, f.name) != f.default and f.name != "channel_major")
+    options = ", ".join(f"{f.name}={getattr(value, f.name)}" for f in changed)
+    return f"{value.name}({options})" if options else value.name

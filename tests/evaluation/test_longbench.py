@@ -169,7 +169,7 @@ def test_load_data_from_a_folder_and_a_zip(data, tmp_path):
 
 @pytest.mark.usefixtures("load_metric")
 def test_table_averages_tasks_as_the_paper_does():
-    record = {"preset": "baseline", "answers": ["x"], "classes": [], "bits": 16.0, "smaller": 1.0, "length": 5000}
+    record = {"preset": "uncompressed", "answers": ["x"], "classes": [], "bits": 16.0, "smaller": 1.0, "length": 5000}
     metrics = longbench.summarize(
         [
             {**record, "task": "qasper", "prediction": "x"},
@@ -180,7 +180,7 @@ def test_table_averages_tasks_as_the_paper_does():
     assert metrics["results"][0]["by_length"] == {"4-8k": 100.0}
     lines = longbench.table(metrics).splitlines()
     assert lines[0].split() == ["cache", "bits", "smaller", "SingleQA", "MultiQA", "average"]
-    assert lines[-1].split() == ["full", "cache", "16", "1", "100", "0", "33.33"]
+    assert lines[-1].split() == ["uncompressed", "16", "1", "100", "0", "33.33"]
 
 
 @pytest.mark.usefixtures("load_metric")
@@ -191,14 +191,14 @@ def test_longbench_command_runs_all_tasks(tiny_folder, data, tmp_path, capsys):
     assert cli.main(argv) == 0
     metrics = json.loads((output / "metrics.json").read_text())
     assert {row["task"] for row in metrics["results"]} == set(longbench.TASKS)
-    assert metrics["caches"]["k4v4"]["bits"] < 12 < metrics["caches"]["baseline"]["bits"]
+    assert metrics["caches"]["k4v4"]["bits"] < 12 < metrics["caches"]["uncompressed"]["bits"]
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 13 and max(line["prompt_tokens"] for line in lines) == 400
     own = [line for line in lines if line["preset"] == "k4v4"]
     assert all(line["bits"] < 8 for line in own if line["prompt_tokens"] >= 256)
     assert any(line["bits"] == 16 for line in own), "nothing packed, nothing saved"
     assert all(line["prediction"] for line in lines if line["task"] == "samsum")
-    assert "full cache" in capsys.readouterr().out
+    assert "uncompressed" in capsys.readouterr().out
 
 
 def test_prompts_file_replaces_templates(tmp_path):

@@ -137,8 +137,8 @@ def _prefilled(model, tokens):
 
 
 def test_recent_window_0_leaves_nothing_of_the_prompt_raw(tiny):
-    caches = decoding.resolve_caches(["k4v4", "baseline"], recent_window=0)
-    assert list(caches) == ["baseline", "k4v4"] and caches["k4v4"].encode_first
+    caches = decoding.resolve_caches(["k4v4", "uncompressed"], recent_window=0)
+    assert list(caches) == ["uncompressed", "k4v4"] and caches["k4v4"].encode_first
     cache = decoding.new_cache(tiny, caches["k4v4"])
     decoding.prefill(tiny, torch.randint(0, 250, (1, 512)), cache)
     assert all(layer.tail.count == 0 for layer in cache.packed_layers)
@@ -153,12 +153,12 @@ def test_needle_command_writes_a_run(tiny_folder, tmp_path, capsys):
     assert cli.main(argv) == 0
     metrics = json.loads((output / "metrics.json").read_text())
     assert [(r["preset"], r["style"], r["length"], r["depth"]) for r in metrics["results"]] == [
-        (preset, "number", 320, depth) for preset in ("baseline", "k4v4") for depth in (0.0, 1.0)
+        (preset, "number", 320, depth) for preset in ("uncompressed", "k4v4") for depth in (0.0, 1.0)
     ]
     assert all(r["nll"] > 0 for r in metrics["results"])
     assert [row["accuracy"] for row in metrics["control"]] == [0.0]
     pictures = {path.name for path in output.glob("*.png")}
-    assert pictures == {"heatmap-baseline.png", "heatmap-k4v4.png", "difference-k4v4.png"}
+    assert pictures == {"heatmap-uncompressed.png", "heatmap-k4v4.png", "difference-k4v4.png"}
     assert "(no needle)" in capsys.readouterr().out
 
 

@@ -46,3 +46,16 @@ def test_qjl_lesson_without_a_model_writes_findings(tmp_path, capsys):
     assert metrics["results"] == [] and len(metrics["findings"]) == 5
     assert (tmp_path / "findings.md").read_text().startswith("- At 3 bits")
     assert (tmp_path / "qjl_lesson.png").stat().st_size > 10_000
+
+
+def test_findings_name_each_figures_method():
+    vectors, sizes = qjl_lesson.vector_errors([2], 32, tokens=128), qjl_lesson.sketch_sizes(32, tokens=128)
+    hamming, softmax = qjl_lesson.hamming_errors(32, pairs=16), qjl_lesson.softmax_errors([2], 32, tokens=64)
+    kl = {f"{name} 2 (keys)": (i + 1) / 10 for i, name in enumerate(qjl_lesson.METHODS)}
+    results = [{"preset": name, "kl": value} for name, value in {**kl, "old-turbo4": 0.6, "turbo4": 0.2}.items()]
+    *_, keys, both = qjl_lesson.findings(vectors, sizes, hamming, softmax, results)
+    assert keys == (
+        "Model with 2-bit keys only: KL is 0.1000 for mse, 0.2000 (2.0x) for mse with the unbiased scale, "
+        "0.3000 (3.0x) for prod and 0.4000 (4.0x) for prod with an orthogonal sketch."
+    )
+    assert both.endswith("0.6000 for old-turbo4, which has QJL, and 0.2000 for turbo4, which has not: 3.0 times less.")

@@ -66,7 +66,7 @@ def test_3_bits_lose_less_than_the_papers_4(kl):
     assert kl["k3v3"] < kl["paper-mse-4"]
 
 
-@pytest.mark.parametrize(("name", "limit"), [("baseline", 0.09), ("k4v4", 0.1), ("k3v3", 0.12)])
+@pytest.mark.parametrize(("name", "limit"), [("uncompressed", 0.09), ("k4v4", 0.1), ("k3v3", 0.12)])
 def test_the_number_is_found_at_every_depth(find, name, limit):
     row = [find(name, depth) for depth in DEPTHS]
     assert all(found for found, _ in row)
@@ -74,5 +74,5 @@ def test_the_number_is_found_at_every_depth(find, name, limit):
 
 
 def test_the_number_is_not_found_without_its_needle_nor_by_the_papers_2_bits(find):
-    assert not find("baseline", None)[0]
+    assert not find("uncompressed", None)[0]
     assert not find("paper-mse-2", 0.5)[0]

@@ -2,10 +2,13 @@
 
 import json
 import re
+from datetime import date
 
 import pytest
 
 from turboquant_hf import cli
+from turboquant_hf.evaluation.environment import write_environment
+from turboquant_hf.version import __version__
 
 
 def write(folder, metrics):
@@ -54,6 +57,29 @@ def test_report_is_one_page_without_anything_outside_it(runs):
     assert not re.findall(r'(?:src|href)="(?!data:|#s\d)', page)
     titles = re.findall(r"<h2 id=.*?>(.*?)</h2>", page)
     assert titles == ["Summary", "benchmark (speed)", "perplexity", "needle", "lesson"]
+
+
+def test_report_says_with_what_a_run_was_made_and_shows_pictures_before_tables(runs):
+    folder = runs / "runs" / "perplexity"
+    write_environment(folder, "cpu")
+    (folder / "config.yaml").write_text("dtype: bfloat16\nrecent_window: 64\n")
+    cli.main(["report", str(runs / "runs"), "--output", str(runs / "out")])
+    text, page = ((runs / "out" / f"report.{kind}").read_text() for kind in ("md", "html"))
+    line = next(line for line in text.splitlines() if line.startswith("date: "))
+    versions = (f"turboquant_hf {__version__}", "transformers ", "torch ")
+    for part in (date.today().isoformat(), "hardware: CPU (", *versions):
+        assert part in line
+    assert "dtype: bfloat16" in line and "recent window: 64 tokens" in line
+    needle = page.split(">needle</h2>")[1]
+    assert needle.index("<img") < needle.index("<table"), "the picture first"
+    assert "uncompressed" in needle and "baseline" not in needle, "one name, also for older runs"
+
+
+def test_a_report_names_the_recent_windows_where_they_differ(tmp_path):
+    row = {"preset": "a", "kl": 0.1, "key_bits": 4.0, "value_bits": 4.0, "compression_ratio": 3.0, "perplexity": 9.0}
+    write(tmp_path / "run", {"results": [{**row, "top1": 0.9}], "dtype": "float32", "recent_windows": {"a": 0, "b": 7}})
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    assert "dtype: float32; recent window: a 0, b 7" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_report_merges_the_runs_of_a_preset_into_its_summary(runs):

@@ -81,12 +81,12 @@ def test_matches_against_hand_computed_values():
 
 
 def test_summarize_and_table():
-    record = {"preset": "baseline", "task": "single-key", "length": 512}
+    record = {"preset": "uncompressed", "task": "single-key", "length": 512}
     metrics = retrieval.summarize(
         [{**record, "score": 1.0}, {**record, "score": 0.0}, {**record, "task": "key-value", "score": 1.0}]
     )
     assert metrics["results"][0] == {**record, "score": 50.0, "samples": 2}
-    assert retrieval.table(metrics).splitlines()[-1].split() == ["baseline", "512", "50", "100", "75"]
+    assert retrieval.table(metrics).splitlines()[-1].split() == ["uncompressed", "512", "50", "100", "75"]
 
 
 def test_retrieval_command_writes_a_run(tiny_folder, tmp_path, capsys):
@@ -97,7 +97,7 @@ def test_retrieval_command_writes_a_run(tiny_folder, tmp_path, capsys):
     assert cli.main(argv) == 0
     results = json.loads((output / "metrics.json").read_text())["results"]
     assert [(row["preset"], row["task"]) for row in results] == [
-        (preset, task) for task in ("single-key", "key-value") for preset in ("baseline", "k4v4")
+        (preset, task) for task in ("single-key", "key-value") for preset in ("uncompressed", "k4v4")
     ]
     assert all(row["score"] == 0.0 for row in results), "a random model cannot know"
     assert "single-key" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from turboquant_hf.evaluation import runs
 from turboquant_hf.evaluation.settings import add_settings, settings
 
 ROOT = Path(__file__).parents[2]
+FILES = ["config.yaml", "environment.yaml", "metrics.json", "predictions.jsonl"]
 UNITS = [{"preset": preset, "index": index} for preset in ("a", "b") for index in range(4)]
 
 
@@ -45,7 +46,7 @@ def predict(unit):
 
 def test_run_units_writes_settings_predictions_and_metrics(tmp_path):
     metrics = execute(tmp_path, predict, trials=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.json", "predictions.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {
         "device": "cpu",
         "preset": ["a", "b"],

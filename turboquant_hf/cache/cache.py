@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from turboquant_hf.cache.hybrid import HybridLayer
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.serialization import config_field, model_fields, read_cache, save_cache
+from turboquant_hf.checks import check_flag, shown
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 
 ATTENTION_NAME = "turboquant"
@@ -51,15 +52,19 @@ def _tensors(item: Any) -> Iterator[torch.Tensor]:
 def check_config(config: Any) -> None:
     """Raise ValueError for what is no model's configuration."""
     if not isinstance(config, PreTrainedConfig):
-        what = type(config).__name__ if isinstance(config, torch.nn.Module) else repr(config)
-        raise ValueError(f"config={what} is not supported; allowed: the model's configuration (model.config)")
+        raise ValueError(f"config={shown(config)} is not supported; allowed: the model's configuration (model.config)")
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """The value, which must be true or false."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is not supported; allowed: true, false")
-    return value
+def check_device(device: Any) -> None:
+    """Raise ValueError for what `load` cannot put layers on."""
+    for one in device.values() if isinstance(device, Mapping) else [device]:
+        try:
+            torch.device("cpu" if one is None else one)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"device={shown(device)} is not supported; allowed: a device such as 'cuda:0', "
+                "{layer index: device}, or None for where the cache was"
+            ) from error
 
 
 def owning_layers(config: PreTrainedConfig) -> int:
@@ -154,7 +159,10 @@ class TurboQuantCache(DynamicCache):
 
         Raises:
             CacheFileError: the file is damaged, no saved cache, or belongs to another model or format version.
+            ValueError: `config` is no configuration, or `device` no device.
         """
+        check_config(config)
+        check_device(device)
         preset, fill = read_cache(path, config)
         cache = cls(config, preset, offloading)
         fill(cache, device)
@@ -184,6 +192,19 @@ class TurboQuantCache(DynamicCache):
             plain = type(self.layers[index]) is DynamicLayer
             self.layers[index] = layer if plain else HybridLayer(self.layers[index], layer)
 
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        """As upstream's: append [B, H, T, D] keys and values to a layer; returns what attention reads.
+
+        Raises:
+            ValueError: the model has more layers than the cache was made for.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"this cache was made for a model of {len(self.layers)} layers, and this model has more (it asks for "
+                f"layer {layer_idx}); allowed: a cache of its own configuration, {type(self).__name__}(model.config)"
+            )
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
         """The layers that this package holds, in order."""
@@ -200,7 +221,15 @@ class TurboQuantCache(DynamicCache):
 
         `generate` does this itself. Without it padding still never reaches the output, but it counts as tokens
         when sinks are chosen and keys are measured. None takes back what was said.
+
+        Raises:
+            ValueError: the mask is no tensor.
         """
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            raise ValueError(
+                f"attention_mask={shown(attention_mask)} is not supported; allowed: a tensor [B, T] of zeros and ones, "
+                "or None"
+            )
         if self.tokens:
             return
         padded = attention_mask is not None and attention_mask.dim() == 2
@@ -248,7 +277,7 @@ class TurboQuantCache(DynamicCache):
     def __repr__(self) -> str:
         packed = len(self.packed_layers)
         return (
-            f"{type(self).__name__}(preset={self.preset.name!r}, tokens={self.tokens}, "
+            f"{type(self).__name__}(preset={self.preset.label!r}, tokens={self.tokens}, "
             f"layers={len(self.layers)} ({packed} packed), bytes={self.nbytes:,}, "
             f"{self.compression_ratio:.2f}x smaller than 16 bit)"
         )

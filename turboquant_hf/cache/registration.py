@@ -14,7 +14,8 @@ from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import is_flash_attention_requested
 
-from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache, check_flag
+from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.cache.given import check_given
 from turboquant_hf.cache.messages import (
     AS_WITHOUT,
     OWN_STATE,
@@ -38,15 +39,10 @@ from turboquant_hf.cache.switching import (
     use_turboquant_attention,
     why_dense,
 )
-from turboquant_hf.config import DEFAULT_PRESET, CachePreset, check_keys, load_preset
+from turboquant_hf.checks import check_flag, check_json, check_keys
+from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
+from turboquant_hf.names import CACHE_NAME, STATIC_NAME, UPSTREAM, add_cache_names
 
-CACHE_NAME = "turboquant"
-STATIC_NAME = "turboquant_static"
-UPSTREAM = {
-    CACHE_NAME: ("dynamic", ("DYNAMIC_CACHE_IMPLEMENTATIONS",)),
-    STATIC_NAME: ("static", ("STATIC_CACHE_IMPLEMENTATIONS", "ALL_STATIC_CACHE_IMPLEMENTATIONS")),
-}
-"""Our names -> upstream's cache that is built first, and the tables beside the one of all names."""
 ATTENTION_CHOICES = ("auto", "keep")
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """What generate calls the cache among a model's arguments: the second name up to transformers 5.23."""
@@ -58,11 +54,7 @@ def register_cache() -> bool:
     Returns:
         False when this version of transformers refuses the name; `past_key_values=` works all the same.
     """
-    for ours, (_, tables) in UPSTREAM.items():
-        for table in ("ALL_CACHE_IMPLEMENTATIONS", *tables):
-            names = getattr(configuration_utils, table, None)
-            if names is not None and ours not in names:
-                setattr(configuration_utils, table, type(names)((*names, ours)))
+    add_cache_names(configuration_utils)
     original = GenerationMixin._prepare_cache_for_generation
     if not hasattr(original, "_turboquant_original"):
         GenerationMixin._prepare_cache_for_generation = _wrap(original)
@@ -101,6 +93,9 @@ def _wrap(original):
             generation_config.cache_implementation = None
             return original(self, *args, **kwargs)
         if not wanted or given is not None:
+            own = getattr(given, "self_attention_cache", given)
+            if isinstance(own, (TurboQuantCache, TurboQuantStaticCache)):
+                check_given(self, own, generation_config, model_kwargs)
             result = original(self, *args, **kwargs)
             if isinstance(given, TurboQuantStaticCache):
                 _check_room(given, bound["max_cache_length"])
@@ -190,6 +185,7 @@ def _parse(cache_config: Any):
             f'{{"preset": "{DEFAULT_PRESET}"}}'
         )
     options = dict(cache_config or {})
+    check_json("cache_config", options)
     check_keys("cache_config", options, {"attention", "graph", "offloading", "preset", *CachePreset.field_names()})
     attention = options.pop("attention", "auto")
     if attention not in ATTENTION_CHOICES:

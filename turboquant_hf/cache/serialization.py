@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from turboquant_hf.cache.hybrid import packed_part
 from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.checks import check_file, shown
 from turboquant_hf.config import CachePreset
 from turboquant_hf.version import __version__
 
@@ -50,8 +51,11 @@ def save_cache(cache, path: str | Path) -> None:
 
     Raises:
         CacheFileError: a layer holds something that cannot be written.
+        ValueError: `path` is a folder, or no path at all.
         OSError: the disk's own complaint.
     """
+    if not isinstance(path, (str, Path)) or Path(path).is_dir():
+        raise ValueError(f"path={shown(path)} is not supported; allowed: the path of a file")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
@@ -158,8 +162,7 @@ def _fill(cache, path: str | Path, content: dict[str, Any], device: Any) -> None
 @contextmanager
 def _reading(path: str | Path) -> Iterator[Any]:
     """The open file; whatever goes wrong with what it holds becomes a CacheFileError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_file("path", path, "a saved cache")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

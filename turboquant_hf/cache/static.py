@@ -12,12 +12,12 @@ from turboquant_hf.cache.cache import (
     LiveAttention,
     TurboQuantCache,
     check_config,
-    check_flag,
     never_packed,
     owning_layers,
 )
-from turboquant_hf.cache.serialization import config_field
+from turboquant_hf.cache.serialization import config_field, model_fields
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
+from turboquant_hf.checks import check_flag, check_whole
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 
 
@@ -45,6 +45,7 @@ class TurboQuantStaticCache(StaticCache):
     packed_layers = TurboQuantCache.packed_layers
     tokens = TurboQuantCache.tokens
     note_padding = TurboQuantCache.note_padding
+    update = TurboQuantCache.update
     nbytes = TurboQuantCache.nbytes
     dense_nbytes = TurboQuantCache.dense_nbytes
     compression_ratio = TurboQuantCache.compression_ratio
@@ -62,8 +63,7 @@ class TurboQuantStaticCache(StaticCache):
         self.graph = check_flag("graph", graph)
         if "offloading" in overrides:
             raise ValueError("offloading is not supported by a static cache; use TurboQuantCache")
-        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
-            raise ValueError(f"max_cache_len={max_cache_len!r} is not supported; allowed: whole numbers from 1")
+        check_whole("max_cache_len", max_cache_len, 1)
         self.preset = load_preset(preset, **overrides)
         super().__init__(config=config, max_cache_len=max_cache_len)
         # Early versions leave a cache without layers where a model could share layers and does not.
@@ -91,6 +91,7 @@ class TurboQuantStaticCache(StaticCache):
         if isinstance(head_dim, int) and not latent:
             self.preset.validate(head_dim)
         reads_packed = never_packed if latent else LiveAttention(config)
+        self.model_fields = model_fields(config)
         workspaces: dict = {}
         owned = self.layers[: owning_layers(config)]
         packed = [index for index, layer in enumerate(owned) if type(layer) is StaticLayer]
@@ -113,6 +114,6 @@ class TurboQuantStaticCache(StaticCache):
     def __repr__(self) -> str:
         packed = len(self.packed_layers)
         return (
-            f"{type(self).__name__}(preset={self.preset.name!r}, layers={len(self.layers)} ({packed} packed), "
+            f"{type(self).__name__}(preset={self.preset.label!r}, layers={len(self.layers)} ({packed} packed), "
             f"bytes={self.nbytes:,}, {self.spare_nbytes:,} more ahead)"
         )

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         return {"tool": "ablate", "baseline": {"perplexity": baseline}, "results": results}
 
     def finish(metrics: dict[str, Any], output: Path) -> None:
-        print(fidelity.table(metrics["results"], metrics["baseline"]["perplexity"]))
+        print(fidelity.table(metrics))
         plot(metrics["results"], output / "ablate.png")
 
     presets, gradual = zip(*unique, strict=True)

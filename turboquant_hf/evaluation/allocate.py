@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         }  # fmt: skip
 
     def finish(metrics: dict[str, Any], _) -> None:
-        print(fidelity.table(metrics["results"], metrics["baseline"]["perplexity"]))
+        print(fidelity.table(metrics))
         print(found := metrics["findings"][0])
         if target is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,9 +158,10 @@ def verdict(results: Sequence[Mapping[str, Any]]) -> str:
     bits = [(row["key_bits"] + row["value_bits"]) / 2 for row in (ours, rival)]
     ratios = [a / b for a, b in zip(ours["kl_by_window"], rival["kl_by_window"], strict=True)]
     return (
-        f"{ours['preset']} {outcome} the best flat preset of its size on other text: KL {ours['kl']:.4f} at "
-        f"{bits[0]:.3f} real bits per channel, {rival['preset']} {rival['kl']:.4f} at {bits[1]:.3f}; better in "
-        f"{sum(ratio < 1 for ratio in ratios)} of {len(ratios)} windows, ratio {min(ratios):.2f} to {max(ratios):.2f}."
+        f"{ours['preset']} {outcome} {rival['preset']}, the best flat preset of its size, on other text: KL "
+        f"{ours['kl']:.4f} at {bits[0]:.3f} real bits per channel against {rival['kl']:.4f} at {bits[1]:.3f}. It is "
+        f"better in {sum(ratio < 1 for ratio in ratios)} of {len(ratios)} windows, where its KL is "
+        f"{min(ratios):.2f} to {max(ratios):.2f} times that of {rival['preset']}."
     )
 
 

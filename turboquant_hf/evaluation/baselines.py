@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         return {"tool": "baselines", "findings": notes, "baseline": {"perplexity": baseline}, "results": results}
 
     def finish(metrics: dict[str, Any], _) -> None:
-        print(fidelity.table(metrics["results"], metrics["baseline"]["perplexity"]))
+        print(fidelity.table(metrics))
         for note in metrics["findings"]:
             print(note)
 

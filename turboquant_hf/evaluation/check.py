@@ -65,9 +65,9 @@ class Fidelity:
         if self.faithful:
             return f"{self.preset} stays close to the uncompressed model: {figures}, top-1 {self.top1:.1%}"
         advice = (
-            f"{self.safer} stays below"
+            f"{self.safer} stays below the limit"
             if self.safer
-            else f"none of {', '.join(SAFER)} stays below: leave the cache uncompressed"
+            else f"none of {', '.join(SAFER)} stays below the limit, so leave the cache uncompressed"
         )
         return f"{self.preset} changes this model's answers: {figures}; {advice}"
 

@@ -13,9 +13,13 @@ import yaml
 
 from turboquant_hf.cache import ATTENTION_NAME
 from turboquant_hf.config import CachePreset, load_preset
+from turboquant_hf.evaluation.environment import write_environment
 from turboquant_hf.evaluation.models import load_text, packaged_text
+from turboquant_hf.evaluation.settings import whole as whole
 
 DTYPES = ("float32", "bfloat16", "float16")
+UNCOMPRESSED = "uncompressed"
+"""What the model with transformers' own cache is called in every table, picture and file."""
 MEASURED_ALONE = {"recent_window": 0, "encode_first": True, "min_statistics": 256}
 """Nothing but the sinks is read raw once 256 tokens were seen, whatever a preset waits for."""
 
@@ -57,11 +61,14 @@ def add_preset_argument(parser: argparse.ArgumentParser, default: Sequence[str])
 def add_reading_arguments(parser: argparse.ArgumentParser, chunk: int = 512) -> None:
     """--chunk, --recent-window, --attention: how a prompt is read before an answer is decoded."""
     parser.add_argument(
-        "--chunk", type=int, default=chunk, help="prompt tokens fed at a time; 0: all at once (default: %(default)s)"
+        "--chunk",
+        type=whole(0),
+        default=chunk,
+        help="prompt tokens fed at a time; 0: all at once (%(default)s)",
     )
     parser.add_argument(
         "--recent-window",
-        type=int,
+        type=whole(0),
         default=None,
         metavar="TOKENS",
         help="override the presets'; 0 leaves nothing raw but the sinks, the question and the answer included",
@@ -128,10 +135,13 @@ def check_output(output: Path | None) -> None:
 
 
 def write_run(output: Path | None, config: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """config.yaml and metrics.json of one run."""
+    """config.yaml, environment.yaml and metrics.json of one run."""
     if output is None:
         return
     output.mkdir(parents=True, exist_ok=True)
+    if "dtype" in config and config["dtype"] is None and config.get("model"):
+        config = {**config, "dtype": resolve_dtype(argparse.Namespace(**config))}
+    write_environment(output, config.get("device", "cpu"))
     (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 

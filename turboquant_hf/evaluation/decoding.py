@@ -10,14 +10,12 @@ from transformers import Cache, DynamicCache
 
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.config import CachePreset, load_preset
-from turboquant_hf.evaluation.common import MEASURED_ALONE
+from turboquant_hf.evaluation.common import MEASURED_ALONE, UNCOMPRESSED
 from turboquant_hf.evaluation.models import forward
-
-BASELINE = "baseline"
 
 
 def resolve_caches(names, recent_window: int | None) -> dict[str, CachePreset | None]:
-    """Cache name -> preset, the uncompressed "baseline" (None) first; names may be presets or YAML files.
+    """Cache name -> preset, "uncompressed" (None) first; names may be presets or YAML files.
 
     `recent_window=0` also encodes new tokens before they are attended to (`CachePreset.encode_first`): nothing but the
     sinks is then read raw, not the newest chunk of the prompt and not the answer's own tokens; presets that wait longer
@@ -28,9 +26,9 @@ def resolve_caches(names, recent_window: int | None) -> dict[str, CachePreset | 
         ValueError: an unknown preset, or two of the same name.
     """
     overrides = {} if recent_window is None else {"recent_window": recent_window, "encode_first": recent_window == 0}
-    caches: dict[str, CachePreset | None] = {BASELINE: None}
+    caches: dict[str, CachePreset | None] = {UNCOMPRESSED: None}
     for name in names:
-        if str(name) == BASELINE:
+        if str(name) == UNCOMPRESSED:
             continue
         preset = load_preset(name, **overrides)
         if recent_window == 0:

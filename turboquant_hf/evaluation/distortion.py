@@ -14,6 +14,7 @@ from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.config import load_preset, quantizer_from
 from turboquant_hf.evaluation import common
 from turboquant_hf.evaluation.models import forward, load_model
+from turboquant_hf.evaluation.settings import whole
 from turboquant_hf.primitives import distortion, lloyd_max
 from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.resources import config_path
@@ -36,16 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file, instead of synthetic ones"
     )
     parser.add_argument(
-        "--layers", type=int, nargs="+", default=[0, 10, 20], help="layers to capture with --model (default: 0 10 20)"
+        "--layers",
+        type=whole(0),
+        nargs="+",
+        default=[0, 10, 20],
+        help="layers to capture with --model (default: 0 10 20)",
     )
-    parser.add_argument("--tokens", type=int, default=2048, help="vectors a head (default: %(default)s)")
+    parser.add_argument("--tokens", type=whole(1), default=2048, help="vectors a head (%(default)s)")
     parser.add_argument(
-        "--head-dim", type=int, default=128, help="channels of the synthetic vectors (default: %(default)s)"
+        "--head-dim", type=whole(1), default=128, help="channels of the synthetic vectors (%(default)s)"
     )
     parser.add_argument(
         "--quantizers", type=Path, default=config_path("eval", "distortion.yaml"), help="YAML of name-bits: quantizer"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the synthetic vectors (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic vectors (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

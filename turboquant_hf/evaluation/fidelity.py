@@ -206,16 +206,23 @@ def run_fidelity(
             kept = by_window.setdefault(record["window"], {"baseline": record["baseline"], "presets": []})
             kept["presets"] += record["presets"]
         about = {"model": options.model, "text": name, "context": windows[0].shape[1], "windows": len(windows)}
+        about |= {"dtype": options.dtype, "recent_windows": {p.name: p.recent_window for p in presets}}
         return about | summarize(*combine(list(by_window.values())))
 
     units = [{"window": window, "group": group} for window in range(len(windows)) for group in range(len(groups))]
     return runs.run_units(options, units, load, metrics, finish)
 
 
-def table(results: Sequence[dict[str, Any]], baseline: float | None = None) -> str:
-    """One line a preset, below that of the uncompressed model where its perplexity is given."""
-    rows = [] if baseline is None else [["(16 bit)", baseline, 0.0, 1.0, 16.0, 16.0, 1.0]]
-    return common.format_table([*rows, *([row[c] for c in COLUMNS] for row in results)], HEADER)
+def table(metrics: dict[str, Any]) -> str:
+    """One line per preset of a run's metrics, below that of the uncompressed model."""
+    rows = [uncompressed_row(metrics["baseline"]["perplexity"], metrics["dtype"])]
+    return common.format_table([*rows, *([row[c] for c in COLUMNS] for row in metrics["results"])], HEADER)
+
+
+def uncompressed_row(perplexity: float, dtype: str) -> list[Any]:
+    """The line of the uncompressed model, whose cache has as many bits as its dtype; sizes are against 16 bit."""
+    bits = 8.0 * getattr(torch, dtype).itemsize
+    return [f"{common.UNCOMPRESSED} ({dtype})", perplexity, 0.0, 1.0, bits, bits, 16 / bits]
 
 
 def divergences(reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:

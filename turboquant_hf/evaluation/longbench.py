@@ -17,9 +17,8 @@ import torch
 
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.evaluation import common, decoding, runs
-from turboquant_hf.evaluation.decoding import BASELINE
 from turboquant_hf.evaluation.models import load_model
-from turboquant_hf.evaluation.settings import add_settings, settings
+from turboquant_hf.evaluation.settings import add_settings, settings, whole
 
 DATA = "https://huggingface.co/datasets/THUDM/LongBench/resolve/main/data.zip"
 CHAT_ROOM = 100
@@ -139,8 +138,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_preset_argument(parser, ["k4v4", "k3v3"])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all 13")
-    parser.add_argument("--limit", type=int, default=None, help="samples a task; default: all")
-    parser.add_argument("--max-length", type=int, default=None, help="prompt tokens; default: what the model takes")
+    parser.add_argument("--limit", type=whole(1), default=None, help="samples a task; default: all")
+    parser.add_argument(
+        "--max-length", type=whole(1), default=None, help="prompt tokens; default: what the model takes"
+    )
     parser.add_argument(
         "--chat", action=argparse.BooleanOptionalAction, default=True, help="use the chat template, if any"
     )
@@ -326,8 +327,7 @@ def table(metrics: dict[str, Any]) -> str:
     for preset, size in metrics["caches"].items():
         own = [row for row in results if row["preset"] == preset]
         by_category = [_mean([r["score"] for r in own if r["category"] == c]) for c in categories]
-        label = "full cache" if preset == BASELINE else preset
-        rows.append([label, size["bits"], size["smaller"], *by_category, _mean([r["score"] for r in own])])
+        rows.append([preset, size["bits"], size["smaller"], *by_category, _mean([r["score"] for r in own])])
     return common.format_table(rows, ["cache", "bits", "smaller", *categories, "average"])
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from turboquant_hf.evaluation import common, decoding, runs
-from turboquant_hf.evaluation.decoding import BASELINE
+from turboquant_hf.evaluation.common import UNCOMPRESSED
 from turboquant_hf.evaluation.haystack import Haystack
 from turboquant_hf.evaluation.heatmap import plot_heatmap
-from turboquant_hf.evaluation.settings import add_settings, settings
+from turboquant_hf.evaluation.settings import add_settings, settings, whole
 
 PRESETS = ("k4v4", "k3v3", "k2v2", "paper-mse-3", "paper-mse-2")
 EXTRA_TOKENS = 3
@@ -80,12 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser, output="results/needle")
     common.add_text_arguments(parser)
     common.add_preset_argument(parser, PRESETS)
-    parser.add_argument(
-        "--style", choices=sorted(STYLES), default="number", help="kind of needle (default: %(default)s)"
-    )
+    parser.add_argument("--style", choices=sorted(STYLES), default="number", help="kind of needle (%(default)s)")
     parser.add_argument(
         "--lengths",
-        type=int,
+        type=whole(1),
         nargs="+",
         default=[512, 1024, 2048],
         metavar="TOKENS",
@@ -103,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trials", type=int, default=1, help="prompts for every length and depth, run as one batch (%(default)s)"
     )
     common.add_reading_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of keys, numbers and places (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of keys, numbers and places (%(default)s)")
     add_settings(parser)
 
 
@@ -135,7 +133,7 @@ def make_units(options: argparse.Namespace, names: list[str]) -> list[dict[str, 
         {"preset": name, "style": options.style, "length": length, "depth": depth}
         for length in options.lengths
         for name in names
-        for depth in [*options.depths, *([None] if name == BASELINE else [])]
+        for depth in [*options.depths, *([None] if name == UNCOMPRESSED else [])]
     ]
 
 
@@ -229,7 +227,7 @@ def finish(metrics: dict[str, Any], output: Path) -> None:
         for preset in dict.fromkeys(r["preset"] for r in results)
     }
     for preset, grid in grids.items():
-        plot_heatmap(output / f"heatmap-{preset}.png", grid, f"{preset}: needles found")
-        if preset != BASELINE:
-            loss = {cell: found - grids[BASELINE][cell] for cell, found in grid.items()}
-            plot_heatmap(output / f"difference-{preset}.png", loss, f"{preset} minus {BASELINE}", signed=True)
+        plot_heatmap(output / f"heatmap-{preset}.png", grid, f"{preset}: share of needles found")
+        if preset != UNCOMPRESSED:
+            loss = {cell: found - grids[UNCOMPRESSED][cell] for cell, found in grid.items()}
+            plot_heatmap(output / f"difference-{preset}.png", loss, f"{preset} minus {UNCOMPRESSED}", signed=True)

@@ -12,6 +12,7 @@ import torch
 
 from turboquant_hf.evaluation import common
 from turboquant_hf.evaluation.distortion import load_vectors, round_trip
+from turboquant_hf.evaluation.settings import whole
 from turboquant_hf.quantizers import QUANTIZERS
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -21,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file; default: synthetic clusters"
     )
-    parser.add_argument("--rows", type=int, default=10_000, help="how many vectors are indexed (default: %(default)s)")
-    parser.add_argument("--queries", type=int, default=500, help="rows that are searched for (default: %(default)s)")
-    parser.add_argument("--dim", type=int, default=128, help="channels of the synthetic vectors (default: %(default)s)")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4], help="widths of the codecs (default: 2 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of rows and queries (default: %(default)s)")
+    parser.add_argument("--rows", type=whole(1), default=10_000, help="how many vectors are indexed (%(default)s)")
+    parser.add_argument("--queries", type=whole(1), default=500, help="rows that are searched for (%(default)s)")
+    parser.add_argument("--dim", type=whole(1), default=128, help="channels of the synthetic vectors (%(default)s)")
+    parser.add_argument("--bits", type=whole(1), nargs="+", default=[2, 4], help="widths of the codecs (default: 2 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of rows and queries (%(default)s)")
     parser.add_argument(
         "--output", type=Path, default=None, help="folder for config.yaml, metrics.json and neighbours.png"
     )

@@ -32,7 +32,7 @@ class Table:
 
 @dataclass
 class Section:
-    """A heading with sentences, tables and pictures (title, PNG)."""
+    """A heading with sentences, pictures (title, PNG) and tables, shown in this order."""
 
     title: str
     notes: list[str] = field(default_factory=list)
@@ -55,10 +55,10 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
     for i, section in enumerate(sections):
         parts.append(f'<h2 id="s{i}">{html.escape(section.title)}</h2>')
         parts += [f'<p class="note">{html.escape(note)}</p>' for note in section.notes]
-        parts += [_html_table(table) for table in section.tables]
         for name, data in section.pictures:
             source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
             parts.append(f'<figure><img alt="{html.escape(name)}" src="{source}"></figure>')
+        parts += [_html_table(table) for table in section.tables]
     return "\n".join(parts) + "\n</html>\n"
 
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         return {"baseline": {"perplexity": baseline}, "results": results}
 
     def finish(metrics: dict[str, Any], _) -> None:
-        print(fidelity.table(metrics["results"], metrics["baseline"]["perplexity"]))
+        print(fidelity.table(metrics))
 
     fidelity.run_fidelity(options, presets, summarize, finish)
     return 0

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections import Counter
+from itertools import takewhile
+from pathlib import Path
 
 import torch
 
-from turboquant_hf.config import BOUNDARY_VALUES, CachePreset, load_preset, preset_names
+from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.config import BOUNDARY_VALUES, DEFAULT_PRESET, CachePreset, load_preset, preset_names
 from turboquant_hf.evaluation import common
 from turboquant_hf.quantizers import Quantizer
+from turboquant_hf.resources import config_path
 
 KEY_WIDTHS = {2: "k2v2", 3: "k3v3", 4: "k4v4", 8: "k8v4"}
 """Width of conditioned keys -> the shipped preset that defines them."""
@@ -16,36 +22,66 @@ VALUE_WIDTHS = {2: "k2v2", 3: "k3v3", 4: "k4v4", 8: None}
 """The same for values; 8-bit values are those of boundary layers."""
 
 
+SIZES = (512, 2048, 32768)
+NOTES = """
+Bits per channel of 16-bit input, averaged over the layers; scales, zero points, means and signs are counted.
+at {sizes}: how many times less memory the cache takes than a 16-bit one behind a prompt of so many tokens;
+below 1 it takes more. Raw tokens, statistics and the room allocated ahead are counted."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset", action="extend", nargs="+", metavar="NAME", help="preset names or YAML paths; default: all shipped"
     )
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128], help="channels of a head (64 128)")
-    parser.add_argument("--tokens", type=int, default=32768, help="context of the expected compression (%(default)s)")
-    parser.add_argument("--layers", type=int, default=32, help="KV layers (%(default)s)")
-    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads a layer (%(default)s)")
+    sizes = {"type": common.whole(1), "metavar": "N"}
+    parser.add_argument("--head-dim", nargs="+", default=[128], help="channels of a head (128)", **sizes)
+    parser.add_argument(
+        "--tokens", nargs="+", default=list(SIZES), help="prompts whose memory is shown (512 2048 32768)", **sizes
+    )
+    parser.add_argument("--layers", default=32, help="KV layers (%(default)s)", **sizes)
+    parser.add_argument("--kv-heads", default=8, help="KV heads per layer (%(default)s)", **sizes)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 0 when done."""
     header = ["preset"]
     for dim in args.head_dim:
-        header += [f"K bits d={dim}", "V bits", f"smaller at {args.tokens}"]
+        header += [f"K bits d={dim}", "V bits", *(f"at {size(tokens)}" for tokens in args.tokens)]
     rows = []
-    for preset in common.resolve_presets(args.preset or preset_names()):
-        row = [preset.name]
+    for name in args.preset or sorted(preset_names(), key=lambda name: (not OWN.fullmatch(name), name)):
+        preset, row = load_preset(name), []
         for dim in args.head_dim:
             try:
                 preset.validate(dim)
             except ValueError:
-                row += ["-"] * 3
+                row += ["-"] * (2 + len(args.tokens))
                 continue
             keys, values = bits_per_channel(preset, dim, args.layers)
-            row += [keys, values, expected_compression(preset, dim, args.tokens, args.layers, args.kv_heads)]
-        rows.append(row)
-    print(common.format_table(rows, header))
-    print("Bits of 16 bit input, scales, zero points, means and signs included, averaged over the layers.")
+            shape = (args.layers, args.kv_heads)
+            row += [keys, values, *(f"{resident_compression(preset, dim, n, *shape):.2f}x" for n in args.tokens)]
+        default = " (default)" if name == DEFAULT_PRESET else ""
+        rows.append([f"{preset.name}{default}", *row, description(name)])
+    lines = common.format_table([row[:-1] for row in rows], header).splitlines()
+    texts = ["", "", *(row[-1] for row in rows)]
+    print("\n".join(f"{line}  {text}".rstrip() for line, text in zip(lines, texts, strict=True)))
+    print(NOTES.format(sizes=" / ".join(size(tokens) for tokens in args.tokens)))
     return 0
+
+
+OWN = re.compile(r"k\d+v\d+")
+"""Names of this project's own presets, which are listed first."""
+
+
+def description(preset: str) -> str:
+    """What the first lines of a preset's file say about it, by name or path."""
+    path = Path(preset) if Path(preset).suffix in (".yaml", ".yml") else config_path("cache", f"{preset}.yaml")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+
+
+def size(tokens: int) -> str:
+    """2048 as "2k"."""
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
 def bits_per_channel(preset: CachePreset, head_dim: int, layers: int) -> tuple[float, float]:
@@ -62,17 +98,46 @@ def expected_compression(preset: CachePreset, head_dim: int, tokens: int, layers
 
     Counts sinks, the raw tail, statistics and the shared rotations beside the tiles.
     """
+    tiles = packed_tiles(preset, tokens, layers)
+    raw = 2 * head_dim * kv_heads * (tokens - tiles * preset.tile + min(preset.sinks, tokens))
+    total = 0.0
+    for quantizer in _quantizers(preset, layers):
+        packed = quantizer.bits_per_channel(head_dim, preset.tile) / 8 * head_dim * preset.tile * tiles * kv_heads
+        total += raw + packed + (_state_nbytes(quantizer, head_dim, preset.tile) * kv_heads if tiles else 0)
+    return 4 * head_dim * kv_heads * tokens * layers / (total + _shared_nbytes(preset, head_dim, layers))
+
+
+def resident_compression(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv_heads: int) -> float:
+    """The same with the room that is allocated ahead, as it is behind a prompt of so many bfloat16 tokens."""
+    tiles = packed_tiles(preset, tokens, layers)
+    rest = torch.empty(1, 1, tokens - tiles * preset.tile, head_dim, dtype=torch.bfloat16)
+    total = 0
+    for pair, count in Counter(preset.layer_quantizers(ordinal, layers) for ordinal in range(layers)).items():
+        layer = TurboQuantLayer(preset, *pair)
+        layer.lazy_initialization(rest[:, :, :0])
+        for store in layer.tiles:
+            store.extend(tiles)
+        layer.tail.append(rest, rest)
+        if not tiles:
+            layer.tail.own()
+        learned = sum(_state_nbytes(quantizer, head_dim, preset.tile) for quantizer in pair) if tiles else 0
+        total += count * kv_heads * (layer.nbytes + layer.spare_nbytes + learned)
+    return 4 * head_dim * kv_heads * tokens * layers / (total + _shared_nbytes(preset, head_dim, layers))
+
+
+def packed_tiles(preset: CachePreset, tokens: int, layers: int) -> int:
+    """How many tiles of a sequence are packed behind a prompt."""
     waits = any(q.needs_statistics for q in preset.layer_quantizers(0, layers))
     ready = tokens >= preset.min_statistics or not waits
-    tiles = max(tokens - preset.recent_window, 0) // preset.tile if ready else 0
-    raw = 2 * head_dim * kv_heads * (tokens - tiles * preset.tile + min(preset.sinks, tokens))
-    total, shared = 0.0, {}
-    for ordinal in range(layers):
-        for quantizer in preset.layer_quantizers(ordinal, layers):
-            packed = quantizer.bits_per_channel(head_dim, preset.tile) / 8 * head_dim * preset.tile * tiles * kv_heads
-            total += raw + packed + (_state_nbytes(quantizer, head_dim, preset.tile) * kv_heads if tiles else 0)
-            shared[quantizer] = quantizer.shared_nbytes(head_dim)
-    return 4 * head_dim * kv_heads * tokens * layers / (total + sum(shared.values()))
+    return max(tokens - preset.recent_window, 0) // preset.tile if ready else 0
+
+
+def _quantizers(preset: CachePreset, layers: int) -> list[Quantizer]:
+    return [quantizer for ordinal in range(layers) for quantizer in preset.layer_quantizers(ordinal, layers)]
+
+
+def _shared_nbytes(preset: CachePreset, head_dim: int, layers: int) -> int:
+    return sum(quantizer.shared_nbytes(head_dim) for quantizer in set(_quantizers(preset, layers)))
 
 
 def _state_nbytes(quantizer: Quantizer, head_dim: int, tile: int) -> int:

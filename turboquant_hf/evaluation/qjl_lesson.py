@@ -19,6 +19,7 @@ from turboquant_hf.config import CachePreset, load_preset, quantizer_from
 from turboquant_hf.evaluation import common, fidelity
 from turboquant_hf.evaluation.distortion import errors, round_trip
 from turboquant_hf.evaluation.models import load_model
+from turboquant_hf.evaluation.settings import whole
 
 METHODS: dict[str, dict[str, Any]] = {
     "mse": {"quantizer": "mse"},
@@ -31,13 +32,16 @@ METHODS: dict[str, dict[str, Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     common.add_text_arguments(parser)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="widths compared, from 2 (2 3 4)")
-    parser.add_argument("--head-dim", type=int, default=128, help="channels of the random vectors (%(default)s)")
-    parser.add_argument("--context", type=int, default=768, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--bits", type=whole(2), nargs="+", default=[2, 3, 4], help="widths compared, from 2 (2 3 4)")
+    parser.add_argument("--head-dim", type=whole(1), default=128, help="channels of the random vectors (%(default)s)")
+    parser.add_argument("--context", type=whole(1), default=768, help="tokens a window (%(default)s)")
     parser.add_argument(
-        "--windows", type=int, default=1, help="windows of text; 0 leaves the model out (default: %(default)s)"
+        "--windows",
+        type=whole(0),
+        default=1,
+        help="windows of text; 0 leaves the model out (%(default)s)",
     )
-    parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time (default: %(default)s)")
+    parser.add_argument("--chunk", type=whole(1), default=128, help="tokens fed at a time (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -175,56 +179,63 @@ def model_errors(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**{c: row[c] for c in columns}, "baseline": baseline} for row in results]
 
 
+PHRASES = {
+    "mse": "mse", "mse, unbiased": "mse with the unbiased scale", "prod": "prod",
+    "prod, orthogonal": "prod with an orthogonal sketch",
+}  # fmt: skip
+"""The methods as a sentence names them."""
+
+
+def _listed(values: Mapping[str, str]) -> str:
+    """Figures by method as the middle of a sentence: "1 for mse, 2 for prod and 3 for ..."."""
+    *first, last = (f"{figure} for {PHRASES[name]}" for name, figure in values.items())
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def findings(vectors, sizes, hamming, softmax, results) -> list[str]:
     """What the figures say, in sentences that hold whatever they are."""
     width = max(row["bits"] for row in vectors)
     error = {row["method"]: row for row in vectors if row["bits"] == width}
     spread = {row["method"]: row for row in softmax if row["bits"] == width}
+    errors_by_method = {name: f"{row['error']:.4f}" for name, row in error.items()}
+    biases = {name: f"{row['bias']:+.4f}" for name, row in error.items()}
     found = [
-        f"At {width} bits, D x the error of an inner product is {error['mse']['error']:.4f} for mse, "
-        f"{error['mse, unbiased']['error']:.4f} with the unbiased scale, {error['prod']['error']:.4f} for prod and "
-        f"{error['prod, orthogonal']['error']:.4f} with an orthogonal sketch. Biases: {error['mse']['bias']:+.4f}, "
-        f"{error['mse, unbiased']['bias']:+.4f}, {error['prod']['bias']:+.4f}, "
-        f"{error['prod, orthogonal']['bias']:+.4f}.",
-        "'QJL is needed for unbiased inner products' does not hold: the stored scale does it, with no bit spent and "
-        f"{error['prod']['variance'] / error['mse, unbiased']['variance']:.1f}x less variance than prod.",
+        f"At {width} bits, the error of an inner product, times D, is "
+        f"{_listed(errors_by_method)}. The bias is {_listed(biases)}.",
+        "Unbiased inner products do not need QJL: the stored scale makes them unbiased, costs no bit and has "
+        f"{error['prod']['variance'] / error['mse, unbiased']['variance']:.1f} times less variance than prod.",
     ]
     best = min((row for row in sizes if "rows" in row["method"]), key=lambda row: row["error"])
     four = next(row for row in sizes if row["method"] == "mse 4")
     five = next(row for row in sizes if row["method"] == "mse 5")
     found.append(
-        f"The best sketch behind a 3-bit codebook ({best['method']}, {best['real bits']:.2f} real bits) errs "
-        f"by {best['error']:.4f}; mse by {four['error']:.4f} at {four['real bits']:.2f} bits "
-        f"and {five['error']:.4f} at {five['real bits']:.2f}."
+        f"The best sketch behind a 3-bit codebook ({best['method']}) has an error of {best['error']:.4f} at "
+        f"{best['real bits']:.2f} real bits. mse has {four['error']:.4f} at {four['real bits']:.2f} bits and "
+        f"{five['error']:.4f} at {five['real bits']:.2f}."
     )
     at = {(row["estimator"], row["cosine"]): row for row in hamming}
     found.append(
-        "The symmetric Hamming estimator at cosine 0, where most keys are, has a standard deviation of "
-        f"{at['symmetric', 0.0]['std']:.3f} against {at['asymmetric', 0.0]['std']:.3f} of the asymmetric one; "
-        f"at cosine 0.9 {at['symmetric', 0.9]['std']:.3f} (bias {at['symmetric', 0.9]['bias']:+.4f}) "
-        f"against {at['asymmetric', 0.9]['std']:.3f} "
-        f"(bias {at['asymmetric', 0.9]['bias']:+.4f})."
+        "At cosine 0, where most keys are, the symmetric Hamming estimator has a standard deviation of "
+        f"{at['symmetric', 0.0]['std']:.3f} and the asymmetric one {at['asymmetric', 0.0]['std']:.3f}. At cosine 0.9 "
+        f"these are {at['symmetric', 0.9]['std']:.3f} (bias {at['symmetric', 0.9]['bias']:+.4f}) and "
+        f"{at['asymmetric', 0.9]['std']:.3f} (bias {at['asymmetric', 0.9]['bias']:+.4f})."
     )
-    found.append(
-        f"Softmax at {width} bits: the attention weights that move are "
-        + "; ".join(
-            f"{100 * spread['mse'][f'spread {s}']:.1f} % (mse), "
-            f"{100 * spread['mse, unbiased'][f'spread {s}']:.1f} % (unbiased) and "
-            f"{100 * spread['prod'][f'spread {s}']:.1f} % (prod) for scores with a standard deviation of {s}"
-            for s in (1, 4)
-        )
-        + "."
-    )
+    moved = [
+        f"for scores with a standard deviation of {s} it is "
+        + _listed({name: f"{100 * row[f'spread {s}']:.1f} %" for name, row in spread.items()})
+        for s in (1, 4)
+    ]
+    found.append(f"Attention weight that moves in a softmax at {width} bits: {'; '.join(moved)}.")
     kl = {row["preset"]: row["kl"] for row in results}
     for bits in sorted({row["bits"] for row in vectors}) if kl else ():
-        plain, shown = kl[f"mse {bits} (keys)"], []
-        for name in ("mse, unbiased", "prod", "prod, orthogonal"):
-            shown.append(f"{name} {kl[f'{name} {bits} (keys)']:.4f} ({kl[f'{name} {bits} (keys)'] / plain:.1f}x)")
-        found.append(f"Model, {bits}-bit keys only: KL {plain:.4f} with mse, " + ", ".join(shown) + ".")
+        own = {name: kl[f"{name} {bits} (keys)"] for name in METHODS}
+        shown = {name: f"{value:.4f} ({value / own['mse']:.1f}x)" for name, value in own.items() if name != "mse"}
+        found.append(f"Model with {bits}-bit keys only: KL is {own['mse']:.4f} for mse, {_listed(shown)}.")
     if kl:
         old, new = kl["old-turbo4"], kl["turbo4"]
         found.append(
-            f"old-turbo4 (with QJL, keys and values): KL {old:.4f}; turbo4 (without): {new:.4f}, {old / new:.1f}x less."
+            f"Model with keys and values: KL is {old:.4f} for old-turbo4, which has QJL, and {new:.4f} for turbo4, "
+            f"which has not: {old / new:.1f} times less."
         )
     return found
 

@@ -11,7 +11,8 @@ from typing import Any
 from turboquant_hf.config import load_preset, preset_names
 from turboquant_hf.evaluation import report_parts
 from turboquant_hf.evaluation.ablate import pareto_front
-from turboquant_hf.evaluation.page import Section, Table, cell, to_html, to_markdown
+from turboquant_hf.evaluation.environment import read_about
+from turboquant_hf.evaluation.page import Section, Table, to_html, to_markdown
 from turboquant_hf.evaluation.presets import expected_compression
 
 FIDELITY = {
@@ -149,7 +150,7 @@ def _by_preset(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for row in _results(metrics):
         if not row.get("preset"):
             continue
-        name = row["preset"]
+        name = report_parts.cache_name(row["preset"])
         own = found.setdefault(name, {})
         own |= {key: row[key] for key in list(FIDELITY)[1:] if "kl" in row and key in row}
         for key, column in (("accuracy", "needle"), ("score", "retrieval")):
@@ -187,13 +188,7 @@ def _memory(summary: Section) -> Section:
 def _section(folder: Path, metrics: Mapping[str, Any]) -> Section:
     results, kind = _results(metrics), kind_of(metrics)
     section = Section(folder.name if kind in ("", folder.name) else f"{kind} ({folder.name})")
-    about = [
-        f"{k}: {cell(metrics[k])}"
-        for k in ("model", "text", "context", "windows", "rows", "queries", "device", "copy_gbps")
-        if isinstance(metrics.get(k), (str, int, float))
-    ]
-    if isinstance(metrics.get("baseline"), Mapping):
-        about += [f"uncompressed {k}: {cell(v)}" for k, v in metrics["baseline"].items() if isinstance(v, (int, float))]
+    about = report_parts.about(read_about(folder), metrics)
     findings = list(metrics.get("findings", []))
     if results and kind == "needle":
         section.tables += report_parts.needle_tables(results)
@@ -212,7 +207,7 @@ def _section(folder: Path, metrics: Mapping[str, Any]) -> Section:
     if kind != "needle":
         section.pictures += [(path.stem, path.read_bytes()) for path in sorted(folder.glob("*.png"))]
     if section.tables or section.pictures or findings:
-        section.notes += [*(["; ".join(about)] if about else []), *findings]
+        section.notes += [*about, *findings]
     return section
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from turboquant_hf.evaluation.ablate import pareto_front
+from turboquant_hf.evaluation.common import UNCOMPRESSED
 from turboquant_hf.evaluation.heatmap import plot_heatmaps
-from turboquant_hf.evaluation.page import Table
+from turboquant_hf.evaluation.page import Table, cell
 
 SPEED = {
     "shape": "model", "dtype": "dtype", "batch": "batch", "tokens": "tokens", "cache": "cache", "backend": "backend",
@@ -21,6 +22,40 @@ SPEED = {
 LEVELS = {
     "kernel": "Decode attention of one layer", "encode": "Encoding a prompt, one layer", "model": "One decode step",
 }  # fmt: skip
+
+
+def cache_name(preset: str) -> str:
+    """The name of a row's cache; runs of earlier versions call the uncompressed one "baseline"."""
+    return UNCOMPRESSED if preset == "baseline" else preset
+
+
+def about(found: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    """What a run measured, and with what: sentences from its metrics and from what `read_about` found."""
+    keys = ("model", "text", "context", "windows", "rows", "queries", "copy_gbps")
+    parts = [f"{k}: {cell(metrics[k])}" for k in keys if isinstance(metrics.get(k), (str, int, float))]
+    if isinstance(metrics.get("baseline"), Mapping):
+        figures = metrics["baseline"].items()
+        parts += [f"{UNCOMPRESSED} {k}: {cell(v)}" for k, v in figures if isinstance(v, (int, float))]
+    versions = {**(metrics.get("versions") or {}), **found}
+    packages = (f"{name} {versions[name]}" for name in ("turboquant_hf", "transformers", "torch") if versions.get(name))
+    conditions = {
+        "date": found.get("date"),
+        "hardware": metrics.get("device") or found.get("hardware"),
+        "versions": ", ".join(packages),
+        "dtype": metrics.get("dtype") or found.get("dtype"),
+        "recent window": _recent_windows(metrics, found),
+    }
+    setup = "; ".join(f"{name}: {value}" for name, value in conditions.items() if value not in (None, ""))
+    return [text for text in ("; ".join(parts), setup) if text]
+
+
+def _recent_windows(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """Newest tokens that the caches keep raw: one number where they agree."""
+    windows = metrics.get("recent_windows") or {}
+    if len(set(windows.values())) > 1:
+        return ", ".join(f"{name} {tokens}" for name, tokens in windows.items())
+    tokens = next(iter(windows.values()), found.get("recent_window"))
+    return None if tokens is None else f"{tokens} tokens"
 
 
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -51,7 +86,7 @@ def task_table(results: Sequence[Mapping[str, Any]]) -> Table:
     tasks = list(dict.fromkeys(row["task"] for row in results))
     scores: dict[tuple[str, Any], dict[str, float]] = {}
     for row in results:
-        scores.setdefault((row["preset"], row.get("length")), {})[row["task"]] = row["score"]
+        scores.setdefault((cache_name(row["preset"]), row.get("length")), {})[row["task"]] = row["score"]
     rows = [
         [preset, length, *(own.get(task) for task in tasks), sum(own.values()) / len(own)]
         for (preset, length), own in scores.items()
@@ -63,7 +98,8 @@ def _grids(results: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[tup
     grids: dict[str, dict[tuple[int, float], float]] = {}
     styles = {row.get("style") for row in results}
     for row in results:
-        name = row["preset"] if len(styles) == 1 else f"{row['preset']}, {row.get('style')}"
+        name = cache_name(row["preset"])
+        name = name if len(styles) == 1 else f"{name}, {row.get('style')}"
         if row.get(key) is not None:
             grids.setdefault(name, {})[row["length"], row["depth"]] = row[key]
     return grids

@@ -10,7 +10,7 @@ import torch
 from turboquant_hf.evaluation import common, decoding, runs
 from turboquant_hf.evaluation.haystack import Haystack
 from turboquant_hf.evaluation.retrieval_tasks import MATCHES, TASKS, make_example
-from turboquant_hf.evaluation.settings import add_settings, settings
+from turboquant_hf.evaluation.settings import add_settings, settings, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,11 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_preset_argument(parser, ["k4v4", "k3v3"])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024], metavar="TOKENS", help="of a prompt, at most (default: 1024)"
+        "--lengths",
+        type=whole(1),
+        nargs="+",
+        default=[1024],
+        metavar="TOKENS",
+        help="of a prompt, at most (default: 1024)",
     )
-    parser.add_argument("--samples", type=int, default=2, help="prompts a task and length (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=2, help="prompts a task and length (%(default)s)")
     common.add_reading_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts (%(default)s)")
     add_settings(parser)
 
 

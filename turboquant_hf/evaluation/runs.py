@@ -1,9 +1,10 @@
 """Resumable runs: one results folder a run, one line a finished unit.
 
 A folder holds `config.yaml` (the settings), `predictions.jsonl` (one JSON line a unit, appended and flushed as each
-finishes) and, once all units are there, `metrics.json`. Metrics are computed from the lines in the order of the units,
-so a run that was killed and started again ends with the same bytes as an unbroken one. Under `accelerate launch` the
-units are shared out over the processes; each appends to a file of its own, and the main process merges them.
+finishes) and, once all units are there, `metrics.json` and `environment.yaml` (versions, hardware and day). Metrics are
+computed from the lines in the order of the units, so a run that was killed and started again ends with the same
+metrics and predictions, byte by byte, as an unbroken one. Under `accelerate launch` the units are shared out over the
+processes; each appends to a file of its own, and the main process merges them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import yaml
 from tqdm import tqdm
 
 from turboquant_hf.evaluation import common, decoding
+from turboquant_hf.evaluation.environment import write_environment
 from turboquant_hf.evaluation.haystack import Haystack, read_haystack
 from turboquant_hf.evaluation.models import load_model
 
@@ -102,6 +104,7 @@ def run_units(
         _write(output / PREDICTIONS, "".join(json.dumps(done[_key(unit)]) + "\n" for unit in units))
         for other in output.glob("predictions-*.jsonl"):
             other.unlink()
+        write_environment(output, options.device)
         _write(output / METRICS, json.dumps(metrics, indent=2) + "\n")
         finish(metrics, output)
     state.wait_for_everyone()
@@ -136,7 +139,9 @@ def run_prompts(
         return lambda unit: predict(model, haystack, caches[unit["preset"]], unit, options)
 
     def metrics(records: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"model": options.model, "text": options.haystack, **summarize(records)}
+        windows = {name: preset.recent_window for name, preset in caches.items() if preset is not None}
+        about = {"model": options.model, "text": options.haystack, "recent_windows": windows}
+        return about | summarize(records)
 
     return run_units(options, units, load, metrics, finish)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,18 @@ from turboquant_hf.resources import config_path
 
 EXCLUSIVE = ("text", "dataset")
 """Flags of which a command takes one: the later source wins."""
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `low`."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.strip().lstrip("-").isdecimal() else None
+        if number is None or number < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not supported; allowed: whole numbers from {low}")
+        return number
+
+    return parse
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

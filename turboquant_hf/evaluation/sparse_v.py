@@ -22,6 +22,7 @@ from turboquant_hf.evaluation.benchmark.data import Source, packed_layer
 from turboquant_hf.evaluation.benchmark.kernels import Inputs, using_backend
 from turboquant_hf.evaluation.benchmark.timing import measure, relative_error
 from turboquant_hf.evaluation.models import forward, load_model
+from turboquant_hf.evaluation.settings import whole
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode.cuda import MAX_ROWS
 
@@ -35,12 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_text_arguments(parser)
     parser.add_argument("--preset", metavar="NAME", default=DEFAULT_PRESET, help="preset name or YAML path")
     parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="of a probability (default: %(default)s)"
+        "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="of a probability (%(default)s)"
     )
-    parser.add_argument("--context", type=int, default=4096, help="tokens that are read at once (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=128, help="tokens that follow one by one (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=4096, help="tokens that are read at once (%(default)s)")
+    parser.add_argument("--steps", type=int, default=128, help="tokens that follow one by one (%(default)s)")
     parser.add_argument(
-        "--layer-tokens", type=int, default=131072, help="tokens of the layer that is timed, 0: none (%(default)s)"
+        "--layer-tokens",
+        type=whole(0),
+        default=131072,
+        help="tokens of the layer that is timed, 0: none (%(default)s)",
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 import yaml
 
+from turboquant_hf.evaluation.environment import device_name, versions, write_environment
+from turboquant_hf.evaluation.settings import whole
 from turboquant_hf.resources import config_path
-from turboquant_hf.version import __version__
 
 METRICS = "metrics.json"
 LEVELS = ("kernel", "encode", "model")
@@ -32,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=LEVELS, default=list(LEVELS), help="levels to measure")
     parser.add_argument("--quick", action="store_true", help="the few cells of the section `quick`")
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="shapes of the settings, instead of all used there")
-    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="sequences; combined with --tokens")
-    parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="tokens in the cache")
+    parser.add_argument("--batch", type=whole(1), nargs="+", metavar="N", help="sequences; combined with --tokens")
+    parser.add_argument("--tokens", type=whole(1), nargs="+", metavar="N", help="tokens in the cache")
     parser.add_argument("--preset", nargs="+", metavar="NAME", help="names or YAML paths")
     parser.add_argument("--dtype", help="float16, bfloat16 or float32")
     parser.add_argument("--backend", nargs="+", metavar="NAME", help="of TURBOQUANT_BACKEND, for kernel and encode")
-    parser.add_argument("--steps", type=int, default=None, help="timed decode steps of a model (32; 3 on a CPU)")
+    parser.add_argument("--steps", type=whole(1), default=None, help="timed decode steps of a model (32; 3 on a CPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="folder for metrics.json, config.yaml and plots")
 
@@ -106,24 +106,5 @@ def write(args: argparse.Namespace, section: str, metrics: dict[str, Any]) -> No
     (args.output / "config.yaml").write_text(yaml.safe_dump({**config, "section": section}, sort_keys=False))
     for level in LEVELS:
         plot_level(metrics["results"], level, args.output / f"{level}.png", metrics["device"])
+    write_environment(args.output, args.device)
     (args.output / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
-
-
-def device_name(device: torch.device) -> str:
-    """The card, or the processor's kind."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict[str, str | None]:
-    """What a figure depends on."""
-    from importlib import metadata
-
-    found = {"turboquant_hf": __version__, "python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in ("torch", "triton", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
