@@ -113,7 +113,7 @@ def test_allocate_command_writes_a_preset_that_caches_take(tiny_folder, text, tm
     argv = ["allocate", "--model", str(tiny_folder), "--text", text, "--device", "cpu"]
     argv += ["--context", "384", "--check-context", "384", "--check-windows", "2", "--output", str(tmp_path / "run")]
     assert cli.main(argv) == 0
-    assert "of 2 windows, ratio" in capsys.readouterr().out
+    assert "of 2 windows, where its KL is " in capsys.readouterr().out
     preset = load_preset(tmp_path / "run" / "preset.yaml")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["results"][0]["preset"] == preset.name == "allocated-3"

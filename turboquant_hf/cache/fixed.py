@@ -28,7 +28,9 @@ STEP_TOKENS = 16
 WORKSPACE_ROWS = 16
 """Query rows per KV head that the shared workspace is made for; a step with more gets memory of its own."""
 _LOCAL = threading.local()
+_LOCK = threading.Lock()
 _WARMED: set[tuple] = set()
+"""What `FixedLayer` has warmed, a few names per kind of layer."""
 _SERIALS = itertools.count()
 
 
@@ -198,7 +200,8 @@ class FixedLayer:
                 self.dense(index)
             if self.reads_packed:
                 self.attend(torch.zeros_like(self.ring[0][:, :, :1]), scaling=1.0)
-            _WARMED.add(what)
+            with _LOCK:
+                _WARMED.add(what)
 
     def holds(self, layer: Any) -> bool:
         """Whether these are still the arrays of the layer."""

@@ -60,7 +60,7 @@ class RingSlidingLayer(DynamicSlidingWindowLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; the ring still holds what an earlier window sees."""
         if tokens_to_remove < 0:
-            self.cumulative_length += tokens_to_remove
+            self.cumulative_length += int(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for ring in self.ring:

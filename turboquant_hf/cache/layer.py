@@ -432,6 +432,7 @@ class TurboQuantLayer(CacheLayerMixin):
         A cut inside a packed tile decodes the rest of that tile into the tail.
         """
         length = self.get_seq_length()
+        tokens = int(tokens)  # early versions count accepted candidates on the device
         keep = length if tokens == 0 else (tokens if tokens > 0 else max(length + tokens, 0))
         if keep >= length:
             return

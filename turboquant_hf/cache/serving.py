@@ -48,7 +48,7 @@ def _as_answer(error: ValueError) -> ValueError:
     return _answer_class(starlette.HTTPException)(str(error))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _answer_class(http_exception: type[Exception]) -> type[ValueError]:
     class AnsweredValueError(ValueError, http_exception):
         def __init__(self, sentence: str) -> None:

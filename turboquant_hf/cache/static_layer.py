@@ -217,6 +217,7 @@ class TurboQuantStaticLayer(CacheLayerMixin):
             return
         state = self._state()
         tiles, length = state.read_counts()
+        tokens = int(tokens)  # early versions count accepted candidates on the device
         keep = length if tokens == 0 else (tokens if tokens > 0 else max(length + tokens, 0))
         if keep == 0:
             self.reset()
