@@ -6,10 +6,12 @@ from .codebook import Codebook, distortion, grid, lloyd_max, nf4, polynomial, un
 from .packing import pack, packed_size, planes, unpack
 from .polar import CircularCodebook, from_polar, polar_codebook, to_polar
 from .rotation import hadamard_matrix, has_hadamard, head_rotations, rotation_matrix
+from .trellis import Trellis, trellis_code
 
 __all__ = [
     "CircularCodebook",
     "Codebook",
+    "Trellis",
     "distortion",
     "from_polar",
     "grid",
@@ -25,6 +27,7 @@ __all__ = [
     "polar_codebook",
     "rotation_matrix",
     "to_polar",
+    "trellis_code",
     "uniform",
     "unpack",
 ]

@@ -67,7 +67,7 @@ class Codebook:
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest levels, ties to the lower: uint8 of the shape of x (any dtype, any shape)."""
         x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-        thresholds = _constant(self.thresholds, x.device, x.dtype)
+        thresholds = constant(self.thresholds, x.device, x.dtype)
         return torch.bucketize(x, thresholds, out_int32=True).to(torch.uint8)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,12 +76,12 @@ class Codebook:
 
     def tensor(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """The levels as a tensor [2**bits], shared by all callers: do not write to it."""
-        return _constant(self.levels, torch.empty(0, device=device).device, dtype)
+        return constant(self.levels, torch.empty(0, device=device).device, dtype)
 
 
 @once(maxsize=512)
 @torch.inference_mode(False)  # a tensor made inside inference mode could never take part in autograd later
-def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
 

@@ -1,0 +1,283 @@
+"""Trellis-coded quantization: k bits per value that choose among 2^(k+1) levels, a third less error than Lloyd-Max.
+
+The code is Ungerboeck's rate-1/2 code of 16 states in feed-forward form (IEEE Trans. Inf. Theory 28, 1982, table I:
+h0 = 23, h1 = 04 octal), used as a quantizer as in Marcellin and Fischer (IEEE Trans. Commun. 38, 1990).
+
+    levels    2^(k+1) increasing numbers; level i belongs to subset i mod 4
+    path      one bit p_t per value
+    subset    2 z1 + z0   with   z1 = p_t ^ p_(t-1) ^ p_(t-4)   and   z0 = p_(t-2)
+    level     4 * (k - 1 plain bits) + 2 z1 + z0
+    code      path bit (the highest bit), then the plain bits: k bits of memory
+
+The trellis bites its tail: indices wrap round inside a word of 32 values. Bit t of a 32-bit word W is p_t, so that
+
+    z1 of all values = W ^ rotl(W, 1) ^ rotl(W, 4)        z0 of all values = rotl(W, 2)
+
+which is four instructions per 32 values, without a table and without a look at any other word.
+`kernels.codes.word_order` says which 32 values form a word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .codebook import GRID_STEPS, constant, lloyd_max
+
+WARM_UP = 24
+"""Values that the search sees on each side of the point where it closes the circle."""
+WORDS_AT_ONCE = {"cpu": 1 << 12, "other": 1 << 16}
+"""Words per search: few enough for a processor's cache, or enough to keep an accelerator busy."""
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """A trellis code for words of `word` numbers of variance 1.
+
+    Args:
+        levels: 2**(bits + 1) increasing numbers, bits from 1 to 7.
+        name: for messages and tables.
+        unit: where not 0, the levels are odd multiples of unit / 2, as in `Codebook`.
+        h0, h1: bit i of h0 (of h1) says that p_(t-i) enters z1 (z0); the highest bit of h0 is the memory of the code.
+        word: values per word. Tail biting costs little from 8 times the memory on.
+
+    Raises: ValueError where the levels are not increasing, their count is not 4, 8, ... 256, or h1 looks further back
+        than h0.
+    """
+
+    levels: tuple[float, ...]
+    name: str
+    unit: float = 0.0
+    h0: int = 0o23
+    h1: int = 0o04
+    word: int = 32
+
+    def __post_init__(self) -> None:
+        if len(self.levels) not in (4, 8, 16, 32, 64, 128, 256):
+            raise ValueError(f"levels has {len(self.levels)} entries: must be a power of two from 4 to 256")
+        if not all(low < high for low, high in pairwise(self.levels)):
+            raise ValueError(f"levels={self.levels}: must be increasing")
+        if not 0 < self.h1 < self.h0 or self.memory < 1:
+            raise ValueError(f"h0={self.h0:#o}, h1={self.h1:#o}: must be positive, h0 the larger")
+        if self.word < self.memory:
+            raise ValueError(f"word={self.word}: must be at least the memory of the code, {self.memory}")
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return len(self.levels).bit_length() - 2
+
+    @property
+    def memory(self) -> int:
+        """How many earlier path bits a value depends on; the code has 2**memory states."""
+        return self.h0.bit_length() - 1
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The whole numbers k with level = (k + 1/2) unit; empty without a unit."""
+        return tuple(round(level / self.unit - 0.5) for level in self.levels) if self.unit else ()
+
+    def tensor(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        """The levels as a tensor [2**(bits + 1)], shared by all callers: do not write to it."""
+        return constant(self.levels, torch.empty(0, device=device).device, dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of nearly the least squared error: the least of all words that close the circle in the same state.
+
+        A value whose squared error is not finite (a NaN, an infinity, 1e30) costs nothing, whatever its code. The codes
+        of the other values are then chosen as if that value were not there.
+
+        Args:
+            x: [..., word], any float dtype; the search computes in float32.
+
+        Returns: uint8 [..., word].
+        """
+        words = x.float().reshape(-1, self.word).t()  # [word, words]: a step works on whole rows
+        count = WORDS_AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
+        codes = [self._encode(part.contiguous()) for part in words.split(count, dim=1)]
+        return torch.cat(codes, dim=1).t().reshape(x.shape)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Levels of the codes: `dtype`, of the shape of codes [..., word] (integers below 2**bits)."""
+        return self.tensor(codes.device, dtype)[self.numbers(codes).int()]
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        """Which level each code means, uint8 [..., word]: the plain bits, z1, z0."""
+        path = codes >> (self.bits - 1)
+        plain = codes & (2 ** (self.bits - 1) - 1)
+        return plain << 2 | self._subsets(path, dim=-1)
+
+    def _subsets(self, path: Tensor, dim: int) -> Tensor:
+        """2 z1 + z0 of path bits that wrap round along `dim`."""
+        z1, z0 = torch.zeros_like(path), torch.zeros_like(path)
+        for i in range(self.memory + 1):
+            if self.h0 >> i & 1:
+                z1 = z1 ^ path.roll(i, dim)
+            if self.h1 >> i & 1:
+                z0 = z0 ^ path.roll(i, dim)
+        return z1 << 1 | z0
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Viterbi search, x [word, words] -> codes [word, words].
+
+        A first search, with free ends, covers `WARM_UP` values on each side of a point and finds a state there. A
+        second one goes round once and must start and end at that point in that state.
+        """
+        costs, plain = self._branches(x)
+        free = costs.new_zeros(2**self.memory, x.shape[1])
+        around = [t % self.word for t in range(2 * WARM_UP)]
+        cost, choices = self._search(free, costs, around)
+        _, state = self._trace(cost.argmin(dim=0), choices[WARM_UP:])
+        pinned = torch.full_like(free, torch.inf).scatter_(0, state[None], 0.0)
+        circle = [(WARM_UP + t) % self.word for t in range(self.word)]
+        _, choices = self._search(pinned, costs, circle)
+        path, _ = self._trace(state, choices)
+        path = path.roll(WARM_UP, 0)
+        plain = plain.gather(1, self._subsets(path, dim=0).long()[:, None])[:, 0]
+        return path << (self.bits - 1) | plain
+
+    def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The squared error of the best level of each subset, and its plain bits: [word, 4, words] each."""
+        costs, picks = [], []
+        for subset in range(4):
+            own = self.levels[subset::4]
+            levels = constant(own, x.device, x.dtype)
+            edges = constant(tuple((low + high) / 2 for low, high in pairwise(own)), x.device, x.dtype)
+            pick = torch.bucketize(x, edges, out_int32=True)
+            costs.append((x - levels[pick]).square())
+            picks.append(pick.to(torch.uint8))
+        return torch.stack(costs, dim=1).nan_to_num(nan=0.0, posinf=0.0), torch.stack(picks, dim=1)
+
+    def _search(self, cost: Tensor, costs: Tensor, order: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """The cost of the best way to every state, [states, words], and of every step which way that took.
+
+        Bit i of a state is p_(t-i). Two states lead to each state, and they differ in their oldest bit. A choice is
+        that bit; a tie goes to 0.
+        """
+        states, count = cost.shape
+        subset = _branch_subsets(self.h0, self.h1, cost.device)
+        choices = []
+        for t in order:
+            ways = costs[t].index_select(0, subset).view(states, 2, count) + cost[:, None]
+            zero, one = ways.view(2, states, count)
+            choices.append(one < zero)
+            cost = torch.minimum(zero, one)
+        return cost, choices
+
+    def _trace(self, state: Tensor, choices: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Back from a state [words] after the last choice: the path bits uint8 [steps, words], and the first state."""
+        bits = []
+        for choice in reversed(choices):
+            bits.append((state & 1).to(torch.uint8))
+            oldest = choice.gather(0, state[None])[0].long()
+            state = state >> 1 | oldest << (self.memory - 1)
+        return torch.stack(bits[::-1]), state
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _branch_subsets(h0: int, h1: int, device: torch.device) -> Tensor:
+    """int64 [2 * states]: the subset of the path bits r, where bit i is p_(t-i) and r >> 1 is the state before."""
+    registers = range(2 ** h0.bit_length())
+    subsets = [2 * ((r & h0).bit_count() & 1) + ((r & h1).bit_count() & 1) for r in registers]
+    return torch.tensor(subsets, device=device)
+
+
+# (bits, dim) -> the unit and the steps above zero of levels that `train` made; dim 0 stands for the Gaussian limit.
+_TRAINED: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
+    (1, 0): (0.0217164122, (13, 55)),
+    (1, 16): (0.0199702121, (16, 59)),
+    (1, 32): (0.0251995735, (12, 47)),
+    (1, 64): (0.0195403844, (15, 61)),
+    (2, 0): (0.0393606313, (4, 14, 26, 47)),
+    (2, 16): (0.0318404585, (5, 18, 32, 55)),
+    (2, 32): (0.0328479968, (5, 17, 31, 55)),
+    (2, 64): (0.0344650634, (5, 16, 30, 53)),
+    (3, 0): (0.0418580770, (2, 7, 12, 17, 23, 31, 42, 59)),
+    (3, 16): (0.0435200110, (2, 6, 11, 16, 22, 29, 38, 51)),
+    (3, 32): (0.0382592529, (2, 7, 13, 18, 25, 33, 44, 61)),
+    (3, 64): (0.0391702503, (2, 7, 12, 18, 25, 33, 44, 61)),
+    (4, 0): (0.0571705401, (0, 2, 4, 6, 8, 10, 12, 14, 16, 19, 22, 26, 30, 35, 42, 53)),
+    (4, 16): (0.0425206535, (1, 3, 6, 8, 11, 13, 16, 19, 22, 25, 29, 33, 38, 44, 51, 61)),
+    (4, 32): (0.0445815437, (1, 3, 5, 8, 10, 13, 15, 18, 21, 24, 28, 32, 37, 43, 51, 63)),
+    (4, 64): (0.0476756133, (1, 3, 5, 7, 9, 12, 14, 17, 20, 23, 26, 30, 35, 41, 49, 61)),
+}
+
+
+@lru_cache(maxsize=512)
+def trellis_code(bits: int, dim: int | None = None) -> Trellis:
+    """The code of 16 states in words of 32 for a coordinate of a random point of the sphere, scaled to variance 1.
+
+    Levels are on the grid of `codebook.grid`: kernels hold them as bytes. They are kept as numbers, because a cache
+    that was saved on another machine must decode alike.
+
+    Args:
+        bits: 1..4.
+        dim: the size of what is rotated together, or None for the Gaussian limit. Levels were trained for 16, 32 and
+            64 channels and the limit: up to 128 channels have those of the next smaller size, which cost at most .6 %
+            of error, larger groups those of the limit.
+
+    Raises: ValueError for other widths, or dim below 16: such coordinates are too unlike Gaussian ones.
+    """
+    if not 1 <= bits <= 4:
+        raise ValueError(f"bits={bits}: must be from 1 to 4")
+    if dim is not None and dim < 16:
+        raise ValueError(f"dim={dim}: must be at least 16")
+    size = 0 if dim is None or dim > 128 else max(size for size in (16, 32, 64) if size <= dim)
+    unit, steps = _TRAINED[bits, size]
+    levels = [(step + 0.5) * unit for step in steps]
+    return Trellis((*(-level for level in reversed(levels)), *levels), f"trellis_code(bits={bits}, dim={dim})", unit)
+
+
+def sphere_words(dim: int | None, count: int, seed: int, word: int = 32) -> Tensor:
+    """Words [count, word] of coordinates of random points of the sphere, as `trellis_code` expects them, well mixed."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(-(-count * word // (dim or 1)), dim or 1, generator=generator)
+    if dim is not None:
+        x = x * (dim**0.5 / x.norm(dim=1, keepdim=True))
+    x = x.flatten()
+    return x[torch.randperm(len(x), generator=generator)[: count * word]].view(count, word)
+
+
+def train(bits: int, dim: int | None = None, *, count: int = 16384, rounds: int = 150, seed: int = 0) -> Trellis:
+    """Levels of least squared error on `count` words, by Lloyd's iteration: encode, then move levels to the means.
+
+    The levels are symmetric. At the end they are rounded to the grid. Several units are tried, so that the largest
+    level uses between 3/4 and all of the grid, and the one with the least error on other words is kept. This takes up
+    to a minute; `trellis_code` has the results.
+    """
+    words, others = sphere_words(dim, count, seed), sphere_words(dim, count, seed + 1)
+    levels = torch.tensor(lloyd_max(bits + 1).levels)[2**bits :]
+    for _ in range(rounds):
+        levels = _means(bits, levels, words)[0]
+    best = (torch.inf, levels, 1.0)
+    for top in range(3 * GRID_STEPS // 4, GRID_STEPS + 1, 2):
+        unit = float(levels[-1]) / (top - 0.5)
+        steps = (levels / unit - 0.5).round()
+        for _ in range(8):
+            means, mass = _means(bits, (steps + 0.5) * unit, words)
+            unit = float((mass * means * (steps + 0.5)).sum() / (mass * (steps + 0.5).square()).sum())
+            steps = (means / unit - 0.5).round().clamp(0, GRID_STEPS - 1)
+        if bool((steps[1:] > steps[:-1]).all()):
+            code = _symmetric((steps + 0.5) * unit, unit)
+            error = float((code.decode(code.encode(others)) - others).square().mean())
+            best = min(best, (error, steps, unit), key=lambda found: found[0])
+    return _symmetric((best[1] + 0.5) * best[2], best[2])
+
+
+def _symmetric(upper: Tensor, unit: float = 0.0) -> Trellis:
+    levels = upper.double().tolist()
+    return Trellis((*(-level for level in reversed(levels)), *levels), "training", unit)
+
+
+def _means(bits: int, upper: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of what each level above zero (and its mirror) stands for, and how many values that is."""
+    code = _symmetric(upper)
+    numbers, x = code.numbers(code.encode(words)).flatten().long(), words.flatten()
+    total, mass = (torch.bincount(numbers, weights, 2 ** (bits + 1)) for weights in (x.double(), None))
+    total, mass = (total - total.flip(0))[2**bits :], (mass + mass.flip(0))[2**bits :]
+    return torch.where(mass > 0, total / mass.clamp(min=1), upper.double()).float(), mass.float()
