@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig
 
+from tests.conftest import make_llama
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.cache.store import TailBuffer
 
@@ -132,3 +133,17 @@ def test_cropping_writes_a_postponed_token_first():
     tail.postpone(keys, values)
     tail.crop(2)
     assert torch.equal(tail.view()[0], keys[:, :, :2]) and torch.equal(tail.view()[1], values[:, :, :2])
+
+
+@pytest.mark.parametrize("tokens", [100, 500, 1000, 4000])
+def test_memory_is_told_as_it_is_allocated(tokens):
+    cache = TurboQuantCache(make_llama(head_dim=64).config)
+    for layer in cache.layers:
+        layer.update(*torch.randn(2, 1, 2, tokens, 64, dtype=torch.bfloat16))
+    held = cache.nbytes + cache.spare_nbytes
+    assert cache.resident_nbytes == held
+    larger = held > cache.dense_nbytes
+    told = f"{held / cache.dense_nbytes:.2f}x larger" if larger else f"{cache.dense_nbytes / held:.2f}x smaller"
+    assert f"resident bytes={held:,}, {told} than 16 bit; {cache.nbytes:,} in use" in repr(cache)
+    tiles = cache.packed_layers[0].tiles[0]
+    assert tiles.capacity - tiles.count <= max(1, tiles.count // 20), "a twentieth, or one tile"

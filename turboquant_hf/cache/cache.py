@@ -265,6 +265,11 @@ class TurboQuantCache(DynamicCache):
         return sum(layer.dense_nbytes for layer in self.packed_layers) + self._raw_nbytes()
 
     @property
+    def resident_nbytes(self) -> int:
+        """Bytes allocated: `nbytes` and the room for tokens to come, `spare_nbytes`."""
+        return self.nbytes + self.spare_nbytes
+
+    @property
     def compression_ratio(self) -> float:
         """`dense_nbytes` / `nbytes`: how many times smaller than a 16-bit cache, every overhead counted; 1 if empty."""
         return self.dense_nbytes / self.nbytes if self.nbytes else 1.0
@@ -276,8 +281,15 @@ class TurboQuantCache(DynamicCache):
 
     def __repr__(self) -> str:
         packed = len(self.packed_layers)
+        resident, dense = self.resident_nbytes, self.dense_nbytes
+        size = f"{_times(dense, resident)} than 16 bit; {self.nbytes:,} in use, {_times(dense, self.nbytes)}"
         return (
             f"{type(self).__name__}(preset={self.preset.label!r}, tokens={self.tokens}, "
-            f"layers={len(self.layers)} ({packed} packed), bytes={self.nbytes:,}, "
-            f"{self.compression_ratio:.2f}x smaller than 16 bit)"
+            f"layers={len(self.layers)} ({packed} packed), resident bytes={resident:,}"
+            + (f", {size})" if dense and resident else ")")
         )
+
+
+def _times(dense: int, held: int) -> str:
+    """How a cache of `held` bytes compares with one of `dense`."""
+    return f"{dense / held:.2f}x smaller" if held <= dense else f"{held / dense:.2f}x larger"

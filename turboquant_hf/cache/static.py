@@ -48,6 +48,7 @@ class TurboQuantStaticCache(StaticCache):
     update = TurboQuantCache.update
     nbytes = TurboQuantCache.nbytes
     dense_nbytes = TurboQuantCache.dense_nbytes
+    resident_nbytes = TurboQuantCache.resident_nbytes
     compression_ratio = TurboQuantCache.compression_ratio
     _raw_nbytes = TurboQuantCache._raw_nbytes
 

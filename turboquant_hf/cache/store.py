@@ -13,7 +13,7 @@ import torch
 
 from turboquant_hf.quantizers import Field
 
-MIN_SPARE_TILES = 4
+MIN_SPARE_TILES = 1
 SPARE_SHARE = 20
 GROWTH_TOKENS = 64
 """Tiles grow by 1/20 of their number (and at least MIN_SPARE_TILES), so that spare capacity stays near 5 %."""

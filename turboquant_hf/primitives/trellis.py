@@ -20,7 +20,6 @@ which is four instructions per 32 values, without a table and without a look at 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -178,7 +177,7 @@ class Trellis:
         return torch.stack(bits[::-1]), state
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 @torch.inference_mode(False)
 def _branch_subsets(h0: int, h1: int, device: torch.device) -> Tensor:
     """int64 [2 * states]: the subset of the path bits r, where bit i is p_(t-i) and r >> 1 is the state before."""
@@ -208,7 +207,7 @@ _TRAINED: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
 }
 
 
-@lru_cache(maxsize=512)
+@once(maxsize=512)
 def trellis_code(bits: int, dim: int | None = None) -> Trellis:
     """The code of 16 states in words of 32 for a coordinate of a random point of the sphere, scaled to variance 1.
 
