@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .codebook import GRID_STEPS, constant, lloyd_max
+from .memo import once
 
 WARM_UP = 24
 """Values that the search sees on each side of the point where it closes the circle."""
