@@ -12,6 +12,7 @@ from turboquant_hf import cli
 from turboquant_hf.config import load_preset
 from turboquant_hf.evaluation import benchmark
 from turboquant_hf.evaluation.benchmark import caches, check, encode, kernels, model, settings, table, turns
+from turboquant_hf.evaluation.benchmark.calls import VARIANTS
 from turboquant_hf.evaluation.benchmark.data import Source, packed_layer, tile_nbytes
 from turboquant_hf.evaluation.benchmark.plot import plot_level
 from turboquant_hf.evaluation.benchmark.rows import PARTIAL, Recorder
@@ -50,7 +51,7 @@ def test_shipped_settings_name_only_what_exists():
         for level, groups in settings.read_groups(data, section).items():
             assert groups, (section, level)
             for group in groups:
-                assert set(group.caches) <= set(caches.RIVALS)
+                assert set(group.caches) <= set(VARIANTS if level == "generate" else caches.RIVALS)
                 assert set(group.static_cells) <= set(group.cells)
                 assert group.shape.heads % group.shape.kv_heads == 0
                 for preset in group.presets:
@@ -496,9 +497,11 @@ def test_command_line(tmp_path, capsys):
     metrics = json.loads((output / "metrics.json").read_text())
     assert {row["level"] for row in metrics["results"]} == set(benchmark.LEVELS)
     assert not any(row.get("reason") for row in metrics["results"])
-    assert metrics["versions"]["torch"] and metrics["copy_gbps"] > 0 and len(metrics["seconds"]) == 3
+    assert (
+        metrics["versions"]["torch"] and metrics["copy_gbps"] > 0 and len(metrics["seconds"]) == len(benchmark.LEVELS)
+    )
     assert {path.name for path in output.iterdir()} == {
-        "metrics.json", "config.yaml", "environment.yaml", "kernel.png", "encode.png", "model.png"
+        "metrics.json", "config.yaml", "environment.yaml", *(f"{level}.png" for level in benchmark.LEVELS)
     }  # fmt: skip
     assert yaml.safe_load((output / "config.yaml").read_text())["section"] == "cpu"
     assert cli.main(command) == 2

@@ -1,4 +1,4 @@
-"""Speed and memory: kernels, encoding and whole decode steps beside the fairest 16-bit rivals, in one run.
+"""Speed and memory: kernels, encoding, decode steps and whole calls of generate beside the fairest 16-bit rivals.
 
 A speed is reported only where the numerical check beside it passed; otherwise the row has a `reason`. Times are
 medians, rates count the bytes that must be read, and the bandwidth that they are held against is that of a large copy
@@ -22,7 +22,7 @@ from turboquant_hf.evaluation.settings import whole
 from turboquant_hf.resources import config_path
 
 METRICS = "metrics.json"
-LEVELS = ("kernel", "encode", "model")
+LEVELS = ("kernel", "encode", "model", "generate", "capacity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", nargs="+", metavar="NAME", help="names or YAML paths")
     parser.add_argument("--dtype", help="float16, bfloat16 or float32")
     parser.add_argument("--backend", nargs="+", metavar="NAME", help="of TURBOQUANT_BACKEND, for kernel and encode")
-    parser.add_argument("--steps", type=whole(1), default=None, help="timed decode steps of a model (32; 3 on a CPU)")
+    parser.add_argument(
+        "--steps", type=whole(1), default=None, help="timed decode steps of a model (32, of generate 55; 3 on a CPU)"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="generate: leave out StaticCache, which compiles")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="folder for metrics.json, config.yaml and plots")
 
@@ -45,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write the run's folder, print a table; 0 when done."""
     # Each level imports transformers' models, which --help can do without.
-    from turboquant_hf.evaluation.benchmark import encode, kernels, model, settings, table
+    from turboquant_hf.evaluation.benchmark import capacity, encode, generate, kernels, model, settings, table
     from turboquant_hf.evaluation.benchmark.rows import Recorder
     from turboquant_hf.evaluation.benchmark.timing import copy_bandwidth
 
@@ -59,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = settings.read_shapes(data)
     groups = {name: settings.narrow(own, shapes, dtype=args.dtype, **flags) for name, own in groups.items()}
     steps = args.steps or (32 if device.type == "cuda" else 3)
+    generated = args.steps or (55 if device.type == "cuda" else 3)
     names = kernels.backends(device, args.backend)
 
     recorder = Recorder(args.output)
@@ -73,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
                     kernels.run_group(group, names, device, bandwidth, recorder)
                 elif level == "encode":
                     encode.run_group(group, args.backend, device, bandwidth, recorder)
+                elif level == "generate":
+                    generate.run_group(group, device, bandwidth, generated, not args.no_compile, recorder)
+                elif level == "capacity":
+                    capacity.run_group(group, device, bandwidth, steps, recorder)
                 else:
                     model.run_group(group, device, bandwidth, steps, recorder)
         seconds[level] = round(time.perf_counter() - begin, 1)

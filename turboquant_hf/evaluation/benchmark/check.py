@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.evaluation.benchmark.caches import Candidate
@@ -37,7 +37,7 @@ class Reference:
 
 
 def check(
-    model: LlamaForCausalLM, stepper: Stepper, cache, candidate: Candidate, batch: int, baseline: dict[str, Reference]
+    model: PreTrainedModel, stepper: Stepper, cache, candidate: Candidate, batch: int, baseline: dict[str, Reference]
 ) -> dict[str, Any]:
     """The numerical check of one cache: its error, what it is an error from, and a reason where it is too large.
 

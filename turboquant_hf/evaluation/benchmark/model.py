@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from turboquant_hf.evaluation.benchmark.caches import (
     Candidate,
@@ -26,9 +26,10 @@ CLOSE = 1.5
 """A cache this many times slower than another, each timed alone, is not worth timing in turns."""
 
 
-def model_config(shape: Shape, layers: int, tokens: int) -> LlamaConfig:
-    """A Llama configuration of these sizes for `tokens` positions and some more, read by SDPA."""
-    config = LlamaConfig(
+def model_config(shape: Shape, layers: int, tokens: int) -> PreTrainedConfig:
+    """A configuration of these sizes for `tokens` positions and some more; Llama's is read by SDPA."""
+    config = AutoConfig.for_model(
+        shape.family,
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -40,12 +41,14 @@ def model_config(shape: Shape, layers: int, tokens: int) -> LlamaConfig:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        **shape.options,
     )
-    config._attn_implementation = "sdpa"
+    if shape.family == "llama":  # others may need attention that SDPA has not: their models choose
+        config._attn_implementation = "sdpa"
     return config
 
 
-def build_model(group: Group, device: torch.device) -> LlamaForCausalLM:
+def build_model(group: Group, device: torch.device) -> PreTrainedModel:
     """Random weights of the group's shape."""
     torch.manual_seed(0)
     config = model_config(group.shape, group.layers, max(tokens for _, tokens in group.cells))
@@ -53,17 +56,28 @@ def build_model(group: Group, device: torch.device) -> LlamaForCausalLM:
     torch.set_default_dtype(group.torch_dtype)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(config).eval()
+            return AutoModelForCausalLM.from_config(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def read_nbytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that a decode step of one sequence reads: no embedding table, of experts those it picks."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight is table
+    picked = getattr(model.config, "num_experts_per_tok", None), getattr(model.config, "num_local_experts", None)
+    total = 0.0 if tied else -float(table.numel() * table.itemsize)
+    for name, weight in model.named_parameters():
+        share = picked[0] / picked[1] if ".experts." in name and all(picked) else 1
+        total += weight.numel() * weight.itemsize * share
+    return round(total)
 
 
 def run_group(group: Group, device: torch.device, bandwidth: float, steps: int, recorder: Recorder) -> None:
     """Rows of every cell, one a cache; ratios are to the fastest 16-bit cache of the cell."""
     with torch.no_grad(), without_cudnn():
         model = build_model(group, device)
-        read = sum(p.numel() * p.itemsize for p in model.parameters())
-        read -= model.get_input_embeddings().weight.numel() * group.torch_dtype.itemsize
+        read = read_nbytes(model)
         for batch, tokens in group.cells:
             common = {
                 "level": "model", "shape": group.shape.name, "dtype": group.dtype, "layers": group.layers,
@@ -81,7 +95,7 @@ def run_group(group: Group, device: torch.device, bandwidth: float, steps: int, 
 
 
 def add_turns(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     group: Group,
     cell: tuple[int, int],
     measured: list[tuple[dict[str, Any], Candidate]],
@@ -100,7 +114,7 @@ def add_turns(
 
 
 def run_cache(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     candidate: Candidate,
     group: Group,
     cell: tuple[int, int],

@@ -17,6 +17,8 @@ TITLES = {
     "kernel": ("decode attention of one layer", "us a call"),
     "encode": ("packing a prompt, one layer", "ms"),
     "model": ("one decode step", "ms a step"),
+    "generate": ("decoding by generate", "ms per token"),
+    "capacity": ("one decode step of a long context", "ms per step"),
 }
 
 

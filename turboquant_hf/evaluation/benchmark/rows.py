@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,53 @@ from typing import Any
 import torch
 
 PARTIAL = "partial.json"
-IDENTITY = ("level", "shape", "dtype", "batch", "tokens", "cache", "backend", "preset", "mode")
+IDENTITY = ("level", "what", "shape", "dtype", "batch", "tokens", "chunk", "cache", "backend", "preset", "mode")
+SHOWN = ("us", "ms", "overhead_s", "first_token_s")
+"""What says most about a row, the first that it has."""
 
 
 class Recorder:
-    """Collects rows; after each one `partial.json` in `folder` holds all so far, should the run be killed."""
+    """Collects rows; after each one `partial.json` in `folder` holds all so far, should the run be killed.
+
+    A run that finds such a file takes over the cells that were complete (`resume`).
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
         self._folder, self._begin = folder, time.perf_counter()
+        self._earlier: list[dict[str, Any]] = []
+        if folder is not None and (folder / PARTIAL).is_file():
+            self._earlier = [row for row in json.loads((folder / PARTIAL).read_text()) if row.get("complete")]
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Keep a row, show it on standard error, and return it."""
         self.rows.append(row)
         identity = " ".join(str(row[key]) for key in IDENTITY if row.get(key) is not None)
-        value = next((f"{row[unit]:.4g} {unit}" for unit in ("us", "ms") if row.get(unit) is not None), None)
+        value = next((f"{row[unit]:.4g} {unit}" for unit in SHOWN if row.get(unit) is not None), None)
         print(f"[{self.elapsed:6.1f} s] {identity}: {value or row.get('reason')}", file=sys.stderr, flush=True)
+        self._save()
+        return row
+
+    def _save(self) -> None:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / PARTIAL).write_text(json.dumps(self.rows))
-        return row
+            (self._folder / PARTIAL).write_text(json.dumps([*self._earlier, *self.rows]))
+
+    @contextmanager
+    def cell(self, cell: Mapping[str, Any]) -> Iterator[bool]:
+        """Rows that belong together, which all have the fields of `cell`; yields False where they are there already.
+
+        Cells that failed as a whole are measured again.
+        """
+        found = [row for row in self._earlier if cell.items() <= row.items()]
+        self._earlier = [row for row in self._earlier if row not in found]
+        self.rows += found
+        start = len(self.rows)
+        with self.guard(dict(cell)):
+            yield not found
+            for row in self.rows[start:]:
+                row["complete"] = True
+        self._save()
 
     @property
     def elapsed(self) -> float:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
+WHATS = ("calls", "lengths", "chunks")
+"""Whole calls; calls with prompts of ten lengths beside calls with equal ones; prompts that are read in pieces."""
+
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama-like model: channels, query heads, KV heads, channels a head, MLP width, vocabulary."""
+    """The sizes of a decoder: channels, query heads, KV heads, channels per head, MLP width, vocabulary.
+
+    Attributes:
+        family: the model type by which transformers knows the configuration.
+        options: further fields of that configuration.
+    """
 
     name: str
     hidden: int
@@ -22,6 +30,8 @@ class Shape:
     head_dim: int
     intermediate: int
     vocab: int
+    family: str = "llama"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
@@ -35,10 +45,13 @@ class Group:
 
     Attributes:
         presets: of the packed caches.
-        caches: names of rivals at the model level (`model.RIVALS`).
+        caches: names of rivals at the model level (`caches.RIVALS`), of variants at the level of generate
+            (`calls.VARIANTS`).
         layers: of the model.
         static_cells: cells at which caches of fixed size (of ours, with the first preset) are measured under
             torch.compile too; each takes a compilation of half a minute.
+        what: of the level of generate, one of `WHATS`.
+        chunk: tokens per piece of a prompt, where `what` is "chunks".
     """
 
     shape: Shape
@@ -48,8 +61,12 @@ class Group:
     caches: tuple[str, ...] = ("dynamic",)
     layers: int = 8
     static_cells: tuple[tuple[int, int], ...] = ()
+    what: str = "calls"
+    chunk: int = 8192
 
     def __post_init__(self) -> None:
+        if self.what not in WHATS:
+            raise ValueError(f"what={self.what!r} is not supported; allowed: {', '.join(WHATS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
         for name in ("cells", "static_cells"):
@@ -66,8 +83,8 @@ class Group:
         return DTYPES[self.dtype]
 
 
-LEVELS = ("kernel", "encode", "model")
-OPTIONS = {"shape", "cells", "dtype", "presets", "caches", "layers", "static_cells"}
+LEVELS = ("kernel", "encode", "model", "generate", "capacity")
+OPTIONS = {"shape", "cells", "dtype", "presets", "caches", "layers", "static_cells", "what", "chunk"}
 
 
 def read_groups(data: Mapping[str, Any], section: str, levels: Sequence[str] = LEVELS) -> dict[str, list[Group]]:

@@ -26,6 +26,12 @@ def without_cudnn() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+def cache_argument(model) -> str:
+    """Under which name a model takes its cache: later versions of transformers warn of the old one."""
+    names = inspect.signature(model.forward).parameters
+    return "past_key_values" if "past_key_values" in names or "cache" not in names else "cache"
+
+
 class Stepper:
     """Feeds one token a sequence at a time, as `generate` does: greedy, and waiting for each token.
 
@@ -37,9 +43,7 @@ class Stepper:
         self._forward = (
             torch.compile(model.forward, mode="reduce-overhead", dynamic=False) if compiled else model.forward
         )
-        # Later versions of transformers call it `cache`, and warn of the old name.
-        names = inspect.signature(model.forward).parameters
-        self._cache_name = "past_key_values" if "past_key_values" in names or "cache" not in names else "cache"
+        self._cache_name = cache_argument(model)
 
     @property
     def warmup(self) -> int:

@@ -20,6 +20,19 @@ COLUMNS = {
         "memory_saved": ("times less", "{:.2f}"), "peak_bytes": ("MB peak", "{:.0f}"), "error": ("error", "{:.1e}"),
     },
 }  # fmt: skip
+GENERATE = {
+    "first_token_s": ("first token s", "{:.2f}"), "ms": ("ms per token", "{:.2f}"),
+    "speedup": ("x DynamicCache", "{:.2f}"), "speedup_to_eager": ("x graph=False", "{:.2f}"),
+    "ratio_to_floor": ("x floor", "{:.2f}"), "prefill_speedup": ("x DynamicCache, alike", "{:.2f}"),
+    "ratio_to_whole": ("x one piece", "{:.2f}"), "call_s": ("s per call, equal lengths", "{:.3f}"),
+    "overhead_s": ("more s per call, ten lengths", "{:.3f}"), "held_bytes": ("held GiB", "{:.2f}"),
+    "memory_saved": ("x less held", "{:.2f}"), "peak_bytes": ("peak GiB", "{:.2f}"), "error": ("error", "{:.1e}"),
+}  # fmt: skip
+"""Columns of the levels of whole calls, one table per shape; x DynamicCache: times faster, x floor: times its time."""
+TITLES = {
+    "calls": "whole calls of generate", "lengths": "ten calls, prompts of ten lengths beside equal ones",
+    "chunks": "a long prompt, at once and in pieces", None: "decode steps over a cache that was filled directly",
+}  # fmt: skip
 HEADINGS = {
     "kernel": "Decode attention of one layer",
     "encode": "Encoding a prompt, one layer",
@@ -45,7 +58,36 @@ def to_markdown(rows: Sequence[Mapping[str, Any]], about: str = "") -> str:
                 cells[2] += f" ({row['reason'][:80].replace('|', '/')})"
             lines.append(f"| {' | '.join(cells)} |")
         parts.append(f"**{HEADINGS[level]}**\n\n" + "\n".join(lines))
+    calls = [row for row in rows if row["level"] in ("generate", "capacity")]
+    for key in dict.fromkeys(_table_of(row) for row in calls):
+        parts.append(_calls_table([row for row in calls if _table_of(row) == key]))
     return "\n\n".join(parts) + "\n"
+
+
+def _table_of(row: Mapping[str, Any]) -> tuple:
+    return row["level"], row.get("what"), row["shape"], row["dtype"], row.get("layers")
+
+
+def _calls_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One table of a shape: a line per cell and cache."""
+    first = rows[0]
+    kept = {key: spec for key, spec in GENERATE.items() if any(row.get(key) is not None for row in rows)}
+    lines = [f"| cell | cache | {' | '.join(name for name, _ in kept.values())} |", "|---|---|" + "---|" * len(kept)]
+    for row in rows:
+        cell = f"{row['batch']} x {row['tokens']:,}"
+        cell += f" by {row['chunk']:,}" if row.get("chunk") else ""
+        name = _name(row) + (f" ({row['reason'][:80].replace('|', '/')})" if row.get("reason") else "")
+        values = [_gib(row.get(key), form, key) for key, (_, form) in kept.items()]
+        lines.append(f"| {' | '.join([cell, name, *values])} |")
+    layers = f", {first['layers']} layers" if first.get("layers") else ""
+    title = f"**{first['shape']}{layers}, {first['dtype']}: {TITLES.get(first.get('what'), first['level'])}**"
+    return f"{title}\n\n" + "\n".join(lines)
+
+
+def _gib(value: Any, form: str, key: str) -> str:
+    if value is None:
+        return ""
+    return form.format(value / 2**30 if key.endswith("_bytes") else value)
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,212 @@
+"""One call of `model.generate`: its tokens are given, the clock is read at a few of them, the last logits are kept."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from turboquant_hf import restore_attention
+from turboquant_hf.cache import ATTENTION_NAME
+from turboquant_hf.config import load_preset
+from turboquant_hf.evaluation.benchmark.caches import held_nbytes, resident_nbytes
+from turboquant_hf.evaluation.benchmark.steps import cache_argument
+
+KEPT = 4
+"""Steps whose logits are kept, the last ones of a call."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A cache as `generate` is asked for it.
+
+    Attributes:
+        name: in the tables; options: arguments of generate.
+        packed: a cache of this package; `cache_config` then gets the preset.
+        continues: the cache of a call can be given to the next one, to be timed in turns.
+        compiled: generate compiles the model's forward.
+        records: its steps run as recorded graphs, where the device has any.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False
+    continues: bool = True
+    compiled: bool = False
+    records: bool = False
+
+    def arguments(self, preset: str | None) -> dict[str, Any]:
+        """What generate gets."""
+        if not self.packed:
+            return dict(self.options)
+        return {**self.options, "cache_config": {**self.options.get("cache_config", {}), "preset": preset}}
+
+
+_TURBOQUANT = {"cache_implementation": "turboquant"}
+VARIANTS = {
+    "dynamic": Variant("DynamicCache"),
+    "compiled": Variant("StaticCache", {"cache_implementation": "static"}, continues=False, compiled=True),
+    "eager": Variant("turboquant graph=False", {**_TURBOQUANT, "cache_config": {"graph": False}}, packed=True),
+    "graph": Variant("turboquant", _TURBOQUANT, packed=True, records=True),
+    "static": Variant("turboquant_static", {"cache_implementation": "turboquant_static"}, packed=True, continues=False),
+}
+"""In the order in which a cell measures them: what others are checked against goes first."""
+
+
+@dataclass
+class Call:
+    """What came of a call.
+
+    Attributes:
+        first_s: seconds until the first token is known; total_s: of the whole call.
+        ms: per token, behind the first steps (graphs are recorded there, code is compiled).
+        first: logits of the prompt, [B, vocabulary] float32; logits: of the last `KEPT` steps, oldest first.
+        cache, sequences: as they are at the end; the newest token of `sequences` is not in the cache yet.
+        recorded: whether the last step ran over a cache that is fixed for graphs.
+        held_bytes: of the cache at the last step: graphs and room for tokens to come included.
+        peak_bytes: of the allocator, less what it held before the call; 0 where there is no allocator.
+    """
+
+    first_s: float
+    total_s: float
+    ms: float
+    first: torch.Tensor
+    logits: list[torch.Tensor]
+    cache: Any
+    sequences: torch.Tensor
+    recorded: bool
+    held_bytes: int
+    peak_bytes: int
+
+
+class Watch(LogitsProcessor):
+    """Reads the clock, keeps logits, and leaves generate one token to choose: all caches then get the same ones.
+
+    Args:
+        tokens: to choose, one per step, [steps] on the model's device.
+        warmup: steps before the timed ones.
+    """
+
+    def __init__(self, tokens: torch.Tensor, warmup: int) -> None:
+        self._tokens, self._turn = tokens, 0
+        self._marks = {0, warmup, len(tokens) - 1}
+        self.clock: dict[int, float] = {}
+        self.first: torch.Tensor | None = None
+        self.logits: list[torch.Tensor] = []
+        self.cache: Any = None
+        self.held_bytes, self.recorded = 0, False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        turn, last = self._turn, len(self._tokens) - 1
+        self._turn += 1
+        if turn in self._marks:
+            self.clock[turn] = now(scores.device)
+        if turn == 0:
+            self.first = scores.float().clone()
+        if turn > last - KEPT:
+            self.logits.append(scores.float().clone())
+        if turn == last:
+            self.held_bytes = all_nbytes(self.cache)
+            layers = getattr(self.cache, "packed_layers", ())
+            self.recorded = any(getattr(layer, "fixed", None) is not None for layer in layers)
+        return scores.index_fill(1, self._tokens[turn : turn + 1], torch.inf)
+
+
+def call(model: Any, ids: torch.Tensor, tokens: torch.Tensor, warmup: int, cache: Any = None, **arguments: Any) -> Call:
+    """Generate the given `tokens` [steps] behind `ids` [B, T].
+
+    Args:
+        warmup: steps before the timed ones, at most steps - 2.
+        cache: of an earlier call, which holds all of `ids` but the newest token; None for a new one.
+        **arguments: of generate.
+    """
+    device, watch = ids.device, Watch(tokens, warmup)
+    given = {} if cache is None else {cache_argument(model): cache}
+    before = resident_nbytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with _watched(model, watch):
+        begin = now(device)
+        sequences = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(tokens), do_sample=False,
+            logits_processor=LogitsProcessorList([watch]), **given, **arguments,
+        )  # fmt: skip
+        end = now(device)
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
+    last = len(tokens) - 1
+    return Call(
+        first_s=watch.clock[0] - begin, total_s=end - begin,
+        ms=1e3 * (watch.clock[last] - watch.clock[warmup]) / max(last - warmup, 1),
+        first=watch.first, logits=watch.logits, cache=watch.cache, sequences=sequences,
+        recorded=watch.recorded, held_bytes=watch.held_bytes, peak_bytes=peak,
+    )  # fmt: skip
+
+
+@contextmanager
+def _watched(model: Any, watch: Watch) -> Iterator[None]:
+    """Show `watch` the cache that generate makes: what it holds is known while a call runs, graphs included."""
+    original, name = model.prepare_inputs_for_generation, cache_argument(model)
+
+    @functools.wraps(original)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        watch.cache = kwargs.get(name, watch.cache)
+        return original(*args, **kwargs)
+
+    model.prepare_inputs_for_generation = prepare
+    try:
+        yield
+    finally:
+        del model.prepare_inputs_for_generation
+
+
+@contextmanager
+def attention(model: Any, variant: Variant) -> Iterator[None]:
+    """For a call that is given a cache; and whatever a call has switched or compiled, it is undone afterwards."""
+    try:
+        if variant.packed:
+            model.set_attn_implementation(ATTENTION_NAME)
+        yield
+    finally:
+        undo(model)
+
+
+def undo(model: Any) -> None:
+    """The model's own attention, and nothing compiled."""
+    restore_attention(model)
+    if vars(model).pop("_compiled_call", None) is not None:
+        torch.compiler.reset()
+
+
+def now(device: torch.device) -> float:
+    """The host's clock when the device has done all its work, in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def all_nbytes(cache: Any) -> int:
+    """Bytes that a cache holds, what it has allocated ahead included."""
+    return cache.nbytes + cache.spare_nbytes if hasattr(cache, "spare_nbytes") else held_nbytes(cache)
+
+
+def random_prompt(batch: int, tokens: int, vocab: int, device: torch.device) -> torch.Tensor:
+    """Token ids [batch, tokens], the same for the same arguments."""
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randint(0, vocab, (batch, tokens), generator=generator).to(device)
+
+
+def answer(length: int, steps: int, presets: tuple[str, ...], vocab: int, device: torch.device) -> torch.Tensor:
+    """At least `steps` token ids to generate behind a prompt of `length`.
+
+    The last step encodes no tile: it can then be repeated over the bytes that it has read.
+    """
+    sizes = [(preset.recent_window, preset.tile) for preset in map(load_preset, presets)]
+    while any((length + steps - 1 - window) % tile == 0 for window, tile in sizes):
+        steps += 1
+    return random_prompt(1, steps, vocab, device)[0]

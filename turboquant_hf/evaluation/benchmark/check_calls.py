@@ -1,0 +1,106 @@
+"""Whether the logits of a call of generate are right, so that its times count."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from turboquant_hf import restore_attention
+from turboquant_hf.evaluation.benchmark.calls import Call, Variant
+from turboquant_hf.evaluation.benchmark.check import ERROR_BOUNDS, Reference, judge, rounding_noise
+from turboquant_hf.evaluation.benchmark.steps import Stepper
+from turboquant_hf.evaluation.benchmark.timing import relative_error
+
+QUANTIZED = 0.3
+"""Distance from DynamicCache's logits that quantizing may cause; unrelated logits are 1.4 away."""
+
+
+def check_call(
+    model: Any, made: Call, newest: int, variant: Variant, preset: str | None, baseline: dict[str, Reference]
+) -> dict[str, Any]:
+    """The numerical check of a call: its error, what it is an error from, and a reason where it is too large.
+
+    The first call with a preset is compared with its own cache read densely through SDPA, where the newest token can be
+    taken back; with DynamicCache otherwise, within `QUANTIZED`. Further calls with the preset (graphs on and off, fixed
+    size) are compared with the first. 16-bit caches are compared with DynamicCache. The cache keeps its length.
+
+    Args:
+        newest: the token of the last step.
+        baseline: what later calls of the cell are compared with, filled here.
+    """
+    logits = torch.stack(made.logits)
+    if not logits.isfinite().all():
+        return {"error": None, "reason": "the logits are not finite"}
+    found: dict[str, Any] = {}
+    key = "dynamic" if preset is None else f"preset {preset}"
+    if preset is not None and "dynamic" in baseline:
+        found["distance_from_fp16"] = _error(logits, baseline["dynamic"].logits)
+    if variant.name == "DynamicCache":
+        baseline[key] = Reference(logits, _noise(model, made, newest, logits[-1]))
+        found["check"] = "the baseline itself"
+    elif key not in baseline and variant.packed and variant.continues and _can_repeat(model, made):
+        exact = _dense(model, made, newest)
+        baseline[key] = Reference(exact[None], _noise(model, made, newest, exact))
+        found["check"] = "the same cache read densely"
+    elif key not in baseline and "distance_from_fp16" in found:
+        baseline[key] = Reference(logits, ERROR_BOUNDS[model.dtype])
+        found |= {"check": "DynamicCache, within what quantizing may cause", "error": found["distance_from_fp16"]}
+        return found | _judge_quantized(found["error"])
+    else:
+        found["check"] = "DynamicCache" if preset is None else "the first cache of the preset"
+    if key not in baseline:
+        return {**found, "error": None, "reason": f"nothing to check against: {found['check']} was not measured"}
+    found |= {"error": _error(logits, baseline[key].logits), "noise": baseline[key].noise}
+    return found | judge(found["error"], found["noise"], model.dtype)
+
+
+def check_first(model: Any, first: torch.Tensor, exact: torch.Tensor | None, quantized: bool) -> dict[str, Any]:
+    """The check of a prompt's logits [B, vocabulary] against those of DynamicCache, read in one piece.
+
+    quantized: later pieces have read packed tokens.
+    """
+    if exact is None:
+        return {"error": None, "reason": "nothing to check against: DynamicCache was not measured"}
+    error = relative_error(first, exact)
+    bound = ERROR_BOUNDS[model.dtype]
+    judged = _judge_quantized(error) if quantized else judge(error, bound, model.dtype)
+    return {"check": "DynamicCache, the prompt in one piece", "error": error, **judged}
+
+
+def _judge_quantized(error: float) -> dict[str, Any]:
+    if error <= QUANTIZED:
+        return {"bound": QUANTIZED}
+    return {"bound": QUANTIZED, "reason": f"relative error {error:.1e} above {QUANTIZED}"}
+
+
+def _error(logits: torch.Tensor, exact: torch.Tensor) -> float:
+    """Median relative error of the last steps, [steps, B, vocabulary] each."""
+    count = min(len(logits), len(exact))
+    return statistics.median(relative_error(a, b) for a, b in zip(logits[-count:], exact[-count:], strict=True))
+
+
+def _can_repeat(model: Any, made: Call) -> bool:
+    """Whether the last step can be taken back, and computed by SDPA."""
+    slides = any(getattr(layer, "is_sliding", False) for layer in made.cache.layers)
+    return not slides and model.get_correct_attn_implementation(None) == "sdpa"
+
+
+def _dense(model: Any, made: Call, newest: int) -> torch.Tensor:
+    """Logits [B, vocabulary] of the last step over the same cache, as dense tensors through SDPA."""
+    made.cache.crop(-1)
+    restore_attention(model)
+    return Stepper(model, False).step(made.cache, _ids(made, newest)).float().clone()
+
+
+def _ids(made: Call, newest: int) -> torch.Tensor:
+    return torch.full_like(made.sequences[:, :1], newest)
+
+
+def _noise(model: Any, made: Call, newest: int, logits: torch.Tensor) -> float:
+    """Relative error between the last step and another correct one; the dtype's bound where none can be computed."""
+    if not _can_repeat(model, made):
+        return ERROR_BOUNDS[model.dtype]
+    restore_attention(model)
+    return rounding_noise(Stepper(model, False), made.cache, _ids(made, newest), logits)
