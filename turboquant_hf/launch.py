@@ -61,12 +61,9 @@ def run(args: argparse.Namespace) -> int:
     script = None if module else _script(name)
     main = _module(name) if module else script or _command(name)
 
-    from turboquant_hf.attention import register_attention  # transformers is loaded here, not by the command line
-    from turboquant_hf.cache import register_cache
+    # Loads transformers, which the command line does not; with it the names are registered (`import_hook.py`).
     from turboquant_hf.cache.defaults import set_cache_defaults
 
-    register_attention()
-    register_cache()
     config = _cache_config(args.preset, args.cache_config)
     defaults = set_cache_defaults(args.cache, **config)
     harness = HARNESSES.get(name)

@@ -1,8 +1,10 @@
-"""The two names that `generate` learns, and transformers' tables of names. Nothing is imported: loading it is free."""
+"""Names: the two that `generate` learns, and what it calls a cache. Nothing is imported: loading it is free."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 CACHE_NAME = "turboquant"
 STATIC_NAME = "turboquant_static"
@@ -11,6 +13,14 @@ UPSTREAM = {
     STATIC_NAME: ("static", ("STATIC_CACHE_IMPLEMENTATIONS", "ALL_STATIC_CACHE_IMPLEMENTATIONS")),
 }
 """Our names -> upstream's cache that is built first, and the tables beside the one of all names."""
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What generate calls the cache among a model's arguments: the second name up to transformers 5.23."""
+
+
+def cache_argument(arguments: Mapping[str, Any]) -> str | None:
+    """The name under which a cache is among a model's arguments or outputs, or None where there is none."""
+    return next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
 
 
 def add_cache_names(configuration_utils: ModuleType) -> None:

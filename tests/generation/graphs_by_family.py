@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from tests.generation.families import FAMILIES, Family, available, build, prompt
-from turboquant_hf.generation import hook, recorders, steps
+from turboquant_hf.cache import messages
+from turboquant_hf.generation import recorders
 
 TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 NEW = 40
@@ -45,17 +46,20 @@ def watched(device: str) -> Iterator[Watch]:
 
             self.replay = counted
 
-    loggers = [(module.logger, module.logger.warning_once) for module in (hook, steps)]
     recorders.RECORDERS[device] = Counting
-    for logger, _ in loggers:
-        logger.warning_once = lambda text: watch.reasons.append(text.rsplit("graphs: ", 1)[-1].removesuffix("."))
+    logger, original = messages.logger, messages.logger.warning_once
+
+    def noted(text: str) -> None:
+        if "without CUDA graphs: " in text:
+            watch.reasons.append(text.rsplit("graphs: ", 1)[-1].removesuffix("."))
+
+    logger.warning_once = noted
     try:
         yield watch
     finally:
         recorders.RECORDERS.clear()
         recorders.RECORDERS.update(kept)
-        for logger, original in loggers:
-            logger.warning_once = original
+        logger.warning_once = original
 
 
 def generate(model, inputs, **options):

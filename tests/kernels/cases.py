@@ -86,4 +86,18 @@ def moved(arguments, device, dtype):
     return query.to(device, dtype), side(keys), side(values), *raws, starts.to(device)
 
 
-__all__ = ["attention_inputs", "groups_of", "moved", "packed_side", "uniform"]
+PLACES = ["keys.scale", "keys.mean", "keys.gain", "values.scale", "values.gain", "tail.keys", "tail.values"]
+
+
+def with_a_nan(place):
+    """`attention_inputs` with a NaN stored for the first head in one of `PLACES`."""
+    name, array = place.split(".")
+    arguments = attention_inputs(conditioned=False, scale_format="e4m4" if array == "gain" else "fp16")
+    given = dict(zip(["query", "keys", "values", "sinks", "tail", "starts"], arguments, strict=True))
+    held = getattr(given[name], array).clone()
+    held[0, 0].view(-1)[-1] = torch.nan
+    given[name] = replace(given[name], **{array: held})
+    return tuple(given.values())
+
+
+__all__ = ["PLACES", "attention_inputs", "groups_of", "moved", "packed_side", "uniform", "with_a_nan"]

@@ -9,7 +9,7 @@ import torch
 
 from turboquant_hf.kernels.decode import reference
 
-from .cases import attention_inputs, groups_of, moved, uniform
+from .cases import PLACES, attention_inputs, groups_of, moved, uniform, with_a_nan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -144,20 +144,12 @@ def test_rows_that_see_nothing_are_zero(kernel, device):
     assert out[1].abs().max() == 0 and out.isfinite().all()
 
 
-PLACES = ["keys.scale", "keys.mean", "keys.gain", "values.scale", "values.gain", "tail.keys", "tail.values"]
-
-
 @pytest.mark.parametrize("place", PLACES)
 def test_no_number_comes_out_of_what_is_none(kernel, device, place):
     """A NaN stored for a head, wherever it stands, is seen in all that the head's queries read."""
-    name, array = place.split(".")
-    arguments = attention_inputs(conditioned=False, scale_format="e4m4" if array == "gain" else "fp16")
-    given = dict(zip(["query", "keys", "values", "sinks", "tail", "starts"], arguments, strict=True))
-    held = getattr(given[name], array).clone()
-    held[0, 0].view(-1)[-1] = torch.nan
-    given[name] = replace(given[name], **{array: held})
+    given = with_a_nan(place)
     for decode, where in ((reference.decode_attention, "cpu"), (kernel, device)):
-        out = decode(*moved(tuple(given.values()), where, torch.float32), scaling=0.125)
+        out = decode(*moved(given, where, torch.float32), scaling=0.125)
         bad = out.isnan().any(dim=-1) if place == "tail.values" else out.isnan().all(dim=-1)
         assert bad[..., 0].tolist() == [[True, True, False, False]] and out[:, 2:].isfinite().all()
 

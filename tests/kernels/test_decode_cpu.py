@@ -12,7 +12,7 @@ from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import cpu, reference
 from turboquant_hf.primitives import grid
 
-from .cases import attention_inputs, groups_of, moved, uniform
+from .cases import PLACES, attention_inputs, groups_of, moved, uniform, with_a_nan
 from .test_counts import in_buffers
 from .test_decode_attention import CHANNEL_GROUPS, SHAPES
 
@@ -104,20 +104,12 @@ def test_sink_logits_take_all_of_a_row_that_sees_nothing():
     assert cpu.decode_attention(*arguments, scaling=0.125, mask=mask, s_aux=torch.ones(2)).abs().max() == 0
 
 
-PLACES = ["keys.scale", "keys.mean", "keys.gain", "values.scale", "values.gain", "tail.keys", "tail.values"]
-
-
 @pytest.mark.parametrize("place", PLACES)
 def test_no_number_comes_out_of_what_is_none(place):
     """A NaN stored for a head is seen in all that the head's queries read, and in no other head."""
-    name, array = place.split(".")
-    arguments = attention_inputs(conditioned=False, scale_format="e4m4" if array == "gain" else "fp16")
-    given = dict(zip(["query", "keys", "values", "sinks", "tail", "starts"], arguments, strict=True))
-    held = getattr(given[name], array).clone()
-    held[0, 0].view(-1)[-1] = torch.nan
-    given[name] = replace(given[name], **{array: held})
-    out = cpu.decode_attention(*given.values(), scaling=0.125)
-    expected = reference.decode_attention(*given.values(), scaling=0.125)
+    given = with_a_nan(place)
+    out = cpu.decode_attention(*given, scaling=0.125)
+    expected = reference.decode_attention(*given, scaling=0.125)
     torch.testing.assert_close(out, expected, equal_nan=True)
     assert out[:, :2].isnan().any() and out[:, 2:].isfinite().all()
 

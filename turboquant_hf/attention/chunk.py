@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import pad
 
 from turboquant_hf.attention.mask import CausalMask
+from turboquant_hf.attention.plain import is_plain
 from turboquant_hf.cache import TurboQuantLayer
 
 PIECE_NUMBERS = 2**25
@@ -28,19 +29,14 @@ BLOCK_SCORES = 2**24
 Part = tuple[torch.Tensor, torch.Tensor]
 
 
-ADDED = ("softcap", "s_aux", "sinks", "sliding_window", "position_bias")
-"""Options that change scores or what is seen."""
-
-
-def is_plain(mask: torch.Tensor | None, query: torch.Tensor, kv_length: int, options: dict[str, Any]) -> bool:
+def serves(mask: torch.Tensor | None, query: torch.Tensor, kv_length: int, options: dict[str, Any]) -> bool:
     """Whether `chunk_attention` serves query [B, Hq, q, D] over `kv_length` keys: the causal rule and nothing else."""
     return (
         isinstance(mask, CausalMask)
         and mask.shape[-2:] == (query.shape[2], kv_length)
-        and not options.get("dropout")
-        and not options.get("output_attentions")
-        and all(options.get(name) is None for name in ADDED)
-        and options.get("is_causal") is not False
+        and options.get("softcap") is None
+        and options.get("s_aux") is None
+        and is_plain(options)
     )
 
 

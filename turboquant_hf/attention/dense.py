@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from turboquant_hf.attention.chunk import chunk_attention, is_plain, tensor_parts
+from turboquant_hf.attention.chunk import chunk_attention, serves, tensor_parts
 from turboquant_hf.attention.mask import CausalMask
 
 SDPA_TAKES_BIAS = "position_bias" in inspect.signature(sdpa_attention_forward).parameters
@@ -52,7 +52,7 @@ def dense_attention(
         }  # fmt: skip
         alike = query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        if alike and not trains and is_plain(attention_mask, query, kv_length, options):
+        if alike and not trains and serves(attention_mask, query, kv_length, options):
             return chunk_attention(query, tensor_parts(q_length, key, value), scaling), None
         attention_mask = attention_mask.dense()
     causal = kwargs.get("is_causal")

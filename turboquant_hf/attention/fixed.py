@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from turboquant_hf.attention.dense import dense_attention
+from turboquant_hf.attention.plain import is_plain
 from turboquant_hf.cache import PackedHandle
 from turboquant_hf.cache.fixed import FixedStep
 
@@ -20,8 +21,7 @@ def fixed_attention(
     step: FixedStep,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a step's queries [B, Hq, q, D] over a fixed layer -> ([B, q, Hq, Dv], None).
 
@@ -31,26 +31,12 @@ def fixed_attention(
     fixed = key.layer.fixed
     fixed.observe(query)
     same = isinstance(value, PackedHandle) and value.layer is key.layer
-    if same and fixed.reads_packed and is_plain(dropout, kwargs):
+    if same and fixed.reads_packed and is_plain(options):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        options = {name: kwargs.get(name) for name in ("softcap", "s_aux")}
-        output = fixed.attend(query, scaling=scaling, mask=step.padding, **options)
+        known = {name: options.get(name) for name in ("softcap", "s_aux")}
+        output = fixed.attend(query, scaling=scaling, mask=step.padding, **known)
         return output.transpose(1, 2).contiguous(), None
     if attention_mask is None:
         attention_mask = step.full_mask()
     dense = value.dense() if isinstance(value, PackedHandle) else value
-    return dense_attention(
-        module, query, key.dense(), dense, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )
-
-
-def is_plain(dropout: float, kwargs: dict) -> bool:
-    """Causal attention over everything, nothing added to the scores."""
-    return (
-        dropout == 0.0
-        and kwargs.get("sliding_window") is None
-        and kwargs.get("position_bias") is None
-        and kwargs.get("is_causal") is not False
-        and not kwargs.get("output_attentions")
-        and kwargs.get("sinks") is None
-    )
+    return dense_attention(module, query, key.dense(), dense, attention_mask, scaling=scaling, **options)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from turboquant_hf.attention.chunk import chunk_attention, is_plain, layer_parts
+from turboquant_hf.attention.chunk import chunk_attention, layer_parts, serves
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.attention.fixed import fixed_attention
 from turboquant_hf.attention.mask import MAX_QUERIES, CausalMask, left_padding
@@ -123,7 +123,7 @@ def _in_pieces(
     layer: TurboQuantLayer, query: torch.Tensor, attention_mask: torch.Tensor | None, options: dict[str, Any]
 ) -> bool:
     """Whether a chunk is attended to without ever decoding all of the layer's history at once."""
-    plain = is_plain(attention_mask, query, layer.get_seq_length(), options)
+    plain = serves(attention_mask, query, layer.get_seq_length(), options)
     # encode_first rounds the tail as well, by the tiles before it: `layer.dense` knows how.
     return plain and query.shape[2] > MAX_QUERIES and not layer.preset.encode_first
 

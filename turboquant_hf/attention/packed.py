@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from turboquant_hf.attention.fixed import is_plain
 from turboquant_hf.attention.mask import MAX_QUERIES
+from turboquant_hf.attention.plain import is_plain
 from turboquant_hf.attention.step import PreparedStep
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.kernels.decode import RawTokens
@@ -19,7 +19,6 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None,
-    dropout: float = 0.0,
     **kwargs,
 ) -> torch.Tensor | None:
     """[B, q, Hq, D] for query [B, Hq, q, D], or None where this call wants dense tensors.
@@ -35,10 +34,10 @@ def packed_attention(
     step = layer.step
     if step is not None and query.shape[2] == 1 and (attention_mask is None or attention_mask.dtype == torch.bool):
         keys = None if attention_mask is None else attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
-        if is_plain(dropout, kwargs) and step.fits(layer, query, keys, options):
+        if is_plain(kwargs) and step.fits(layer, query, keys, options):
             return step(layer, query, keys)
         layer.step = None
-    if not _applies(layer, query, dropout, kwargs):
+    if not _applies(layer, query, kwargs):
         return None
     keys = None
     if attention_mask is not None:
@@ -50,7 +49,7 @@ def packed_attention(
             keys = attention_mask._turboquant_keys
         else:
             keys = attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
-    if query.shape[2] == 1:
+    if query.shape[2] == 1 and backend(query.device) != "torch":
         layer.step = PreparedStep.of(layer, query, keys, options)
         if layer.step is not None:
             return layer.step(layer, query, keys)
@@ -67,7 +66,7 @@ def packed_attention(
     return output.transpose(1, 2).contiguous()
 
 
-def _applies(layer: TurboQuantLayer, query: torch.Tensor, dropout: float, kwargs: dict) -> bool:
+def _applies(layer: TurboQuantLayer, query: torch.Tensor, kwargs: dict) -> bool:
     """Whether kernels serve this call; plain torch decodes the tiles once and leaves the rest to SDPA."""
     return (
         query.shape[2] <= MAX_QUERIES
@@ -75,6 +74,6 @@ def _applies(layer: TurboQuantLayer, query: torch.Tensor, dropout: float, kwargs
         and query.shape[2] <= layer.tail.count
         and not (layer.preset.encode_first and layer.tail.count > layer.preset.recent_window)
         and reads_packed(*layer.quantizers)
-        and is_plain(dropout, kwargs)
+        and is_plain(kwargs)
         and (query.device.type == "cpu" or backend(query.device) != "torch")
     )

@@ -8,6 +8,7 @@ import torch
 
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.attention.mask import left_padding
+from turboquant_hf.attention.plain import is_plain
 from turboquant_hf.cache import StaticHandle, TurboQuantStaticLayer
 from turboquant_hf.cache.static_ops import attend
 
@@ -54,11 +55,7 @@ def _key_mask(
     layer: TurboQuantStaticLayer, query: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
 ) -> tuple[bool, torch.Tensor | None]:
     """(whether the packed reader serves the call, its mask [B, max_len])."""
-    if not layer.reads_packed:
-        return False, None
-    if options.get("dropout") or options.get("is_causal") is False or options.get("output_attentions"):
-        return False, None
-    if any(options.get(name) is not None for name in ("sliding_window", "position_bias", "sinks")):
+    if not layer.reads_packed or not is_plain(options):
         return False, None
     if mask is None:
         return True, None

@@ -78,8 +78,13 @@ def owning_layers(config: PreTrainedConfig) -> int:
     return (layers or decoder.num_hidden_layers) - (getattr(decoder, "num_kv_shared_layers", None) or 0)
 
 
+def is_latent(config: PreTrainedConfig) -> bool:
+    """Whether a model has multi-head latent attention, which expands what it cached: it needs the dense tensor."""
+    return getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+
+
 def never_packed() -> bool:
-    """Of models that expand what they cached (MLA): they need the dense tensor."""
+    """Of models that `is_latent` names."""
     return False
 
 
@@ -175,7 +180,7 @@ class TurboQuantCache(DynamicCache):
         self.model_fields = model_fields(config)
         self.layer_class_to_replicate = None
         decoder = config.get_text_config(decoder=True)
-        latent = getattr(decoder, "kv_lora_rank", None) is not None
+        latent = is_latent(config)
         head_dim = config_field(decoder, "head_dim")
         if isinstance(head_dim, int) and not latent:
             self.preset.validate(head_dim)

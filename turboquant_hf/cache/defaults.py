@@ -15,9 +15,9 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
-from turboquant_hf.cache import registration
-from turboquant_hf.cache.registration import CACHE_ARGUMENTS, CACHE_NAME, UPSTREAM
+from turboquant_hf.cache.registration import parse_cache_config
 from turboquant_hf.cache.serving import NO_CONTINUOUS_BATCHING, answers_clients
+from turboquant_hf.names import CACHE_NAME, UPSTREAM, cache_argument
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +59,7 @@ def set_cache_defaults(cache_implementation: str | None = None, **cache_config: 
     global _current
     if cache_implementation is not None and cache_implementation not in UPSTREAM:
         raise ValueError(f"cache={cache_implementation!r} is not supported; allowed: {', '.join(UPSTREAM)}")
-    registration._parse(cache_config)
+    parse_cache_config(cache_config)
     for name, wrap in (("_prepare_cache_for_generation", _prepare), ("init_continuous_batching", _init_batching)):
         method = getattr(GenerationMixin, name, None)
         if method is not None and not hasattr(method, "_turboquant_defaults"):
@@ -91,7 +91,7 @@ def _prepare(original):
 
 def _complete(config: GenerationConfig, model_kwargs: Mapping[str, Any], model: str) -> None:
     """Write the defaults into the configuration of one call, which is generate's own copy."""
-    given = any(model_kwargs.get(name) is not None for name in CACHE_ARGUMENTS)
+    given = cache_argument(model_kwargs) is not None
     if given or config.use_cache is False or getattr(config, "is_assistant", False):
         return
     if config.cache_implementation is None:

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
+from turboquant_hf.cache.ring import unrolled
 from turboquant_hf.kernels.decode import RawTokens
 from turboquant_hf.kernels.dispatch import append_tokens, decode_attention, decode_workspace, observe_due
 from turboquant_hf.quantizers.rotated import reads_packed
 
-STEP_TOKENS = 16
-"""New tokens that one fixed step may bring: the candidates of assisted decoding and prompt lookup."""
 WORKSPACE_ROWS = 16
 """Query rows per KV head that the shared workspace is made for; a step with more gets memory of its own."""
 _LOCAL = threading.local()
@@ -95,62 +94,6 @@ class FixedStep:
         return seen[None, None] if padding is None else (seen[None] & padding[:, None])[:, None]
 
 
-class RingTail:
-    """The raw tail of a fixed layer: keys and values in rings [B, H, R, D]; see `cache.store.TailBuffer`.
-
-    Attributes:
-        start: position of the oldest raw token, which is the end of the packed tiles.
-        count: raw tokens held.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, start: int, slots: int) -> None:
-        self.start, self.count = start, keys.shape[2]
-        self.arrays = tuple(x.new_zeros((*x.shape[:2], slots, x.shape[3])) for x in (keys, values))
-        where = self._slots(keys.device)
-        for ring, new in zip(self.arrays, (keys, values), strict=True):
-            ring.index_copy_(2, where, new)
-
-    @property
-    def slots(self) -> int:
-        return self.arrays[0].shape[2]
-
-    def _slots(self, device: torch.device) -> torch.Tensor:
-        return torch.arange(self.start, self.start + self.count, device=device) % self.slots
-
-    def view(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, H, count, D] in order: views where they do not wrap round, else copies."""
-        first = self.start % self.slots
-        if first + self.count <= self.slots:
-            return tuple(ring[:, :, first : first + self.count] for ring in self.arrays)
-        where = self._slots(self.arrays[0].device)
-        return tuple(ring.index_select(2, where) for ring in self.arrays)
-
-    def drop_front(self, tokens: int) -> None:
-        self.start, self.count = self.start + tokens, self.count - tokens
-
-    def crop(self, tokens: int) -> None:
-        self.count = tokens
-
-    def own(self) -> None:
-        """A ring never borrows a block of the model's."""
-
-    def is_inference(self) -> bool:
-        """Whether the arrays were made under torch.inference_mode()."""
-        return self.arrays[0].is_inference()
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self._token_nbytes
-
-    @property
-    def spare_nbytes(self) -> int:
-        return (self.slots - self.count) * self._token_nbytes
-
-    @property
-    def _token_nbytes(self) -> int:
-        return sum(ring[:, :, :1].numel() * ring.itemsize for ring in self.arrays)
-
-
 class FixedLayer:
     """The arrays of one `TurboQuantLayer` as a step sees them; everything here runs on the device alone.
 
@@ -168,7 +111,7 @@ class FixedLayer:
         self.dtype, self.threshold = layer.dtype, layer.preset.sparse_v_threshold
         self.tiles = tuple(dict(store.arrays) for store in layer.tiles)
         self.states = tuple(
-            state or _empty_state(quantizer, layer, dim)
+            state or _of_batch(quantizer.empty_state(layer.num_heads, dim, self.tile, layer.device), layer.batch_size)
             for state, quantizer, dim in zip(layer.states, self.quantizers, self.head_dims, strict=True)
         )
         self.ring, self.sinks, self.starts = layer.tail.arrays, layer.sinks.arrays, layer.sinks.starts
@@ -243,9 +186,7 @@ class FixedLayer:
         if self.statistics is not None:
             energy, count = self.statistics
             if query.shape[1] % energy.shape[1] == 0 and query.shape[3] == energy.shape[2]:
-                observe_due(
-                    query, energy, count[:, :, 0], self._seen, self.counts[:2], self._fitted, self.starts
-                )  # fmt: skip
+                observe_due(query, energy, count[:, :, 0], self._seen, self.counts[:2], self._fitted, self.starts)
 
     def attend(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
         """`decode_attention` over what is held (where `reads_packed`): [B, Hq, q, D] -> [B, Hq, q, Dv]."""
@@ -256,26 +197,10 @@ class FixedLayer:
 
     def dense(self, index: int) -> torch.Tensor:
         """All keys (index 0) or values (1), [B, H, room, D] in the model's dtype; zeros behind the newest token."""
-        position = torch.arange(self.room, device=self.starts.device)
-        packed = self.counts[0] * self.tile
-        ring = self.ring[index]
-        raw = ring.index_select(2, position % ring.shape[2])
-        in_ring = (position >= packed) & (position < self.counts[1])
-        out = torch.where(in_ring[:, None], raw, torch.zeros((), dtype=raw.dtype, device=raw.device))
-        quantizer, arrays, dim = self.quantizers[index], self.tiles[index], self.head_dims[index]
-        decoded = quantizer.decode(arrays, self.states[index], dim, self.dtype).flatten(2, 3)
-        covered = decoded.shape[2]
-        inside = (position[:covered] < packed)[:, None]
-        out[:, :, :covered] = torch.where(inside, decoded, out[:, :, :covered])
-        return self._with_sinks(out, index, packed)
-
-    def _with_sinks(self, out: torch.Tensor, index: int, packed: torch.Tensor) -> torch.Tensor:
-        """The sinks over their positions, where those lie inside the tiles."""
-        sinks = self.sinks[index]
-        where = self.starts[:, None] + torch.arange(sinks.shape[2], device=out.device)
-        inside = (where < packed)[:, None, :, None]
-        where = where.clamp(max=self.room - 1)[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
-        return out.scatter_(2, where, torch.where(inside, sinks, out.gather(2, where)))
+        quantizer, dim = self.quantizers[index], self.head_dims[index]
+        decoded = quantizer.decode(self.tiles[index], self.states[index], dim, self.dtype).flatten(2, 3)
+        where = self.starts, self.counts, self.tile, self.room
+        return unrolled(self.ring[index], decoded, self.sinks[index], *where)
 
     def reorder(self, index: torch.Tensor) -> None:
         """Pick the sequences `index` [B] in place: beams change between two replays."""
@@ -285,8 +210,6 @@ class FixedLayer:
             x.copy_(x.index_select(0, index))
 
 
-def _empty_state(quantizer: Any, layer: Any, dim: int) -> dict[str, torch.Tensor]:
-    """What a quantizer makes of empty tiles: harmless values of what it will learn, for steps before the first tile."""
-    tiles = torch.zeros(1, layer.num_heads, 1, layer.preset.tile, dim, device=layer.device)
-    state = quantizer.fit(tiles, torch.ones(1, 1, layer.preset.tile, device=layer.device), None)
-    return {name: x.expand(layer.batch_size, *x.shape[1:]).contiguous() for name, x in state.items()}
+def _of_batch(state: dict[str, torch.Tensor], batch: int) -> dict[str, torch.Tensor]:
+    """A state of one sequence, repeated: for steps before the first tile."""
+    return {name: x.expand(batch, *x.shape[1:]).contiguous() for name, x in state.items()}

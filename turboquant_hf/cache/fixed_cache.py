@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer,
 
 from turboquant_hf.cache.fixed import FixedStep
 from turboquant_hf.cache.fixed_sliding import RingSlidingLayer
-from turboquant_hf.cache.hybrid import HybridLayer, packed_part
+from turboquant_hf.cache.hybrid import packed_part
 
 SMALL_ROOM = 16
 """Tiles that are allocated at once for the tokens of a call, whatever the cache holds already."""
@@ -131,4 +131,4 @@ def why_not(cache: Any) -> str | None:
 
 
 def _holds_tensors(layer: Any) -> bool:
-    return any(isinstance(x, torch.Tensor) for x in vars(layer).values()) and not isinstance(layer, HybridLayer)
+    return any(isinstance(x, torch.Tensor) for x in vars(layer).values())

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from turboquant_hf.cache.fixed import STEP_TOKENS, current_step
+from turboquant_hf.cache.fixed import current_step
+from turboquant_hf.cache.ring import STEP_TOKENS
 
 
 class RingSlidingLayer(DynamicSlidingWindowLayer):

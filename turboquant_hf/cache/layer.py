@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from turboquant_hf.cache.fixed import STEP_TOKENS, FixedLayer, RingTail, current_step
+from turboquant_hf.cache.fixed import FixedLayer, current_step
 from turboquant_hf.cache.handles import PackedKeys, PackedValues
 from turboquant_hf.cache.offload import Offloader
+from turboquant_hf.cache.ring import STEP_TOKENS, RingTail
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.cache.word import warn_of_nan
 from turboquant_hf.config import CachePreset

@@ -63,6 +63,10 @@ def tell_dense(model: Any, why: str) -> None:
     )
 
 
+def tell_eager_steps(model: Any, why: str) -> None:
+    tell(model, f"decode steps run without CUDA graphs: {why}.")
+
+
 def tell_switch(model: Any, before: str, now: str) -> None:
     tell(
         model,

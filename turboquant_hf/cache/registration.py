@@ -28,9 +28,9 @@ from turboquant_hf.cache.messages import (
     tell_dense,
     tell_unused,
 )
+from turboquant_hf.cache.ring import STEP_TOKENS
 from turboquant_hf.cache.serving import NO_CONTINUOUS_BATCHING, answers_clients
 from turboquant_hf.cache.static import TurboQuantStaticCache
-from turboquant_hf.cache.static_plan import STEP_TOKENS
 from turboquant_hf.cache.switching import (
     asks_for_attentions,
     attention_of,
@@ -41,11 +41,9 @@ from turboquant_hf.cache.switching import (
 )
 from turboquant_hf.checks import check_flag, check_json, check_keys
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
-from turboquant_hf.names import CACHE_NAME, STATIC_NAME, UPSTREAM, add_cache_names
+from turboquant_hf.names import CACHE_NAME, STATIC_NAME, UPSTREAM, add_cache_names, cache_argument
 
 ATTENTION_CHOICES = ("auto", "keep")
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What generate calls the cache among a model's arguments: the second name up to transformers 5.23."""
 
 
 def register_cache() -> bool:
@@ -82,7 +80,7 @@ def _wrap(original):
         generation_config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
         wanted = generation_config.cache_implementation
         wanted = wanted if wanted in UPSTREAM else None
-        name = _cache_argument(model_kwargs)
+        name = cache_argument(model_kwargs)
         given = model_kwargs[name] if name else None
         _check_attention(self)
         asks = asks_for_attentions(self, generation_config)
@@ -103,7 +101,7 @@ def _wrap(original):
                 _advise(self, given)
                 given.note_padding(_prompt_mask(model_kwargs, given))
             return result
-        preset, attention, offloading, graph = _parse(generation_config.cache_config)
+        preset, attention, offloading, graph = parse_cache_config(generation_config.cache_config)
         generation_config.cache_implementation = UPSTREAM[wanted][0]
         # With chunks, upstream's static cache is allocated at once: it is only a pattern here.
         chunk, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
@@ -118,7 +116,7 @@ def _wrap(original):
             self.__dict__.pop("_cache", None)
             if kept is not None:
                 self.__dict__["_cache"] = kept
-        name = _cache_argument(model_kwargs)
+        name = cache_argument(model_kwargs)
         if name is None:
             tell(self, USE_CACHE_OFF if generation_config.use_cache is False else OWN_STATE)
             return result
@@ -172,12 +170,7 @@ def _advise(model: Any, cache: TurboQuantCache | TurboQuantStaticCache) -> None:
         tell_advice(model, attention_of(model), ATTENTION_NAME)
 
 
-def _cache_argument(model_kwargs: Mapping) -> str | None:
-    """The name under which a cache is among a model's arguments or outputs, or None where there is none."""
-    return next((name for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
-
-
-def _parse(cache_config: Any):
+def parse_cache_config(cache_config: Any):
     """(preset, attention choice, offloading, graph) from generate's `cache_config`, which is left as it is."""
     if cache_config is not None and not isinstance(cache_config, Mapping):
         raise ValueError(
@@ -254,12 +247,12 @@ def _watch_prefill() -> None:
     @functools.wraps(original)
     def prefill(self, *args: Any, **kwargs: Any):
         model_kwargs = signature.bind(self, *args, **kwargs).arguments["model_kwargs"]
-        given = model_kwargs.get(_cache_argument(model_kwargs))
+        given = model_kwargs.get(cache_argument(model_kwargs))
         outputs = original(self, *args, **kwargs)
         ours = getattr(given, "self_attention_cache", given)
         layers = ours.packed_layers if isinstance(ours, (TurboQuantCache, TurboQuantStaticCache)) else []
         if layers and not any(layer.is_initialized for layer in layers):
-            tell_unused(self, given, outputs.get(_cache_argument(outputs)))
+            tell_unused(self, given, outputs.get(cache_argument(outputs)))
         return outputs
 
     prefill._turboquant_original = original

@@ -12,6 +12,7 @@ from turboquant_hf.cache.cache import (
     LiveAttention,
     TurboQuantCache,
     check_config,
+    is_latent,
     never_packed,
     owning_layers,
 )
@@ -87,7 +88,7 @@ class TurboQuantStaticCache(StaticCache):
 
     def _pack_layers(self, config: PreTrainedConfig) -> None:
         decoder = config.get_text_config(decoder=True)
-        latent = getattr(decoder, "kv_lora_rank", None) is not None
+        latent = is_latent(config)
         head_dim = config_field(decoder, "head_dim")
         if isinstance(head_dim, int) and not latent:
             self.preset.validate(head_dim)

@@ -9,19 +9,18 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from turboquant_hf.cache import static_ops
+from turboquant_hf.cache.fixed import WORKSPACE_ROWS
 from turboquant_hf.cache.handles import PackedHandle
 from turboquant_hf.cache.layer import autocast, check_pair
+from turboquant_hf.cache.ring import STEP_TOKENS
 from turboquant_hf.cache.static_due import DueState
-from turboquant_hf.cache.static_plan import STEP_TOKENS, StaticPlan, plan_name
+from turboquant_hf.cache.static_plan import StaticPlan, plan_name
 from turboquant_hf.cache.static_state import StaticState
 from turboquant_hf.config import CachePreset
 from turboquant_hf.kernels.dispatch import decode_workspace
 from turboquant_hf.quantizers import Quantizer
 
 logger = logging.get_logger(__name__)
-
-WORKSPACE_ROWS = 16
-"""Query rows of a KV head that the shared workspace is made for; calls with more get memory of their own."""
 
 ALLOCATION = (
     "a static cache cannot be allocated inside a compiled region; call cache.early_initialization(batch_size, "

@@ -17,11 +17,10 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from turboquant_hf.cache.ring import STEP_TOKENS
 from turboquant_hf.quantizers import Field, Quantizer
 from turboquant_hf.quantizers.rotated import RotatedQuantizer, reads_packed
 
-STEP_TOKENS = 16
-"""New tokens that one decode step may bring; a longer chunk is stored by another way."""
 ALIGNMENT = 128
 ROLES = ("keys", "values")
 
@@ -77,9 +76,8 @@ class StaticPlan:
     @cached_property
     def first_states(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What the quantizers make of empty tiles: the shapes of what they learn, and harmless values of it."""
-        weight = torch.ones(1, 1, self.tile, dtype=torch.float32)
         return tuple(
-            quantizer.fit(torch.zeros(1, self.heads, 1, self.tile, dim, dtype=torch.float32), weight, None, waits=False)
+            quantizer.empty_state(self.heads, dim, self.tile)
             for quantizer, dim in zip(self.quantizers, self.head_dims, strict=True)
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from turboquant_hf.cache.layer import _nan_for_inf
+from turboquant_hf.cache.ring import unrolled
 from turboquant_hf.cache.static_plan import PLANS, ROLES, StaticPlan
 from turboquant_hf.cache.word import warn_of_nan
 from turboquant_hf.kernels.decode import PackedSide, RawTokens
@@ -213,23 +214,10 @@ class StaticState:
     def _dense(self, index: int) -> torch.Tensor:
         plan = self.plan
         used = plan.capacity if self.arena.is_cuda else self.read_counts()[0]
-        position = torch.arange(plan.max_len, device=self.arena.device)
-        packed = self.counts[0] * plan.tile
-        in_ring = (position >= packed) & (position < self.counts[1])
-        out = self.ring[index].index_select(2, position % plan.ring)
-        out = torch.where(in_ring[:, None], out, torch.zeros((), dtype=out.dtype, device=out.device))
+        decoded = None
         if used:
             arrays = {name: array[:, :, :used] for name, array in self.tiles[index].items()}
             dim = plan.head_dims[index]
             decoded = plan.quantizers[index].decode(arrays, self.states[index], dim, plan.dtype).flatten(2, 3)
-            covered = decoded.shape[2]
-            inside = (position[:covered] < packed)[:, None]
-            out[:, :, :covered] = torch.where(inside, decoded, out[:, :, :covered])
-        return self._overlay(out, index, packed)
-
-    def _overlay(self, out: torch.Tensor, index: int, packed: torch.Tensor) -> torch.Tensor:
-        """Sinks over their positions, where those lie inside the tiles."""
-        where = self.starts[:, None] + torch.arange(self.plan.sinks, device=out.device)
-        inside = (where < packed)[:, None, :, None]
-        where = where.clamp(max=self.plan.max_len - 1)[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
-        return out.scatter_(2, where, torch.where(inside, self.sinks[index], out.gather(2, where)))
+        where = self.starts, self.counts, plan.tile, plan.max_len
+        return unrolled(self.ring[index], decoded, self.sinks[index], *where)

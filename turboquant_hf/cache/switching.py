@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from turboquant_hf.cache.cache import ATTENTION_NAME
+from turboquant_hf.cache.cache import ATTENTION_NAME, is_latent
 from turboquant_hf.cache.messages import tell_switch
 
 RECORD = "_turboquant_switched_from"
@@ -26,8 +26,8 @@ def default_attention(model: Any) -> str:
 
 def why_dense(model: Any) -> str | None:
     """What keeps a model from reading packed tiles under any attention, or None."""
-    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None:
-        return "multi-head latent attention"  # expands what it cached
+    if is_latent(model.config):
+        return "multi-head latent attention"
     if not model._can_set_attn_implementation():
         return "an attention in the model's own code"
     return None

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants", type=Path, default=config_path("eval", "ablate.yaml"), help="YAML: section -> name -> change"
     )
     parser.add_argument("--section", action="append", metavar="NAME", help="only sections that begin so; repeatable")
-    parser.add_argument("--context", type=int, default=768, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=768, help="tokens per window (default: %(default)s)")
     parser.add_argument(
         "--windows", type=int, default=1, help="how many windows, spread over the text (default: %(default)s)"
     )

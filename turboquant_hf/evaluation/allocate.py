@@ -56,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[2],
         help="widths at which each layer is measured alone (default: 2)",
     )
-    parser.add_argument("--context", type=int, default=768, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=768, help="tokens per window (default: %(default)s)")
     parser.add_argument(
         "--windows", type=int, default=1, help="windows to choose by, from the first half of the text (%(default)s)"
     )
-    parser.add_argument("--check-context", type=int, default=768, help="tokens a window of the check (%(default)s)")
+    parser.add_argument("--check-context", type=int, default=768, help="tokens per window of the check (%(default)s)")
     parser.add_argument(
         "--check-windows", type=int, default=6, help="windows of the check, from the second half (%(default)s)"
     )

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", type=Path, default=config_path("eval", "baselines.yaml"), help="YAML of what is measured"
     )
-    parser.add_argument("--context", type=int, default=1024, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens per window (default: %(default)s)")
     parser.add_argument(
         "--windows", type=int, default=1, help="how many windows, spread over the text (default: %(default)s)"
     )

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     common.add_text_arguments(parser)
     common.add_preset_argument(parser, [DEFAULT_PRESET])
-    parser.add_argument("--context", type=int, default=2048, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens per window (default: %(default)s)")
     parser.add_argument(
         "--windows", type=int, default=4, help="how many windows, spread over the text (default: %(default)s)"
     )

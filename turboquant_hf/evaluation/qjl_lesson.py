@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_text_arguments(parser)
     parser.add_argument("--bits", type=whole(2), nargs="+", default=[2, 3, 4], help="widths compared, from 2 (2 3 4)")
     parser.add_argument("--head-dim", type=whole(1), default=128, help="channels of the random vectors (%(default)s)")
-    parser.add_argument("--context", type=whole(1), default=768, help="tokens a window (%(default)s)")
+    parser.add_argument("--context", type=whole(1), default=768, help="tokens per window (%(default)s)")
     parser.add_argument(
         "--windows",
         type=whole(0),

@@ -9,15 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers.generation.utils import GenerationMixin
-from transformers.utils import logging
 
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache, TurboQuantStaticCache
+from turboquant_hf.cache.messages import tell_eager_steps
 from turboquant_hf.generation.recorders import RECORDERS
 from turboquant_hf.generation.static import FixedStatic
-from turboquant_hf.generation.steps import CACHE_ARGUMENTS, DecodeSteps
+from turboquant_hf.generation.steps import DecodeSteps
 from turboquant_hf.kernels.dispatch import backend
-
-logger = logging.get_logger(__name__)
+from turboquant_hf.names import cache_argument
 
 LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
 """The decoding loops of `GenerationMixin`, which call the model."""
@@ -38,7 +37,7 @@ def _wrap(original: Callable) -> Callable:
     def loop(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         config, model_kwargs = bound.arguments["generation_config"], bound.arguments.get("model_kwargs", {})
-        cache = next((model_kwargs[name] for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
+        cache = model_kwargs.get(cache_argument(model_kwargs))
         if not isinstance(cache, (TurboQuantCache, TurboQuantStaticCache)) or not cache.graph:
             return original(self, *args, **kwargs)
         if self.device.type not in RECORDERS or config.compile_config is not None:
@@ -46,13 +45,10 @@ def _wrap(original: Callable) -> Callable:
         reason = why_not(self, cache, config)
         if reason is not None:
             if reason:
-                logger.warning_once(
-                    f"turboquant_hf: decode steps of {type(self).__name__} run without CUDA graphs: {reason}."
-                )
+                tell_eager_steps(self, reason)
             return original(self, *args, **kwargs)
         expected = (config.max_length or 0) - bound.arguments["input_ids"].shape[1]
-        # The class's own: an attribute of the instance is, if anything, another thread's loop.
-        steps = DecodeSteps(type(self).forward.__get__(self), cache, type(self).__name__, max(expected, 0))
+        steps = DecodeSteps(self, cache, max(expected, 0))
         return _with_forward(self, steps, config, lambda: original(self, *args, **kwargs))
 
     loop._turboquant_original = original

@@ -8,41 +8,40 @@ step is recorded again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from transformers.utils import logging
 
 from turboquant_hf.cache import TurboQuantCache, TurboQuantStaticCache
-from turboquant_hf.cache.fixed import STEP_TOKENS
 from turboquant_hf.cache.fixed_cache import FixedCache
+from turboquant_hf.cache.messages import tell_eager_steps
+from turboquant_hf.cache.ring import STEP_TOKENS
 from turboquant_hf.generation.recorders import RECORDERS
 from turboquant_hf.generation.static import FixedStatic
+from turboquant_hf.names import CACHE_ARGUMENTS
 
-logger = logging.get_logger(__name__)
-
-CACHE_ARGUMENTS = ("cache", "past_key_values")
 RECENT_STEPS = 32
+"""Steps among which recordings are counted."""
 MOST_RECORDINGS = 4
 """Of a step of one shape within `RECENT_STEPS`: where addresses change more often, recording is not worth its time."""
 MOST_SHAPES = 20
+"""Different steps recorded within `RECENT_STEPS`: where more differ, most are seen once."""
 
 
 class DecodeSteps:
     """A forward function that replays graphs where it can, and calls the model's own everywhere else.
 
     Args:
-        forward: the model's own, bound.
+        model: whose class's `forward` is called; an attribute of the instance is, if anything, another thread's loop.
         cache: the cache of the loop; calls with another one are passed on.
-        name: of the model, for the log.
         expected: tokens per sequence that the loop may still bring.
     """
 
-    def __init__(
-        self, forward: Callable, cache: TurboQuantCache | TurboQuantStaticCache, name: str, expected: int
-    ) -> None:
-        self.forward, self.cache, self.name, self.expected = forward, cache, name, expected
+    def __init__(self, model: Any, cache: TurboQuantCache | TurboQuantStaticCache, expected: int) -> None:
+        self.model, self.cache, self.expected = model, cache, expected
+        self.forward = type(model).forward.__get__(model)
         self.fixed = FixedStatic(cache) if isinstance(cache, TurboQuantStaticCache) else FixedCache(cache)
         self.refused = False
         self._graphs: dict[Any, _Recorded] = {}
@@ -55,7 +54,6 @@ class DecodeSteps:
         tokens = 0 if args or self.refused else self._tokens(kwargs)
         if not 1 <= tokens <= STEP_TOKENS:
             return self.forward(*args, **kwargs)
-        self.device = self.cache.packed_layers[0].device
         reason = self._why_not(kwargs)
         if reason is None:
             try:
@@ -69,13 +67,18 @@ class DecodeSteps:
         """Run every further step as it is, and say so once."""
         self.close()
         self.refused = True
-        logger.warning_once(f"turboquant_hf: decode steps of {self.name} run without CUDA graphs: {reason}.")
+        tell_eager_steps(self.model, reason)
 
     def close(self) -> None:
         """Free the graphs, and leave the cache as it was found."""
         self._graphs.clear()
         self.fixed.release()
         self.cache.graph_nbytes = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Of the cache's layers, which hold tokens."""
+        return self.cache.packed_layers[0].device
 
     # ------------------------------------------------------------------ what a call is
 
@@ -166,11 +169,13 @@ class _NotRecordable(Exception):
     """Why a step cannot be recorded."""
 
 
+@dataclass
 class _Recorded:
     """A graph, its inputs, and what it points to."""
 
-    def __init__(self, graph: Any, inputs: _Inputs, where: tuple) -> None:
-        self.graph, self.inputs, self.where = graph, inputs, where
+    graph: Any
+    inputs: _Inputs
+    where: tuple
 
 
 class _Inputs:

@@ -61,6 +61,11 @@ class Quantizer(ABC):
         """
         return {}
 
+    def empty_state(self, num_heads: int, head_dim: int, tile: int, device: torch.device | str = "cpu") -> State:
+        """What `fit` makes of empty tiles of one sequence: the shapes of what it learns, and harmless values of it."""
+        tiles = torch.zeros(1, num_heads, 1, tile, head_dim, dtype=torch.float32, device=device)
+        return self.fit(tiles, torch.ones(1, 1, tile, dtype=torch.float32, device=device), None, waits=False)
+
     @abstractmethod
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
         """tiles [B, H, N, T, D] -> arrays [B, H, N, *field.shape] as `layout` says."""

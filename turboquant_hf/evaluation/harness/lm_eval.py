@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.cache.defaults import cache_defaults
-from turboquant_hf.cache.registration import CACHE_NAME
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 from turboquant_hf.evaluation.common import MEASURED_ALONE
 from turboquant_hf.evaluation.models import forward
+from turboquant_hf.names import CACHE_NAME
 
 logger = logging.getLogger("lm_eval.models.turboquant")  # below the harness's logger, which shows information too
 

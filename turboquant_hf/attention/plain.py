@@ -1,0 +1,22 @@
+"""What no reader of packed tiles serves, asked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+ADDED = ("sliding_window", "position_bias", "sinks")
+"""Options that change which tokens are seen, or add to their scores."""
+
+
+def is_plain(options: Mapping[str, Any]) -> bool:
+    """Whether a call is causal attention over everything without dropout, and wants no weights.
+
+    Soft-caps and `s_aux` are the reader's own business: kernels know them.
+    """
+    return (
+        not options.get("dropout")
+        and not options.get("output_attentions")
+        and options.get("is_causal") is not False
+        and all(options.get(name) is None for name in ADDED)
+    )

@@ -1,0 +1,98 @@
+"""Rings of raw tokens: the token at position p lies in slot p % R."""
+
+from __future__ import annotations
+
+import torch
+
+STEP_TOKENS = 16
+"""New tokens that one decode step may bring (candidates of assisted decoding, prompt lookup); a longer chunk is stored
+by another way."""
+
+
+class RingTail:
+    """The raw tail of a fixed layer: keys and values in rings [B, H, R, D]; see `cache.store.TailBuffer`.
+
+    Attributes:
+        start: position of the oldest raw token, which is the end of the packed tiles.
+        count: raw tokens held.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, start: int, slots: int) -> None:
+        self.start, self.count = start, keys.shape[2]
+        self.arrays = tuple(x.new_zeros((*x.shape[:2], slots, x.shape[3])) for x in (keys, values))
+        where = self._slots(keys.device)
+        for ring, new in zip(self.arrays, (keys, values), strict=True):
+            ring.index_copy_(2, where, new)
+
+    @property
+    def slots(self) -> int:
+        return self.arrays[0].shape[2]
+
+    def _slots(self, device: torch.device) -> torch.Tensor:
+        return torch.arange(self.start, self.start + self.count, device=device) % self.slots
+
+    def view(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, count, D] in order: views where they do not wrap round, else copies."""
+        first = self.start % self.slots
+        if first + self.count <= self.slots:
+            return tuple(ring[:, :, first : first + self.count] for ring in self.arrays)
+        where = self._slots(self.arrays[0].device)
+        return tuple(ring.index_select(2, where) for ring in self.arrays)
+
+    def drop_front(self, tokens: int) -> None:
+        self.start, self.count = self.start + tokens, self.count - tokens
+
+    def crop(self, tokens: int) -> None:
+        self.count = tokens
+
+    def own(self) -> None:
+        """A ring never borrows a block of the model's."""
+
+    def is_inference(self) -> bool:
+        """Whether the arrays were made under torch.inference_mode()."""
+        return self.arrays[0].is_inference()
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self._token_nbytes
+
+    @property
+    def spare_nbytes(self) -> int:
+        return (self.slots - self.count) * self._token_nbytes
+
+    @property
+    def _token_nbytes(self) -> int:
+        return sum(ring[:, :, :1].numel() * ring.itemsize for ring in self.arrays)
+
+
+def unrolled(
+    ring: torch.Tensor,
+    decoded: torch.Tensor | None,
+    sinks: torch.Tensor,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    tile: int,
+    room: int,
+) -> torch.Tensor:
+    """All tokens in order, [B, H, room, D], zeros behind the newest. Does not wait for the device.
+
+    Args:
+        ring: [B, H, R, D], the tokens behind the tiles.
+        decoded: [B, H, N * tile, D], the tiles, of which counts[0] are in use; None where none is.
+        sinks: [B, H, S, D]; they stand over their positions where those lie inside the tiles.
+        starts: int64 [B], every sequence's first position.
+        counts: int32, tiles encoded and tokens held.
+    """
+    position = torch.arange(room, device=ring.device)
+    packed = counts[0] * tile
+    in_ring = (position >= packed) & (position < counts[1])
+    out = ring.index_select(2, position % ring.shape[2])
+    out = torch.where(in_ring[:, None], out, torch.zeros((), dtype=out.dtype, device=out.device))
+    if decoded is not None:
+        covered = decoded.shape[2]
+        inside = (position[:covered] < packed)[:, None]
+        out[:, :, :covered] = torch.where(inside, decoded, out[:, :, :covered])
+    where = starts[:, None] + torch.arange(sinks.shape[2], device=out.device)
+    inside = (where < packed)[:, None, :, None]
+    where = where.clamp(max=room - 1)[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
+    return out.scatter_(2, where, torch.where(inside, sinks, out.gather(2, where)))
