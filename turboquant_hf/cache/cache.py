@@ -286,12 +286,13 @@ class TurboQuantCache(DynamicCache):
 
     def __repr__(self) -> str:
         packed = len(self.packed_layers)
-        resident, dense = self.resident_nbytes, self.dense_nbytes
-        size = f"{_times(dense, resident)} than 16 bit; {self.nbytes:,} in use, {_times(dense, self.nbytes)}"
+        resident, used, dense = self.resident_nbytes, self.nbytes, self.dense_nbytes
+        size = f"resident bytes={resident:,}"
+        if used and dense:
+            size += f", {_times(dense, resident)} than 16 bit; {used:,} in use, {_times(dense, used)}"
         return (
             f"{type(self).__name__}(preset={self.preset.label!r}, tokens={self.tokens}, "
-            f"layers={len(self.layers)} ({packed} packed), resident bytes={resident:,}"
-            + (f", {size})" if dense and resident else ")")
+            f"layers={len(self.layers)} ({packed} packed), {size})"
         )
 
 
