@@ -100,6 +100,26 @@ def test_presets_give_the_same_tokens_with_and_without_recorded_steps(device, pr
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
+def test_means_that_no_half_holds_are_read_anew_at_every_step(device):
+    """Such means are put together from an offset when they are read, and tiles come in between two steps."""
+    model = make_llama(head_dim=32, attention_bias=True).to(device)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias[31::32] += 2e5  # the channel that turns the least with the position
+    tokens = torch.randint(3, 199, (1, 45 + NEW), generator=torch.Generator().manual_seed(1)).to(device)
+    inputs = {"input_ids": tokens[:, :45], "attention_mask": torch.ones_like(tokens[:, :45])}
+    options = {
+        "logits_processor": LogitsProcessorList([Dictated(tokens)]), "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    expected = generate(model, inputs, **packed("k4v4", graph=False), **options)
+    with watched(device) as watch:
+        got = generate(model, inputs, **packed("k4v4"), **options)
+    assert watch.replays > NEW // 2
+    for a, b in zip(got.logits, expected.logits, strict=True):
+        assert (a - b).norm() < 1e-2 * b.norm()
+
+
 class Dictated(LogitsProcessor):
     """Leaves nothing to choose: the next of these tokens."""
 

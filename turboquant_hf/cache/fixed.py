@@ -126,8 +126,6 @@ class FixedLayer:
         if where not in workspaces:
             workspaces[where] = decode_workspace(where[1], WORKSPACE_ROWS, where[2], layer.device)
         self.workspace = workspaces[where]
-        parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
-        self._sides = [q.packed_side(*part) for q, *part in parts] if self.reads_packed else None
         self._warm(layer)
         self.statistics = None
         if not layer.is_fitted and self.quantizers[0].needs_statistics:
@@ -190,8 +188,11 @@ class FixedLayer:
 
     def attend(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
         """`decode_attention` over what is held (where `reads_packed`): [B, Hq, q, D] -> [B, Hq, q, Dv]."""
+        # Anew in every step: some states have the means of all tiles put together from two parts.
+        parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
+        sides = [quantizer.packed_side(tiles, state, dim) for quantizer, tiles, state, dim in parts]
         return decode_attention(
-            query, *self._sides, RawTokens(*self.sinks), RawTokens(*self.ring), self.starts, **options,
+            query, *sides, RawTokens(*self.sinks), RawTokens(*self.ring), self.starts, **options,
             sparse_v_threshold=self.threshold, counts=self.counts[:2], workspace=self.workspace,
         )  # fmt: skip
 
