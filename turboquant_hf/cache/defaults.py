@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import GenerationConfig
-from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
 from turboquant_hf.cache.registration import parse_cache_config
 from turboquant_hf.cache.serving import NO_CONTINUOUS_BATCHING, answers_clients
+from turboquant_hf.cache.wrapping import wrap_once
 from turboquant_hf.names import CACHE_NAME, UPSTREAM, cache_argument
 
 logger = logging.get_logger(__name__)
@@ -60,12 +60,8 @@ def set_cache_defaults(cache_implementation: str | None = None, **cache_config: 
     if cache_implementation is not None and cache_implementation not in UPSTREAM:
         raise ValueError(f"cache={cache_implementation!r} is not supported; allowed: {', '.join(UPSTREAM)}")
     parse_cache_config(cache_config)
-    for name, wrap in (("_prepare_cache_for_generation", _prepare), ("init_continuous_batching", _init_batching)):
-        method = getattr(GenerationMixin, name, None)
-        if method is not None and not hasattr(method, "_turboquant_defaults"):
-            wrapped = wrap(method)
-            wrapped._turboquant_defaults = True
-            setattr(GenerationMixin, name, wrapped)
+    wrap_once("_prepare_cache_for_generation", _prepare, "_turboquant_defaults")
+    wrap_once("init_continuous_batching", _init_batching, "_turboquant_defaults")
     _current = CacheDefaults(cache_implementation, cache_config)
     return _current
 

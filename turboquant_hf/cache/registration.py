@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import configuration_utils
-from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import is_flash_attention_requested
 
 from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
@@ -39,6 +38,7 @@ from turboquant_hf.cache.switching import (
     use_turboquant_attention,
     why_dense,
 )
+from turboquant_hf.cache.wrapping import wrap_once
 from turboquant_hf.checks import check_flag, check_json, check_keys
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 from turboquant_hf.names import CACHE_NAME, STATIC_NAME, UPSTREAM, add_cache_names, cache_argument
@@ -53,11 +53,9 @@ def register_cache() -> bool:
         False when this version of transformers refuses the name; `past_key_values=` works all the same.
     """
     add_cache_names(configuration_utils)
-    original = GenerationMixin._prepare_cache_for_generation
-    if not hasattr(original, "_turboquant_original"):
-        GenerationMixin._prepare_cache_for_generation = _wrap(original)
-    _watch_prefill()
-    _refuse_continuous_batching()
+    wrap_once("_prepare_cache_for_generation", _wrap, needed=True)
+    wrap_once("_prefill", _watch_prefill)
+    wrap_once("init_continuous_batching", _refuse_continuous_batching)
     try:
         for ours in UPSTREAM:
             GenerationConfig(cache_implementation=ours).validate()
@@ -129,7 +127,6 @@ def _wrap(original):
             _choose_attention(self, attention, asks)
         return result
 
-    prepare._turboquant_original = original
     return prepare
 
 
@@ -237,11 +234,8 @@ def _check_attention(model: Any) -> None:
         )
 
 
-def _watch_prefill() -> None:
+def _watch_prefill(original: Callable) -> Callable:
     """Say so where a model has read its prompt past the cache: PEFT's prefix tuning swaps it, RWKV ignores it."""
-    original = getattr(GenerationMixin, "_prefill", None)
-    if original is None or hasattr(original, "_turboquant_original"):
-        return
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -255,15 +249,11 @@ def _watch_prefill() -> None:
             tell_unused(self, given, outputs.get(cache_argument(outputs)))
         return outputs
 
-    prefill._turboquant_original = original
-    GenerationMixin._prefill = prefill
+    return prefill
 
 
-def _refuse_continuous_batching() -> None:
+def _refuse_continuous_batching(original: Callable) -> Callable:
     """`generate_batch` has a paged cache of its own; say so instead of silently using that."""
-    original = getattr(GenerationMixin, "init_continuous_batching", None)
-    if original is None or hasattr(original, "_turboquant_original"):
-        return
 
     @functools.wraps(original)
     @answers_clients
@@ -273,5 +263,4 @@ def _refuse_continuous_batching() -> None:
             raise ValueError(NO_CONTINUOUS_BATCHING)
         return original(self, generation_config, *args, **kwargs)
 
-    init._turboquant_original = original
-    GenerationMixin.init_continuous_batching = init
+    return init

@@ -8,10 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from transformers.generation.utils import GenerationMixin
-
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache, TurboQuantStaticCache
 from turboquant_hf.cache.messages import tell_eager_steps
+from turboquant_hf.cache.wrapping import wrap_once
 from turboquant_hf.generation.recorders import RECORDERS
 from turboquant_hf.generation.static import FixedStatic
 from turboquant_hf.generation.steps import DecodeSteps
@@ -25,9 +24,7 @@ LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
 def register_steps() -> None:
     """Wrap the decoding loops. Idempotent; a call without one of our caches passes through."""
     for name in LOOPS:
-        original = getattr(GenerationMixin, name, None)
-        if original is not None and not hasattr(original, "_turboquant_original"):
-            setattr(GenerationMixin, name, _wrap(original))
+        wrap_once(name, _wrap)
 
 
 def _wrap(original: Callable) -> Callable:
@@ -51,7 +48,6 @@ def _wrap(original: Callable) -> Callable:
         steps = DecodeSteps(self, cache, max(expected, 0))
         return _with_forward(self, steps, config, lambda: original(self, *args, **kwargs))
 
-    loop._turboquant_original = original
     return loop
 
 
