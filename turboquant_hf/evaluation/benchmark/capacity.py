@@ -27,7 +27,7 @@ class GraphStepper(Stepper):
 
     def __init__(self, model: Any, cache: Any, expected: int) -> None:
         super().__init__(model, False)
-        self.steps = DecodeSteps(model.forward, cache, type(model).__name__, expected)
+        self.steps = DecodeSteps(model, cache, expected)
         self._forward = self._call
 
     def _call(self, **arguments: Any) -> Any:
