@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
+from turboquant_hf.cache.copies import DecodedProperty
 from turboquant_hf.cache.layer import TurboQuantLayer
 
 OF_ATTENTION = ("keys", "values", "is_initialized")
@@ -41,11 +42,11 @@ class HybridLayer(LinearAttentionAndFullAttentionLayer):
     def is_initialized(self) -> bool:
         return self.packed.is_initialized
 
-    @property
+    @DecodedProperty
     def keys(self) -> torch.Tensor | None:
         return self.packed.keys
 
-    @property
+    @DecodedProperty
     def values(self) -> torch.Tensor | None:
         return self.packed.values
 

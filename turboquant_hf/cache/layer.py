@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from turboquant_hf.cache.copies import DecodedProperty
 from turboquant_hf.cache.fixed import FixedLayer, current_step
 from turboquant_hf.cache.handles import PackedKeys, PackedValues
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.ring import STEP_TOKENS, RingTail
-from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
+from turboquant_hf.cache.store import FIRST_TOKENS, SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.cache.word import warn_of_nan
 from turboquant_hf.config import CachePreset
 from turboquant_hf.kernels.decode import PackedSide
@@ -305,7 +306,8 @@ class TurboQuantLayer(CacheLayerMixin):
         wanted = self.tail.count + tokens
         if not isinstance(self.tail, RingTail) or wanted > self.tail.slots:
             waits = 0 if self.is_fitted else self.preset.min_statistics + tile
-            slots = -(-max(wanted, waits, self._tail_capacity) // tile) * tile
+            usual = max(waits, self._tail_capacity)
+            slots = -(-max(wanted, min(usual, wanted + max(FIRST_TOKENS, wanted // 8))) // tile) * tile
             self.tail = RingTail(*self.tail.view(), stored * tile, slots)
         for store in self.tiles:
             store.reserve(stored + ahead, exact=True)
@@ -378,14 +380,14 @@ class TurboQuantLayer(CacheLayerMixin):
         quantizer, store, dim = self.quantizers[index], self.tiles[index], self.head_dims[index]
         return quantizer.decode(store.view(start, stop), self.states[index], dim, self.dtype).flatten(2, 3)
 
-    @property
+    @DecodedProperty
     def keys(self) -> torch.Tensor | None:
-        """Dense keys, decoded at every access."""
+        """All keys [B, H, T, D] in the model's dtype, decoded at every access; to be read, not edited."""
         return self.dense(0) if self.is_initialized else None
 
-    @property
+    @DecodedProperty
     def values(self) -> torch.Tensor | None:
-        """Dense values, decoded at every access."""
+        """All values [B, H, T, D] in the model's dtype, decoded at every access; to be read, not edited."""
         return self.dense(1) if self.is_initialized else None
 
     def get_seq_length(self, *args) -> torch.Tensor | int:

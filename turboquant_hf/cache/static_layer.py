@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from turboquant_hf.cache import static_ops
+from turboquant_hf.cache.copies import DecodedProperty
 from turboquant_hf.cache.fixed import WORKSPACE_ROWS
 from turboquant_hf.cache.handles import PackedHandle
 from turboquant_hf.cache.layer import autocast, check_pair
@@ -176,14 +177,14 @@ class TurboQuantStaticLayer(CacheLayerMixin):
         """
         return static_ops.visible(self.arena, self.counts, tokens, pending, self.plan_name)
 
-    @property
+    @DecodedProperty
     def keys(self) -> torch.Tensor | None:
-        """Dense keys, decoded at every access."""
+        """All keys [B, H, max_len, D] in the model's dtype, decoded at every access; to be read, not edited."""
         return self.dense()[0] if self.is_initialized else None
 
-    @property
+    @DecodedProperty
     def values(self) -> torch.Tensor | None:
-        """Dense values, decoded at every access."""
+        """All values [B, H, max_len, D] in the model's dtype, decoded at every access; to be read, not edited."""
         return self.dense()[1] if self.is_initialized else None
 
     def get_seq_length(self, *args) -> torch.Tensor | int:
