@@ -76,7 +76,10 @@ def test_nbytes_follows_every_operation():
     cache.crop(-500)
     assert cache.nbytes < before
     cache.reset()
-    assert cache.nbytes == cache.spare_nbytes == held_nbytes(cache) == 0 and cache.compression_ratio == 1.0
+    assert (
+        cache.nbytes == cache.spare_nbytes == held_nbytes(cache) == 0
+        and cache.compression_ratio == cache.compression_ratio_in_use == 1.0
+    )
 
 
 def test_a_packed_prompt_is_held_once():
@@ -103,7 +106,9 @@ def test_raw_layers_are_counted_as_they_are():
 def test_compression_ratio(preset, tokens, heads, least, head_dim):
     cache = fill(make_cache(preset, head_dim, heads, layers=1), tokens, heads, head_dim)
     assert cache.dense_nbytes == 2 * 2 * heads * head_dim * tokens
-    assert cache.compression_ratio >= least
+    assert cache.compression_ratio_in_use >= least
+    shared = sum({(q, head_dim): q.shared_nbytes(head_dim) for q in cache.layers[0].quantizers}.values())
+    assert cache.compression_ratio == cache.dense_nbytes / (held_nbytes(cache) + shared)
     if tokens == 32768:
         assert held_nbytes(cache) <= cache.dense_nbytes / (0.92 * least)
         assert cache.spare_nbytes < 0.08 * cache.nbytes
@@ -147,3 +152,9 @@ def test_memory_is_told_as_it_is_allocated(tokens):
     assert f"resident bytes={held:,}, {told} than 16 bit; {cache.nbytes:,} in use" in repr(cache)
     tiles = cache.packed_layers[0].tiles[0]
     assert tiles.capacity - tiles.count <= max(1, tiles.count // 20), "a twentieth, or one tile"
+
+
+@pytest.mark.parametrize("block", [1000, 50])
+def test_a_large_recent_window_takes_memory_as_it_fills(block):
+    cache = fill(make_cache("k4v4", recent_window=131_072), 1000, block=block)
+    assert cache.spare_nbytes < 0.2 * cache.nbytes

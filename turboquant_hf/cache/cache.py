@@ -276,8 +276,15 @@ class TurboQuantCache(DynamicCache):
 
     @property
     def compression_ratio(self) -> float:
-        """`dense_nbytes` / `nbytes`: how many times smaller than a 16-bit cache, every overhead counted; 1 if empty."""
-        return self.dense_nbytes / self.nbytes if self.nbytes else 1.0
+        """`dense_nbytes` / `resident_nbytes`: how many times smaller than a 16-bit cache, all counted; 1 if empty."""
+        resident = self.resident_nbytes
+        return self.dense_nbytes / resident if resident else 1.0
+
+    @property
+    def compression_ratio_in_use(self) -> float:
+        """`dense_nbytes` / `nbytes`: the same without the room allocated ahead; 1 if empty."""
+        used = self.nbytes
+        return self.dense_nbytes / used if used else 1.0
 
     def _raw_nbytes(self) -> int:
         raw = [vars(layer) for layer in self.layers if not isinstance(layer, self.packed_layer_class)]

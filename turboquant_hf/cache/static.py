@@ -51,6 +51,7 @@ class TurboQuantStaticCache(StaticCache):
     dense_nbytes = TurboQuantCache.dense_nbytes
     resident_nbytes = TurboQuantCache.resident_nbytes
     compression_ratio = TurboQuantCache.compression_ratio
+    compression_ratio_in_use = TurboQuantCache.compression_ratio_in_use
     _raw_nbytes = TurboQuantCache._raw_nbytes
 
     def __init__(

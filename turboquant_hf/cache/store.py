@@ -15,8 +15,11 @@ from turboquant_hf.quantizers import Field
 
 MIN_SPARE_TILES = 1
 SPARE_SHARE = 20
-GROWTH_TOKENS = 64
 """Tiles grow by 1/20 of their number (and at least MIN_SPARE_TILES), so that spare capacity stays near 5 %."""
+
+GROWTH_TOKENS = 64
+FIRST_TOKENS = 512
+"""Room for raw tokens at first; a larger recent window gets its room as it fills."""
 
 
 class TileStore:
@@ -86,13 +89,20 @@ class TileStore:
 
 
 class TailBuffer:
-    """The newest tokens, keys and values, [B, H, capacity, D] each, filled up to `count` tokens."""
+    """The newest tokens, keys and values, [B, H, capacity, D] each, filled up to `count` tokens.
+
+    Args:
+        keys, values: give batch, heads, head dims, dtype and device.
+        capacity: tokens that are usually held; more are kept only until the next `drop_front`.
+    """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
         self.count = 0
         self.standard = capacity
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.arrays = tuple(x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in (keys, values))
+        self.arrays = tuple(
+            x.new_empty((*x.shape[:2], min(capacity, FIRST_TOKENS), x.shape[3])) for x in (keys, values)
+        )
         self._borrowed = False
 
     @property
@@ -137,7 +147,7 @@ class TailBuffer:
             self.arrays, self.count, self._borrowed = (keys, values), added, True
             return
         if self.count + added > self.capacity or self._borrowed:
-            self._resize(max(self.standard, -(-(self.count + added) // GROWTH_TOKENS) * GROWTH_TOKENS))
+            self._resize(self._room_for(self.count + added))
         for array, new in zip(self.arrays, (keys, values), strict=True):
             array[:, :, self.count : self.count + added] = new
         self.count += added
@@ -149,15 +159,21 @@ class TailBuffer:
         """
         rest = tuple(array[:, :, tokens : self.count] for array in self.arrays)
         self.count -= tokens
-        self._take(rest, max(self.standard, self.count))
+        self._take(rest, self._room_for(self.count))
 
     def own(self) -> None:
         """Copy a block that was kept as the model gave it: it may be a view into something larger."""
         if self._borrowed:
-            self._resize(max(self.standard, self.count))
+            self._resize(self._room_for(self.count))
 
     def crop(self, tokens: int) -> None:
         self.arrays, self.count = self.arrays, tokens
+
+    def _room_for(self, tokens: int) -> int:
+        """The standard capacity, or an eighth more than `tokens` where that is less, or `tokens` where that is more."""
+        if tokens > self.standard:
+            return -(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS
+        return min(self.standard, max(FIRST_TOKENS, tokens + tokens // 8))
 
     def _resize(self, capacity: int) -> None:
         self._take(tuple(array[:, :, : self.count] for array in self.arrays), capacity)

@@ -125,7 +125,7 @@ def measure_window(
             total["top1"] += (logits.argmax(dim=1) == reference.argmax(dim=1)).sum().item()
     for cache, total in zip(caches, sums, strict=True):
         total["key_bits"], total["value_bits"] = common.average_bits(cache)
-        total["compression_ratio"] = cache.compression_ratio
+        total["compression_ratio"] = cache.compression_ratio_in_use
         total["resident_bytes"] = cache.nbytes + cache.spare_nbytes
     return {"baseline": base, "presets": sums}
 

@@ -37,7 +37,7 @@ class MeasuredQuantizedCache(QuantizedCache):
     spare_nbytes = 0
 
     @property
-    def compression_ratio(self) -> float:
+    def compression_ratio_in_use(self) -> float:
         shapes = [self._dense(layer) for layer in self.layers]
         return 2 * sum(shapes) / self.nbytes
 

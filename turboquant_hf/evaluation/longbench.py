@@ -278,7 +278,7 @@ def predict(model, tokenizer, preset, name: str, template: str, row: dict[str, A
         "classes": row.get("all_classes") or [],
         "length": row["length"],
         "bits": sum(common.average_bits(kv)) / 2 if packed else 16.0,
-        "smaller": kv.compression_ratio if packed else 1.0,
+        "smaller": kv.compression_ratio_in_use if packed else 1.0,
     }
 
 

@@ -94,7 +94,7 @@ def bits_per_channel(preset: CachePreset, head_dim: int, layers: int) -> tuple[f
 
 
 def expected_compression(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv_heads: int) -> float:
-    """Bytes of a 16-bit cache / bytes of this one, for one sequence: what `TurboQuantCache.compression_ratio` reports.
+    """Bytes of a 16-bit cache / bytes of this one, for one sequence: `TurboQuantCache.compression_ratio_in_use`.
 
     Counts sinks, the raw tail, statistics and the shared rotations beside the tiles.
     """
