@@ -9,6 +9,7 @@ import torch
 
 from tests.cache.tagged import Lossless, Tagged
 from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.config import CachePreset, load_preset
 from turboquant_hf.kernels.decode.reference import RawTokens, decode_attention
 
@@ -29,9 +30,9 @@ def make_layer(keys=None, values=None, handles=False, **options) -> TurboQuantLa
     return TurboQuantLayer(preset, preset.keys, preset.values, lambda: handles)
 
 
-def preset_layer(name, handles=False, **overrides) -> TurboQuantLayer:
+def preset_layer(name, handles=False, offloader=None, **overrides) -> TurboQuantLayer:
     preset = load_preset(name, **{"recent_window": 0, "min_statistics": 0, **overrides})
-    return TurboQuantLayer(preset, preset.keys, preset.values, lambda: handles)
+    return TurboQuantLayer(preset, preset.keys, preset.values, lambda: handles, offloader)
 
 
 def states(tokens, batch=1, heads=2, dim=16, dtype=torch.float32, seed=0):
@@ -452,12 +453,13 @@ def test_numbers_beyond_half_precision_keep_their_accuracy(name, dtype):
         torch.testing.assert_close(read.float().flatten(1, 2), wanted.flatten(1, 2), rtol=0.02, atol=0.02 * 2.0**17)
 
 
-def test_later_tokens_of_another_size_widen_their_head():
+@pytest.mark.parametrize("offloading", [False, True])
+def test_later_tokens_of_another_size_widen_their_head(offloading):
     """Where the first tokens are alike, or small, later ones may be many times larger than the frozen unit."""
     small, large = (tuple(x.clone() for x in states(64, dim=64, seed=seed)) for seed in (0, 1))
     for x in large:
         x[:, 1] *= 1000.0
-    layer = preset_layer("k4v4", tile=32, min_statistics=64)
+    layer = preset_layer("k4v4", tile=32, min_statistics=64, offloader=Offloader() if offloading else None)
     layer.update(*small)
     layer.update(*large)
     assert layer.tiles[0].count == 4

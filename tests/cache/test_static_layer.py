@@ -199,3 +199,21 @@ def test_means_beyond_float16_are_nan_with_a_word(monkeypatch):
     dense = layer.dense()[0][:, :, 8:64]
     assert dense[1, 0].isnan().any(-1).all() and dense[0].isfinite().all() and dense[1, 1].isfinite().all()
     assert said and "lossless" in said[0]
+
+
+@pytest.mark.parametrize("splits", [[40, 40], [40, *[1] * 40]], ids=["chunk", "steps"])
+def test_later_tokens_of_another_size_are_read_well_or_are_nan(splits, monkeypatch):
+    """Never a plausible number that is wrong: values get a larger unit, keys have none in a preallocated layer."""
+    said = []
+    monkeypatch.setattr("turboquant_hf.cache.word.logger.warning_once", said.append)
+    layer, given = make_layer("k4v4"), states(80, dim=64)
+    for x in given:
+        x[:, 1, 48:] *= 1e4
+    feed(layer, *given, splits)
+    assert layer.counts[0] == 9
+    keys, values = (x[:, :, :72] for x in (layer.keys, layer.values))
+    assert keys[:, 1, 48:].isnan().any(-1).all() and not keys[:, 0].isnan().any() and said
+    assert not values.isnan().any()
+    for part in (slice(None, 40), slice(48, None)):
+        ours, wanted = values[:, :, part], given[1][:, :, :72][:, :, part]
+        assert ((ours - wanted).norm(dim=(2, 3)) < 0.3 * wanted.norm(dim=(2, 3))).all()

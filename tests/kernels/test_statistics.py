@@ -211,11 +211,15 @@ def test_gains_of_a_step(kernel, device, powers):
         assert not power or (ours.frexp().mantissa == 0.5).all()
 
 
-@pytest.mark.parametrize("token", [30, MINIMUM + 30], ids=["fitted", "later"])
+@pytest.mark.parametrize(
+    ("number", "token"),
+    [(float("nan"), 30), (float("nan"), MINIMUM + 30), (float("inf"), 30), (float("inf"), MINIMUM + 30)]
+    + [(5e5, MINIMUM + 30)],
+    ids=["nan-fitted", "nan-later", "inf-fitted", "inf-later", "too-large-later"],
+)
 @pytest.mark.parametrize("side", [0, 1], ids=["keys", "values"])
-@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
 def test_a_bad_number_is_seen_in_its_head(kernel, device, number, side, token):
-    """One byte a scale cannot say that a vector is no number: the gain, the balance or the mean does."""
+    """A scale of one byte cannot say that a vector is no number or too long: the gain, the balance or the mean does."""
     from turboquant_hf.kernels.encode import triton as encoder
     from turboquant_hf.kernels.statistics import due_triton
 

@@ -230,6 +230,9 @@ class TurboQuantLayer(CacheLayerMixin):
                 state = quantizer.make_room(x, state, weight, packed, store.view(0, store.count - ready))
             else:
                 packed = quantizer.encode(x, state, weight)
+                before, state = state, quantizer.make_room(x, state, weight, packed, store.resident())
+                if state is not before:
+                    self.offloader.forget(store)
                 store.append(packed)
             written += (*packed.values(), *state.values())
             states.append(state)

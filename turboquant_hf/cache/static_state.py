@@ -16,6 +16,7 @@ from turboquant_hf.cache.static_plan import PLANS, ROLES, StaticPlan
 from turboquant_hf.cache.word import warn_of_nan
 from turboquant_hf.kernels.decode import PackedSide, RawTokens
 from turboquant_hf.kernels.dispatch import append_tokens, bad_heads, decode_attention, query_energy
+from turboquant_hf.kernels.encode.reference import saturated_heads
 
 ENCODE_TILES = 64
 """Tiles that are encoded at once: bounds what a long prefill needs beside the cache."""
@@ -109,12 +110,23 @@ class StaticState:
             stored = []
             for quantizer, x, state, arrays in zip(plan.quantizers, fresh, self.states, self.tiles, strict=True):
                 out = {name: array[:, :, tiles + low : tiles + high] for name, array in arrays.items()}
-                quantizer.encode_into(_nan_for_inf(x, quantizer), state, weight, out)
+                x = _nan_for_inf(x, quantizer)
+                quantizer.encode_into(x, state, weight, out)
+                earlier = {name: array[:, :, : tiles + low] for name, array in arrays.items()}
+                self._make_room(quantizer, x, state, weight, out, earlier)
                 stored += out.values()
             self._mark_bad_heads(fresh, weight)
             warn_of_nan([*stored, *(x for state in self.states for x in state.values())], plan.quantizers)
         self.set_counts(tiles + ready, length)
         return ready * plan.tile
+
+    def _make_room(self, quantizer, x, state, weight, new, old) -> None:
+        """`Quantizer.make_room` where a state has a gain; without one, tiles whose scales do not fit become NaN."""
+        if "gain" in state:
+            for name, value in quantizer.make_room(x, state, weight, new, old).items():
+                state[name].copy_(value)
+        elif "mean" in new:
+            new["mean"].masked_fill_(saturated_heads(new["scale"], weight)[:, :, None, None], torch.nan)
 
     def _mark_bad_heads(self, fresh: list[torch.Tensor], weight: torch.Tensor, due: torch.Tensor | bool = True) -> None:
         gains = [state["gain"] for state in self.states if "gain" in state]

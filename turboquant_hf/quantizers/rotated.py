@@ -19,6 +19,7 @@ from turboquant_hf.kernels.codes import (
 )
 from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.kernels.dispatch import bad_heads, decode_tiles, encode_tiles, tile_energy
+from turboquant_hf.kernels.encode.reference import saturated_heads
 from turboquant_hf.kernels.statistics import power_of_two, typical_scale
 from turboquant_hf.primitives import grid, head_rotations, lloyd_max, polynomial, rotation_matrix, uniform
 from turboquant_hf.primitives.memo import once
@@ -146,28 +147,24 @@ class RotatedQuantizer(Quantizer):
         """Heads whose one-byte scales saturate get a larger gain; NaN where none helps. Waits for the device."""
         if self.scale_format == "fp16":
             return state
-        counted = weight[:, None, :, None, :] > 0
-
-        def saturated() -> torch.Tensor:
-            return ((new["scale"] == 255) & counted).flatten(2).any(dim=-1)
-
-        full = saturated()
+        full = saturated_heads(new["scale"], weight)
         if not full.any():
             return state
         hopeless = full & bad_heads([tiles], weight)
         if "mean" in new:
             hopeless |= new["mean"].isnan().flatten(2).any(dim=-1)
         gain = state["gain"] if "gain" in state else torch.ones_like(full, dtype=torch.float32)
-        factor, full = torch.ones_like(gain), full & ~hopeless & ~gain.isnan()
+        widened, full = torch.ones_like(gain), full & ~hopeless & ~gain.isnan()
         for _ in range(WIDENINGS):
             if not full.any():
                 break
-            factor = torch.where(full, 2.0 * factor, factor)
-            self.encode_into(tiles, {**state, "gain": gain * factor}, weight, new)
-            full = full & saturated()
-        scale = load_scale(old["scale"], self.scale_format) / factor[:, :, None, None, None]
+            widened = torch.where(full, 2.0 * widened, widened)
+            self.encode_into(tiles, {**state, "gain": gain * widened}, weight, new)
+            full = full & saturated_heads(new["scale"], weight)
+        factor = widened.to(old["scale"].device)[:, :, None, None, None]
+        scale = load_scale(old["scale"], self.scale_format) / factor
         old["scale"].copy_(store_scale(scale, self.scale_format))
-        return {**state, "gain": (gain * factor).masked_fill(hopeless | full, torch.nan)}
+        return {**state, "gain": (gain * widened).masked_fill(hopeless | full, torch.nan)}
 
     def encoding(self, state: State) -> dict[str, Any]:
         """What `encode_tiles` is told beside the tiles, the rotation and the groups."""

@@ -129,8 +129,8 @@ def encode_due(
 
     Args:
         sinks: positions below starts + sinks carry no weight in a mean.
-        gain: also written: NaN for a head with a NaN or an infinity in a token that has weight, since scales of one
-            byte cannot say so.
+        gain: also written: NaN for a head with a NaN, an infinity or a scale beyond the largest one-byte scale in a
+            token that has weight, since scales of one byte cannot say so. Without a gain the tile's mean becomes NaN.
         out: arrays [B, H, capacity, ...] as `encode_tiles` names them; tile n goes to [:, :, n].
     """
     tiles, length = counts.tolist()
@@ -140,13 +140,16 @@ def encode_due(
     position = torch.arange(tiles * tile, (tiles + 1) * tile, device=ring.device)
     weight = (position >= starts[:, None] + sinks)[:, None].float()
     x = ring[:, :, None, slot : slot + tile]
+    place = {name: array[:, :, tiles : tiles + 1] for name, array in out.items()}
     encode_tiles(
         x, transform, groups, scale_rule=scale_rule, scale_format=scale_format,
-        gain=gain, order=order, balance=balance, center=center, weight=weight, channel_major=channel_major,
-        out={name: array[:, :, tiles : tiles + 1] for name, array in out.items()},
+        gain=gain, order=order, balance=balance, center=center, weight=weight, channel_major=channel_major, out=place,
     )  # fmt: skip
+    full = saturated_heads(place["scale"], weight)
     if gain is not None:
-        gain.masked_fill_(bad_heads([x], weight), torch.nan)
+        gain.masked_fill_(bad_heads([x], weight) | full, torch.nan)
+    elif "mean" in place:
+        place["mean"].masked_fill_(full[:, :, None, None], torch.nan)
 
 
 def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
@@ -159,6 +162,16 @@ def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tens
     norms = [torch.linalg.vector_norm(x, ord=torch.inf, dim=-1) for x in fresh]
     worst = torch.stack([norm.masked_fill(skipped, 0.0).amax(dim=(2, 3)).float() for norm in norms])
     return ~worst.isfinite().all(dim=0)
+
+
+def saturated_heads(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Which heads, bool [B, H], have the largest one-byte scale where weight [B, N, T] is not 0.
+
+    scale: [B, H, N, groups, T] as stored; a larger scale would have been stored as the same byte.
+    """
+    if scale.dtype != torch.uint8:
+        return torch.zeros(scale.shape[:2], dtype=torch.bool, device=scale.device)
+    return ((scale == 255) & (weight[:, None, :, None, :] > 0)).flatten(2).any(dim=-1)
 
 
 def _nan_for_inf(x: torch.Tensor) -> torch.Tensor:

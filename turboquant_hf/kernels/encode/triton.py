@@ -286,7 +286,10 @@ def _write_group(
     y, p_thresholds, p_levels, p_pairs, p_codes, p_scale, factor, t, GROUP: tl.constexpr, SPEC: tl.constexpr,
     T: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`)."""
+    """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`).
+
+    Returns the stored scales [tokens].
+    """
     BLOCK_T: tl.constexpr = y.shape[0]
     BLOCK_C: tl.constexpr = y.shape[1]
     square = tl.sum(y * y, axis=1)
@@ -322,6 +325,7 @@ def _write_group(
             _pack_regular(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
         else:
             _pack_plane(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
+    return stored
 
 
 # ---------------------------------------------------------------- encode
@@ -410,16 +414,19 @@ def _encode_kernel(
                     y = _product(y, high, rest, part, 0, PARTS, PATH)
                 else:
                     y = _product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
-            if DUE and GAIN:
-                # One-byte scales cannot say that a vector is no number; the head's gain does.
-                bad = tl.where(tl.sum(y * y, axis=1) < float("inf"), 0.0, weight)
-                if tl.sum(bad, axis=0) > 0.0:
-                    tl.store(p_gain + head, float("nan"))
-            _write_group(
+            stored = _write_group(
                 y, p_thresholds, p_levels, p_pairs, p_codes + b * c_b + h * c_h + tile * c_n,
                 p_scale + b * s_b + h * s_h + tile * s_n + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
                 SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
             )  # fmt: skip
+            if DUE and SPEC.shift:
+                # The largest byte also stands for NaN and for a scale that is too large: the gain or the mean says so.
+                if tl.sum(tl.where(stored == 255, weight, 0.0), axis=0) > 0.0:
+                    if GAIN:
+                        tl.store(p_gain + head, float("nan"))
+                    elif MEAN == "taken":
+                        p_tile = p_mean + b * m_b + h * m_h + tile * m_n
+                        tl.store(p_tile + tl.arange(0, BLOCK_D), float("nan"), mask=tl.arange(0, BLOCK_D) < D)
 
 
 @once_per_tensor
