@@ -37,7 +37,7 @@ CONTEXT = 1280
 
 
 NEXT = """
-Next: your own model in three lines (README.md, "Use"):
+Next: your own model in three lines (docs/usage.md):
     import turboquant_hf
     model = AutoModelForCausalLM.from_pretrained(...)
     model.generate(**inputs, cache_implementation="turboquant")

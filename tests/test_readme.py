@@ -1,29 +1,37 @@
-"""The README's "Use" section runs as it stands, with declared dependencies only, and its reuse of a file is right."""
+"""The Python blocks of README and docs/usage.md run as they stand, and every page's links lead somewhere."""
 
 from __future__ import annotations
 
 import ast
 import re
+import runpy
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from turboquant_hf.cache.layer import TurboQuantLayer
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def use_blocks() -> list[str]:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", read(page), flags=re.DOTALL)
 
 
 def test_the_blocks_import_declared_dependencies_only():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads(read("pyproject.toml"))["project"]
     declared = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
     names = set()
-    for node in ast.walk(ast.parse("\n".join(use_blocks()))):
+    for node in ast.walk(ast.parse("\n".join(python_blocks("README.md") + python_blocks("docs/usage.md")))):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -32,15 +40,30 @@ def test_the_blocks_import_declared_dependencies_only():
     assert names - {"turboquant_hf"} - set(sys.stdlib_module_names) <= declared
 
 
-def test_the_blocks_run_and_two_questions_of_a_file_get_dynamic_caches_answers(tmp_path, monkeypatch):
+def test_readmes_block_runs_and_packs(monkeypatch):
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=256, eos_token_id=None)).eval()
+    ids = torch.randint(512, (1, 700))
+    packed, commit = set(), TurboQuantLayer.commit
+
+    def watch(layer):
+        commit(layer)
+        packed.update([id(layer)] if layer.is_initialized and layer.tiles[0].count else [])
+
+    monkeypatch.setattr(TurboQuantLayer, "commit", watch)
+    (block,) = python_blocks("README.md")
+    exec(compile(block, "README.md", "exec"), {"model": model, "inputs": {"input_ids": ids}})
+    assert len(packed) == 2
+
+
+def test_usages_blocks_run_and_two_questions_of_a_file_get_dynamic_caches_answers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    first, reuse = use_blocks()
-    # A model whose answers differ by question; the README's own is any model.
-    first = first.replace("eos_token_id=None)", "eos_token_id=None, initializer_range=0.4)")
     found: dict = {}
-    exec(compile(first, "README.md", "exec"), found)
-    exec(compile(reuse, "README.md", "exec"), found)
+    for block in python_blocks("docs/usage.md"):
+        # A model whose answers differ by question; the page's own is any model.
+        block = block.replace("eos_token_id=None)", "eos_token_id=None, initializer_range=0.4)")
+        exec(compile(block, "docs/usage.md", "exec"), found)
     model, document, answers = found["model"], found["document"], found["answers"]
     assert (tmp_path / "document.cache").is_file() and found["cache"].get_seq_length() == document.shape[1]
     assert len(answers) == 2 and answers[0][0, -20:].tolist() != answers[1][0, -20:].tolist()
@@ -51,3 +74,51 @@ def test_the_blocks_run_and_two_questions_of_a_file_get_dynamic_caches_answers(t
         mask, cache = torch.ones_like(prompt), DynamicCache(config=model.config)
         expected = model.generate(prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=20)
         assert torch.equal(answer, expected)
+
+
+def test_readmes_commands_are_those_that_ci_runs():
+    """What a reader is told to run is what is tested."""
+    commands = [line.partition("#")[0].strip() for line in read("README.md").splitlines() if line.startswith("bash ")]
+    assert commands == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
+    assert commands[1] in read(".ci/run").splitlines()
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"""\]\(([^)\s]+)\)|(?:src|srcset)="([^"]+)\"""", text)
+    for target in (a or b for a, b in links):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        place = page.parent / name if name else page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    """Paths in backticks: from the checkout's top, or from the package's."""
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|cuh?|yaml|sh|md))`", text)
+    missing = [name for name in named if not any((base / name).exists() for base in (ROOT, ROOT / "turboquant_hf"))]
+    assert missing == []
+
+
+def test_the_picture_shows_every_row_of_its_table(tmp_path):
+    drawing = runpy.run_path(str(ROOT / "docs/figures/quality.py"))
+    points = drawing["read_points"](ROOT / "docs/results.md")
+    rows = read("docs/results.md").split(drawing["HEADING"])[1].split("\n## ")[0]
+    assert len(points) == sum(line.startswith("| ") for line in rows.splitlines()) - 1
+    assert set(drawing["OURS"]) <= points.keys() and set(drawing["SHORT"].values()) <= points.keys()
+    drawing["main"](tmp_path)
+    for theme in drawing["THEMES"]:
+        assert (tmp_path / f"quality-{theme}.png").stat().st_size > 10_000
+        assert f"docs/figures/quality-{theme}.png" in read("README.md")
