@@ -47,9 +47,10 @@ OFFSETS = {"right": (7, -3, "left"), "left": (-7, -3, "right"), "below": (0, -14
 
 
 def read_points(page: Path) -> dict[str, tuple[float, float]]:
-    """Label -> (bits per channel, KL) of every row of the table."""
-    section = page.read_text(encoding="utf-8").split(HEADING)[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    """Label -> (bits per channel, KL) of every row of the first table below `HEADING`."""
+    paragraphs = page.read_text(encoding="utf-8").split(HEADING)[1].split("\n\n")
+    table = next(paragraph for paragraph in paragraphs if paragraph.startswith("|"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return {SHORT.get(name, name): (float(bits), float(kl)) for name, bits, kl, *_ in rows[2:]}
 
 
