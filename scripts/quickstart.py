@@ -26,9 +26,10 @@ with step(2, "load PyTorch, Transformers and SmolLM2-135M (converted once)"):
     from transformers import DynamicCache, set_seed
 
     from turboquant_hf import TurboQuantCache, load_preset
-    from turboquant_hf.evaluation.common import format_table
-    from turboquant_hf.evaluation.fidelity import cut_windows, measure, uncompressed_row
-    from turboquant_hf.evaluation.models import load_model, packaged_text
+    from turboquant_hf.evaluation.harness.fidelity import cut_windows, measure, uncompressed_row
+    from turboquant_hf.evaluation.harness.models import load_model
+    from turboquant_hf.evaluation.harness.tables import format_table
+    from turboquant_hf.evaluation.harness.texts import packaged_text
 
     MODEL, TOKENIZER = load_model()
 

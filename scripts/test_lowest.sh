@@ -6,4 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 setup_env test
 pip_install transformers==5.5.0
-run_pytest tests/cache tests/generation tests/attention tests/evaluation/test_perplexity.py "$@"
+run_pytest tests/cache tests/generation tests/attention tests/evaluation/commands/test_perplexity.py "$@"

@@ -16,63 +16,63 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "another program in this process, with the caches registered: lm_eval, transformers serve, a script",
     ),
     "perplexity": (
-        "turboquant_hf.evaluation.perplexity",
+        "turboquant_hf.evaluation.commands.perplexity",
         "perplexity, KL and top-1 agreement with the uncompressed model, read through the cache",
     ),
     "needle": (
-        "turboquant_hf.evaluation.needle",
+        "turboquant_hf.evaluation.commands.needle",
         "needle in a haystack: is a fact still found, by prompt length and depth",
     ),
     "retrieval": (
-        "turboquant_hf.evaluation.retrieval",
+        "turboquant_hf.evaluation.commands.retrieval",
         "RULER-style long-context retrieval tasks, made here",
     ),
     "longbench": (
-        "turboquant_hf.evaluation.longbench",
+        "turboquant_hf.evaluation.commands.longbench",
         "LongBench-E, the 13 English and code tasks",
     ),
     "presets": (
-        "turboquant_hf.evaluation.presets",
+        "turboquant_hf.evaluation.commands.presets",
         "real bits per channel and expected compression of the shipped presets",
     ),
     "distortion": (
-        "turboquant_hf.evaluation.distortion",
+        "turboquant_hf.evaluation.commands.distortion",
         "error of every quantizer beside the theory, on synthetic vectors, a file or a model's keys and values",
     ),
     "neighbours": (
-        "turboquant_hf.evaluation.neighbours",
+        "turboquant_hf.evaluation.commands.neighbours",
         "nearest-neighbour recall and indexing time beside product quantization and RaBitQ",
     ),
     "qjl-lesson": (
-        "turboquant_hf.evaluation.qjl_lesson",
+        "turboquant_hf.evaluation.commands.qjl_lesson",
         "prod against mse at equal bits: bias, variance, softmax, perplexity",
     ),
     "baselines": (
-        "turboquant_hf.evaluation.baselines",
+        "turboquant_hf.evaluation.commands.baselines",
         "published methods and other libraries' caches in the same perplexity/KL harness",
     ),
     "ablate": (
-        "turboquant_hf.evaluation.ablate",
+        "turboquant_hf.evaluation.commands.ablate",
         "each ingredient of the presets on and off, and the width grid, by KL",
     ),
     "allocate": (
-        "turboquant_hf.evaluation.allocate",
+        "turboquant_hf.evaluation.commands.allocate",
         "per-layer widths under a bit budget, written as a preset",
     ),
     "check": (
-        "turboquant_hf.evaluation.check",
+        "turboquant_hf.evaluation.commands.check",
         "does a preset leave this model's answers alone, and if not, which one does",
     ),
     "benchmark": (
-        "turboquant_hf.evaluation.benchmark",
+        "turboquant_hf.evaluation.commands.benchmark",
         "speed and memory of kernels, encoding and decode steps beside the best 16-bit rivals",
     ),
     "sparse-v": (
-        "turboquant_hf.evaluation.sparse_v",
+        "turboquant_hf.evaluation.commands.sparse_v",
         "share of tiles whose values need not be read, by threshold, its KL and the time it saves (GPU)",
     ),
     "report": (
-        "turboquant_hf.evaluation.report",
+        "turboquant_hf.evaluation.commands.report",
         "one HTML and Markdown page from the runs in some folders",
     ),
 }

@@ -6,7 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
-from turboquant_hf.evaluation import models
+from turboquant_hf.evaluation.harness import models, texts
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
@@ -20,7 +20,7 @@ def test_quickstart_says_what_it_does_and_what_is_next(tiny_folder, monkeypatch,
         return model, tokenizer
 
     monkeypatch.setattr(models, "load_model", load_tiny)
-    monkeypatch.setattr(models, "packaged_text", lambda: "All happy families are alike. " * 60)
+    monkeypatch.setattr(texts, "packaged_text", lambda: "All happy families are alike. " * 60)
     runpy.run_path(str(SCRIPTS / "quickstart.py"), run_name="__main__")
     printed = capsys.readouterr().out
     steps = re.findall(r"^Step (\d) of (\d): .+?^  done in \d+ s$", printed, flags=re.MULTILINE | re.DOTALL)

@@ -1,13 +1,16 @@
 """The answers of the packaged model stay as close to the uncompressed ones as they were measured to be."""
 
-import argparse
 from importlib import metadata
 
 import pytest
 
 from turboquant_hf import load_preset
-from turboquant_hf.evaluation import decoding, fidelity, models, needle
-from turboquant_hf.evaluation.haystack import Haystack
+from turboquant_hf.evaluation.commands import needle
+from turboquant_hf.evaluation.harness import fidelity, models
+from turboquant_hf.evaluation.harness.run import Run
+from turboquant_hf.evaluation.harness.texts import packaged_text
+from turboquant_hf.evaluation.presets.named import resolve_caches
+from turboquant_hf.evaluation.tasks.haystack import Haystack
 
 NAMES = ("k4v4", "k3v3", "paper-mse-4")
 # Measured on a CPU in float32: 0.0117, 0.0407, 0.0753. The bounds leave room for another machine's arithmetic.
@@ -28,7 +31,7 @@ def packaged():
 def kl(packaged):
     """KL by preset over 384 scored tokens, everything but the sinks read from packed tiles."""
     model, tokenizer = packaged
-    tokens = tokenizer(models.packaged_text()[:20_000], return_tensors="pt").input_ids[0]
+    tokens = tokenizer(packaged_text()[:20_000], return_tensors="pt").input_ids[0]
     windows = fidelity.cut_windows(tokens, 640, 1)
     presets = [load_preset(name, recent_window=0, encode_first=True, min_statistics=256) for name in NAMES]
     return {row["preset"]: row["kl"] for row in fidelity.measure(model, windows, presets)[1]}
@@ -38,13 +41,13 @@ def kl(packaged):
 def find(packaged):
     """(cache, depth) -> (is the number found in 512 tokens, nats a token of the right answer)."""
     model, tokenizer = packaged
-    haystack = Haystack(tokenizer, models.packaged_text()[:20_000])
-    caches = decoding.resolve_caches(["k4v4", "k3v3", "paper-mse-2"], recent_window=0)
-    options = argparse.Namespace(seed=0, trials=1, chunk=128)
+    haystack = Haystack(tokenizer, packaged_text()[:20_000])
+    caches = resolve_caches(["k4v4", "k3v3", "paper-mse-2"], recent_window=0)
+    asked = Run("needle", {"seed": 0, "trials": 1, "chunk": 128})
 
     def find(name, depth):
         unit = {"preset": name, "style": "number", "length": 512, "depth": depth}
-        found = needle.predict(model, haystack, caches[name], unit, options)
+        found = needle.predict(model, haystack, caches[name], unit, asked)
         return found["found"][0], found["nll"][0]
 
     return find

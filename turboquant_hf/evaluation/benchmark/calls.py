@@ -16,7 +16,7 @@ from turboquant_hf import restore_attention
 from turboquant_hf.cache import ATTENTION_NAME
 from turboquant_hf.config import load_preset
 from turboquant_hf.evaluation.benchmark.caches import held_nbytes, resident_nbytes
-from turboquant_hf.evaluation.benchmark.steps import cache_argument
+from turboquant_hf.evaluation.harness.models import cache_parameter
 
 KEPT = 4
 """Steps whose logits are kept, the last ones of a call."""
@@ -127,7 +127,7 @@ def call(model: Any, ids: torch.Tensor, tokens: torch.Tensor, warmup: int, cache
         **arguments: of generate.
     """
     device, watch = ids.device, Watch(tokens, warmup)
-    given = {} if cache is None else {cache_argument(model): cache}
+    given = {} if cache is None else {cache_parameter(type(model)): cache}
     before = resident_nbytes(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -151,7 +151,7 @@ def call(model: Any, ids: torch.Tensor, tokens: torch.Tensor, warmup: int, cache
 @contextmanager
 def _watched(model: Any, watch: Watch) -> Iterator[None]:
     """Show `watch` the cache that generate makes: what it holds is known while a call runs, graphs included."""
-    original, name = model.prepare_inputs_for_generation, cache_argument(model)
+    original, name = model.prepare_inputs_for_generation, cache_parameter(type(model))
 
     @functools.wraps(original)
     def prepare(*args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from turboquant_hf.evaluation.benchmark.check import Reference, check, judge
 from turboquant_hf.evaluation.benchmark.model import build_model, read_nbytes
 from turboquant_hf.evaluation.benchmark.rows import Recorder
 from turboquant_hf.evaluation.benchmark.settings import Group
-from turboquant_hf.evaluation.benchmark.steps import Stepper, cache_argument, without_cudnn
+from turboquant_hf.evaluation.benchmark.steps import Stepper, without_cudnn
 from turboquant_hf.evaluation.benchmark.timing import relative_error
 from turboquant_hf.generation.recorders import RECORDERS
 from turboquant_hf.generation.steps import DecodeSteps
@@ -31,7 +31,7 @@ class GraphStepper(Stepper):
         self._forward = self._call
 
     def _call(self, **arguments: Any) -> Any:
-        cache, ids = arguments[cache_argument(self._model)], arguments["input_ids"]
+        cache, ids = arguments[self._cache_name], arguments["input_ids"]
         position = torch.full_like(ids, cache.tokens)
         return self.steps(**arguments, position_ids=position)
 

@@ -6,24 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from turboquant_hf.evaluation.labels import LEVELS, UNCOMPRESSED, cache_label
+
 COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")
-"""One a preset; its floor has the same. 16-bit lines are black and grey."""
+"""One per preset; its floor has the same. Uncompressed lines are black and grey."""
 GREYS = ("0.0", "0.35", "0.55", "0.7", "0.8")
 MARKERS = "os^vDPX<>"
-"""One a cache or backend."""
+"""One per cache or backend."""
 COLUMNS = 3
 BASELINES = ("DynamicCache", "StaticCache", "sdpa", "decoder layer")
-TITLES = {
-    "kernel": ("decode attention of one layer", "us a call"),
-    "encode": ("packing a prompt, one layer", "ms"),
-    "model": ("one decode step", "ms a step"),
-    "generate": ("decoding by generate", "ms per token"),
-    "capacity": ("one decode step of a long context", "ms per step"),
-}
 
 
 def plot_level(rows: Sequence[Mapping[str, Any]], level: str, path: Path, about: str = "") -> bool:
-    """Write a PNG with one panel a (shape, dtype, batch); False where no row of this level has a time."""
+    """Write a PNG with one panel per (shape, dtype, batch); False where no row of this level has a time."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -46,7 +41,7 @@ def plot_level(rows: Sequence[Mapping[str, Any]], level: str, path: Path, about:
                 axis.plot(*zip(*points, strict=True), ms=5, label=label, **styles[label])
         _floors(axis, own, level, styles)
         lengths = sorted({row["tokens"] for row in own})
-        axis.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel=TITLES[level][1])
+        axis.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel=LEVELS[level].unit)
         axis.set_xticks(lengths, [_tokens(length) for length in lengths])
         low, high = axis.get_ylim()
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high > 10 * low else range(1, 10)))
@@ -64,7 +59,7 @@ def plot_level(rows: Sequence[Mapping[str, Any]], level: str, path: Path, about:
         found, names = axis.get_legend_handles_labels()
         handles |= dict(zip(names, found, strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    figure.suptitle(f"{TITLES[level][0]}{', ' + about if about else ''}", fontsize=11)
+    figure.suptitle(f"{LEVELS[level].title}{', ' + about if about else ''}", fontsize=11)
     figure.savefig(path, metadata={"Software": None})
     return True
 
@@ -93,10 +88,11 @@ def _floors(axis, rows: Sequence[Mapping[str, Any]], level: str, styles: Mapping
         if row.get(unit) is not None and not str(row.get("cache", "")).startswith("QuantizedCache"):
             own = floors.setdefault(row.get("preset"), {})
             own[row["tokens"]] = min(row[unit], own.get(row["tokens"], float("inf")))
+    whole = cache_label(UNCOMPRESSED, rows[0].get("dtype"))
     for preset, points in floors.items():
         colors = [styles[_label(row)]["color"] for row in rows if row.get("preset") == preset]
         color = GREYS[0] if preset is None else colors[0]
-        style = {"color": color, "marker": "_", "label": f"floor, {preset or '16 bit'}"}
+        style = {"color": color, "marker": "_", "label": f"floor, {preset or whole}"}
         axis.plot(*zip(*sorted(points.items()), strict=True), ":", lw=1.5, ms=7, **style)
 
 

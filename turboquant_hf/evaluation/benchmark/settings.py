@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from turboquant_hf.evaluation.labels import LEVELS
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -35,7 +37,7 @@ class Shape:
 
     @property
     def group(self) -> int:
-        """Query heads a KV head."""
+        """Query heads per KV head."""
         return self.heads // self.kv_heads
 
 
@@ -83,11 +85,10 @@ class Group:
         return DTYPES[self.dtype]
 
 
-LEVELS = ("kernel", "encode", "model", "generate", "capacity")
 OPTIONS = {"shape", "cells", "dtype", "presets", "caches", "layers", "static_cells", "what", "chunk"}
 
 
-def read_groups(data: Mapping[str, Any], section: str, levels: Sequence[str] = LEVELS) -> dict[str, list[Group]]:
+def read_groups(data: Mapping[str, Any], section: str, levels: Iterable[str] = LEVELS) -> dict[str, list[Group]]:
     """level -> its groups in `data[section]`.
 
     Raises:

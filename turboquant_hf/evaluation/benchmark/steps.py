@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from turboquant_hf.evaluation.harness.models import cache_parameter
 
 SPARE = 16
 """Tokens that a cache of fixed size has room for beside prompt, warm-up and timed steps."""
@@ -26,12 +27,6 @@ def without_cudnn() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def cache_argument(model) -> str:
-    """Under which name a model takes its cache: later versions of transformers warn of the old one."""
-    names = inspect.signature(model.forward).parameters
-    return "past_key_values" if "past_key_values" in names or "cache" not in names else "cache"
-
-
 class Stepper:
     """Feeds one token a sequence at a time, as `generate` does: greedy, and waiting for each token.
 
@@ -43,7 +38,7 @@ class Stepper:
         self._forward = (
             torch.compile(model.forward, mode="reduce-overhead", dynamic=False) if compiled else model.forward
         )
-        self._cache_name = cache_argument(model)
+        self._cache_name = cache_parameter(type(model))
 
     @property
     def warmup(self) -> int:

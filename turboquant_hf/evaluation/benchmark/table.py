@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from turboquant_hf.evaluation.labels import LEVELS
+
 COLUMNS = {
     "kernel": {
-        "us": ("us", "{:.1f}"), "speedup": ("times the best fp16", "{:.2f}"), "gbps": ("GB/s", "{:.0f}"),
+        "us": ("us", "{:.1f}"), "speedup": ("times the best uncompressed", "{:.2f}"), "gbps": ("GB/s", "{:.0f}"),
         "copy_share": ("of copy", "{:.0%}"), "error": ("error", "{:.1e}"),
     },
     "encode": {
@@ -15,8 +17,8 @@ COLUMNS = {
         "alone_ms": ("ms alone, host included", "{:.2f}"), "error": ("error", "{:.1e}"),
     },
     "model": {
-        "ms": ("ms", "{:.2f}"), "host_ms": ("host ms", "{:.2f}"), "ratio_to_fp16": ("time / fp16", "{:.2f}"),
-        "ratio_to_best_fp16": ("time / best fp16", "{:.2f}"), "resident_bytes": ("MB held", "{:.0f}"),
+        "ms": ("ms", "{:.2f}"), "host_ms": ("host ms", "{:.2f}"), "ratio_to_fp16": ("time / uncompressed", "{:.2f}"),
+        "ratio_to_best_fp16": ("time / best uncompressed", "{:.2f}"), "resident_bytes": ("MB held", "{:.0f}"),
         "memory_saved": ("times less", "{:.2f}"), "peak_bytes": ("MB peak", "{:.0f}"), "error": ("error", "{:.1e}"),
     },
 }  # fmt: skip
@@ -31,17 +33,12 @@ GENERATE = {
 """Columns of the levels of whole calls, one table per shape; x DynamicCache: times faster, x floor: times its time."""
 TITLES = {
     "calls": "whole calls of generate", "lengths": "ten calls, prompts of ten lengths beside equal ones",
-    "chunks": "a long prompt, at once and in pieces", None: "decode steps over a cache that was filled directly",
+    "chunks": "a long prompt, at once and in pieces",
 }  # fmt: skip
-HEADINGS = {
-    "kernel": "Decode attention of one layer",
-    "encode": "Encoding a prompt, one layer",
-    "model": "One decode step of a model with random weights",
-}
 
 
 def to_markdown(rows: Sequence[Mapping[str, Any]], about: str = "") -> str:
-    """One table a level; a row without a speed says why."""
+    """One table per level; a row without a speed says why."""
     parts = [about] if about else []
     for level, columns in COLUMNS.items():
         own = [row for row in rows if row["level"] == level]
@@ -57,7 +54,7 @@ def to_markdown(rows: Sequence[Mapping[str, Any]], about: str = "") -> str:
             if row.get("reason"):
                 cells[2] += f" ({row['reason'][:80].replace('|', '/')})"
             lines.append(f"| {' | '.join(cells)} |")
-        parts.append(f"**{HEADINGS[level]}**\n\n" + "\n".join(lines))
+        parts.append(f"**{LEVELS[level].title}**\n\n" + "\n".join(lines))
     calls = [row for row in rows if row["level"] in ("generate", "capacity")]
     for key in dict.fromkeys(_table_of(row) for row in calls):
         parts.append(_calls_table([row for row in calls if _table_of(row) == key]))
@@ -80,8 +77,9 @@ def _calls_table(rows: Sequence[Mapping[str, Any]]) -> str:
         values = [_gib(row.get(key), form, key) for key, (_, form) in kept.items()]
         lines.append(f"| {' | '.join([cell, name, *values])} |")
     layers = f", {first['layers']} layers" if first.get("layers") else ""
-    title = f"**{first['shape']}{layers}, {first['dtype']}: {TITLES.get(first.get('what'), first['level'])}**"
-    return f"{title}\n\n" + "\n".join(lines)
+    title = TITLES.get(first.get("what")) or LEVELS[first["level"]].title
+    heading = f"**{first['shape']}{layers}, {first['dtype']}: {title}**"
+    return f"{heading}\n\n" + "\n".join(lines)
 
 
 def _gib(value: Any, form: str, key: str) -> str:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
 from turboquant_hf.cache.defaults import cache_defaults
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
-from turboquant_hf.evaluation.common import MEASURED_ALONE
-from turboquant_hf.evaluation.models import forward
+from turboquant_hf.evaluation.harness.models import forward
+from turboquant_hf.evaluation.presets.named import MEASURED_ALONE
 from turboquant_hf.names import CACHE_NAME
 
 logger = logging.getLogger("lm_eval.models.turboquant")  # below the harness's logger, which shows information too
@@ -219,7 +219,7 @@ def _cache_config(preset: Any, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preset(config: dict[str, Any]) -> CachePreset:
-    """The preset by which log-likelihoods are read: see `decoding.resolve_caches` for what recent_window=0 means."""
+    """The preset by which log-likelihoods are read: see `resolve_caches` for what recent_window=0 means."""
     fields = {name: value for name, value in config.items() if name in CachePreset.field_names()}
     preset = load_preset(config["preset"], **{"encode_first": True, **fields})
     if preset.recent_window == 0 and "min_statistics" not in fields:

@@ -1,0 +1,111 @@
+"""`turboquant-hf check`: does a preset leave this model's answers alone, and if not, which one does?"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from turboquant_hf.cache import ATTENTION_NAME
+from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
+from turboquant_hf.evaluation.harness import fidelity, flags
+from turboquant_hf.evaluation.harness.folder import check_output, write_run
+from turboquant_hf.evaluation.harness.models import load_model
+from turboquant_hf.evaluation.harness.run import Run
+from turboquant_hf.evaluation.harness.texts import read_text
+from turboquant_hf.evaluation.presets.named import MEASURED_ALONE
+
+SAFER = ("k3v3", "k4v4", "k8v4")
+"""Presets in the order of what they keep."""
+LIMIT = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_model_arguments(parser)
+    flags.add_text_arguments(parser)
+    parser.add_argument("--preset", metavar="NAME", default=DEFAULT_PRESET, help="preset name or YAML path")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="KL per token that is put up with (%(default)s)")
+    parser.add_argument("--context", type=int, default=512, help="tokens of the text that are read (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a sentence; 0 when the preset stays below the limit, 1 when it does not."""
+    asked = Run.of(args)
+    if not asked.limit >= 0:
+        raise ValueError(f"limit={asked.limit:g} is not supported; allowed: 0 and more")
+    check_output(asked)
+    model, tokenizer = load_model(
+        asked.model, dtype=asked.dtype, device=asked.device, attn_implementation=ATTENTION_NAME
+    )
+    name, text = read_text(asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = check_fidelity(model, tokenizer, asked.preset, text, limit=asked.limit, context=asked.context)
+    print(found.sentence)
+    figures = {"preset": found.preset, "kl": found.kl, "top1": found.top1, "safer": found.safer}
+    about = {"model": asked.model, "text": name, "recent_windows": {found.preset: MEASURED_ALONE["recent_window"]}}
+    write_run(asked, {**about, **figures, "findings": [found.sentence]})
+    return 0 if found.faithful else 1
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What `check_fidelity` found; `safer` names a preset that stays under the limit, where this one does not."""
+
+    preset: str
+    kl: float
+    top1: float
+    limit: float
+    safer: str | None = None
+
+    @property
+    def faithful(self) -> bool:
+        return self.kl <= self.limit
+
+    @property
+    def sentence(self) -> str:
+        """What a user needs to know."""
+        figures = f"KL {self.kl:.3g} per token, limit {self.limit:g}"
+        if self.faithful:
+            return f"{self.preset} stays close to the uncompressed model: {figures}, top-1 {self.top1:.1%}"
+        advice = (
+            f"{self.safer} stays below the limit"
+            if self.safer
+            else f"none of {', '.join(SAFER)} stays below the limit, so leave the cache uncompressed"
+        )
+        return f"{self.preset} changes this model's answers: {figures}; {advice}"
+
+
+def check_fidelity(
+    model,
+    tokenizer,
+    preset: str | CachePreset,
+    text: str,
+    *,
+    limit: float = LIMIT,
+    context: int = 512,
+    chunk: int = 128,
+) -> Fidelity:
+    """Compare the logits of the compressed and the uncompressed model on the beginning of `text`.
+
+    Nothing but the sinks is read raw, so that the quantizers themselves are judged. Warns when the KL per token is
+    above `limit`, naming the first of `SAFER` that keeps it below.
+
+    Raises:
+        ValueError: when the text is shorter than `context` tokens.
+    """
+    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    windows = fidelity.cut_windows(tokens[:context], context, 1)
+
+    def judge(candidate: str | CachePreset) -> dict[str, Any]:
+        alone = load_preset(candidate, **MEASURED_ALONE)
+        return fidelity.measure(model, windows, [alone], chunk=chunk)[1][0]
+
+    row, safer = judge(preset), None
+    if not row["kl"] <= limit:  # NaN included
+        safer = next((name for name in SAFER if name != row["preset"] and judge(name)["kl"] <= limit), None)
+    found = Fidelity(row["preset"], row["kl"], row["top1"], limit, safer)
+    if not found.faithful:
+        warnings.warn(found.sentence, stacklevel=2)
+    return found

@@ -1,0 +1,45 @@
+"""`turboquant-hf perplexity`: presets beside the uncompressed model on a text.
+
+A chunk is stored before it is attended to: outside the recent window nothing is read raw, not even a token's own
+neighbours, which in generation wait raw in the tail until their tile is full. So these figures are what the
+quantizers cost at their worst; `--raw-chunk` gives generation's own order.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from turboquant_hf.cache import ATTENTION_NAME
+from turboquant_hf.config import DEFAULT_PRESET
+from turboquant_hf.evaluation.harness import fidelity, flags
+from turboquant_hf.evaluation.harness.run import Run
+from turboquant_hf.evaluation.presets.named import resolve_presets
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_model_arguments(parser)
+    flags.add_text_arguments(parser)
+    flags.add_preset_argument(parser, [DEFAULT_PRESET])
+    flags.add_window_arguments(parser, context=2048, windows=4)
+    parser.add_argument(
+        "--recent-window", type=int, default=None, metavar="TOKENS", help="override the presets' recent window"
+    )
+    parser.add_argument("--raw-chunk", action="store_true", help="attend to a chunk before it is rounded")
+    parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
+    flags.add_settings(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what the output folder lacks and print a table; 0 when done."""
+    asked = Run.of(args)
+    presets = resolve_presets(asked.preset, recent_window=asked.recent_window, encode_first=not asked.raw_chunk)
+
+    def summarize(baseline: float, results: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"baseline": {"perplexity": baseline}, "results": results}
+
+    def finish(metrics: dict[str, Any], _) -> None:
+        print(fidelity.table(metrics))
+
+    fidelity.run_fidelity(asked, presets, summarize, finish)
+    return 0

@@ -1,0 +1,243 @@
+"""How close the compressed model's answers stay: perplexity, KL divergence, top-1 agreement, through the real cache.
+
+A window is fed in chunks, to the uncompressed model and to every preset side by side, so that each scored token
+attends to packed history. (One pass over a window would never read what it has just stored.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.config import CachePreset
+from turboquant_hf.evaluation.harness import decoding
+from turboquant_hf.evaluation.harness.models import forward, load_model, load_tokenizer
+from turboquant_hf.evaluation.harness.run import Run
+from turboquant_hf.evaluation.harness.tables import format_table
+from turboquant_hf.evaluation.harness.texts import read_text
+from turboquant_hf.evaluation.harness.units import fingerprint, run_units
+from turboquant_hf.evaluation.labels import UNCOMPRESSED, cache_label
+from turboquant_hf.evaluation.presets.memory import average_bits
+from turboquant_hf.evaluation.presets.named import recent_windows
+
+GROUP = 8
+"""Presets measured beside one uncompressed model: more save its time, fewer lose less when a run is killed."""
+COLUMNS = ("preset", "perplexity", "kl", "top1", "key_bits", "value_bits", "compression_ratio")
+HEADER = ("preset", "perplexity", "KL", "top-1", "K bits", "V bits", "smaller")
+
+Windows = Sequence[torch.Tensor]
+Record = dict[str, Any]
+"""Sums over the scored tokens of a window: those of the uncompressed model, and those of each preset."""
+
+
+def cut_windows(tokens: torch.Tensor, context: int, windows: int) -> list[torch.Tensor]:
+    """`windows` windows of `context` tokens [1, context], spread evenly, without overlap; fewer in a short text.
+
+    Raises:
+        ValueError: when the text is too short for one window.
+    """
+    if windows < 1:
+        raise ValueError(f"windows={windows} is not supported; allowed: at least 1")
+    possible = len(tokens) // context if context > 0 else 0
+    if possible < 1:
+        raise ValueError(f"context={context} is not supported; allowed: 1 to {len(tokens)}, the tokens of this text")
+    windows = min(windows, possible)
+    stride = (len(tokens) - context) // max(windows - 1, 1)
+    return [tokens[i * stride : i * stride + context][None] for i in range(windows)]
+
+
+def first_scored(presets: Sequence[CachePreset], chunk: int) -> int:
+    """The first position from which every preset has packed history, a multiple of `chunk`."""
+    packed = max([chunk, *(preset.first_encode for preset in presets)])
+    return -(-packed // chunk) * chunk
+
+
+def measure(
+    model,
+    windows: Windows,
+    presets: Sequence[CachePreset],
+    *,
+    chunk: int = 128,
+    cache_class=TurboQuantCache,
+) -> tuple[float, list[dict]]:
+    """(baseline perplexity, one result per preset) over windows [1, T] of token ids; see `combine`.
+
+    Raises:
+        ValueError: when no token of a window would be scored.
+    """
+    start = check_windows(windows, presets, chunk)
+    options = {"chunk": chunk, "cache_class": cache_class}
+    return combine([measure_window(model, window, presets, start, **options) for window in windows])
+
+
+def check_windows(windows: Windows, presets: Sequence[CachePreset], chunk: int) -> int:
+    """The first scored position, the same for all presets; ValueError where it lies behind the windows' end."""
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} is not supported; allowed: at least 1")
+    start = first_scored(presets, chunk)
+    if windows[0].shape[1] <= start + 1:
+        raise ValueError(
+            f"context={windows[0].shape[1]} is not supported with these presets and chunk={chunk}; "
+            f"allowed: more than {start + 1}, so that scored tokens attend to packed history"
+        )
+    return start
+
+
+@torch.inference_mode()
+def measure_window(
+    model,
+    window: torch.Tensor,
+    presets: Sequence[CachePreset],
+    start: int,
+    *,
+    chunk: int = 128,
+    cache_class=TurboQuantCache,
+    gradual: Sequence[bool] = (),
+) -> Record:
+    """Sums over the tokens of window [1, T] from position `start` on, in nats, as plain data.
+
+    What lies before `start` is read raw, in one piece, and packed then, whatever the preset: one that waits for its
+    statistics would otherwise be flattered by a longer history that was computed from raw tokens. `gradual` says which
+    presets get it chunk by chunk and encode as they do in use.
+    """
+    tokens = window.to(model.device)
+    dense = DynamicCache(config=model.config)
+    caches = [cache_class(model.config, preset) for preset in presets]
+    _prefill_raw(model, tokens[:, :start], dense)
+    for cache, slowly in zip(caches, gradual or [False] * len(caches), strict=True):
+        if slowly:
+            decoding.prefill(model, tokens[:, :start], cache, chunk)
+        else:
+            _prefill_raw(model, tokens[:, :start], cache)
+    base = {"tokens": 0, "nll": 0.0}
+    sums = [{"preset": preset.name, "nll": 0.0, "kl": 0.0, "top1": 0} for preset in presets]
+    for position in range(start, tokens.shape[1], chunk):
+        piece = tokens[:, position : position + chunk]
+        targets = tokens[0, position + 1 : position + chunk + 1]
+        reference = _log_probabilities(model, piece, dense, len(targets))
+        base["tokens"] += len(targets)
+        base["nll"] += _nll(reference, targets)
+        for cache, total in zip(caches, sums, strict=True):
+            logits = _log_probabilities(model, piece, cache, len(targets))
+            total["nll"] += _nll(logits, targets)
+            total["kl"] += divergences(reference, logits).double().sum().item()
+            total["top1"] += (logits.argmax(dim=1) == reference.argmax(dim=1)).sum().item()
+    for cache, total in zip(caches, sums, strict=True):
+        total["key_bits"], total["value_bits"] = average_bits(cache)
+        total["compression_ratio"] = cache.compression_ratio_in_use
+        total["resident_bytes"] = cache.nbytes + cache.spare_nbytes
+    return {"baseline": base, "presets": sums}
+
+
+def _prefill_raw(model, tokens: torch.Tensor, cache) -> None:
+    """Read tokens [1, T] in one piece that is packed after it was attended to, whatever the cache's preset says."""
+    layers = getattr(cache, "packed_layers", [])
+    presets = [layer.preset for layer in layers]
+    for layer in layers:
+        layer.preset = replace(layer.preset, encode_first=False)
+    decoding.prefill(model, tokens, cache, chunk=0)
+    for layer, preset in zip(layers, presets, strict=True):
+        layer.preset = preset
+
+
+def combine(records: Sequence[Record]) -> tuple[float, list[dict[str, Any]]]:
+    """(baseline perplexity, one result per preset) from the records of the windows, each with the same presets.
+
+    `kl` is the mean of KL(uncompressed || compressed) per scored token, in nats, `kl_by_window` that of each window;
+    `top1` is the share of tokens whose most likely successor is the same. `resident_bytes` is what the cache holds at
+    the end of the last window, spare included.
+    """
+    counts = [record["baseline"]["tokens"] for record in records]
+    tokens = sum(counts)
+    results = []
+    for sums in zip(*(record["presets"] for record in records), strict=True):
+        nll, kl, top1 = (sum(one[key] for one in sums) / tokens for key in ("nll", "kl", "top1"))
+        sizes = {k: v for k, v in sums[-1].items() if k not in ("preset", "nll", "kl", "top1")}
+        by_window = [one["kl"] / count for one, count in zip(sums, counts, strict=True)]
+        results.append(
+            {"preset": sums[0]["preset"], "perplexity": math.exp(nll), "kl": kl, "top1": top1, **sizes}
+            | {"kl_by_window": by_window}
+        )
+    return math.exp(sum(record["baseline"]["nll"] for record in records) / tokens), results
+
+
+def run_fidelity(
+    run: Run,
+    presets: Sequence[CachePreset],
+    summarize: Callable[[float, list[dict[str, Any]]], dict[str, Any]],
+    finish: Callable[[dict[str, Any], Path], None],
+    *,
+    cut: Callable[[torch.Tensor], Windows] | None = None,
+    cache_class=TurboQuantCache,
+    gradual: Sequence[bool] = (),
+) -> dict[str, Any]:
+    """`measure` as a resumable run of several processes (see `run_units`): one unit per window and group of presets.
+
+    Args:
+        run: with the flags of a model and a text, `chunk`, and `context` and `windows` where `cut` is left out.
+        summarize: (baseline perplexity, results) -> what metrics.json holds beside model, text and windows.
+        finish: shows the metrics and writes what else belongs into the folder.
+        cut: tokens [T] of the text -> windows.
+        gradual: as `measure_window` has it.
+    """
+    name, text = read_text(run)
+    run = run.with_settings(contents=fingerprint(text, *presets))
+    tokens = load_tokenizer(run.model)(text, return_tensors="pt", verbose=False).input_ids[0]
+    windows = cut(tokens) if cut else cut_windows(tokens, run.context, run.windows)
+    start = check_windows(windows, presets, run.chunk)
+    groups = [(presets[i : i + GROUP], gradual[i : i + GROUP]) for i in range(0, len(presets), GROUP)]
+
+    def load(device: str):
+        attention = run.values.get("attention", ATTENTION_NAME)
+        model, _ = load_model(run.model, dtype=run.dtype, device=device, attn_implementation=attention)
+        how = {"chunk": run.chunk, "cache_class": cache_class}
+
+        def predict(unit: dict[str, Any]) -> Record:
+            own, slowly = groups[unit["group"]]
+            return measure_window(model, windows[unit["window"]], own, start, gradual=slowly, **how)
+
+        return predict
+
+    def metrics(records: list[Record]) -> dict[str, Any]:
+        by_window: dict[int, Record] = {}
+        for record in records:
+            kept = by_window.setdefault(record["window"], {"baseline": record["baseline"], "presets": []})
+            kept["presets"] += record["presets"]
+        about = {"model": run.model, "text": name, "context": windows[0].shape[1], "windows": len(windows)}
+        about |= {"dtype": run.dtype, "recent_windows": recent_windows(presets)}
+        return about | summarize(*combine(list(by_window.values())))
+
+    units = [{"window": window, "group": group} for window in range(len(windows)) for group in range(len(groups))]
+    return run_units(run, units, load, metrics, finish)
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """One line per preset of a run's metrics, below that of the uncompressed model."""
+    rows = [uncompressed_row(metrics["baseline"]["perplexity"], metrics["dtype"])]
+    return format_table([*rows, *([row[c] for c in COLUMNS] for row in metrics["results"])], HEADER)
+
+
+def uncompressed_row(perplexity: float, dtype: str) -> list[Any]:
+    """The line of the uncompressed model, whose cache has as many bits as its dtype; sizes are against 16 bit."""
+    bits = 8.0 * getattr(torch, dtype).itemsize
+    return [cache_label(UNCOMPRESSED, dtype), perplexity, 0.0, 1.0, bits, bits, 16 / bits]
+
+
+def divergences(reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(reference || found) in nats of every token [T], from log-probabilities [T, V]."""
+    return (reference.exp() * (reference - found)).sum(dim=-1)
+
+
+def _log_probabilities(model, piece: torch.Tensor, cache, count: int) -> torch.Tensor:
+    return forward(model, piece, cache).logits[0, :count].float().log_softmax(dim=-1)
+
+
+def _nll(log_probabilities: torch.Tensor, targets: torch.Tensor) -> float:
+    return -log_probabilities.gather(1, targets[:, None]).double().sum().item()

@@ -1,0 +1,59 @@
+"""Presets as the flags of a command name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from turboquant_hf.config import CachePreset, load_preset
+from turboquant_hf.evaluation.labels import UNCOMPRESSED
+
+MEASURED_ALONE = {"recent_window": 0, "encode_first": True, "min_statistics": 256}
+"""Nothing but the sinks is read raw once 256 tokens were seen, whatever a preset waits for."""
+
+
+def resolve_presets(names: Iterable[str], **overrides: Any) -> list[CachePreset]:
+    """Presets by name or YAML path, with the overrides that are not None."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return [load_preset(name, **given) for name in names]
+
+
+def resolve_caches(names: Iterable[str], recent_window: int | None) -> dict[str, CachePreset | None]:
+    """Cache name -> preset, "uncompressed" (None) first; names may be presets or YAML files.
+
+    `recent_window=0` also encodes new tokens before they are attended to (`CachePreset.encode_first`): nothing but the
+    sinks is then read raw, not the newest chunk of the prompt and not the answer's own tokens; presets that wait longer
+    for their statistics wait for 256 tokens. Otherwise the question, at least, would be read raw, and a short prompt
+    would hide the loss that is being measured.
+
+    Raises:
+        ValueError: an unknown preset, or two of the same name.
+    """
+    overrides = {} if recent_window is None else {"recent_window": recent_window, "encode_first": recent_window == 0}
+    caches: dict[str, CachePreset | None] = {UNCOMPRESSED: None}
+    for name in names:
+        if str(name) == UNCOMPRESSED:
+            continue
+        preset = load_preset(name, **overrides)
+        if recent_window == 0:
+            enough = min(preset.min_statistics, MEASURED_ALONE["min_statistics"])
+            preset = preset.with_overrides(min_statistics=enough)
+        if preset.name in caches:
+            raise ValueError(f"preset={name!r}: the name {preset.name!r} is given twice")
+        caches[preset.name] = preset
+    return caches
+
+
+def check_packed(caches: Mapping[str, CachePreset | None], length: int) -> None:
+    """Raise ValueError where prompts of up to `length` tokens are too short for a preset to pack anything."""
+    for name, preset in caches.items():
+        if preset is not None and length < preset.first_encode:
+            raise ValueError(
+                f"lengths: {length} is not supported with {name}, which packs nothing before {preset.first_encode} "
+                "tokens; allowed: longer prompts, or a smaller --recent-window"
+            )
+
+
+def recent_windows(presets: Iterable[CachePreset | None]) -> dict[str, int]:
+    """Preset -> the newest tokens that it keeps raw: what metrics.json says of the presets of a run."""
+    return {preset.name: preset.recent_window for preset in presets if preset is not None}

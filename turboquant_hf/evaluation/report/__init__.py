@@ -1,0 +1,1 @@
+"""One page from the folders of finished runs. Nothing here runs an experiment or imports one."""

@@ -1,0 +1,1 @@
+"""What models are asked: prompts with hidden facts, retrieval tasks, LongBench."""
