@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from turboquant_hf.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "primitives",
@@ -20,6 +22,18 @@ ORDER = [
     "launch",
     "cli",
 ]
+ROOMS = {
+    "labels": (),
+    "metrics": (),
+    "presets": ("labels",),
+    "harness": ("labels", "presets"),
+    "tasks": ("labels", "presets", "harness"),
+    "rivals": ("labels", "presets", "harness"),
+    "benchmark": ("labels", "presets", "harness"),
+    "report": ("labels", "presets", "harness"),
+    "commands": ("labels", "metrics", "presets", "harness", "tasks", "rivals", "benchmark", "report"),
+}
+"""Room of evaluation -> the other rooms that it may import. Reports import no experiment."""
 FILES = sorted((ROOT / "turboquant_hf").rglob("*.py"))
 
 
@@ -51,3 +65,20 @@ def test_imports_point_downwards(path):
         if pieces[0] == "triton":
             assert part == "kernels", name
     assert part != "kernels" or not any(name.startswith("turboquant_hf.config") for name in names)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "evaluation"], ids=lambda path: path.stem)
+def test_rooms_of_evaluation_import_what_they_may(path):
+    inside = path.relative_to(ROOT / "turboquant_hf" / "evaluation").with_suffix("").parts
+    names = imports_of(ast.parse(path.read_text()), path)
+    if inside == ("__init__",):
+        assert not names
+        return
+    rooms = {name.split(".")[2] for name in names if name.startswith("turboquant_hf.evaluation.")}
+    assert rooms <= {inside[0], *ROOMS[inside[0]]}
+
+
+def test_every_command_is_a_file_of_its_room():
+    modules = {module.removeprefix("turboquant_hf.evaluation.commands.") for module, _ in COMMANDS.values()}
+    files = {path.stem for path in (ROOT / "turboquant_hf" / "evaluation" / "commands").glob("[!_]*.py")}
+    assert modules - {"turboquant_hf.launch"} == files

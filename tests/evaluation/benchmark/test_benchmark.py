@@ -497,9 +497,7 @@ def test_command_line(tmp_path, capsys):
     metrics = json.loads((output / "metrics.json").read_text())
     assert {row["level"] for row in metrics["results"]} == set(LEVELS)
     assert not any(row.get("reason") for row in metrics["results"])
-    assert (
-        metrics["versions"]["torch"] and metrics["copy_gbps"] > 0 and len(metrics["seconds"]) == len(LEVELS)
-    )
+    assert metrics["versions"]["torch"] and metrics["copy_gbps"] > 0 and len(metrics["seconds"]) == len(LEVELS)
     assert {path.name for path in output.iterdir()} == {
         "metrics.json", "config.yaml", "environment.yaml", *(f"{level}.png" for level in LEVELS)
     }  # fmt: skip

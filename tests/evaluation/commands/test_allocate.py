@@ -1,40 +1,17 @@
 """The knapsack, the preset it writes, and the fidelity check."""
 
 import json
-import random
 from itertools import product
 
 import pytest
 import torch
-import yaml
 
-from turboquant_hf import CachePreset, cli, load_preset
+from turboquant_hf import cli, load_preset
 from turboquant_hf.evaluation.commands import allocate, check
 from turboquant_hf.evaluation.harness import fidelity
 from turboquant_hf.evaluation.harness.run import Run
 from turboquant_hf.evaluation.presets import allocation
-from turboquant_hf.evaluation.presets.memory import bits_per_channel
 from turboquant_hf.evaluation.presets.widths import flat_preset
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from turboquant_hf import cli
 from turboquant_hf.evaluation.commands.distortion import theory
@@ -62,7 +63,9 @@ def test_distortion_reads_a_file_and_writes_a_run(tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["--vectors", str(tmp_path / "rows.pt"), "--quantizers", str(quantizers), "--output", str(out)]
     assert cli.main(["distortion", *arguments]) == 0
-    rows = json.loads((out / "metrics.json").read_text())["results"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    rows = metrics["results"]
+    assert metrics["tool"] == yaml.safe_load((out / "config.yaml").read_text())["tool"] == "distortion"
     assert [row["quantizer"] for row in rows] == ["mse-2", "mse-4"] and rows[0]["mse"] > 8 * rows[1]["mse"]
     assert (out / "distortion.png").stat().st_size > 10_000 and (out / "config.yaml").is_file()
 

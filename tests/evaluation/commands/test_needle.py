@@ -1,36 +1,13 @@
 """Needle in a haystack: where the needle lies, what is scored, what is written."""
 
 import json
-import random
-from importlib import metadata
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from turboquant_hf import TurboQuantCache, cli
+from turboquant_hf import cli
 from turboquant_hf.evaluation.commands import needle
 
 TEXT = "".join(f"Line {i} of a long and quiet text. " for i in range(200))
-from turboquant_hf.evaluation.harness import decoding
-from turboquant_hf.evaluation.presets.named import resolve_caches
-from turboquant_hf.evaluation.tasks.haystack import Haystack, packaged_essays
-from turboquant_hf.evaluation.tasks.needle import STYLES, make_trial
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def test_summarize_takes_means_and_keeps_the_control_apart():
@@ -46,18 +23,6 @@ def test_summarize_takes_means_and_keeps_the_control_apart():
         "control": [{**cell, "accuracy": 0.0, "nll": 3.5}],
     }
     assert needle.table(metrics, "float32").splitlines()[-1].split() == ["(no", "needle)", "512", "0", "3.5"]
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def test_needle_command_writes_a_run(tiny_folder, tmp_path, capsys):
@@ -88,7 +53,3 @@ def test_needle_command_writes_a_run(tiny_folder, tmp_path, capsys):
 def test_needle_command_refuses_bad_settings(flags, message, capsys, tmp_path):
     assert cli.main(["needle", "--output", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
-
-
-
-

@@ -6,9 +6,6 @@ from turboquant_hf import cli, preset_names
 from turboquant_hf.evaluation.commands.presets import description
 
 
-
-
-
 def test_presets_lists_every_shipped_preset(capsys):
     assert cli.main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -27,8 +24,6 @@ def test_presets_describes_a_file_of_ones_own(tmp_path, capsys):
     assert "at 300" in lines[0] and "at 4k" in lines[0] and lines[2].endswith("Raw keys, for a try.")
 
 
-
-
 @pytest.mark.parametrize("flag", ["--tokens", "--head-dim", "--layers", "--kv-heads"])
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "many"])
 def test_presets_names_a_number_that_is_none(flag, value, capsys):
@@ -41,7 +36,3 @@ def test_presets_names_a_number_that_is_none(flag, value, capsys):
 def test_presets_marks_a_head_dim_that_a_preset_cannot_serve(capsys):
     assert cli.main(["presets", "--head-dim", "24", "--preset", "polar-4"]) == 0
     assert capsys.readouterr().out.splitlines()[2].split()[:6] == ["polar-4", *"-----"]
-
-
-
-

@@ -88,14 +88,19 @@ def test_report_merges_the_runs_of_a_preset_into_its_summary(runs):
     header, row = (next(line for line in text.splitlines() if line.startswith(start)) for start in ("| preset", "| a "))
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
     assert cells["needles found"] == "0.5" and cells["KL"] == "0.01"
-    assert (cells["memory held, times less"], cells["step time / fp16 |"]) == ("3.6", "0.8 |"), "of the largest cell"
+    assert (cells["memory held, times less"], cells["step time / uncompressed |"]) == ("3.6", "0.8 |"), (
+        "of the largest cell"
+    )
     assert "Pareto front, fewest bits first: b, a." in text
 
 
 def test_report_shows_what_a_benchmark_measured_level_by_level(runs):
     cli.main(["report", str(runs / "runs"), "--output", str(runs / "out")])
     text = (runs / "out" / "report.md").read_text()
-    assert "*One decode step*\n\n| model | dtype | batch | tokens | cache | preset | ms |" in text
+    assert (
+        "*One decode step of a model with random weights*\n\n| model | dtype | batch | tokens | cache | preset | ms |"
+        in text
+    )
     assert "| llama | bfloat16 | 1 | 32,768 | DynamicCache |  | 7.5 |" in text
     assert "no GPU \\| here" in text
 
@@ -115,7 +120,9 @@ def test_report_computes_the_memory_of_shipped_presets(tmp_path):
     assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     memory = text.split("## Memory")[1].split("##")[0]
-    assert "32k, d 64" in memory and "| k4v4 | 3.45 | 3.72 |" in memory and "other" not in memory
+    assert "| preset | 512 | 2k | 8k | 32k | 128k |" in memory and "other" not in memory
+    assert "| k4v4 | 1.24x (2.17x) | 2.49x (3.18x) | 3.25x (3.60x) | 3.50x (3.72x) |" in memory
+    assert "first with the room allocated ahead" in memory
 
 
 def test_report_says_where_nothing_was_found(tmp_path, capsys):
@@ -141,3 +148,29 @@ def test_summary_is_of_presets_one_model_and_no_toy(tmp_path):
     summary = text.split("## Summary")[1].split("\n## ")[0]
     assert "those of ppl" in summary and "Of m; runs of other models are only below: needle." in summary
     assert not any(word in summary for word in ("prod", "memory held", "needles found")) and "| b1 |" not in summary
+
+
+def test_a_report_says_where_a_cache_takes_more_than_16_bit(tmp_path):
+    row = {"preset": "lossless", "kl": 0.01, "key_bits": 16, "value_bits": 16, "compression_ratio": 1.0}
+    write(tmp_path / "run", {"tool": "perplexity", "results": [{**row, "perplexity": 9.0, "top1": 0.9}]})
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    memory = (tmp_path / "out" / "report.md").read_text().split("## Memory")[1]
+    assert "| lossless | 0.65x: larger than 16 bit (0.99x) |" in memory
+
+
+def test_a_report_lays_a_run_out_by_the_command_that_wrote_it(tmp_path):
+    """Rows that look like another command's are not taken for them: the run says what it is."""
+    rows = [{"task": "a", "score": 1.0, "preset": "uncompressed", "kl": 0.5}]
+    write(tmp_path / "run", {"tool": "some-tool", "results": rows})
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## some-tool (run)" in text and "| task | score | preset | kl |" in text and "## Summary" not in text
+
+
+def test_the_uncompressed_label_names_the_dtype_of_its_run(tmp_path):
+    rows = [{"preset": p, "task": "t", "length": 9, "score": 1.0} for p in ("uncompressed", "k4v4")]
+    write(tmp_path / "run", {"tool": "retrieval", "results": rows})
+    (tmp_path / "run" / "config.yaml").write_text("dtype: float32\n")
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.count("| uncompressed (float32) |") == 2 and "| uncompressed |" not in text

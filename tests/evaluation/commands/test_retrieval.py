@@ -87,7 +87,14 @@ def test_summarize_and_table():
         [{**record, "score": 1.0}, {**record, "score": 0.0}, {**record, "task": "key-value", "score": 1.0}]
     )
     assert metrics["results"][0] == {**record, "score": 50.0, "samples": 2}
-    assert retrieval.table(metrics, "float32").splitlines()[-1].split() == ["uncompressed", "(float32)", "512", "50", "100", "75"]
+    assert retrieval.table(metrics, "float32").splitlines()[-1].split() == [
+        "uncompressed",
+        "(float32)",
+        "512",
+        "50",
+        "100",
+        "75",
+    ]
 
 
 def test_retrieval_command_writes_a_run(tiny_folder, tmp_path, capsys):

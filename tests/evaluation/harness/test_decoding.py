@@ -14,7 +14,6 @@ def tiny(tiny_folder):
     return AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="turboquant").eval()
 
 
-
 def test_decode_greedy_and_answer_nll_equal_one_pass_without_a_cache(tiny):
     tokens = torch.randint(0, 250, (2, 300), generator=torch.Generator().manual_seed(0))
     cache = decoding.new_cache(tiny, None)
@@ -31,7 +30,6 @@ def test_decode_greedy_and_answer_nll_equal_one_pass_without_a_cache(tiny):
             assert decoded[row] == greedy.tolist()
 
 
-
 def test_answer_nll_leaves_the_cache_as_it_is(tiny):
     cache = TurboQuantCache(tiny.config, "k4v4", recent_window=0, encode_first=True)
     tokens = torch.randint(0, 250, (1, 380), generator=torch.Generator().manual_seed(0))
@@ -39,7 +37,6 @@ def test_answer_nll_leaves_the_cache_as_it_is(tiny):
     before = cache.layers[0].keys.clone()
     decoding.answer_nll(tiny, logits, cache, [list(range(20))])
     assert torch.equal(cache.layers[0].keys, before)
-
 
 
 def test_decode_greedy_ends_before_a_stop_token(tiny):
@@ -51,7 +48,6 @@ def test_decode_greedy_ends_before_a_stop_token(tiny):
     )
 
 
-
 def test_decode_greedy_ends_when_there_is_enough(tiny):
     tokens = torch.randint(0, 250, (2, 40), generator=torch.Generator().manual_seed(0))
     whole = decoding.decode_greedy(tiny, *_prefilled(tiny, tokens), steps=8)
@@ -59,11 +55,9 @@ def test_decode_greedy_ends_when_there_is_enough(tiny):
     assert some == [tokens[:3] for tokens in whole]
 
 
-
 def _prefilled(model, tokens):
     cache = decoding.new_cache(model, None)
     return decoding.prefill(model, tokens, cache), cache
-
 
 
 def test_recent_window_0_leaves_nothing_of_the_prompt_raw(tiny):
@@ -73,4 +67,3 @@ def test_recent_window_0_leaves_nothing_of_the_prompt_raw(tiny):
     decoding.prefill(tiny, torch.randint(0, 250, (1, 512)), cache)
     assert all(layer.tail.count == 0 for layer in cache.packed_layers)
     assert not resolve_caches(["k4v4"], recent_window=None)["k4v4"].encode_first
-

