@@ -122,7 +122,7 @@ def test_report_computes_the_memory_of_shipped_presets(tmp_path):
     memory = text.split("## Memory")[1].split("##")[0]
     assert "| preset | 512 | 2k | 8k | 32k | 128k |" in memory and "other" not in memory
     assert "| k4v4 | 1.24x (2.17x) | 2.49x (3.18x) | 3.25x (3.60x) | 3.50x (3.72x) |" in memory
-    assert "first with the room allocated ahead" in memory
+    assert "the room allocated ahead included" in memory
 
 
 def test_report_says_where_nothing_was_found(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from itertools import takewhile
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from turboquant_hf.evaluation.presets.memory import MEMORY_NOTE, bits_per_channe
 from turboquant_hf.resources import config_path
 
 SIZES = (512, 2048, 32768)
-NOTES = f"""
-Bits per channel of 16-bit input, averaged over the layers; scales, zero points, means and signs are counted.
-at {{sizes}}: {MEMORY_NOTE[0].lower()}{MEMORY_NOTE[1:]}
-Raw tokens and statistics are counted in both."""
+NOTES = (
+    "Bits per channel of 16-bit input, averaged over the layers; scales, zero points, means and signs are counted.",
+    f"{MEMORY_NOTE} Raw tokens and statistics are counted in both.",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     lines = format_table([row[:-1] for row in rows], header).splitlines()
     texts = ["", "", *(row[-1] for row in rows)]
     print("\n".join(f"{line}  {text}".rstrip() for line, text in zip(lines, texts, strict=True)))
-    print(NOTES.format(sizes=" / ".join(size(tokens) for tokens in args.tokens)))
+    print("", *(textwrap.fill(note, 120) for note in NOTES), sep="\n")
     return 0
 
 

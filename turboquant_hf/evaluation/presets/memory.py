@@ -68,8 +68,8 @@ def used_compression(preset: CachePreset, head_dim: int, tokens: int, layers: in
 
 
 MEMORY_NOTE = (
-    "How many times less memory than a 16-bit cache behind a prompt of so many tokens: first with the room allocated "
-    "ahead, which is what the cache takes, in brackets the bytes in use."
+    "Times smaller than a 16-bit cache behind a prompt of so many tokens. First what the cache takes, the room "
+    "allocated ahead included; in brackets the bytes in use."
 )
 """What a reader of `memory_cell` is told."""
 
