@@ -501,7 +501,9 @@ def test_command_line(tmp_path, capsys):
     assert {path.name for path in output.iterdir()} == {
         "metrics.json", "config.yaml", "environment.yaml", *(f"{level}.png" for level in LEVELS)
     }  # fmt: skip
-    assert yaml.safe_load((output / "config.yaml").read_text())["section"] == "cpu"
+    config = yaml.safe_load((output / "config.yaml").read_text())
+    assert config["section"] == "cpu" and config["tool"] == metrics["tool"] == "benchmark"
+    assert metrics["recent_windows"] == {PRESET: 0}
     assert cli.main(command) == 2
     assert "finished run" in capsys.readouterr().err
 

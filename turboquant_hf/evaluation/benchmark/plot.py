@@ -59,7 +59,9 @@ def plot_level(rows: Sequence[Mapping[str, Any]], level: str, path: Path, about:
         found, names = axis.get_legend_handles_labels()
         handles |= dict(zip(names, found, strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    figure.suptitle(f"{LEVELS[level].title}{', ' + about if about else ''}", fontsize=11)
+    # To the left: in the middle a long title would run under the legend of a single panel.
+    heading = "\n".join(filter(None, (LEVELS[level].title, about)))
+    figure.suptitle(heading, fontsize=11, x=0.01, horizontalalignment="left")
     figure.savefig(path, metadata={"Software": None})
     return True
 

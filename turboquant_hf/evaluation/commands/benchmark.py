@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
+from turboquant_hf.config import load_preset
 from turboquant_hf.evaluation.harness.environment import device_name, versions
 from turboquant_hf.evaluation.harness.flags import whole
 from turboquant_hf.evaluation.harness.folder import check_output, write_run
 from turboquant_hf.evaluation.harness.run import Run
 from turboquant_hf.evaluation.labels import LEVELS
+from turboquant_hf.evaluation.presets.named import recent_windows
 from turboquant_hf.resources import config_path
+
+if TYPE_CHECKING:
+    from turboquant_hf.evaluation.benchmark.settings import Group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         seconds[level] = round(time.perf_counter() - begin, 1)
     metrics = {
         "device": device_name(device), "versions": versions(), "copy_gbps": bandwidth / 1e9,
-        "seconds": seconds, "results": recorder.rows,
+        "recent_windows": windows_of(groups), "seconds": seconds, "results": recorder.rows,
     }  # fmt: skip
     write(asked.with_settings(section=section), metrics)
     recorder.finish()
@@ -89,6 +96,15 @@ def run(args: argparse.Namespace) -> int:
         about += "; small shapes that show what is measured: their times say nothing about a GPU's"
     print(table.to_markdown(recorder.rows, about))
     return 0
+
+
+def windows_of(groups: Mapping[str, Sequence[Group]]) -> dict[str, int]:
+    """Recent windows of the presets; one that cannot be read is a row with a reason, and has none here."""
+    presets = []
+    for name in dict.fromkeys(name for own in groups.values() for group in own for name in group.presets):
+        with suppress(ValueError, OSError):
+            presets.append(load_preset(name))
+    return recent_windows(presets)
 
 
 def write(asked: Run, metrics: dict[str, Any]) -> None:

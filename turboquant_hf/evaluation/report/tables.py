@@ -33,7 +33,7 @@ def about(run: FinishedRun) -> list[str]:
         "date": found.get("date"),
         "hardware": metrics.get("device") or found.get("hardware"),
         "versions": ", ".join(packages),
-        "dtype": run.dtype,
+        "dtype": run.dtype or ", ".join(dict.fromkeys(row["dtype"] for row in run.rows if row.get("dtype"))),
         "recent window": _recent_windows(metrics, found),
     }
     setup = "; ".join(f"{name}: {value}" for name, value in conditions.items() if value not in (None, ""))
