@@ -34,7 +34,7 @@ SDPA = {
     "math": SDPBackend.MATH,
 }
 REPEATED_LIMIT = 2**30
-"""Bytes of repeated keys and values up to which SDPA over one KV head a query head is tried too."""
+"""Bytes of repeated keys and values up to which SDPA over one KV head per query head is tried too."""
 
 
 def backends(device: torch.device, asked: list[str] | None = None) -> list[str]:
@@ -142,7 +142,7 @@ def run_group(group: Group, names: list[str], device: torch.device, bandwidth: f
 def run_dense(
     source: Source, tokens: int, common: dict[str, Any], bandwidth: float, recorder: Recorder
 ) -> float | None:
-    """One row a SDPA backend, each with its fastest way to group heads; returns the best time in microseconds."""
+    """One row per SDPA backend, each with its fastest way to group heads; returns the best time in microseconds."""
     keys, values = source.keys_and_values(tokens)
     query, device = source.queries(1), keys.device
     nbytes = 2 * keys.numel() * keys.itemsize
@@ -216,7 +216,7 @@ def run_packed(
     best: float | None,
     recorder: Recorder,
 ) -> None:
-    """One row a backend over a filled layer."""
+    """One row per backend over a filled layer."""
     device, (batch, heads, _, dim), kv_heads = query.device, query.shape, layer.num_heads
     # As a model's steps have it: made once. Without, every recorded call would clear one of its own first.
     workspace = dispatch.decode_workspace(batch * kv_heads, heads // kv_heads, dim, device)

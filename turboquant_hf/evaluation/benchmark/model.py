@@ -74,7 +74,7 @@ def read_nbytes(model: PreTrainedModel) -> int:
 
 
 def run_group(group: Group, device: torch.device, bandwidth: float, steps: int, recorder: Recorder) -> None:
-    """Rows of every cell, one a cache; ratios are to the fastest 16-bit cache of the cell."""
+    """Rows of every cell, one per cache; ratios are to the fastest 16-bit cache of the cell."""
     with torch.no_grad(), without_cudnn():
         model = build_model(group, device)
         read = read_nbytes(model)

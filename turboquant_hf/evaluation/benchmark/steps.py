@@ -28,7 +28,7 @@ def without_cudnn() -> Iterator[None]:
 
 
 class Stepper:
-    """Feeds one token a sequence at a time, as `generate` does: greedy, and waiting for each token.
+    """Feeds one token per sequence at a time, as `generate` does: greedy, and waiting for each token.
 
     compiled: by `torch.compile(mode="reduce-overhead")`, that is with CUDA graphs.
     """
@@ -56,7 +56,7 @@ class Stepper:
         return output.logits[:, -1]
 
     def time(self, cache, batch: int, steps: int) -> dict[str, Any]:
-        """Milliseconds a step: medians on the device's clock (events around the forward) and on the host's.
+        """Milliseconds per step: medians on the device's clock (events around the forward) and on the host's.
 
         The host's includes choosing the token and waiting for it. Steps that encode a tile (one in 128) are in the
         mean, and in the slowest step, where they fall.

@@ -134,7 +134,7 @@ def kernel_seconds(call: Callable[[], object], device: torch.device, rounds: int
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy on the device, counting bytes read and bytes written."""
+    """Bytes per second of a large copy on the device, counting bytes read and bytes written."""
     size = 2**30 if device.type == "cuda" else 2**25
     source = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table a source, write metrics.json and distortion.png; 0 when done."""
+    """Measure, print a table per source, write metrics.json and distortion.png; 0 when done."""
     asked = Run.of(args)
     check_output(asked)
     with asked.quantizers.open() as file:
@@ -111,7 +111,7 @@ def read_sources(asked: Run) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def measure_all(
     quantizers: Mapping[str, Quantizer], vectors: torch.Tensor, queries: torch.Tensor
 ) -> list[dict[str, Any]]:
-    """One row a quantizer that can serve these vectors."""
+    """One row per quantizer that can serve these vectors."""
     rows = []
     for name, quantizer in quantizers.items():
         try:
@@ -136,7 +136,7 @@ def theory(widths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> dict[str, list[float]]
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """MSE and inner-product error against real bits, one row of panels a source, a line for each family of names."""
+    """MSE and inner-product error against real bits, one row of panels per source, a line for each family of names."""
     from matplotlib.figure import Figure
 
     sources = list(dict.fromkeys(row["source"] for row in results))

@@ -115,7 +115,7 @@ def predict(model, haystack: Haystack, preset, unit: dict[str, Any], asked: Run)
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean accuracy and answer NLL (nats a token) of every cell; the control is kept apart."""
+    """Mean accuracy and answer NLL (nats per token) of every cell; the control is kept apart."""
     rows = [
         {
             **{key: record[key] for key in ("preset", "style", "length", "depth")},

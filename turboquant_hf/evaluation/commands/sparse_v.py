@@ -94,10 +94,10 @@ def run(args: argparse.Namespace) -> int:
 def measure_model(
     model, tokens: torch.Tensor, context: int, preset: CachePreset, thresholds: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """A row a threshold, 0 first, from tokens [1, T] of which the first `context` are read at once.
+    """A row per threshold, 0 first, from tokens [1, T] of which the first `context` are read at once.
 
     `unread` is the share of packed tiles whose values were not read (by KV head); `kl` is from the uncompressed model,
-    in nats a token, and `kl_added` from the same cache with all values read.
+    in nats per token, and `kl_added` from the same cache with all values read.
     """
     prompt, rest = tokens[:, :context], tokens[:, context:]
     dense = DynamicCache(config=model.config)

@@ -59,7 +59,7 @@ def _cut(chosen: list[list[int]], stop: Collection[int]) -> list[list[int]]:
 
 @torch.inference_mode()
 def answer_nll(model, logits: torch.Tensor, cache: Cache, answers: list[list[int]]) -> list[float]:
-    """Mean negative log-likelihood (nats a token) of each answer, teacher-forced through a copy of the cache.
+    """Mean negative log-likelihood (nats per token) of each answer, teacher-forced through a copy of the cache.
 
     Args:
         logits: [B, V] after the prompt.

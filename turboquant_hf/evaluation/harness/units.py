@@ -1,10 +1,10 @@
-"""Resumable runs: one results folder a run, one line a finished unit.
+"""Resumable runs: one results folder per run, one line per finished unit.
 
-A folder holds `config.yaml` (the settings), `predictions.jsonl` (one JSON line a unit, appended and flushed as each
-finishes) and, once all units are there, `metrics.json` and `environment.yaml` (versions, hardware and day). Metrics are
-computed from the lines in the order of the units, so a run that was killed and started again ends with the same
-metrics and predictions, byte by byte, as an unbroken one. Under `accelerate launch` the units are shared out over the
-processes; each appends to a file of its own, and the main process merges them.
+A folder holds `config.yaml` (command and settings), `predictions.jsonl` (one JSON line per unit, appended and flushed
+as each finishes) and, once all units are there, `metrics.json` and `environment.yaml` (versions, hardware and day).
+Metrics are computed from the lines in the order of the units, so a run that was killed and started again ends with the
+same metrics and predictions, byte by byte, as an unbroken one. Under `accelerate launch` the units are shared out over
+the processes; each appends to a file of its own, and the main process merges them.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def errors(vectors: torch.Tensor, decoded: torch.Tensor, queries: torch.Tensor) 
     """Errors of `decoded` [H, T, D], relative, so that they compare with the theory's for unit vectors.
 
     mse: |k - k^|^2 / |k|^2. inner: D (q.k - q.k^)^2 / (|q|^2 |k|^2). bias: the slope of q.k^ over q.k, less 1.
-    At most 256 queries a head, evenly spaced, stand for all.
+    At most 256 queries per head, evenly spaced, stand for all.
     """
     step = max(queries.shape[1] // 256, 1)
     queries = queries[:, ::step].float()

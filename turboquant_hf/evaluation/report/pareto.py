@@ -41,7 +41,7 @@ def draw_pareto(points: Mapping[str, tuple[float, float]]) -> bytes:
     taken: list[tuple[float, float, float]] = []
     for index in sorted(range(len(places)), key=lambda i: (i not in front, -places[i][1])):
         name, (x, y) = list(points)[index], axis.transData.transform(places[index]) * 72 / figure.dpi
-        # The first height, in points, at which the label covers none that is written: about 4 by 8 points a letter.
+        # The first height, in points, at which the label covers none that is written: about 4 by 8 points per letter.
         free = (s for s in LABEL_SHIFTS if not any(_meet((x, y + s, 4 * len(name)), other) for other in taken))
         shift = next(free, LABEL_SHIFTS[0])
         taken.append((x, y + shift, 4 * len(name)))

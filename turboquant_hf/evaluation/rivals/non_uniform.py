@@ -95,7 +95,7 @@ class NonUniform(Quantizer):
 
 
 def lloyd_levels(x: torch.Tensor, count: int, rounds: int = 20) -> torch.Tensor:
-    """Lloyd's levels of each row of x [B, n], increasing: float32 [B, count]. At most 65,536 numbers a row are used."""
+    """Lloyd's levels of each row of x [B, n], increasing: float32 [B, count]. Reads at most 65,536 numbers per row."""
     x = x[:, :: max(x.shape[1] // 65536, 1)]
     levels = torch.quantile(x, (torch.arange(count, device=x.device) + 0.5) / count, dim=1).T.contiguous()
     for _ in range(rounds):
