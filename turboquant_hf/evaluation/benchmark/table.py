@@ -32,9 +32,10 @@ GENERATE = {
 }  # fmt: skip
 """Columns of the levels of whole calls, one table per shape; x DynamicCache: times faster, x floor: times its time."""
 TITLES = {
-    "calls": "whole calls of generate", "lengths": "ten calls, prompts of ten lengths beside equal ones",
+    "lengths": "ten calls, prompts of ten lengths beside equal ones",
     "chunks": "a long prompt, at once and in pieces",
-}  # fmt: skip
+}
+"""Of rows of the level of generate that are no plain calls, by `what`."""
 
 
 def to_markdown(rows: Sequence[Mapping[str, Any]], about: str = "") -> str:
@@ -78,7 +79,7 @@ def _calls_table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"| {' | '.join([cell, name, *values])} |")
     layers = f", {first['layers']} layers" if first.get("layers") else ""
     title = TITLES.get(first.get("what")) or LEVELS[first["level"]].title
-    heading = f"**{first['shape']}{layers}, {first['dtype']}: {title}**"
+    heading = f"**{first['shape']}{layers}, {first['dtype']}: {title[0].lower()}{title[1:]}**"
     return f"{heading}\n\n" + "\n".join(lines)
 
 
