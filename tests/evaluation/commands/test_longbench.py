@@ -179,9 +179,9 @@ def test_table_averages_tasks_as_the_paper_does():
         ]
     )
     assert metrics["results"][0]["by_length"] == {"4-8k": 100.0}
-    lines = longbench.table(metrics).splitlines()
+    lines = longbench.table(metrics, "float32").splitlines()
     assert lines[0].split() == ["cache", "bits", "smaller", "SingleQA", "MultiQA", "average"]
-    assert lines[-1].split() == ["uncompressed", "16", "1", "100", "0", "33.33"]
+    assert lines[-1].split() == ["uncompressed", "(float32)", "32", "0.5", "100", "0", "33.33"]
 
 
 @pytest.mark.usefixtures("load_metric")
@@ -199,7 +199,8 @@ def test_longbench_command_runs_all_tasks(tiny_folder, data, tmp_path, capsys):
     assert all(line["bits"] < 8 for line in own if line["prompt_tokens"] >= 256)
     assert any(line["bits"] == 16 for line in own), "nothing packed, nothing saved"
     assert all(line["prediction"] for line in lines if line["task"] == "samsum")
-    assert "uncompressed" in capsys.readouterr().out
+    assert metrics["tool"] == "longbench" and metrics["recent_windows"] == {"k4v4": 128}
+    assert "uncompressed (float32)" in capsys.readouterr().out
 
 
 def test_prompts_file_replaces_templates(tmp_path):

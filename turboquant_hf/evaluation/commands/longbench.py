@@ -12,11 +12,12 @@ import torch
 
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.evaluation.harness import decoding, flags
+from turboquant_hf.evaluation.harness.fidelity import uncompressed_size
 from turboquant_hf.evaluation.harness.models import load_model
 from turboquant_hf.evaluation.harness.run import Run
 from turboquant_hf.evaluation.harness.tables import format_table
 from turboquant_hf.evaluation.harness.units import fingerprint, run_units
-from turboquant_hf.evaluation.labels import cache_label
+from turboquant_hf.evaluation.labels import UNCOMPRESSED, cache_label
 from turboquant_hf.evaluation.presets.memory import average_bits
 from turboquant_hf.evaluation.presets.named import recent_windows, resolve_caches
 from turboquant_hf.evaluation.tasks.longbench import (
@@ -168,7 +169,9 @@ def table(metrics: dict[str, Any], dtype: str) -> str:
         own = [row for row in results if row["preset"] == preset]
         by_category = [_mean([r["score"] for r in own if r["category"] == c]) for c in categories]
         average = _mean([r["score"] for r in own])
-        rows.append([cache_label(preset, dtype), size["bits"], size["smaller"], *by_category, average])
+        # Records say 16 bit of every dense cache, whatever its dtype.
+        sizes = uncompressed_size(dtype) if preset == UNCOMPRESSED else (size["bits"], size["smaller"])
+        rows.append([cache_label(preset, dtype), *sizes, *by_category, average])
     return format_table(rows, ["cache", "bits", "smaller", *categories, "average"])
 
 

@@ -225,9 +225,15 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def uncompressed_row(perplexity: float, dtype: str) -> list[Any]:
-    """The line of the uncompressed model, whose cache has as many bits as its dtype; sizes are against 16 bit."""
+    """The line of the uncompressed model."""
+    bits, smaller = uncompressed_size(dtype)
+    return [cache_label(UNCOMPRESSED, dtype), perplexity, 0.0, 1.0, bits, bits, smaller]
+
+
+def uncompressed_size(dtype: str) -> tuple[float, float]:
+    """(bits per channel, times smaller than 16 bit) of the uncompressed cache, which has as many bits as its dtype."""
     bits = 8.0 * getattr(torch, dtype).itemsize
-    return [cache_label(UNCOMPRESSED, dtype), perplexity, 0.0, 1.0, bits, bits, 16 / bits]
+    return bits, 16 / bits
 
 
 def divergences(reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
