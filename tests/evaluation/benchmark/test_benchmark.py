@@ -476,7 +476,7 @@ def test_plot(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "plot", noted)
     assert plot_level(ROWS, "kernel", tmp_path / "kernel.png")
     assert (tmp_path / "kernel.png").stat().st_size > 5000
-    assert drawn.keys() == {"sdpa flash", "k4v4 cuda", "floor, 16 bit", "floor, k4v4"}
+    assert drawn.keys() == {"sdpa flash", "k4v4 cuda", "floor, uncompressed (float16)", "floor, k4v4"}
     assert drawn["floor, k4v4"] == (4096 / 800, 8192 / 800)
     assert not plot_level(ROWS, "model", tmp_path / "model.png")
 
