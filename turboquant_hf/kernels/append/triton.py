@@ -7,22 +7,26 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.decode.reference import RawTokens
+from turboquant_hf.kernels.encode.spec import head_offset, row_offset, rows_contiguous
 from turboquant_hf.kernels.progress import announces
 
 
 @triton.jit
 def _store_rows(p_new, p_ring, p_sinks, d, m_d, slot, sink, m_token, m_sink, q, new_q, D: tl.constexpr):
-    row = tl.load(p_new + q * new_q + d, mask=m_d & m_token, other=0.0)
+    row = tl.load(p_new + row_offset(q, new_q, D) + d, mask=m_d & m_token, other=0.0)
     tl.store(p_ring + slot * D + d, row, mask=m_d & m_token)
     tl.store(p_sinks + sink * D + d, row, mask=m_d & m_token & m_sink)
 
 
 @announces
-@triton.jit
+@triton.jit(
+    do_not_specialize=["key_b", "key_h", "key_q", "value_b", "value_h", "value_q", "max_len", "Q", "R"],
+    do_not_specialize_on_alignment=["p_starts", "p_counts", "p_ticket"],
+)
 def _append_kernel(
     p_keys, p_values, p_ring_keys, p_ring_values, p_sink_keys, p_sink_values, p_starts, p_counts, p_ticket,
-    key_b, key_h, key_q, value_b, value_h, value_q, max_len,
-    H: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    key_b: tl.int64, key_h: tl.int64, key_q, value_b: tl.int64, value_h: tl.int64, value_q, max_len, Q, R,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -38,12 +42,12 @@ def _append_kernel(
         sink = position - start
         m_sink = (sink >= 0) & (sink < S)
         _store_rows(
-            p_keys + b * key_b + h * key_h, p_ring_keys + head * R * D, p_sink_keys + head * S * D,
+            p_keys + head_offset(b, h, key_b, key_h, D), p_ring_keys + head * R * D, p_sink_keys + head * S * D,
             d, d < D, slot, sink, position < max_len, m_sink, q, key_q, D,
         )  # fmt: skip
         _store_rows(
-            p_values + b * value_b + h * value_h, p_ring_values + head * R * DV, p_sink_values + head * S * DV,
-            dv, dv < DV, slot, sink, position < max_len, m_sink, q, value_q, DV,
+            p_values + head_offset(b, h, value_b, value_h, DV), p_ring_values + head * R * DV,
+            p_sink_values + head * S * DV, dv, dv < DV, slot, sink, position < max_len, m_sink, q, value_q, DV,
         )  # fmt: skip
     # Whoever comes last counts the tokens: all others have read the length by then.
     tl.debug_barrier()
@@ -65,10 +69,10 @@ def append_tokens(
     """Equivalent to `reference.append_tokens`. Ring and sinks must be contiguous."""
     batch, heads, count, dim = keys.shape
     value_dim = values.shape[3]
-    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    keys, values = rows_contiguous(keys), rows_contiguous(values)
     _append_kernel[(batch * heads,)](
         keys, values, ring.keys, ring.values, sinks.keys, sinks.values, starts, counts, ticket,
-        *keys.stride()[:3], *values.stride()[:3], max_len,
-        H=heads, Q=count, D=dim, DV=value_dim, R=ring.keys.shape[2], S=sinks.keys.shape[2],
+        *keys.stride()[:3], *values.stride()[:3], max_len, count, ring.keys.shape[2],
+        H=heads, D=dim, DV=value_dim, S=sinks.keys.shape[2],
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=triton.next_power_of_2(value_dim), num_warps=1,
     )  # fmt: skip

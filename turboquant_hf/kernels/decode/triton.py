@@ -17,9 +17,12 @@ from turboquant_hf.kernels.encode.spec import (
     decode_levels,
     group_count,
     group_of,
+    head_offset,
     level_table,
     load_scales,
     padded_size,
+    row_offset,
+    rows_contiguous,
     tile_spec,
     unpack_chunk,
 )
@@ -146,20 +149,29 @@ def _store_group(p_out, o_row, m_row, acc, GROUP: tl.constexpr):
 
 
 @announces
-@triton.jit(do_not_specialize=["tiles", "tiles_per_split", "tail", "raw_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        "kc_b", "kc_h", "kc_n", "ks_b", "ks_h", "ks_n", "km_b", "km_h", "km_n", "vc_b", "vc_h", "vc_n", "vs_b", "vs_h",
+        "vs_n", "vm_b", "vm_h", "vm_n", "sk_b", "sk_h", "sk_t", "sv_b", "sv_h", "sv_t", "tk_b", "tk_h", "tk_t", "tv_b",
+        "tv_h", "tv_t", "mask_b", "tiles", "tiles_per_split", "splits", "tail", "raw_tokens", "ring", "M", "Q",
+    ],
+    do_not_specialize_on_alignment=["p_key_gain", "p_value_gain", "p_starts", "p_mask", "p_counts"],
+)  # fmt: skip
 def _split_kernel(
     p_rotated, p_query, p_key_codes, p_key_scale, p_key_mean, p_value_codes, p_value_scale, p_value_mean,
     p_key_levels, p_value_levels, p_key_gain, p_value_gain, p_sink_keys, p_sink_values, p_tail_keys, p_tail_values,
     p_starts, p_mask, p_counts, p_out, p_raw_out, p_peak, p_total,
-    kc_b, kc_h, kc_n, ks_b, ks_h, ks_n, km_b, km_h, km_n, vc_b, vc_h, vc_n, vs_b, vs_h, vs_n, vm_b, vm_h, vm_n,
-    sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, tk_b, tk_h, tk_t, tv_b, tv_h, tv_t, mask_b, mask_t,
-    tiles, tiles_per_split, splits, tail, raw_tokens, scaling, softcap, sparse_v_threshold,
-    H: tl.constexpr, M: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, T: tl.constexpr,
+    kc_b: tl.int64, kc_h: tl.int64, kc_n, ks_b: tl.int64, ks_h: tl.int64, ks_n, km_b: tl.int64, km_h: tl.int64, km_n,
+    vc_b: tl.int64, vc_h: tl.int64, vc_n, vs_b: tl.int64, vs_h: tl.int64, vs_n, vm_b: tl.int64, vm_h: tl.int64, vm_n,
+    sk_b: tl.int64, sk_h: tl.int64, sk_t, sv_b: tl.int64, sv_h: tl.int64, sv_t,
+    tk_b: tl.int64, tk_h: tl.int64, tk_t, tv_b: tl.int64, tv_h: tl.int64, tv_t, mask_b: tl.int64,
+    tiles, tiles_per_split, splits, tail, raw_tokens, ring, M, Q, scaling, softcap, sparse_v_threshold,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, T: tl.constexpr,
     S: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DTYPE: tl.constexpr, RAW_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, KEY_GAIN: tl.constexpr, VALUE_GAIN: tl.constexpr, KEY_MEAN: tl.constexpr,
     VALUE_MEAN: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    CAUSAL_TILES: tl.constexpr, SPARSE: tl.constexpr, COUNTS: tl.constexpr, RING: tl.constexpr,
+    CAUSAL_TILES: tl.constexpr, SPARSE: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -204,6 +216,10 @@ def _split_kernel(
         for g in tl.static_range(group_count(VALUES)):
             accs = accs + (tl.zeros((block_of(VALUES, g), BLOCK_M), tl.float32),)
 
+        p_key_codes += head_offset(b, h, kc_b, kc_h, KEYS.nbytes)
+        p_key_scale += head_offset(b, h, ks_b, ks_h, T)
+        p_value_codes += head_offset(b, h, vc_b, vc_h, VALUES.nbytes)
+        p_value_scale += head_offset(b, h, vs_b, vs_h, T)
         t = tl.arange(0, BLOCK_T)
         first = start + S
         low = split * tiles_per_split
@@ -213,21 +229,20 @@ def _split_kernel(
         value_unit = tl.full((), 1.0, tl.float32)
         if DTYPE == tl.float16:
             if low < high:
-                p_first = p_value_scale + b * vs_b + h * vs_h + low.to(tl.int64) * vs_n
+                p_first = p_value_scale + row_offset(low.to(tl.int64), vs_n, T)
                 value_unit = tl.max(load_scales(p_first + t, t < T, VALUES.shift), axis=0)
                 value_unit = tl.maximum(value_unit, 1e-6) / 16.0
 
         for tile in range(low, high):
             n = tl.cast(tile, tl.int64)
-            p_key_rows = p_key_codes + b * kc_b + h * kc_h + n * kc_n
-            p_rows = p_key_rows + (tl.minimum(t, T - 1) * KEYS.row_bytes)[:, None]
+            p_rows = p_key_codes + row_offset(n, kc_n, KEYS.nbytes) + (tl.minimum(t, T - 1) * KEYS.row_bytes)[:, None]
             scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
             for g in tl.static_range(group_count(KEYS)):
-                p_scale = p_key_scale + b * ks_b + h * ks_h + n * ks_n + g * T
+                p_scale = p_key_scale + row_offset(n, ks_n, T) + g * T
                 scores += _score_group(p_rows, p_scale, p_key_levels, qs, KEYS, g, T, BLOCK_T, BLOCK_M, DTYPE)
             scores *= score_unit[None, :]
             if KEY_MEAN:
-                p_mean = p_key_mean + b * km_b + h * km_h + n * km_n
+                p_mean = p_key_mean + head_offset(b, h, km_b, km_h, D) + row_offset(n, km_n, D)
                 mean = tl.load(p_mean + d, mask=d < D, other=0.0).to(tl.float32)
                 scores += (tl.sum(q.to(tl.float32) * mean[:, None], axis=0) * scaling)[None, :]
             logits = _logits(scores, softcap, SOFTCAP)
@@ -235,14 +250,14 @@ def _split_kernel(
             position = tile * T + t
             visible = (position >= first) & (t < T)
             if MASK:
-                visible &= tl.load(p_mask + b * mask_b + position * mask_t, mask=t < T, other=0) != 0
+                visible &= tl.load(p_mask + b * mask_b + position, mask=t < T, other=0) != 0
             if CAUSAL_TILES:
                 logits = tl.where(position[:, None] <= newest[None, :], logits, float("-inf"))
             logits = tl.where(visible[:, None], logits, float("-inf"))
             p, peak, total, factor = _update(logits, peak, total)
 
-            p_tile = p_value_codes + b * vc_b + h * vc_h + n * vc_n
-            p_scale = p_value_scale + b * vs_b + h * vs_h + n * vs_n
+            p_tile = p_value_codes + row_offset(n, vc_n, VALUES.nbytes)
+            p_scale = p_value_scale + row_offset(n, vs_n, T)
             new = ()
             for g in tl.static_range(group_count(VALUES)):
                 acc = accs[g] * factor[None, :]
@@ -260,7 +275,7 @@ def _split_kernel(
                 new = new + (acc,)
             accs = new
             if VALUE_MEAN:
-                p_mean = p_value_mean + b * vm_b + h * vm_h + n * vm_n
+                p_mean = p_value_mean + head_offset(b, h, vm_b, vm_h, DV) + row_offset(n, vm_n, DV)
                 mean = tl.load(p_mean + dv, mask=dv < DV, other=0.0).to(tl.float32)
                 raw = raw * factor[None, :] + mean[:, None] * tl.sum(p, axis=0)[None, :]
 
@@ -274,30 +289,32 @@ def _split_kernel(
         r = tl.arange(0, BLOCK_R)
         low = (split - splits) * raw_tokens
         if low == 0:
-            p_keys = p_sink_keys + b * sk_b + h * sk_h
-            p_values = p_sink_values + b * sv_b + h * sv_h
+            p_keys = p_sink_keys + head_offset(b, h, sk_b, sk_h, D)
+            p_values = p_sink_values + head_offset(b, h, sv_b, sv_h, DV)
             for block in tl.static_range((S + BLOCK_R - 1) // BLOCK_R):
                 slot = block * BLOCK_R + r
                 position = start + slot
                 seen = (slot < S) & (position < tiles * T)
                 if MASK:
-                    seen &= tl.load(p_mask + b * mask_b + position * mask_t, mask=seen, other=0) != 0
+                    seen &= tl.load(p_mask + b * mask_b + position, mask=seen, other=0) != 0
                 peak, total, raw = _raw_step(
-                    p_keys + (slot * sk_t)[:, None], p_values + (slot * sv_t)[:, None], d, dv, slot < S,
+                    p_keys + row_offset(slot, sk_t, D)[:, None], p_values + row_offset(slot, sv_t, DV)[:, None],
+                    d, dv, slot < S,
                     seen[:, None] & (position[:, None] <= newest[None, :]), q, peak, total, raw,
                     scaling, softcap, SOFTCAP, D, DV, RAW_DTYPE, PRECISION,
                 )  # fmt: skip
-        p_keys = p_tail_keys + b * tk_b + h * tk_h
-        p_values = p_tail_values + b * tv_b + h * tv_h
+        p_keys = p_tail_keys + head_offset(b, h, tk_b, tk_h, D)
+        p_values = p_tail_values + head_offset(b, h, tv_b, tv_h, DV)
         for block in range(low, tl.minimum(low + raw_tokens, tail), BLOCK_R):
             slot = block + r
             position = tiles * T + slot
             seen = (slot < tail) & (position >= start)
             if MASK:
-                seen &= tl.load(p_mask + b * mask_b + position * mask_t, mask=slot < tail, other=0) != 0
-            wide = (position % RING if COUNTS else slot).to(tl.int64)
+                seen &= tl.load(p_mask + b * mask_b + position, mask=slot < tail, other=0) != 0
+            wide = (position % ring if COUNTS else slot).to(tl.int64)
             peak, total, raw = _raw_step(
-                p_keys + (wide * tk_t)[:, None], p_values + (wide * tv_t)[:, None], d, dv, slot < tail,
+                p_keys + row_offset(wide, tk_t, D)[:, None], p_values + row_offset(wide, tv_t, DV)[:, None],
+                d, dv, slot < tail,
                 seen[:, None] & (position[:, None] <= newest[None, :]), q, peak, total, raw,
                 scaling, softcap, SOFTCAP, D, DV, RAW_DTYPE, PRECISION,
             )  # fmt: skip
@@ -314,10 +331,10 @@ def _split_kernel(
 
 
 @announces
-@triton.jit(do_not_specialize=["splits", "parts", "raw_first"])
+@triton.jit(do_not_specialize=["splits", "parts", "raw_first", "M", "Q"])
 def _merge_kernel(
-    p_part, p_raw_part, p_peak, p_total, p_aux, p_out, p_raw_out, splits, parts, raw_first,
-    H: tl.constexpr, M: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, AUX: tl.constexpr, BLOCK_S: tl.constexpr,
+    p_part, p_raw_part, p_peak, p_total, p_aux, p_out, p_raw_out, splits, parts, raw_first, M, Q,
+    H: tl.constexpr, DV: tl.constexpr, AUX: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -413,8 +430,9 @@ def decode_attention(
 
     packed_sides = [_inner_contiguous(side) for side in (keys, values)]
     tensors = [x for side in packed_sides for x in side]
-    raws = [_rows_contiguous(x) for x in (sinks.keys, sinks.values, tail.keys, tail.values)]
+    raws = [rows_contiguous(x) for x in (sinks.keys, sinks.values, tail.keys, tail.values)]
     none = starts
+    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
     gains = [None if side.gain is None else side.gain.contiguous() for side in (keys, values)]
     key_levels, value_levels = level_table(keys.groups, device), level_table(values.groups, device)
     _split_kernel[(batch * heads, parts, row_blocks)](
@@ -423,9 +441,10 @@ def decode_attention(
         none if mask is None else mask.view(torch.uint8), none if counts is None else counts,
         part, raw_part, peak, total,
         *(stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
-        *(stride for x in raws for stride in x.stride()[:3]), *((0, 0) if mask is None else mask.stride()),
-        tiles, per_split, splits, length, RAW_TOKENS, float(scaling), float(softcap or 1.0), float(sparse_v_threshold),
-        H=heads, M=m, Q=count, D=dim, DV=value_dim, T=tile, S=sinks.keys.shape[2],
+        *(stride for x in raws for stride in x.stride()[:3]), 0 if mask is None else mask.stride(0),
+        tiles, per_split, splits, length, RAW_TOKENS, length, m, count,
+        float(scaling), float(softcap or 1.0), float(sparse_v_threshold),
+        H=heads, D=dim, DV=value_dim, T=tile, S=sinks.keys.shape[2],
         KEYS=key_spec, VALUES=value_spec, KEY_GAIN=keys.gain is not None, VALUE_GAIN=values.gain is not None,
         BLOCK_M=block_m, BLOCK_T=padded_size(tile), BLOCK_R=BLOCK_RAW,
         BLOCK_D=padded_size(dim), BLOCK_DV=padded_size(value_dim), DTYPE=tl.float32 if single else tl.float16,
@@ -433,13 +452,13 @@ def decode_attention(
         PRECISION="ieee" if single else "tf32",
         KEY_MEAN=keys.mean is not None, VALUE_MEAN=values.mean is not None,
         MASK=mask is not None, SOFTCAP=softcap is not None, CAUSAL_TILES=counts is None and length < count,
-        SPARSE=sparse_v_threshold > 0.0, COUNTS=counts is not None, RING=1 if counts is None else length,
+        SPARSE=sparse_v_threshold > 0.0, COUNTS=counts is not None,
         **_launch(dim, block_m, (*key_spec.groups, *value_spec.groups)),
     )  # fmt: skip
     _merge_kernel[(batch * heads, m)](
         part, raw_part, peak, total, none if s_aux is None else s_aux.contiguous(), packed, raw,
-        splits, parts, raw_first,
-        H=heads, M=m, Q=count, DV=value_dim, AUX=s_aux is not None, BLOCK_S=16,
+        splits, parts, raw_first, m, count,
+        H=heads, DV=value_dim, AUX=s_aux is not None, BLOCK_S=16,
         BLOCK_DV=padded_size(value_dim),
     )  # fmt: skip
     out = values.unrotate(packed).add_(raw)
@@ -448,12 +467,8 @@ def decode_attention(
 
 def _inner_contiguous(side: PackedSide) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scale and mean with their per-tile entries contiguous; a capacity-strided view is left as it is."""
-    scale = side.scale if side.scale.stride()[3:] == (side.scale.shape[4], 1) else side.scale.contiguous()
-    return _rows_contiguous(side.codes), scale, None if side.mean is None else _rows_contiguous(side.mean)
-
-
-def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    scale = rows_contiguous(side.scale) if side.scale.stride(3) == side.scale.shape[4] else side.scale.contiguous()
+    return rows_contiguous(side.codes), scale, None if side.mean is None else rows_contiguous(side.mean)
 
 
 def _fill(device: torch.device) -> int:

@@ -11,11 +11,13 @@ from turboquant_hf.kernels.encode.spec import (
     MAX_CHUNK,
     group_count,
     group_of,
+    head_offset,
     level_table,
     load_scales,
     padded_size,
     plane_count,
     plane_of,
+    row_offset,
     rows_contiguous,
     tile_spec,
 )
@@ -59,10 +61,11 @@ def _decode_group(
 
 
 @announces
-@triton.jit
+@triton.jit(do_not_specialize=["c_b", "c_h", "c_n", "s_b", "s_h", "s_n", "m_b", "m_h", "m_n", "N"])
 def _decode_kernel(
     p_codes, p_scale, p_levels, p_inverse, p_gain, p_mean, p_out,
-    c_b, c_h, c_n, s_b, s_h, s_n, m_b, m_h, m_n, a_b, a_h, H, N,
+    c_b: tl.int64, c_h: tl.int64, c_n, s_b: tl.int64, s_h: tl.int64, s_n, m_b: tl.int64, m_h: tl.int64, m_n,
+    a_b, a_h, H, N,
     SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr, MEAN: tl.constexpr, GAIN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
 ):  # fmt: skip
@@ -73,16 +76,19 @@ def _decode_kernel(
     t = tl.arange(0, BLOCK_T)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    p_codes += head_offset(b, h, c_b, c_h, SPEC.nbytes) + row_offset(n, c_n, SPEC.nbytes)
+    p_scale += head_offset(b, h, s_b, s_h, T) + row_offset(n, s_n, T)
     for g in tl.static_range(group_count(SPEC)):
         acc = _decode_group(
-            acc, p_codes + b * c_b + h * c_h + n * c_n, p_scale + b * s_b + h * s_h + n * s_n + g * T, p_levels,
+            acc, p_codes, p_scale + g * T, p_levels,
             p_inverse + b * a_b + h * a_h, d, group_of(SPEC, g), SPEC.shift, T, D, BLOCK_T, BLOCK_C, CHANNEL_MAJOR,
         )  # fmt: skip
     acc *= SPEC.unit
     if GAIN:
         acc *= tl.load(p_gain + head)
     if MEAN:
-        mean = tl.load(p_mean + b * m_b + h * m_h + n * m_n + d, mask=d < D, other=0.0)
+        p_mean += head_offset(b, h, m_b, m_h, D) + row_offset(n, m_n, D)
+        mean = tl.load(p_mean + d, mask=d < D, other=0.0)
         acc += mean.to(tl.float32)[None, :]
     o_out = (head * N + n) * T * D + t[:, None] * D + d[None, :]
     tl.store(p_out + o_out, acc, mask=(t < T)[:, None] & (d < D)[None, :])
@@ -101,7 +107,7 @@ def decode_tiles(
     codes, scale, mean = rows_contiguous(packed["codes"]), packed["scale"], packed.get("mean")
     batch, heads, tiles = codes.shape[:3]
     tile, dim, device = scale.shape[-1], inverse.shape[-1], codes.device
-    scale = scale if scale.stride()[3:] == (tile, 1) else scale.contiguous()
+    scale = rows_contiguous(scale) if scale.stride(3) == tile else scale.contiguous()
     mean = mean if mean is None else rows_contiguous(mean)
     spec = tile_spec(groups, tile, scale_format, channel_major=channel_major, exact=True)
     matrix = inverse.float().contiguous()

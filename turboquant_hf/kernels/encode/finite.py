@@ -8,16 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous, tiles_per_program
+from turboquant_hf.kernels.encode.spec import head_offset, padded_size, row_offset, rows_contiguous, tiles_per_program
 from turboquant_hf.kernels.progress import announces
 
 PROGRAMS = 1024
 
 
 @announces
-@triton.jit
+@triton.jit(do_not_specialize=["x_b", "x_h", "x_n", "x_t", "w_b", "w_n", "N", "TILES"])
 def _finite_kernel(
-    p_x, p_weight, p_bad, x_b, x_h, x_n, x_t, w_b, w_n, w_t, H, N, TILES,
+    p_x, p_weight, p_bad, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n, H, N, TILES,
     T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -26,10 +26,11 @@ def _finite_kernel(
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
     bad = tl.zeros((BLOCK_T, BLOCK_D), tl.int32)
+    p_x += head_offset(b, h, x_b, x_h, D)
     for n in range(first, tl.minimum(first + TILES, N)):
         tile = tl.full((), 0, tl.int64) + n
-        weight = tl.load(p_weight + b * w_b + tile * w_n + t * w_t, mask=t < T, other=0.0)
-        p_rows = p_x + b * x_b + h * x_h + tile * x_n + (t * x_t)[:, None] + d[None, :]
+        weight = tl.load(p_weight + b * w_b + tile * w_n + t, mask=t < T, other=0.0)
+        p_rows = p_x + row_offset(tile, x_n, D) + row_offset(t, x_t, D)[:, None] + d[None, :]
         x = tl.load(p_rows, mask=(weight != 0.0)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         bad |= tl.where(tl.abs(x) < float("inf"), 0, 1)
     if tl.max(tl.max(bad, axis=1), axis=0) > 0:
@@ -40,13 +41,14 @@ def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tens
     """Equivalent to `reference.bad_heads`."""
     batch, heads, tiles, tile = fresh[0].shape[:4]
     bad = torch.zeros((batch, heads), dtype=torch.bool, device=weight.device)
+    weight = rows_contiguous(weight)
     per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
     for x in map(rows_contiguous, fresh):
         dim = x.shape[-1]
         block = min(64, padded_size(dim))
         if x.numel():
             _finite_kernel[(batch * heads, triton.cdiv(tiles, per_program), triton.cdiv(dim, block))](
-                x, weight, bad.view(torch.int8), *x.stride()[:4], *weight.stride(), heads, tiles, per_program,
+                x, weight, bad.view(torch.int8), *x.stride()[:4], *weight.stride()[:2], heads, tiles, per_program,
                 T=tile, D=dim, BLOCK_T=padded_size(tile), BLOCK_D=block,
             )  # fmt: skip
     return bad

@@ -16,6 +16,8 @@ from turboquant_hf.primitives.memo import once
 MAX_CHUNK = 128
 MAX_COEFFICIENTS = 6
 FP16_TOLERANCE = 2.0**-13
+MAX_ALIGNMENT = 16
+"""Elements: what Triton would find out about an argument by itself, and what the widest loads need."""
 
 
 # ---------------------------------------------------------------- what a kernel is told about the codes
@@ -79,12 +81,13 @@ class GroupSpec:
 
 @dataclass(frozen=True)
 class TileSpec:
-    """The groups of a tile, the bytes of one token's row (token-major only), and how scales are stored.
+    """The groups of a tile, its bytes and those of one token's row (token-major only), and how scales are stored.
 
     A stored scale is shifted left by `shift` to be a half (0: it is one), and multiplied by `unit`.
     """
 
     groups: tuple[GroupSpec, ...]
+    nbytes: int
     row_bytes: int
     shift: int
     unit: float
@@ -96,7 +99,8 @@ def tile_spec(
 ) -> TileSpec:
     """What kernels are compiled for; `exact` reads levels from the table unless a polynomial hits them in float32."""
     specs, start, offset, table, first_chunk = [], 0, 0, 0, 0
-    token_bytes = tile_bytes(groups, tile, channel_major) // tile
+    nbytes = tile_bytes(groups, tile, channel_major)
+    token_bytes = nbytes // tile
     for group in groups:
         length = tile if channel_major else group.size
         octets = packed_size(length, 1)
@@ -126,7 +130,7 @@ def tile_spec(
         offset += row_bytes * (group.size if channel_major else 1)
         table += 2**group.bits
         first_chunk += chunks
-    return TileSpec(tuple(specs), token_bytes, *SCALE_FORMATS[scale_format])
+    return TileSpec(tuple(specs), nbytes, token_bytes, *SCALE_FORMATS[scale_format])
 
 
 def padded_size(size: int) -> int:
@@ -140,8 +144,11 @@ def tiles_per_program(tiles: int, programs: int) -> int:
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x, copied where neighbours of the last dimension do not stand side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x, copied where its rows are not contiguous, or do not start where `row_offset` says."""
+    unit = _alignment(x.shape[-1])
+    starts = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    aligned = all(size == 1 or stride % unit == 0 for size, stride in starts)
+    return x if x.stride(-1) == 1 and aligned else x.contiguous()
 
 
 @once(maxsize=256)
@@ -279,6 +286,33 @@ def term_of(group, name, index):
 @triton.constexpr_function
 def terms_of(group, name):
     return len(getattr(group, name))
+
+
+# ---------------------------------------------------------------- addresses
+
+
+def _alignment(row: int) -> int:
+    """The power of two that divides the starts of rows of `row` elements; `rows_contiguous` sees to it."""
+    return min(row & -row, MAX_ALIGNMENT)
+
+
+alignment = triton.constexpr_function(_alignment)
+
+
+@triton.jit
+def row_offset(index, stride, ROW: tl.constexpr):
+    """Where rows of ROW elements start, relative to the first.
+
+    Strides change with a cache's length and with who made a tensor. Triton must not build a kernel for each, so it is
+    not shown their values (`do_not_specialize`); what wide loads need to know of them is said here.
+    """
+    return tl.multiple_of(index * stride, alignment(ROW))
+
+
+@triton.jit
+def head_offset(b, h, b_stride, h_stride, ROW: tl.constexpr):
+    """Where the first row of head h of sequence b starts; `row_offset` says why."""
+    return tl.multiple_of(b * b_stride + h * h_stride, alignment(ROW))
 
 
 # ---------------------------------------------------------------- unpacking

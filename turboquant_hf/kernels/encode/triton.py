@@ -20,11 +20,13 @@ from turboquant_hf.kernels.encode.spec import (
     group_block,
     group_count,
     group_of,
+    head_offset,
     level_table,
     padded_size,
     pair_table,
     plane_count,
     plane_of,
+    row_offset,
     rows_contiguous,
     term_of,
     terms_of,
@@ -63,9 +65,9 @@ def masked_mean(x, weight, T: tl.constexpr, WEIGHT: tl.constexpr):
 
 
 @announces
-@triton.jit
+@triton.jit(do_not_specialize=["x_b", "x_h", "x_n", "x_t", "w_b", "w_n", "N"])
 def _mean_kernel(
-    p_x, p_weight, p_out, x_b, x_h, x_n, x_t, w_b, w_n, w_t, H, N,
+    p_x, p_weight, p_out, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n, H, N,
     T: tl.constexpr, D: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -73,11 +75,11 @@ def _mean_kernel(
     b, h = head // H, head % H
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
-    o_x = b * x_b + h * x_h + n * x_n + (t * x_t)[:, None] + d[None, :]
+    o_x = head_offset(b, h, x_b, x_h, D) + row_offset(n, x_n, D) + row_offset(t, x_t, D)[:, None] + d[None, :]
     x = tl.load(p_x + o_x, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
     w = 0.0
     if WEIGHT:
-        w = tl.load(p_weight + b * w_b + n * w_n + t * w_t, mask=t < T, other=0.0).to(tl.float32)
+        w = tl.load(p_weight + b * w_b + n * w_n + t, mask=t < T, other=0.0).to(tl.float32)
     tl.store(p_out + (head * N + n) * D + d, masked_mean(x, w, T, WEIGHT), mask=d < D)
 
 
@@ -86,7 +88,8 @@ def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     batch, heads, tiles, tile, dim = x.shape
     x = rows_contiguous(x)
     out = torch.empty((batch, heads, tiles, dim), dtype=torch.float16, device=x.device)
-    strides = (0, 0, 0) if weight is None else weight.stride()
+    weight = weight if weight is None else rows_contiguous(weight)
+    strides = (0, 0) if weight is None else weight.stride()[:2]
     if out.numel():
         block = min(64, padded_size(dim))
         _mean_kernel[(batch * heads, tiles, triton.cdiv(dim, block))](
@@ -332,10 +335,17 @@ def _write_group(
 
 
 @announces
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "x_b", "x_h", "x_n", "x_t", "w_b", "w_n", "m_b", "m_h", "m_n", "c_b", "c_h", "c_n", "s_b", "s_h", "s_n",
+        "N", "TILES", "RING", "SINKS", "WINDOW",
+    ],
+    do_not_specialize_on_alignment=["p_weight", "p_mean", "p_gain", "p_counts", "p_fitted"],
+)  # fmt: skip
 def _encode_kernel(
     p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_codes,
-    p_scale, p_counts, p_fitted, x_b, x_h, x_n, x_t, w_b, w_n, w_t, m_b, m_h, m_n, c_b, c_h, c_n, s_b, s_h, s_n,
+    p_scale, p_counts, p_fitted, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
+    m_b: tl.int64, m_h: tl.int64, m_n, c_b: tl.int64, c_h: tl.int64, c_n, s_b: tl.int64, s_h: tl.int64, s_n,
     part_stride, a_b, a_h, u_h, H, N, TILES, RING, SINKS, WINDOW,
     SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr,
@@ -380,12 +390,16 @@ def _encode_kernel(
         if BALANCE:
             factors = tl.load(p_balance + head * D + k, mask=k < D, other=0.0)
 
+    p_x += head_offset(b, h, x_b, x_h, D)
+    p_mean += head_offset(b, h, m_b, m_h, D)
+    p_codes += head_offset(b, h, c_b, c_h, SPEC.nbytes)
+    p_scale += head_offset(b, h, s_b, s_h, T)
     for n in range(first, last):
         tile = tl.full((), 0, tl.int64) + n
-        p_rows = p_x + b * x_b + h * x_h + tile * x_n - slot_shift * x_t + (t * x_t)[:, None]
+        p_rows = p_x + row_offset(tile, x_n, D) - row_offset(slot_shift, x_t, D) + row_offset(t, x_t, D)[:, None]
         weight = 0.0
         if WEIGHT == "given":
-            weight = tl.load(p_weight + b * w_b + tile * w_n + t * w_t, mask=t < T, other=0.0).to(tl.float32)
+            weight = tl.load(p_weight + b * w_b + tile * w_n + t, mask=t < T, other=0.0).to(tl.float32)
         elif WEIGHT == "starts":
             weight = ((t < T) & (n * T + t >= tl.load(p_weight + b).to(tl.int32) + SINKS)).to(tl.float32)
         for g in tl.static_range(GROUPS):
@@ -393,7 +407,7 @@ def _encode_kernel(
             for low in tl.static_range(0, D, BLOCK_K):
                 if CHUNKS > 1 or g == 0:
                     x = tl.load(p_rows + (low + k)[None, :], mask=(t < T)[:, None] & (low + k < D)[None, :], other=0.0)
-                    p_part = p_mean + b * m_b + h * m_h + tile * m_n + low + k
+                    p_part = p_mean + row_offset(tile, m_n, D) + low + k
                     mean = 0.0
                     if MEAN == "given":
                         mean = tl.load(p_part, mask=low + k < D, other=0.0)
@@ -415,8 +429,8 @@ def _encode_kernel(
                 else:
                     y = _product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
             stored = _write_group(
-                y, p_thresholds, p_levels, p_pairs, p_codes + b * c_b + h * c_h + tile * c_n,
-                p_scale + b * s_b + h * s_h + tile * s_n + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
+                y, p_thresholds, p_levels, p_pairs, p_codes + row_offset(tile, c_n, SPEC.nbytes),
+                p_scale + row_offset(tile, s_n, T) + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
                 SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
             )  # fmt: skip
             if DUE and SPEC.shift:
@@ -425,7 +439,7 @@ def _encode_kernel(
                     if GAIN:
                         tl.store(p_gain + head, float("nan"))
                     elif MEAN == "taken":
-                        p_tile = p_mean + b * m_b + h * m_h + tile * m_n
+                        p_tile = p_mean + row_offset(tile, m_n, D)
                         tl.store(p_tile + tl.arange(0, BLOCK_D), float("nan"), mask=tl.arange(0, BLOCK_D) < D)
 
 
@@ -476,11 +490,11 @@ def encode_tiles(
             x, transform, groups, scale_rule, scale_format, gain, order, balance, mean, center, channel_major, out
         )
         per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
-        weight = weight if center else None
-        strides = (0, 0, 0) if weight is None else weight.stride()
+        weight = rows_contiguous(weight) if center and weight is not None else None
+        strides = (0, 0) if weight is None else weight.stride()[:2]
         _encode_kernel[(batch * heads, triton.cdiv(tiles, per_program))](
             **arguments, p_weight=x if weight is None else weight, WEIGHT="none" if weight is None else "given",
-            w_b=strides[0], w_n=strides[1], w_t=strides[2], N=tiles, TILES=per_program,
+            w_b=strides[0], w_n=strides[1], N=tiles, TILES=per_program,
             p_counts=x, p_fitted=x, RING=0, SINKS=0, WINDOW=0, DUE=False,
         )  # fmt: skip
     return out
@@ -512,7 +526,7 @@ def encode_due(
         x, transform, groups, scale_rule, scale_format, gain, order, balance, None, center, channel_major, out
     )
     _encode_kernel[(x.shape[0] * x.shape[1], 1)](
-        p_weight=starts, WEIGHT="starts" if center or gain is not None else "none", w_b=0, w_n=0, w_t=0,
+        p_weight=starts, WEIGHT="starts" if center or gain is not None else "none", w_b=0, w_n=0,
         N=out["codes"].shape[2], TILES=1, p_counts=counts, p_fitted=fitted, RING=ring.shape[2], SINKS=sinks,
         WINDOW=window, DUE=True, **{**arguments, "maxnreg": None},
     )  # fmt: skip

@@ -6,16 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.encode.spec import padded_size
+from turboquant_hf.kernels.encode.spec import head_offset, padded_size, row_offset, rows_contiguous
 from turboquant_hf.kernels.encode.triton import masked_mean
 from turboquant_hf.kernels.progress import announces
 from turboquant_hf.kernels.statistics.triton import borrowed, sum_of_squares, write_state
 
 
 @announces
-@triton.jit
+@triton.jit(
+    do_not_specialize=["q_b", "q_h", "q_t", "GROUP", "TOKENS"],
+    do_not_specialize_on_alignment=["p_count", "p_seen", "p_counts", "p_fitted", "p_starts"],
+)
 def _observe_kernel(
-    p_query, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, q_b, q_h, q_t, H, GROUP, TOKENS,
+    p_query, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, q_b: tl.int64, q_h: tl.int64, q_t,
+    H, GROUP, TOKENS,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -24,7 +28,8 @@ def _observe_kernel(
         return
     d = tl.arange(0, BLOCK_D)
     first = tl.maximum(tl.load(p_starts + b).to(tl.int32) - (tl.load(p_counts + 1) - TOKENS), 0)
-    sum = sum_of_squares(p_query + b * q_b + h * GROUP * q_h, first, TOKENS, q_t, GROUP, q_h, D, BLOCK_T, BLOCK_D)
+    p_rows = p_query + head_offset(b, h * GROUP, q_b, q_h, D)
+    sum = sum_of_squares(p_rows, first, TOKENS, q_t, GROUP, q_h, D, BLOCK_T, BLOCK_D)
     p_sum = p_energy + head * D + d
     tl.store(p_sum, tl.load(p_sum, mask=d < D, other=0.0) + sum, mask=d < D)
     tl.store(p_count + head, tl.load(p_count + head) + tl.maximum(TOKENS - first, 0) * GROUP)
@@ -42,6 +47,7 @@ def observe_due(
     starts: torch.Tensor,
 ) -> None:
     """Equivalent to `due.observe_due`. One program a head: for steps of few tokens."""
+    query = rows_contiguous(query)
     (batch, query_heads, tokens, dim), heads = query.shape, energy.shape[1]
     _observe_kernel[(batch * heads,)](
         query, energy, count, seen, counts, fitted, starts, *query.stride()[:3], heads, query_heads // heads, tokens,
@@ -60,7 +66,7 @@ def _ring_energy(
     energy = tl.zeros((BLOCK_D,), tl.float32)
     for n in range(0, whole):
         row = n * T + t
-        p_x = p_rows + (row * row_stride)[:, None] + d[None, :]
+        p_x = p_rows + row_offset(row, row_stride, D)[:, None] + d[None, :]
         x = tl.load(p_x, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         weight = ((t < T) & (row >= start)).to(tl.float32)
         if CENTER:
@@ -81,7 +87,7 @@ def _write_gains(
     for b in range(0, B):
         start = tl.load(p_starts + b).to(tl.int32) + SINKS
         number = tl.maximum(whole * T - start, 0).to(tl.float32)
-        energy = _ring_energy(p_rows + b * r_b + h * r_h, r_t, start, whole, T, D, BLOCK_T, BLOCK_D, False)
+        energy = _ring_energy(p_rows + head_offset(b, h, r_b, r_h, D), r_t, start, whole, T, D, BLOCK_T, BLOCK_D, False)
         energy = tl.sum(energy, axis=0)
         tl.store(p_gain + b * H + h, energy)  # until all sequences have been seen
         pooled += tl.where(energy < float("inf"), energy, 0.0)
@@ -100,10 +106,14 @@ def _write_gains(
 
 
 @announces
-@triton.jit
+@triton.jit(
+    do_not_specialize=["k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "B", "WINDOW", "SINKS", "MINIMUM", "PATIENCE"],
+    do_not_specialize_on_alignment=["p_count", "p_seen", "p_counts", "p_fitted", "p_starts"],
+)
 def _fit_kernel(
     p_keys, p_values, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, p_balance, p_order, p_key_gain,
-    p_value_gain, k_b, k_h, k_t, v_b, v_h, v_t, B, H, WINDOW, SINKS, MINIMUM, PATIENCE,
+    p_value_gain, k_b: tl.int64, k_h: tl.int64, k_t, v_b: tl.int64, v_h: tl.int64, v_t,
+    B, H, WINDOW, SINKS, MINIMUM, PATIENCE,
     T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, CENTER: tl.constexpr, SIZES: tl.constexpr, BALANCE: tl.constexpr, KEYS: tl.constexpr,
     VALUES: tl.constexpr, KEY_POWER: tl.constexpr, VALUE_POWER: tl.constexpr,
@@ -128,7 +138,8 @@ def _fit_kernel(
         start = tl.load(p_starts + b).to(tl.int32) + SINKS
         number = tl.maximum(whole * T - start, 0).to(tl.float32)
         if KEYS == "balance":
-            energy = _ring_energy(p_keys + b * k_b + h * k_h, k_t, start, whole, T, DK, BLOCK_T, BLOCK_K, CENTER)
+            p_rows = p_keys + head_offset(b, h, k_b, k_h, DK)
+            energy = _ring_energy(p_rows, k_t, start, whole, T, DK, BLOCK_T, BLOCK_K, CENTER)
             # The place of the result keeps the sums until all sequences have been seen.
             tl.store(p_balance + head * DK + d, energy, mask=d < DK)
             pooled += tl.where(energy < float("inf"), energy, 0.0)
@@ -199,7 +210,7 @@ def fit_due(
 
 
 @announces
-@triton.jit
+@triton.jit(do_not_specialize=["WINDOW", "T", "CAPACITY"], do_not_specialize_on_alignment=["p_counts", "p_fitted"])
 def _advance_kernel(p_counts, p_fitted, WINDOW, T, CAPACITY):
     tiles = tl.load(p_counts)
     if (tl.load(p_fitted) != 0) & (tl.load(p_counts + 1) >= (tiles + 1) * T + WINDOW) & (tiles < CAPACITY):

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.encode.spec import padded_size, rows_contiguous, tiles_per_program
+from turboquant_hf.kernels.encode.spec import head_offset, padded_size, row_offset, rows_contiguous, tiles_per_program
 from turboquant_hf.kernels.encode.triton import masked_mean
 from turboquant_hf.kernels.progress import announces
 from turboquant_hf.kernels.statistics.reference import PRIOR_TOKENS, TINY, typical_scale
@@ -33,16 +33,19 @@ def sum_of_squares(
     for g in range(0, heads):
         for low in range(first, last, BLOCK_T):
             row = (low + t).to(tl.int64)
-            p_x = p_rows + g * head_stride + (row * row_stride)[:, None] + d[None, :]
+            p_x = p_rows + row_offset(g, head_stride, D) + row_offset(row, row_stride, D)[:, None] + d[None, :]
             x = tl.load(p_x, mask=(row < last)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
             sum += x * x
     return tl.sum(sum, axis=0)
 
 
 @announces
-@triton.jit
+@triton.jit(
+    do_not_specialize=["q_b", "q_h", "q_t", "GROUP", "TOKENS", "POSITION", "QUERIES", "PARTS"],
+    do_not_specialize_on_alignment=["p_starts"],
+)
 def _query_kernel(
-    p_query, p_starts, p_out, q_b, q_h, q_t, H, GROUP, TOKENS, POSITION, QUERIES, PARTS,
+    p_query, p_starts, p_out, q_b: tl.int64, q_h: tl.int64, q_t, H, GROUP, TOKENS, POSITION, QUERIES, PARTS,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -52,7 +55,7 @@ def _query_kernel(
     start = tl.load(p_starts + b).to(tl.int32) - POSITION
     first = tl.maximum(part * QUERIES, start)
     last = tl.minimum((part + 1) * QUERIES, TOKENS)
-    p_rows = p_query + b * q_b + h * GROUP * q_h
+    p_rows = p_query + head_offset(b, h * GROUP, q_b, q_h, D)
     sum = sum_of_squares(p_rows, first, last, q_t, GROUP, q_h, D, BLOCK_T, BLOCK_D)
     tl.store(p_out + (head * PARTS + part) * D + d, sum, mask=d < D)
 
@@ -76,9 +79,9 @@ def query_energy(
 
 
 @announces
-@triton.jit
+@triton.jit(do_not_specialize=["x_b", "x_h", "x_n", "x_t", "w_b", "w_n", "N", "TILES", "PARTS"])
 def _tile_kernel(
-    p_x, p_weight, p_out, x_b, x_h, x_n, x_t, w_b, w_n, w_t, H, N, TILES, PARTS,
+    p_x, p_weight, p_out, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n, H, N, TILES, PARTS,
     T: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -87,11 +90,12 @@ def _tile_kernel(
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
     sum = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    p_x += head_offset(b, h, x_b, x_h, D)
     for n in range(part * TILES, tl.minimum((part + 1) * TILES, N)):
         tile = tl.full((), 0, tl.int64) + n
-        p_rows = p_x + b * x_b + h * x_h + tile * x_n + (t * x_t)[:, None] + d[None, :]
+        p_rows = p_x + row_offset(tile, x_n, D) + row_offset(t, x_t, D)[:, None] + d[None, :]
         x = tl.load(p_rows, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        weight = tl.load(p_weight + b * w_b + tile * w_n + t * w_t, mask=t < T, other=0.0).to(tl.float32)
+        weight = tl.load(p_weight + b * w_b + tile * w_n + t, mask=t < T, other=0.0).to(tl.float32)
         if CENTER:
             x -= masked_mean(x, weight, T, True).to(tl.float32)[None, :]
         sum += x * x * weight[:, None]
@@ -100,7 +104,7 @@ def _tile_kernel(
 
 def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
     """Equivalent to `reference.tile_energy`."""
-    x = rows_contiguous(x)
+    x, weight = rows_contiguous(x), rows_contiguous(weight)
     batch, heads, tiles, tile, dim = x.shape
     per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
     parts = triton.cdiv(tiles, per_program)
@@ -108,7 +112,7 @@ def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Te
     if out.numel():
         block = min(64, padded_size(dim))
         _tile_kernel[(batch * heads, parts, triton.cdiv(dim, block))](
-            x, weight, out, *x.stride()[:4], *weight.stride(), heads, tiles, per_program, parts,
+            x, weight, out, *x.stride()[:4], *weight.stride()[:2], heads, tiles, per_program, parts,
             T=tile, D=dim, CENTER=center, BLOCK_T=padded_size(tile), BLOCK_D=block,
         )  # fmt: skip
     return out.sum(dim=2)
@@ -182,7 +186,7 @@ def size_edge(sizes, index):
 
 
 @announces
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _state_kernel(
     p_energy, p_count, p_query, p_balance, p_order, B, H, D: tl.constexpr, BLOCK_D: tl.constexpr, SIZES: tl.constexpr,
     BALANCE: tl.constexpr, KNOWN: tl.constexpr,

@@ -1,0 +1,55 @@
+"""No Triton kernel is built again because a length changed: a first call of any length has built all there is."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from .conftest import INTERPRETED
+from .test_compiled import MODULES
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not built")]
+
+SHAPES = 5
+A_SHAPE = {  # builds of one shape: a preset, head dim, dtype and number of heads
+    "_append_kernel": 1,
+    "_advance_kernel": 1,
+    "_decode_kernel": 2,  # keys, values
+    "_encode_kernel": 4,  # keys, values; tiles of a prompt, or the one that is due
+    "_finite_kernel": 2,  # dtypes that may differ between keys and values
+    "_fit_kernel": 1,
+    "_mean_kernel": 1,
+    "_merge_kernel": 1,
+    "_observe_kernel": 1,
+    "_query_kernel": 1,
+    "_split_kernel": 8,  # with a mask or without, counts on the host or device, up to 8 queries or more
+    "_state_kernel": 2,
+    "_tile_kernel": 3,
+}
+
+
+def test_no_length_builds_a_kernel_anew():
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.builds"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["later"] == [], "\n".join(found["later"])
+    modules = [import_module(f"turboquant_hf.kernels.{name}") for name in MODULES]
+    assert set(found["kernels"]) == {
+        name for module in modules for name, _ in inspect.getmembers(module) if name.endswith("_kernel")
+    }
+    for name, builds in found["kernels"].items():
+        assert builds <= SHAPES * A_SHAPE[name], f"{name} was built {builds} times"
