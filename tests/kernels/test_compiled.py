@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 import json
 import os
 import re
 import subprocess
 import sys
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,11 +16,10 @@ import pytest
 from turboquant_hf.kernels.decode import cuda, source
 
 from .conftest import INTERPRETED
+from .names import kernel_names
 from .test_cuda import KEYS, groups_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="a compiler's work")]
-MODULES = ("append.triton", "decode.triton", "encode.triton", "encode.dequantize", "encode.finite", "statistics.triton")
-MODULES += ("statistics.due_triton",)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -36,8 +33,7 @@ def test_triton_kernels_compile(capability, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr[-5000:]
-    modules = [import_module(f"turboquant_hf.kernels.{name}") for name in MODULES]
-    kernels = {name for module in modules for name, _ in inspect.getmembers(module) if name.endswith("_kernel")}
+    kernels = kernel_names()
     assert len(kernels) >= 12 and set(json.loads(run.stdout.splitlines()[-1])) == kernels
 
 

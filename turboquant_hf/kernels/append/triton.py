@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous
 from turboquant_hf.kernels.decode.reference import RawTokens
-from turboquant_hf.kernels.encode.spec import head_offset, row_offset, rows_contiguous
 from turboquant_hf.kernels.progress import announces
 
 

@@ -7,20 +7,18 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.codes import CodeGroup
-from turboquant_hf.kernels.encode.spec import (
+from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous
+from turboquant_hf.kernels.common.spec import (
     MAX_CHUNK,
     group_count,
     group_of,
-    head_offset,
-    level_table,
-    load_scales,
     padded_size,
     plane_count,
     plane_of,
-    row_offset,
-    rows_contiguous,
     tile_spec,
 )
+from turboquant_hf.kernels.common.tables import level_table
+from turboquant_hf.kernels.common.unpacking import load_scales
 from turboquant_hf.kernels.progress import announces
 
 

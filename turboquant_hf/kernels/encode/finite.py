@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.encode.spec import head_offset, padded_size, row_offset, rows_contiguous, tiles_per_program
+from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous, tiles_per_program
+from turboquant_hf.kernels.common.spec import padded_size
 from turboquant_hf.kernels.progress import announces
 
 PROGRAMS = 1024

@@ -1,287 +1,51 @@
-"""Triton kernels that encode tiles: one program takes a run of tiles of one KV head.
+"""Triton kernel that encodes tiles: one program takes a run of tiles of one KV head and reads each once.
 
-A tile is read once. Its mean is taken, the rest is balanced and turned by matrix products in half precision that are
-exact enough (`_operand`, `_prepared`), a polynomial and one comparison find a code (`GroupSpec.guess`), and bytes are
-sums over an axis of fields (`primitives.packing` describes them).
+    mean    = mean over the tile's tokens                      (`common.means`)
+    y       = A (balance * (x - mean))                         (`product`)
+    codes   = nearest levels of y / rms(y), group by group     (`rounding`)
+    scale   = by the rule, from |y|, y and the levels
+    bytes   = fields of the codes, added up                    (`packing`)
+
+Codes, scales and means go straight to their place in the cache.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.codes import CodeGroup, tile_bytes
+from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous, tiles_per_program
+from turboquant_hf.kernels.common.means import masked_mean
+from turboquant_hf.kernels.common.spec import group_block, group_count, group_of, padded_size, plane_count, tile_spec
+from turboquant_hf.kernels.common.tables import level_table, pair_table, threshold_table
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
 from turboquant_hf.kernels.encode.finite import bad_heads
-from turboquant_hf.kernels.encode.spec import (
-    group_block,
-    group_count,
-    group_of,
-    head_offset,
-    level_table,
-    padded_size,
-    pair_table,
-    plane_count,
-    plane_of,
-    row_offset,
-    rows_contiguous,
-    term_of,
-    terms_of,
-    threshold_table,
-    tile_spec,
-    tiles_per_program,
+from turboquant_hf.kernels.encode.means import tile_mean
+from turboquant_hf.kernels.encode.packing import pack_plane, pack_regular
+from turboquant_hf.kernels.encode.product import (
+    FULL,
+    RAW,
+    SPLIT,
+    group_matrices,
+    matrices_of,
+    ones,
+    operand,
+    prepared,
+    product,
+    ranks,
 )
+from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
 from turboquant_hf.kernels.progress import announces
-from turboquant_hf.primitives.memo import once, once_per_tensor
 
-__all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
+__all__ = ["bad_heads", "decode_tiles", "encode_due", "encode_tiles", "tile_mean"]
 
-MAGIC = tl.constexpr(12582912.0)
-"""1.5 * 2**23: added to a small float32, it leaves the nearest whole number in the low bits."""
-RAW, SPLIT, FULL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""How a product is made: of the input as it is, of its two halves in float16, or in float32."""
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 PROGRAMS = 256
-"""Programs of several tiles each leave at least so many: what does not depend on the tile is read once."""
+"""Give one program several tiles only while this many programs remain, so that its matrices are loaded once."""
 WARPS = 8
 REGISTERS = 255
 """Of a thread of 8 warps: one program an SM that hardly spills. Measured on an H100: half the time of two that do."""
-
-
-# ---------------------------------------------------------------- means
-
-
-@triton.jit
-def masked_mean(x, weight, T: tl.constexpr, WEIGHT: tl.constexpr):
-    """Mean over the tokens (axis 0) of float32 x, rounded to half as it is stored; NaN where a half cannot hold it."""
-    if WEIGHT:
-        mean = tl.sum(x * weight[:, None], axis=0) / tl.maximum(tl.sum(weight, axis=0), 1.0)
-    else:
-        mean = tl.sum(x, axis=0) / T
-    return tl.where(tl.abs(mean) <= 65504.0, mean, float("nan")).to(tl.float16)
-
-
-@announces
-@triton.jit(do_not_specialize=["x_b", "x_h", "x_n", "x_t", "w_b", "w_n", "N"])
-def _mean_kernel(
-    p_x, p_weight, p_out, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n, H, N,
-    T: tl.constexpr, D: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1).to(tl.int64)
-    b, h = head // H, head % H
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    t = tl.arange(0, BLOCK_T)
-    o_x = head_offset(b, h, x_b, x_h, D) + row_offset(n, x_n, D) + row_offset(t, x_t, D)[:, None] + d[None, :]
-    x = tl.load(p_x + o_x, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    w = 0.0
-    if WEIGHT:
-        w = tl.load(p_weight + b * w_b + n * w_n + t, mask=t < T, other=0.0).to(tl.float32)
-    tl.store(p_out + (head * N + n) * D + d, masked_mean(x, w, T, WEIGHT), mask=d < D)
-
-
-def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Equivalent to `reference.tile_mean`."""
-    batch, heads, tiles, tile, dim = x.shape
-    x = rows_contiguous(x)
-    out = torch.empty((batch, heads, tiles, dim), dtype=torch.float16, device=x.device)
-    weight = weight if weight is None else rows_contiguous(weight)
-    strides = (0, 0) if weight is None else weight.stride()[:2]
-    if out.numel():
-        block = min(64, padded_size(dim))
-        _mean_kernel[(batch * heads, tiles, triton.cdiv(dim, block))](
-            x, x if weight is None else weight, out, *x.stride()[:4], *strides, heads, tiles,
-            T=tile, D=dim, WEIGHT=weight is not None, BLOCK_T=padded_size(tile), BLOCK_D=block,
-        )  # fmt: skip
-    return out
-
-
-# ---------------------------------------------------------------- the product
-
-
-@triton.jit
-def _ranks(p_order, channels, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The places of channels in an order [D]: int32."""
-    d = tl.arange(0, BLOCK_D)
-    order = tl.load(p_order + d, mask=d < D, other=-1).to(tl.int32)
-    return tl.sum(tl.where(order[:, None] == channels[None, :], d[:, None], 0), axis=0)
-
-
-@triton.jit
-def _group_parts(p_matrix, row, m_row, part_stride, D: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr):
-    """Rows `row` of the columns that make one group, a tensor for each part."""
-    c = tl.arange(0, GROUP.block)
-    o_row = row[:, None] * D + (GROUP.start + c)[None, :]
-    mask = m_row[:, None] & (c < GROUP.size)[None, :]
-    found = ()
-    for part in tl.static_range(PARTS):
-        found = found + (tl.load(p_matrix + part * part_stride + o_row, mask=mask, other=0.0),)  # noqa: RUF005
-    return found
-
-
-@triton.jit
-def _matrices(
-    p_matrix, row, m_row, part_stride, D: tl.constexpr, SPEC: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """`_group_parts` of all groups, one after the other."""
-    found = ()
-    for g in tl.static_range(group_count(SPEC)):
-        found = found + _group_parts(p_matrix, row, m_row, part_stride, D, group_of(SPEC, g), PARTS)
-    return found
-
-
-@triton.jit
-def _prepared(x, mean, balance, MEAN: tl.constexpr, BALANCE: tl.constexpr, PATH: tl.constexpr):
-    """What is multiplied by the matrix, as two tensors of the products' type (the second of use to SPLIT only)."""
-    if PATH == RAW:
-        return x, x
-    else:
-        v = x.to(tl.float32)
-        if MEAN:
-            v -= mean.to(tl.float32)[None, :]
-        if BALANCE:
-            v *= balance[None, :]
-        if PATH == FULL:
-            return v, v
-        else:
-            high = v.to(tl.float16)
-            return high, (v - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def _product(acc, high, low, matrices, FIRST: tl.constexpr, PARTS: tl.constexpr, PATH: tl.constexpr):
-    """acc + v A^T, small terms first."""
-    if PATH == FULL:
-        return tl.dot(high, matrices[FIRST], acc, input_precision="tf32x3")
-    else:
-        for part in tl.static_range(1, PARTS):
-            acc = tl.dot(high, matrices[FIRST + PARTS - part], acc)
-        if PATH == SPLIT:
-            acc = tl.dot(low, matrices[FIRST], acc)
-        return tl.dot(high, matrices[FIRST], acc)
-
-
-# ---------------------------------------------------------------- codes
-
-
-@triton.jit
-def _odd(x, GROUP: tl.constexpr, NAME: tl.constexpr):
-    """x (c0 + c1 x^2 + ...) with the coefficients that the group has under this name."""
-    TERMS: tl.constexpr = terms_of(GROUP, NAME)
-    sum = tl.zeros_like(x) + term_of(GROUP, NAME, TERMS - 1)
-    if TERMS > 1:
-        square = x * x
-        for term in tl.static_range(1, TERMS):
-            sum = sum * square + term_of(GROUP, NAME, TERMS - 1 - term)
-    return x * sum
-
-
-@triton.jit
-def _looked_up(p_table, index):
-    """int32 entries of a small table. A load of its own would be given, and bring about, a layout for wide rows."""
-    if INTERPRETED:
-        return tl.load(p_table + index)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b64 a; mad.wide.u32 a, $2, 4, $1; ld.global.nc.b32 $0, [a]; }", "=r,l,r",
-            [p_table.to(tl.int64), index], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _rounded(point, p_thresholds, p_levels, p_pairs, GROUP: tl.constexpr):
-    """Codes of the nearest levels, int32 of which the low 8 bits count, and the levels."""
-    BITS: tl.constexpr = GROUP.bits
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    if terms_of(GROUP, "guess") == 0:
-        codes = tl.zeros(point.shape, tl.int32)
-        for step in tl.static_range(BITS):
-            higher = codes + (1 << (BITS - 1 - step))
-            codes = tl.where(point > tl.load(p_thresholds + GROUP.table + higher - 1), higher, codes)
-        return codes, tl.load(p_levels + GROUP.table + codes)
-    else:
-        moved = _odd(tl.clamp(point, -GROUP.edge, GROUP.edge), GROUP, "guess") + MAGIC
-        number = moved - MAGIC
-        # The code below the threshold; masked, since a NaN has no guess and must not reach outside a table.
-        low = (moved.to(tl.int32, bitcast=True) - (0x4B400000 - HALF + 1)) & (2 * HALF - 1)
-        if terms_of(GROUP, "midpoints") > 0:
-            above = point > _odd(number, GROUP, "midpoints")
-            return low + above.to(tl.int32), _odd(2.0 * number + tl.where(above, 1.0, -1.0), GROUP, "levels")
-        elif GROUP.unit > 0.0:
-            pair = _looked_up(p_pairs + GROUP.table, low)
-            under = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            over = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            above = point > (under + over) * (0.5 * GROUP.unit)
-            return low + above.to(tl.int32), tl.where(above, over, under) * GROUP.unit
-        else:
-            codes = low + (point > tl.load(p_thresholds + GROUP.table + low)).to(tl.int32)
-            return codes, tl.load(p_levels + GROUP.table + codes)
-
-
-@triton.jit
-def _pack_plane(
-    codes, p_rows, GROUP: tl.constexpr, PLANE: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr
-):  # fmt: skip
-    """Store one plane of codes [tokens, channels] whose rows are of any length; p_rows points to row 0's first byte."""
-    WIDTH: tl.constexpr = plane_of(GROUP, PLANE, 0)
-    SHIFT: tl.constexpr = plane_of(GROUP, PLANE, 1)
-    BYTES: tl.constexpr = plane_of(GROUP, PLANE, 2)
-    BLOCK_P: tl.constexpr = plane_of(GROUP, PLANE, 4)
-    AXIS: tl.constexpr = 0 if CHANNEL_MAJOR else 1
-    R: tl.constexpr = GROUP.size if CHANNEL_MAJOR else T
-    BLOCK_R: tl.constexpr = codes.shape[1 - AXIS]
-    LAST: tl.constexpr = codes.shape[AXIS] - 1
-    FIELD: tl.constexpr = (1 << WIDTH) - 1
-    j = tl.arange(0, BLOCK_P)
-    row = tl.arange(0, BLOCK_R)
-    p_plane = p_rows + plane_of(GROUP, PLANE, 3)
-    if AXIS == 1:
-        index = j[None, :] + tl.zeros((BLOCK_R, 1), tl.int32)
-        p_byte = p_plane + (row * GROUP.row_stride)[:, None] + j[None, :]
-        m_byte = (row < R)[:, None] & (j < BYTES)[None, :]
-    else:
-        index = j[:, None] + tl.zeros((1, BLOCK_R), tl.int32)
-        p_byte = p_plane + (row * GROUP.row_stride)[None, :] + j[:, None]
-        m_byte = (row < R)[None, :] & (j < BYTES)[:, None]
-    byte = tl.zeros_like(index)
-    for f in tl.static_range(8 // WIDTH):
-        code = tl.gather(codes, tl.minimum(index + f * BYTES, LAST), AXIS)
-        # Codes between a row's length and the next multiple of 8 are zero in memory.
-        code = tl.where(index + f * BYTES < GROUP.length, code, 0)
-        byte |= ((code >> SHIFT) & FIELD) << (f * WIDTH)
-    tl.store(p_byte, byte.to(tl.uint8), mask=m_byte)
-
-
-@triton.jit
-def _pack_regular(
-    codes, p_rows, GROUP: tl.constexpr, PLANE: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr
-):  # fmt: skip
-    """`_pack_plane` for rows of a power of two of codes: the fields of a byte stand along an axis of their own."""
-    WIDTH: tl.constexpr = plane_of(GROUP, PLANE, 0)
-    SHIFT: tl.constexpr = plane_of(GROUP, PLANE, 1)
-    BYTES: tl.constexpr = plane_of(GROUP, PLANE, 2)
-    FIELDS: tl.constexpr = 8 // WIDTH
-    FIELD: tl.constexpr = (1 << WIDTH) - 1
-    ROWS: tl.constexpr = codes.shape[0]
-    COLUMNS: tl.constexpr = codes.shape[1]
-    j = tl.arange(0, BYTES)
-    p_plane = p_rows + plane_of(GROUP, PLANE, 3)
-    f = tl.arange(0, FIELDS) * WIDTH
-    field = (codes >> SHIFT) & FIELD
-    if CHANNEL_MAJOR:
-        byte = tl.sum(tl.reshape(field, (FIELDS, BYTES, COLUMNS)) << f[:, None, None], axis=0)
-        c = tl.arange(0, COLUMNS)
-        p_byte = p_plane + (c * GROUP.row_stride)[None, :] + j[:, None]
-        mask = (c < GROUP.size)[None, :] & (j >= 0)[:, None]
-    else:
-        byte = tl.sum(tl.reshape(field, (ROWS, FIELDS, BYTES)) << f[None, :, None], axis=1)
-        t = tl.arange(0, ROWS)
-        p_byte = p_plane + (t * GROUP.row_stride)[:, None] + j[None, :]
-        mask = (t < T)[:, None] & (j >= 0)[None, :]
-    tl.store(p_byte, byte.to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -299,7 +63,7 @@ def _write_group(
     square = tl.where(square < float("inf"), square, float("nan"))
     norm = tl.sqrt_rn(square)
     point = y * tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), tl.maximum(norm / GROUP.root, 1e-30))[:, None]
-    codes, level = _rounded(point, p_thresholds, p_levels, p_pairs, GROUP)
+    codes, level = rounded(point, p_thresholds, p_levels, p_pairs, GROUP)
     if BLOCK_C != GROUP.size:
         level = tl.where((tl.arange(0, BLOCK_C) < GROUP.size)[None, :], level, 0.0)
     if RULE == "norm":
@@ -325,13 +89,10 @@ def _write_group(
         codes = tl.reshape(codes, (BLOCK_T, BLOCK_C))
     for plane in tl.static_range(plane_count(GROUP)):
         if GROUP.regular:
-            _pack_regular(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
+            pack_regular(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
         else:
-            _pack_plane(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
+            pack_plane(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
     return stored
-
-
-# ---------------------------------------------------------------- encode
 
 
 @announces
@@ -385,8 +146,8 @@ def _encode_kernel(
     if CHUNKS == 1:
         source = k
         if ORDER:
-            source = _ranks(p_order + head * D, k, D, BLOCK_D)
-        matrices = _matrices(p_matrix, source, k < D, part_stride, D, SPEC, PARTS)
+            source = ranks(p_order + head * D, k, D, BLOCK_D)
+        matrices = matrices_of(p_matrix, source, k < D, part_stride, D, SPEC, PARTS)
         if BALANCE:
             factors = tl.load(p_balance + head * D + k, mask=k < D, other=0.0)
 
@@ -417,17 +178,17 @@ def _encode_kernel(
                             tl.store(p_part, mean, mask=low + k < D)
                     if CHUNKS > 1 and BALANCE:
                         some = tl.load(p_balance + head * D + low + k, mask=low + k < D, other=0.0)
-                        high, rest = _prepared(x, mean, some, MEAN != "none", BALANCE, PATH)
+                        high, rest = prepared(x, mean, some, MEAN != "none", BALANCE, PATH)
                     else:
-                        high, rest = _prepared(x, mean, factors, MEAN != "none", BALANCE, PATH)
+                        high, rest = prepared(x, mean, factors, MEAN != "none", BALANCE, PATH)
                 if CHUNKS > 1:
                     source = low + k
                     if ORDER:
-                        source = _ranks(p_order + head * D, low + k, D, BLOCK_D)
-                    part = _group_parts(p_matrix, source, low + k < D, part_stride, D, group_of(SPEC, g), PARTS)
-                    y = _product(y, high, rest, part, 0, PARTS, PATH)
+                        source = ranks(p_order + head * D, low + k, D, BLOCK_D)
+                    part = group_matrices(p_matrix, source, low + k < D, part_stride, D, group_of(SPEC, g), PARTS)
+                    y = product(y, high, rest, part, 0, PARTS, PATH)
                 else:
-                    y = _product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
+                    y = product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
             stored = _write_group(
                 y, p_thresholds, p_levels, p_pairs, p_codes + row_offset(tile, c_n, SPEC.nbytes),
                 p_scale + row_offset(tile, s_n, T) + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
@@ -441,27 +202,6 @@ def _encode_kernel(
                     elif MEAN == "taken":
                         p_tile = p_mean + row_offset(tile, m_n, D)
                         tl.store(p_tile + tl.arange(0, BLOCK_D), float("nan"), mask=tl.arange(0, BLOCK_D) < D)
-
-
-@once_per_tensor
-def _operand(
-    transform: torch.Tensor, groups: tuple[CodeGroup, ...], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A shared matrix [D, D] or [1, H, D, D] as products read it: parts of `dtype`, and what to multiply them by.
-
-    A group's rows are divided by their largest element. A Hadamard matrix then has one exact part, any other a sum
-    of two (float16) or three (bfloat16) that is off by 2^-24 at most. Waits for the device, once for a matrix.
-
-    Returns: [parts, 1 or H, D, D], transposed; float32 [1 or H, groups].
-    """
-    rows = transform.float().reshape(-1, *transform.shape[-2:]).split([group.size for group in groups], dim=1)
-    units = torch.stack([part.abs().amax(dim=(1, 2)) for part in rows], dim=1).clamp(min=1e-30)
-    rest = torch.cat([part / units[:, i, None, None] for i, part in enumerate(rows)], dim=1).transpose(1, 2)
-    parts = []
-    while not parts or (dtype != torch.float32 and float(rest.abs().max()) > 2.0**-24):
-        parts.append(rest.to(dtype))
-        rest = rest - parts[-1].float()
-    return torch.stack(parts).contiguous(), units
 
 
 def encode_tiles(
@@ -547,11 +287,11 @@ def _arguments(
     else:
         path, dtype = RAW, x.dtype
     if shared:
-        matrix, units = _operand(transform, groups, dtype)
+        matrix, units = operand(transform, groups, dtype)
         parts, heads = matrix.shape[:2]
         a_b, a_h, u_h = 0, (dim * dim if heads > 1 else 0), (len(groups) if heads > 1 else 0)
     else:
-        matrix, units = transform.float().transpose(-1, -2).contiguous(), _ones(len(groups), x.device)
+        matrix, units = transform.float().transpose(-1, -2).contiguous(), ones(len(groups), x.device)
         parts, heads, (a_b, a_h), u_h = 1, 1, matrix.stride()[:2], 0
     block = padded_size(dim)
     kept = out["mean"] if center else mean
@@ -578,12 +318,6 @@ def _arguments(
         "num_warps": 2 * WARPS if many else WARPS, "num_stages": 1,
         "maxnreg": REGISTERS // 2 if many else REGISTERS,
     }  # fmt: skip
-
-
-@once(maxsize=64)
-@torch.inference_mode(False)
-def _ones(count: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(1, count, dtype=torch.float32, device="cpu").to(device)
 
 
 def new_arrays(x, groups, scale_format, center, channel_major) -> dict[str, torch.Tensor]:

@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.encode.spec import head_offset, padded_size, row_offset, rows_contiguous
-from turboquant_hf.kernels.encode.triton import masked_mean
+from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous
+from turboquant_hf.kernels.common.means import masked_mean
+from turboquant_hf.kernels.common.spec import padded_size
 from turboquant_hf.kernels.progress import announces
 from turboquant_hf.kernels.statistics.triton import borrowed, sum_of_squares, write_state
 

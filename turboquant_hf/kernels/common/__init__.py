@@ -1,0 +1,1 @@
+"""What Triton kernels of several operations share: what they are told about codes, addresses, means, unpacking."""

@@ -1,0 +1,37 @@
+"""Codebooks as tables on a device, one per list of groups. `GroupSpec.table` says where a group's entries start."""
+
+from __future__ import annotations
+
+import torch
+
+from turboquant_hf.kernels.codes import CodeGroup
+from turboquant_hf.primitives.memo import once
+
+
+@once(maxsize=256)
+@torch.inference_mode(False)
+def level_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
+    """The levels of all groups one after the other, float32."""
+    return torch.cat([group.codebook.tensor() for group in groups]).to(device)
+
+
+@once(maxsize=256)
+@torch.inference_mode(False)
+def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
+    """The thresholds of all groups, each followed by one +inf, so that offsets are those of the levels."""
+    rows = [torch.tensor((*group.codebook.thresholds, float("inf")), dtype=torch.float32) for group in groups]
+    return torch.cat(rows).to(device)
+
+
+@once(maxsize=256)
+@torch.inference_mode(False)
+def pair_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
+    """int32, offsets as in `level_table`: the levels of a code and the next as two halves, in the codebook's unit.
+
+    Zeros where a codebook has no unit. With both levels at hand their threshold is known too: one load for a code.
+    """
+    rows = []
+    for group in groups:
+        steps = group.codebook.tensor() / (group.codebook.unit or torch.inf)
+        rows.append(torch.stack([steps, steps.roll(-1)], dim=1).half().view(torch.int32)[:, 0])
+    return torch.cat(rows).to(device)
