@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,9 +27,9 @@ def calls(monkeypatch):
             monkeypatch.setattr(packed, "backend", lambda device=None: "triton")
             monkeypatch.setattr(packed, "decode_attention", count)
 
-    def count(query, keys, *rest, **options):
-        seen.append((query.shape[2], keys.codes.shape[2], options["mask"] is not None))
-        return reference.decode_attention(query, keys, *rest, **options)
+    def count(query, history, scoring, *, mask):
+        seen.append((query.shape[2], history.keys.codes.shape[2], mask is not None))
+        return reference.decode_attention(query, history, scoring, mask=mask)
 
     seen = Calls()
     return seen
@@ -136,7 +138,11 @@ def test_softcaps_and_attention_sinks(kind, calls, padding, monkeypatch):
     assert len(calls) == 2 * 23, "the full layers"
     option = {"gemma2": "softcap", "gpt_oss": "s_aux"}[kind]
     counted = packed.decode_attention
-    monkeypatch.setattr(packed, "decode_attention", lambda *args, **given: counted(*args, **{**given, option: None}))
+
+    def without(query, history, scoring, **given):
+        return counted(query, history, replace(scoring, **{option: None}), **given)
+
+    monkeypatch.setattr(packed, "decode_attention", without)
     spoiled = generate(model, inputs)
     near = [torch.allclose(a, b, atol=1e-2) for a, b in zip(spoiled.logits, expected.logits, strict=True)]
     assert not all(near), option

@@ -9,7 +9,7 @@ import torch
 
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import packed, step
-from turboquant_hf.kernels.decode import RawTokens, reference
+from turboquant_hf.kernels.decode import History, RawTokens, reference
 
 OPTIONS = {"tile": 32, "recent_window": 32, "sinks": 4, "min_statistics": 32}
 LAYERS, PROMPT, STEPS = 2, 90, 40
@@ -24,21 +24,23 @@ def steps(monkeypatch):
     """
     counts = {"prepared": 0, "taken": 0}
 
-    def prepared_decode(prepared_for, keys, values, sinks, tail, starts, *, masked, **options):
+    def prepared_decode(prepared_for, history, scoring, *, masked):
         counts["prepared"] += 1
 
         def call(query, tiles, length, mask=None, new=None):
             counts["taken"] += 1
             assert (mask is not None) == masked
+            tail = history.tail
             if new is not None:
                 for array, x in zip((tail.keys, tail.values), new, strict=True):
                     array[:, :, length - x.shape[2] : length] = x
             sides = [
                 replace(side, **{name: x[:, :, :tiles] for name in ARRAYS if (x := getattr(side, name)) is not None})
-                for side in (keys, values)
+                for side in (history.keys, history.values)
             ]
             recent = RawTokens(tail.keys[:, :, :length], tail.values[:, :, :length])
-            return reference.decode_attention(query, *sides, sinks, recent, starts, mask=mask, **options)
+            filled = History(*sides, history.sinks, recent, history.starts)
+            return reference.decode_attention(query, filled, scoring, mask=mask)
 
         return call
 

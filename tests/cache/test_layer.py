@@ -11,7 +11,7 @@ from tests.cache.tagged import Lossless, Tagged
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.config import CachePreset, load_preset
-from turboquant_hf.kernels.decode.reference import RawTokens, decode_attention
+from turboquant_hf.kernels.decode import History, RawTokens, Scoring, decode_attention
 
 
 class Counting(Lossless):
@@ -389,7 +389,8 @@ def test_a_bad_number_reaches_the_output_of_its_head(name, bad, side):
         layer.update(*block)
         layer.commit()
     raw = [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
-    output = decode_attention(torch.randn(2, 4, 1, 64), *layer.packed_sides(), *raw, layer.sinks.starts, scaling=0.125)
+    history = History(*layer.packed_sides(), *raw, layer.sinks.starts)
+    output = decode_attention(torch.randn(2, 4, 1, 64), history, Scoring(0.125))
     assert output[1, :2].isnan().all()
     assert output[0].isfinite().all() and output[1, 2:].isfinite().all()
 
@@ -447,7 +448,7 @@ def test_numbers_beyond_half_precision_keep_their_accuracy(name, dtype):
     if name in ("k4v4", "k8v4"):
         query = torch.randn(1, 4, 1, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
         raw = [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
-        read = decode_attention(query, *layer.packed_sides(), *raw, layer.sinks.starts, scaling=1e-5)
+        read = decode_attention(query, History(*layer.packed_sides(), *raw, layer.sinks.starts), Scoring(1e-5))
         scores = query.float().unflatten(1, (2, 2)).flatten(2, 3) @ after[0].transpose(-1, -2) * 1e-5
         wanted = scores.softmax(-1) @ after[1]
         torch.testing.assert_close(read.float().flatten(1, 2), wanted.flatten(1, 2), rtol=0.02, atol=0.02 * 2.0**17)

@@ -69,7 +69,7 @@ from turboquant_hf.cache.static_due import DueState  # noqa: E402
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer  # noqa: E402
 from turboquant_hf.config import load_preset  # noqa: E402
 from turboquant_hf.kernels import dispatch  # noqa: E402
-from turboquant_hf.kernels.decode import RawTokens  # noqa: E402
+from turboquant_hf.kernels.decode import History, RawTokens, Scoring  # noqa: E402
 from turboquant_hf.kernels.encode import triton as encode_triton  # noqa: E402
 
 from .compiling import CompilerOnly  # noqa: E402
@@ -121,8 +121,8 @@ class Conversation:
         if layer.tiles[0].count and count <= layer.tail.count:
             raw = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())
             mask = torch.ones(self.batch, layer.get_seq_length(), dtype=torch.bool) if self.padded else None
-            sides = layer.packed_sides()
-            dispatch.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.1, mask=mask)
+            history = History(*layer.packed_sides(), *raw, layer.sinks.starts)
+            dispatch.decode_attention(query, history, Scoring(0.1), mask=mask)
         layer.commit()
 
     def static(self) -> None:

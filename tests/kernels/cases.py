@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from turboquant_hf.kernels.codes import CodeGroup, store_scale
-from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
+from turboquant_hf.kernels.codes import CodeGroup, TileCoding, store_scale
+from turboquant_hf.kernels.decode import History, PackedSide, RawTokens, Scoring
 from turboquant_hf.kernels.encode.reference import encode_tiles, tile_mean
 from turboquant_hf.primitives import lloyd_max, rotation_matrix, uniform
 
@@ -35,10 +35,8 @@ def packed_side(
     mu = tile_mean(x, None) if mean else None
     if scale_format != "fp16":
         gain = torch.rand(batch, heads, generator=generator) + 0.5
-    packed = encode_tiles(
-        x, transform, groups, scale_rule="unbiased", scale_format=scale_format, gain=gain, mean=mu,
-        channel_major=channel_major,
-    )  # fmt: skip
+    how = {"scale_rule": "unbiased", "scale_format": scale_format, "gain": gain, "channel_major": channel_major}
+    packed = encode_tiles(x, TileCoding(transform, groups, **how), mean=mu)
     codes, scale = packed["codes"], packed["scale"]
     if spare:
         codes = torch.cat([codes, torch.full_like(codes[:, :, :1], 255).expand(-1, -1, spare, -1)], dim=2)[:, :, :tiles]
@@ -55,7 +53,7 @@ def attention_inputs(
     *, batch=1, heads=2, group=2, queries=1, dim=64, tiles=3, tile=32, sinks=4, tail=21, keys=None, values=None,
     value_mean=False, conditioned=True, scale_format="fp16", spare=0, seed=0,
 ):  # fmt: skip
-    """The positional arguments of `decode_attention`, float32 on the CPU."""
+    """The query and the history of a `decode_attention` call, float32 on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, heads, tiles, tile, dim)
     common = {"scale_format": scale_format, "spare": spare, "generator": generator}
@@ -71,7 +69,18 @@ def attention_inputs(
         return RawTokens(*kept)
 
     query = torch.randn(batch, heads * group, queries, dim, generator=generator)
-    return query, key_side, value_side, raw(sinks), raw(tail), torch.zeros(batch, dtype=torch.int64)
+    return query, History(key_side, value_side, raw(sinks), raw(tail), torch.zeros(batch, dtype=torch.int64))
+
+
+def attend(decode, arguments, *, scaling=0.125, mask=None, **options):
+    """`decode`, a `decode_attention`, of `attention_inputs`; options are fields of `Scoring`, or its own."""
+    fields = {name: options.pop(name) for name in ("softcap", "s_aux", "sparse_v_threshold") if name in options}
+    return decode(*arguments, Scoring(scaling, **fields), mask=mask, **options)
+
+
+def attend_parts(decode, query, *held, counts=None, **options):
+    """`attend` of a history whose parts are given one by one."""
+    return attend(decode, (query, History(*held, counts)), **options)
 
 
 def moved(arguments, device, dtype):
@@ -81,9 +90,10 @@ def moved(arguments, device, dtype):
         tensors = ("codes", "scale", "rotation", "order", "balance", "mean", "gain")
         return replace(x, **{name: v.to(device) for name in tensors if (v := getattr(x, name)) is not None})
 
-    query, keys, values, sinks, tail, starts = arguments
-    raws = [RawTokens(x.keys.to(device, dtype), x.values.to(device, dtype)) for x in (sinks, tail)]
-    return query.to(device, dtype), side(keys), side(values), *raws, starts.to(device)
+    query, held = arguments
+    raws = [RawTokens(x.keys.to(device, dtype), x.values.to(device, dtype)) for x in (held.sinks, held.tail)]
+    counts = None if held.counts is None else held.counts.to(device)
+    return query.to(device, dtype), History(side(held.keys), side(held.values), *raws, held.starts.to(device), counts)
 
 
 PLACES = ["keys.scale", "keys.mean", "keys.gain", "values.scale", "values.gain", "tail.keys", "tail.values"]
@@ -92,12 +102,20 @@ PLACES = ["keys.scale", "keys.mean", "keys.gain", "values.scale", "values.gain",
 def with_a_nan(place):
     """`attention_inputs` with a NaN stored for the first head in one of `PLACES`."""
     name, array = place.split(".")
-    arguments = attention_inputs(conditioned=False, scale_format="e4m4" if array == "gain" else "fp16")
-    given = dict(zip(["query", "keys", "values", "sinks", "tail", "starts"], arguments, strict=True))
-    held = getattr(given[name], array).clone()
+    query, history = attention_inputs(conditioned=False, scale_format="e4m4" if array == "gain" else "fp16")
+    part = getattr(history, name)
+    held = getattr(part, array).clone()
     held[0, 0].view(-1)[-1] = torch.nan
-    given[name] = replace(given[name], **{array: held})
-    return tuple(given.values())
+    return query, replace(history, **{name: replace(part, **{array: held})})
 
 
-__all__ = ["PLACES", "attention_inputs", "groups_of", "moved", "packed_side", "uniform", "with_a_nan"]
+def starting_at(arguments, starts):
+    """`attention_inputs` whose sequences begin at other positions."""
+    query, history = arguments
+    return query, replace(history, starts=torch.tensor(starts))
+
+
+__all__ = [
+    "PLACES", "attend", "attend_parts", "attention_inputs", "groups_of", "moved", "packed_side", "starting_at",
+    "uniform", "with_a_nan",
+]  # fmt: skip

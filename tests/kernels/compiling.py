@@ -20,7 +20,7 @@ from turboquant_hf.cache.static_due import DueState
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
-from turboquant_hf.kernels.decode import RawTokens
+from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.encode import triton as encode_triton
 
 LAYERS = (("k4v4", 128, torch.bfloat16), ("k2v2", 64, torch.float16))
@@ -54,7 +54,8 @@ def growing(preset: str, dim: int, dtype: torch.dtype) -> None:
     raw = [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
     for queries in (1, 5):
         query = torch.randn(2, 4, queries, dim, dtype=dtype)
-        dispatch.decode_attention(query, *layer.packed_sides(), *raw, layer.sinks.starts, scaling=0.125)
+        history = History(*layer.packed_sides(), *raw, layer.sinks.starts)
+        dispatch.decode_attention(query, history, Scoring(0.125))
 
 
 def static(preset: str, dim: int, dtype: torch.dtype) -> None:

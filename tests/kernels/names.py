@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from importlib import import_module
+from typing import Any
 
 from turboquant_hf import kernels
 
 
-def kernel_names() -> set[str]:
-    """The names of all kernels that are launched, of every module of `turboquant_hf.kernels`."""
+def kernels_by_name() -> dict[str, Any]:
+    """All kernels that are launched, of every module of `turboquant_hf.kernels`."""
     from triton.runtime.jit import KernelInterface
 
     found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
     members = [inspect.getmembers(import_module(module.name)) for module in found]
     members = [member for module in members for member in module]
-    return {name for name, x in members if name.endswith("_kernel") and isinstance(x, KernelInterface)}
+    return {name: x for name, x in members if name.endswith("_kernel") and isinstance(x, KernelInterface)}

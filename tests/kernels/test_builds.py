@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from .conftest import INTERPRETED
-from .names import kernel_names
+from .names import kernels_by_name
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not built")]
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not built")
 
 SHAPES = 5
 A_SHAPE = {  # builds of one shape: a preset, head dim, dtype and number of heads
@@ -33,6 +33,14 @@ A_SHAPE = {  # builds of one shape: a preset, head dim, dtype and number of head
 }
 
 
+def test_no_run_time_number_is_specialised():
+    pytest.importorskip("triton")
+    for name, kernel in kernels_by_name().items():
+        numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.startswith("p_")]
+        assert all(p.do_not_specialize for p in numbers), name
+
+
+@pytest.mark.slow
 def test_no_length_builds_a_kernel_anew():
     pytest.importorskip("triton")
     run = subprocess.run(
@@ -45,6 +53,6 @@ def test_no_length_builds_a_kernel_anew():
     assert run.returncode == 0, run.stderr[-5000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["later"] == [], "\n".join(found["later"])
-    assert set(found["kernels"]) == kernel_names()
+    assert set(found["kernels"]) == set(kernels_by_name())
     for name, builds in found["kernels"].items():
         assert builds <= SHAPES * A_SHAPE[name], f"{name} was built {builds} times"

@@ -9,9 +9,9 @@ import torch
 
 from turboquant_hf.kernels.append import reference as append_reference
 from turboquant_hf.kernels.decode import reference
-from turboquant_hf.kernels.decode.reference import RawTokens
+from turboquant_hf.kernels.decode.inputs import RawTokens
 
-from .cases import attention_inputs, moved
+from .cases import attend, attention_inputs, moved, starting_at
 
 TILE, RING = 32, 96
 
@@ -32,7 +32,8 @@ def triton_append(device):
 
 def in_buffers(arguments, capacity, ring=RING):
     """The same call as whole buffers: `capacity` tiles, those behind the used ones and idle ring slots poisoned."""
-    query, keys, values, sinks, tail, starts = arguments
+    query, history = arguments
+    keys, values, tail = history.keys, history.values, history.tail
     tiles, count = keys.codes.shape[2], tail.keys.shape[2]
 
     def grown(x):
@@ -50,7 +51,8 @@ def in_buffers(arguments, capacity, ring=RING):
         buffer[:, :, slots] = x
         raws.append(buffer)
     counts = torch.tensor([tiles, tiles * TILE + count], dtype=torch.int32)
-    return (query, side(keys), side(values), sinks, RawTokens(*raws), starts), counts
+    held = {"keys": side(keys), "values": side(values), "tail": RawTokens(*raws), "counts": counts}
+    return query, replace(history, **held)
 
 
 CASES = {
@@ -64,47 +66,42 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_reference_reads_counts(case):
-    arguments = attention_inputs(batch=2, **CASES[case])
-    arguments = (*arguments[:5], torch.tensor([0, 37]))
+    arguments = starting_at(attention_inputs(batch=2, **CASES[case]), [0, 37])
     mask = torch.rand(2, 7 * TILE + RING, generator=torch.Generator().manual_seed(1)) > 0.2
-    buffers, counts = in_buffers(arguments, capacity=6)
-    length = int(counts[1])
-    expected = reference.decode_attention(*arguments, scaling=0.2, mask=mask[:, :length])
-    torch.testing.assert_close(reference.decode_attention(*buffers, scaling=0.2, mask=mask, counts=counts), expected)
+    buffers = in_buffers(arguments, capacity=6)
+    length = int(buffers[1].counts[1])
+    expected = attend(reference.decode_attention, arguments, scaling=0.2, mask=mask[:, :length])
+    torch.testing.assert_close(attend(reference.decode_attention, buffers, scaling=0.2, mask=mask), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_decode_reads_counts(triton_decode, device, case, masked):
-    arguments = attention_inputs(batch=2, **CASES[case])
-    arguments = (*arguments[:5], torch.tensor([0, 37]))
+    arguments = starting_at(attention_inputs(batch=2, **CASES[case]), [0, 37])
     mask = torch.rand(2, 7 * TILE + RING, generator=torch.Generator().manual_seed(1)) > 0.2
-    buffers, counts = in_buffers(arguments, capacity=6)
-    expected = reference.decode_attention(*arguments, scaling=0.2, mask=mask[:, : int(counts[1])] if masked else None)
+    buffers = in_buffers(arguments, capacity=6)
+    seen = mask[:, : int(buffers[1].counts[1])] if masked else None
+    expected = attend(reference.decode_attention, arguments, scaling=0.2, mask=seen)
     moved_mask = mask.to(device) if masked else None
-    out = triton_decode(*moved(buffers, device, torch.float32), scaling=0.2, mask=moved_mask, counts=counts.to(device))
+    out = attend(triton_decode, moved(buffers, device, torch.float32), scaling=0.2, mask=moved_mask)
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-4, atol=2e-5)
 
 
 def test_decode_without_any_tile(triton_decode, device):
-    arguments = attention_inputs(batch=2, tiles=1, tail=40)
-    arguments = (*arguments[:5], torch.tensor([0, 3]))
-    query, keys, values, sinks, tail, starts = arguments
+    query, history = starting_at(attention_inputs(batch=2, tiles=1, tail=40), [0, 3])
 
     def none(side):
         return replace(side, codes=side.codes[:, :, :0], scale=side.scale[:, :, :0],
                        mean=None if side.mean is None else side.mean[:, :, :0])  # fmt: skip
 
-    empty = (query, none(keys), none(values), sinks, tail, starts)
-    buffers, counts = in_buffers((query, keys, values, sinks, tail, starts), capacity=2)
-    slots = torch.arange(40)
-    rings = [torch.full_like(x, torch.nan) for x in (buffers[4].keys, buffers[4].values)]
-    for ring, x in zip(rings, (tail.keys, tail.values), strict=True):
-        ring[:, :, slots] = x
-    buffers = (*buffers[:4], RawTokens(*rings), starts)
-    counts = torch.tensor([0, 40], dtype=torch.int32)
-    expected = reference.decode_attention(*empty, scaling=0.2)
-    out = triton_decode(*moved(buffers, device, torch.float32), scaling=0.2, counts=counts.to(device))
+    empty = query, replace(history, keys=none(history.keys), values=none(history.values))
+    _, held = in_buffers((query, history), capacity=2)
+    rings = [torch.full_like(x, torch.nan) for x in (held.tail.keys, held.tail.values)]
+    for ring, x in zip(rings, (history.tail.keys, history.tail.values), strict=True):
+        ring[:, :, :40] = x
+    buffers = query, replace(held, tail=RawTokens(*rings), counts=torch.tensor([0, 40], dtype=torch.int32))
+    expected = attend(reference.decode_attention, empty, scaling=0.2)
+    out = attend(triton_decode, moved(buffers, device, torch.float32), scaling=0.2)
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-4, atol=2e-5)
 
 

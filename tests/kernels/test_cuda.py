@@ -20,6 +20,8 @@ from turboquant_hf.kernels.decode.reference import decode_attention
 from turboquant_hf.primitives import grid, rotation_matrix
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
+from .cases import attend_parts
+
 TILE = 128
 KEYS = {
     "k4": ((1.0, 4),),
@@ -100,7 +102,7 @@ def check(given, **options):
     splits = options.pop("splits", 0)
     assert (reason := cuda.supports(query, key_side, value_side, raw)) is None, reason
     output = cuda.decode_attention(*given, splits=splits, **options)
-    exact = decode_attention(*float_inputs(given), **options)
+    exact = attend_parts(decode_attention, *float_inputs(given), **options)
     error = (output.float() - exact).norm() / exact.norm()
     assert error < (3e-3 if query.dtype == torch.bfloat16 else 1.5e-3)
 
@@ -225,7 +227,7 @@ def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
     unlikely = 9 if extra == "counts" else 10
     assert cuda.unread_tiles() == (2 * 2 * unlikely + hidden) * chunks and cuda.unread_tiles() == 0
     values.scale[:, :, ::3] = 1.0  # the reference multiplies them by zero
-    exact = decode_attention(*float_inputs(given), **options)
+    exact = attend_parts(decode_attention, *float_inputs(given), **options)
     assert (output.float() - exact).norm() < 1.5e-3 * exact.norm()
     del options["sparse_v_threshold"]
     check(given, **options)

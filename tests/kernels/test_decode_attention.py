@@ -9,7 +9,7 @@ import torch
 
 from turboquant_hf.kernels.decode import reference
 
-from .cases import PLACES, attention_inputs, groups_of, moved, uniform, with_a_nan
+from .cases import PLACES, attend, attention_inputs, groups_of, moved, starting_at, uniform, with_a_nan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -23,7 +23,8 @@ def kernel(device):
 
 def same_dtype_error(arguments, expected, dtype, options) -> float:
     """RMS error of plain torch whose decoded keys, values, rotated queries and probabilities are held in `dtype`."""
-    query, keys, values, sinks, tail, starts = arguments
+    query, held_tokens = arguments
+    keys, values, sinks, tail = held_tokens.keys, held_tokens.values, held_tokens.sinks, held_tokens.tail
     batch, query_heads, count, dim = query.shape
     heads = keys.codes.shape[1]
     rows = query.reshape(batch, heads, -1, dim)
@@ -43,7 +44,7 @@ def same_dtype_error(arguments, expected, dtype, options) -> float:
         scores = options["softcap"] * torch.tanh(scores / options["softcap"])
     packed = k.shape[2]
     length = packed + tail.keys.shape[2]
-    visible = reference._visible(starts, packed, length, sinks.keys.shape[2], count, options.get("mask"))
+    visible = reference._visible(held_tokens.starts, packed, length, sinks.keys.shape[2], count, options.get("mask"))
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
     if options.get("s_aux") is not None:
         extra = options["s_aux"].double().reshape(1, heads, -1, 1, 1).expand(batch, -1, -1, count, 1)
@@ -63,10 +64,10 @@ def check(kernel, device, dtype, arguments, *, options=None, sparse=None):
     options = {"scaling": arguments[0].shape[-1] ** -0.5, **(options or {})}
     cast = moved(arguments, device, dtype)
     on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    out = kernel(*cast, **on_device, **(sparse or {}))
+    out = attend(kernel, cast, **on_device, **(sparse or {}))
     assert out.dtype == dtype and out.shape == arguments[0].shape
     wide = moved(cast, "cpu", torch.float32)
-    expected = reference.decode_attention(*wide, **options).double()
+    expected = attend(reference.decode_attention, wide, **options).double()
     error = (out.cpu().double() - expected).square().mean().sqrt().item()
     scale = expected.square().mean().sqrt().item()
     allowed = 2 * same_dtype_error(wide, expected, dtype, options)
@@ -130,7 +131,7 @@ def test_segments_and_layouts(kernel, device, case, dtype):
 @pytest.mark.parametrize("queries", [1, 5])
 def test_padding_and_holes(kernel, device, queries):
     arguments = attention_inputs(batch=3, heads=1, queries=queries)
-    arguments = (*arguments[:5], torch.tensor([0, 37, 95]))  # the last one's sinks straddle the tiles' end
+    arguments = starting_at(arguments, [0, 37, 95])  # the last one's sinks straddle the tiles' end
     mask = torch.rand(3, 3 * 32 + 21, generator=torch.Generator().manual_seed(1)) > 0.3
     check(kernel, device, torch.float32, arguments)
     check(kernel, device, torch.float32, arguments, options={"mask": mask})
@@ -140,7 +141,7 @@ def test_rows_that_see_nothing_are_zero(kernel, device):
     arguments = attention_inputs(batch=2, heads=1)
     mask = torch.ones(2, 3 * 32 + 21, dtype=torch.bool)
     mask[1] = False
-    out = kernel(*moved(arguments, device, torch.float32), scaling=0.125, mask=mask.to(device))
+    out = attend(kernel, moved(arguments, device, torch.float32), scaling=0.125, mask=mask.to(device))
     assert out[1].abs().max() == 0 and out.isfinite().all()
 
 
@@ -149,7 +150,7 @@ def test_no_number_comes_out_of_what_is_none(kernel, device, place):
     """A NaN stored for a head, wherever it stands, is seen in all that the head's queries read."""
     given = with_a_nan(place)
     for decode, where in ((reference.decode_attention, "cpu"), (kernel, device)):
-        out = decode(*moved(given, where, torch.float32), scaling=0.125)
+        out = attend(decode, moved(given, where, torch.float32))
         bad = out.isnan().any(dim=-1) if place == "tail.values" else out.isnan().all(dim=-1)
         assert bad[..., 0].tolist() == [[True, True, False, False]] and out[:, 2:].isfinite().all()
 
@@ -168,25 +169,26 @@ def test_any_number_of_splits(kernel, device, splits):
 def test_sparse_values_skip_only_below_the_threshold(kernel, device):
     arguments = attention_inputs(heads=1)
     check(kernel, device, torch.float32, arguments, sparse={"sparse_v_threshold": 1e-12})
-    query, keys, values, *rest = moved(arguments, device, torch.float32)
+    query, history = moved(arguments, device, torch.float32)
+    values = history.values
     # Every probability is at most 1: a threshold above it reads no packed value at all.
     nothing = replace(values, codes=torch.zeros_like(values.codes), scale=torch.zeros_like(values.scale))
-    skipped = kernel(query, keys, values, *rest, scaling=0.125, sparse_v_threshold=1.5)
-    expected = kernel(query, keys, nothing, *rest, scaling=0.125)
+    skipped = attend(kernel, (query, history), sparse_v_threshold=1.5)
+    expected = attend(kernel, (query, replace(history, values=nothing)))
     torch.testing.assert_close(skipped, expected)
 
 
 def test_the_reference_leaves_out_the_values_of_unlikely_tiles():
     """One tile of three, far from the queries of one head: its values do not count, and everything else does."""
-    query, keys, values, *rest = attention_inputs(heads=2, group=2, conditioned=False)
+    query, history = attention_inputs(heads=2, group=2, conditioned=False)
     one = query[:, 2:3].clone()  # both query heads of head 1
     query[:, 2:] = one
-    keys.mean[:, 1, 1] = (-one[:, :, 0] * (14 / (0.125 * one.square().sum()))).half()[0]
-    scale = values.scale.clone()
+    history.keys.mean[:, 1, 1] = (-one[:, :, 0] * (14 / (0.125 * one.square().sum()))).half()[0]
+    scale = history.values.scale.clone()
     scale[:, 1, 1] = 0
-    without = replace(values, scale=scale)
-    exact = reference.decode_attention(query, keys, without, *rest, scaling=0.125)
-    found = reference.decode_attention(query, keys, values, *rest, scaling=0.125, sparse_v_threshold=1e-4)
+    without = replace(history, values=replace(history.values, scale=scale))
+    exact = attend(reference.decode_attention, (query, without))
+    found = attend(reference.decode_attention, (query, history), sparse_v_threshold=1e-4)
     torch.testing.assert_close(found, exact)
-    dense = reference.decode_attention(query, keys, values, *rest, scaling=0.125)
+    dense = attend(reference.decode_attention, (query, history))
     assert not torch.equal(found[:, 2:], dense[:, 2:]) and torch.equal(found[:, :2], dense[:, :2])

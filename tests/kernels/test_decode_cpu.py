@@ -12,7 +12,7 @@ from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import cpu, reference
 from turboquant_hf.primitives import grid
 
-from .cases import PLACES, attention_inputs, groups_of, moved, uniform, with_a_nan
+from .cases import PLACES, attend, attention_inputs, groups_of, moved, starting_at, uniform, with_a_nan
 from .test_counts import in_buffers
 from .test_decode_attention import CHANNEL_GROUPS, SHAPES
 
@@ -24,8 +24,8 @@ def check(arguments, dtype=torch.float32, **options):
     """Both compute in float32: they differ by its rounding, and by one rounding of the output to `dtype`."""
     arguments = moved(arguments, "cpu", dtype)
     options = {"scaling": arguments[0].shape[-1] ** -0.5, **options}
-    out = cpu.decode_attention(*arguments, **options)
-    expected = reference.decode_attention(*arguments, **options)
+    out = attend(cpu.decode_attention, arguments, **options)
+    expected = attend(reference.decode_attention, arguments, **options)
     assert out.dtype == dtype and out.shape == expected.shape and expected.isfinite().all()
     error = (out.double() - expected.double()).square().mean().sqrt()
     scale = expected.double().square().mean().sqrt()
@@ -75,7 +75,7 @@ def test_any_block(block, monkeypatch):
 @pytest.mark.parametrize("starts", [[0, 37, 95], [50, 50, 50], [94, 94, 94], [110, 110, 110]], ids=str)
 @pytest.mark.parametrize("queries", [1, 5])
 def test_padding_and_holes(queries, starts):
-    arguments = (*attention_inputs(batch=3, queries=queries)[:5], torch.tensor(starts))  # tiles end at 96
+    arguments = starting_at(attention_inputs(batch=3, queries=queries), starts)  # tiles end at 96
     check(arguments)
     check(arguments, mask=torch.rand(3, 3 * 32 + 21, generator=torch.Generator().manual_seed(1)) > 0.3)
 
@@ -85,10 +85,10 @@ def test_rows_that_see_nothing_are_zero():
     mask = torch.ones(2, 3 * 32 + 21, dtype=torch.bool)
     mask[1] = False
     check(arguments, mask=mask)
-    out = cpu.decode_attention(*arguments, scaling=0.125, mask=mask)
+    out = attend(cpu.decode_attention, arguments, scaling=0.125, mask=mask)
     assert out[1].abs().max() == 0
-    beyond = (*arguments[:5], torch.full((2,), 3 * 32 + 21))
-    assert cpu.decode_attention(*beyond, scaling=0.125).abs().max() == 0
+    beyond = starting_at(arguments, [3 * 32 + 21] * 2)
+    assert attend(cpu.decode_attention, beyond, scaling=0.125).abs().max() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,15 +101,15 @@ def test_softcap_and_sink_logits(dtype):
 def test_sink_logits_take_all_of_a_row_that_sees_nothing():
     arguments = attention_inputs(heads=1)
     mask = torch.zeros(1, 3 * 32 + 21, dtype=torch.bool)
-    assert cpu.decode_attention(*arguments, scaling=0.125, mask=mask, s_aux=torch.ones(2)).abs().max() == 0
+    assert attend(cpu.decode_attention, arguments, scaling=0.125, mask=mask, s_aux=torch.ones(2)).abs().max() == 0
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_no_number_comes_out_of_what_is_none(place):
     """A NaN stored for a head is seen in all that the head's queries read, and in no other head."""
     given = with_a_nan(place)
-    out = cpu.decode_attention(*given, scaling=0.125)
-    expected = reference.decode_attention(*given, scaling=0.125)
+    out = attend(cpu.decode_attention, given, scaling=0.125)
+    expected = attend(reference.decode_attention, given, scaling=0.125)
     torch.testing.assert_close(out, expected, equal_nan=True)
     assert out[:, :2].isnan().any() and out[:, 2:].isfinite().all()
 
@@ -125,27 +125,27 @@ def test_sparse_values(threshold, queries):
 @pytest.mark.parametrize("queries", [1, 5])
 def test_buffers_of_fixed_size(queries):
     arguments = attention_inputs(tiles=2, tail=60, queries=queries)
-    whole, counts = in_buffers(arguments, 5)
-    out = cpu.decode_attention(*whole, scaling=0.125, counts=counts)
-    torch.testing.assert_close(out, reference.decode_attention(*arguments, scaling=0.125))
+    out = attend(cpu.decode_attention, in_buffers(arguments, 5), scaling=0.125)
+    torch.testing.assert_close(out, attend(reference.decode_attention, arguments, scaling=0.125))
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 6])
 def test_codes_anywhere_in_a_larger_buffer(offset):
     """A view starts at any byte, and rows of larger words must not be assumed to be aligned."""
-    arguments = attention_inputs(keys=groups_of((32, 5), (32, 3)))
-    keys = arguments[1]
+    query, history = attention_inputs(keys=groups_of((32, 5), (32, 3)))
+    keys = history.keys
     buffer = torch.zeros(keys.codes.numel() + offset, dtype=torch.uint8)
     codes = buffer[offset:].view(keys.codes.shape).copy_(keys.codes)
-    check((arguments[0], replace(keys, codes=codes), *arguments[2:]))
+    check((query, replace(history, keys=replace(keys, codes=codes))))
 
 
 def test_autocast_and_gradients_change_nothing():
-    query, *rest = attention_inputs()
+    query, history = attention_inputs()
     s_aux = torch.zeros(4)
-    expected = cpu.decode_attention(query, *rest, scaling=0.125, s_aux=s_aux)
+    expected = attend(cpu.decode_attention, (query, history), s_aux=s_aux)
     with torch.autocast("cpu", torch.bfloat16):
-        out = cpu.decode_attention(query.requires_grad_(), *rest, scaling=0.125, s_aux=s_aux.requires_grad_())
+        given = query.requires_grad_(), history
+        out = attend(cpu.decode_attention, given, s_aux=s_aux.requires_grad_())
     assert torch.equal(out, expected) and not out.requires_grad
 
 
@@ -154,5 +154,5 @@ def test_a_cpu_gets_it(monkeypatch):
     monkeypatch.setattr(cpu, "decode_attention", lambda *args, **options: calls.append(options))
     for name in ("auto", "torch"):
         monkeypatch.setenv(dispatch.VARIABLE, name)
-        dispatch.decode_attention(*attention_inputs(), scaling=0.125)
+        attend(dispatch.decode_attention, attention_inputs(), scaling=0.125)
     assert len(calls) == 2

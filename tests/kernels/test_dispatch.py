@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 
 from turboquant_hf.kernels import dispatch
-from turboquant_hf.kernels.decode import reference
+from turboquant_hf.kernels.decode import cpu, reference
 
-from .cases import attention_inputs
+from .cases import attend, attention_inputs
 from .conftest import INTERPRETED
 
 
@@ -28,9 +30,9 @@ def test_a_cpu_takes_plain_torch(monkeypatch):
     arguments = attention_inputs(heads=1)
     for threshold in (0.0, 0.99):
         options = {"scaling": 0.125, "sparse_v_threshold": threshold}
-        out = dispatch.decode_attention(*arguments, **options)
-        torch.testing.assert_close(out, reference.decode_attention(*arguments, **options))
-    assert not torch.allclose(out, reference.decode_attention(*arguments, scaling=0.125))
+        out = attend(dispatch.decode_attention, arguments, **options)
+        torch.testing.assert_close(out, attend(reference.decode_attention, arguments, **options))
+    assert not torch.allclose(out, attend(reference.decode_attention, arguments, scaling=0.125))
 
 
 def test_an_unknown_backend_is_named(monkeypatch):
@@ -49,10 +51,26 @@ def test_an_unavailable_backend_says_why(monkeypatch):
         dispatch.backend("cpu")
 
 
+@pytest.mark.parametrize("name", dispatch.FAST)
+def test_a_fast_version_has_the_signature_of_its_reference(name):
+    pytest.importorskip("triton")
+    plain, module = dispatch.FAST[name]
+    fast = getattr(import_module(module), name)
+    assert inspect.signature(fast) == inspect.signature(plain) == inspect.signature(getattr(dispatch, name))
+
+
+def test_every_decode_attention_has_the_parameters_of_the_reference():
+    pytest.importorskip("triton")
+    wanted = inspect.signature(reference.decode_attention).parameters
+    for module in (cpu, dispatch, import_module("turboquant_hf.kernels.decode.triton")):
+        found = inspect.signature(module.decode_attention).parameters
+        assert {name: found[name] for name in wanted} == dict(wanted)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="interpreted in the process that test_interpreted.py starts")
 def test_triton_when_named(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     assert dispatch.backend("cpu") == "triton"
     arguments = attention_inputs(heads=1, tiles=1)
-    out = dispatch.decode_attention(*arguments, scaling=0.125)
-    torch.testing.assert_close(out, reference.decode_attention(*arguments, scaling=0.125), atol=1e-5, rtol=1e-5)
+    out = attend(dispatch.decode_attention, arguments, scaling=0.125)
+    torch.testing.assert_close(out, attend(reference.decode_attention, arguments, scaling=0.125), atol=1e-5, rtol=1e-5)

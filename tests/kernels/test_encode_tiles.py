@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from turboquant_hf.kernels.codes import tile_bytes
+from turboquant_hf.kernels.codes import TileCoding, tile_bytes
 from turboquant_hf.kernels.encode import reference
 from turboquant_hf.primitives import grid, polynomial, rotation_matrix, unpack
 
@@ -56,33 +58,32 @@ def test_encode_then_decode(kernel, device, case):
     fmt = options.get("scale_format", "fp16")
     gain = None if fmt == "fp16" else torch.rand(2, 2, generator=generator) + 0.5
     mean = reference.tile_mean(x, weight) if options["mean"] else None
-    common = {"scale_format": fmt, "gain": gain, "channel_major": options.get("channel_major", False)}
-    encoding = {"scale_rule": options.get("scale_rule", "unbiased"), "mean": mean, **common}
+    rule, channel_major = options.get("scale_rule", "unbiased"), options.get("channel_major", False)
+    how = {"scale_rule": rule, "scale_format": fmt, "gain": gain, "channel_major": channel_major}
+    coding = TileCoding(transform, groups, **how)
 
     def on_device(value):
         return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    moved = replace(coding, transform=on_device(transform), gain=on_device(gain))
 
     for given in (weight, None):
         ours = kernel.tile_mean(on_device(x), on_device(given)).cpu()
         torch.testing.assert_close(ours, reference.tile_mean(x, given), rtol=1e-3, atol=1e-6)
 
-    expected = reference.encode_tiles(x, transform, groups, **encoding)
-    packed = kernel.encode_tiles(
-        on_device(x), on_device(transform), groups, **{name: on_device(value) for name, value in encoding.items()}
-    )
+    expected = reference.encode_tiles(x, coding, mean=mean)
+    packed = kernel.encode_tiles(on_device(x), moved, mean=on_device(mean))
     packed = {name: value.cpu() for name, value in packed.items()}
-    assert_codes_match(packed["codes"], expected["codes"], x, transform, groups, mean, common["channel_major"])
+    assert_codes_match(packed["codes"], expected["codes"], x, transform, groups, mean, channel_major)
     stored, wanted = packed["scale"].float(), expected["scale"].float()
     assert ((stored - wanted).abs() <= (1.0 if fmt != "fp16" else 2e-3 * wanted.abs() + 1e-7)).all()
 
     if mean is not None:
         expected["mean"] = mean
     inverse = torch.linalg.inv(transform)
-    dense = reference.decode_tiles(expected, inverse, groups, **common)
-    ours = kernel.decode_tiles(
-        {name: on_device(value) for name, value in expected.items()}, on_device(inverse), groups,
-        **{name: on_device(value) for name, value in common.items()},
-    )  # fmt: skip
+    dense = reference.decode_tiles(expected, inverse, coding)
+    given = {name: on_device(value) for name, value in expected.items()}
+    ours = kernel.decode_tiles(given, on_device(inverse), moved)
     assert (ours.cpu() - dense).norm() <= 2e-6 * dense.norm()
 
 
@@ -99,7 +100,6 @@ def test_conditioned_tiles_into_views(kernel, device, widths, dtype):
     x = (x + 3 * torch.randn(2, 2, 1, 1, dim, generator=generator)).to(dtype)
     order = torch.rand(2, 2, dim, generator=generator).argsort(dim=-1).to(torch.int16)
     weight = (torch.rand(2, 3, tile, generator=generator) > 0.3).float()
-    common = {"scale_rule": "unbiased", "scale_format": "e3m5"}
     arrays = {
         "codes": torch.full((2, 2, 5, tile_bytes(groups, tile, False)), 7, dtype=torch.uint8),
         "scale": torch.full((2, 2, 5, len(groups), tile), 7, dtype=torch.uint8),
@@ -107,15 +107,18 @@ def test_conditioned_tiles_into_views(kernel, device, widths, dtype):
     }
     arrays = {name: array.to(device) for name, array in arrays.items()}
     rotation = rotation_matrix(dim)
-    kernel.encode_tiles(
-        x.to(device), rotation.to(device), groups, order=order.to(device), balance=balance.to(device), center=True,
-        weight=weight.to(device), out={name: array[:, :, 1:4] for name, array in arrays.items()}, **common,
-    )  # fmt: skip
+    coding = TileCoding(
+        rotation, groups, scale_rule="unbiased", scale_format="e3m5", order=order, balance=balance, center=True
+    )
+    tensors = {"transform": rotation, "order": order, "balance": balance}
+    moved = replace(coding, **{name: x.to(device) for name, x in tensors.items()})
+    out = {name: array[:, :, 1:4] for name, array in arrays.items()}
+    kernel.encode_tiles(x.to(device), moved, weight=weight.to(device), out=out)
     for array in arrays.values():
         assert (array[:, :, [0, 4]] == 7).all()
     found = {name: array[:, :, 1:4].cpu() for name, array in arrays.items()}
     torch.testing.assert_close(found["mean"], reference.tile_mean(x, weight), rtol=1e-3, atol=1e-6)
-    wanted = reference.encode_tiles(x, rotation, groups, order=order, balance=balance, mean=found["mean"], **common)
+    wanted = reference.encode_tiles(x, replace(coding, center=False), mean=found["mean"])
     transform = reference.sorted_columns(rotation, order) * balance.unsqueeze(-2)
     assert_codes_match(found["codes"], wanted["codes"], x, transform, groups, found["mean"], False)
     assert ((found["scale"].int() - wanted["scale"].int()).abs() <= 1).all()
@@ -127,10 +130,10 @@ def test_infinities_leave_no_number(kernel, device, center):
     groups = groups_of((32, 4), make=polynomial)
     x = torch.randn(1, 1, 2, 32, 32, dtype=torch.float16)
     x[0, 0, 1, 5, 3] = torch.inf
-    options = {"scale_rule": "unbiased", "center": center, "balance": torch.ones(1, 1, 32, device=device)}
     for encode, where in ((reference.encode_tiles, "cpu"), (kernel.encode_tiles, device)):
-        options["balance"] = options["balance"].to(where)
-        scale = encode(x.to(where), rotation_matrix(32).to(where), groups, **options)["scale"].isnan().cpu()
+        rotation, balance = rotation_matrix(32).to(where), torch.ones(1, 1, 32, device=where)
+        coding = TileCoding(rotation, groups, scale_rule="unbiased", center=center, balance=balance)
+        scale = encode(x.to(where), coding)["scale"].isnan().cpu()
         assert not scale[0, 0, 0].any()
         assert scale[0, 0, 1].all() if center else scale[0, 0, 1].nonzero().tolist() == [[0, 5]]
 
@@ -144,12 +147,12 @@ def test_what_float16_cannot_hold_is_no_number(kernel, device):
     weight = torch.ones(1, 3, 32)
     for module, where in ((reference, "cpu"), (kernel, device)):
         tiles, rotation, counted = x.to(where), rotation_matrix(32).to(where), weight.to(where)
-        packed = module.encode_tiles(tiles, rotation, groups, scale_rule="norm", center=True, weight=counted)
+        packed = module.encode_tiles(tiles, TileCoding(rotation, groups, center=True), weight=counted)
         mean = packed["mean"].cpu()
         assert mean.isnan().nonzero().tolist() == [[0, 0, 1, 3]]
         assert torch.equal(module.tile_mean(tiles, counted).cpu().isnan(), mean.isnan())
         for rule in ("norm", "norm-corrected", "mse", "unbiased"):
-            scale = module.encode_tiles(tiles, rotation, groups, scale_rule=rule)["scale"].cpu()
+            scale = module.encode_tiles(tiles, TileCoding(rotation, groups, scale_rule=rule))["scale"].cpu()
             assert scale.isnan().nonzero().tolist() == [[0, 0, 2, 0, 5]]
 
 

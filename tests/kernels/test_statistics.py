@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from turboquant_hf.kernels.decode import RawTokens
 from turboquant_hf.kernels.encode import reference as encode_reference
+from turboquant_hf.kernels.schedule import Schedule
 from turboquant_hf.kernels.statistics import due, reference
 from turboquant_hf.quantizers import QUANTIZERS
 
@@ -83,11 +85,12 @@ class Steps:
         self.encoder, self.steps, self.dim, self.heads = encoder, steps, dim, heads
         new = {"dtype": torch.float32, "device": device}
         self.rings = [torch.zeros(batch, heads, RING, dim, dtype=dtype, device=device) for _ in range(2)]
-        self.energy, self.count = torch.zeros(batch, heads, dim, **new), torch.zeros(batch, heads, **new)
-        self.seen, self.fitted = (torch.zeros(heads, dtype=torch.int32, device=device) for _ in range(2))
+        energy, count = torch.zeros(batch, heads, dim, **new), torch.zeros(batch, heads, **new)
+        seen, self.fitted = (torch.zeros(heads, dtype=torch.int32, device=device) for _ in range(2))
+        self.sums = due.QuerySums(energy, count, seen)
         self.counts = torch.zeros(2, dtype=torch.int32, device=device)
         order = torch.zeros(batch, heads, dim, dtype=torch.int16, device=device)
-        self.states = ({"balance": torch.zeros_like(self.energy), "order": order}, {"gain": self.count.clone()})
+        self.states = ({"balance": torch.zeros_like(energy), "order": order}, {"gain": count.clone()})
         self.arrays = [
             {
                 name: torch.zeros(batch, heads, CAPACITY, *field.shape, dtype=field.dtype, device=device)
@@ -102,20 +105,15 @@ class Steps:
             for i in range(tokens):
                 ring[:, :, (position + i) % RING] = new[:, :, i]
         self.counts[1] = position + tokens
-        common = (self.counts, self.fitted, starts)
-        shared = {"tile": TILE, "window": WINDOW}
-        self.steps.observe_due(query, self.energy, self.count, self.seen, *common)
-        self.steps.fit_due(
-            *self.rings, self.energy, self.count, self.seen, *common, **shared, sinks=SINKS, min_statistics=MINIMUM,
-            center=KEYS.center, sizes=tuple(size for size, _ in KEYS.group_sizes(self.dim)), balance=KEYS.balance,
-            key_state=self.states[0], value_state=self.states[1],
-        )  # fmt: skip
+        schedule = Schedule(self.counts, self.fitted, starts, TILE, WINDOW, SINKS, CAPACITY)
+        sizes = tuple(size for size, _ in KEYS.group_sizes(self.dim))
+        rule = due.FitRule(MINIMUM, sizes, center=KEYS.center, balance=KEYS.balance)
+        self.steps.observe_due(query, self.sums, schedule)
+        self.steps.fit_due(RawTokens(*self.rings), self.sums, schedule, rule, self.states)
         for q, ring, state, out in zip((KEYS, VALUES), self.rings, self.states, self.arrays, strict=True):
-            self.encoder.encode_due(
-                ring, q.rotation_of(self.dim, self.heads, ring.device), q.groups(self.dim), *common, **shared,
-                sinks=SINKS, out=out, **q.encoding(state),
-            )  # fmt: skip
-        self.steps.advance_due(self.counts, self.fitted, **shared, capacity=CAPACITY)
+            coding = q.coding(state, self.dim, self.heads, ring.device)
+            self.encoder.encode_due(ring, coding, schedule, out)
+        self.steps.advance_due(schedule)
 
 
 def run_steps(encoder, steps, device, dtype, bad=None):
@@ -173,7 +171,7 @@ def test_steps(kernel, device, dtype):
     for found, wanted in zip(ours.states, theirs.states, strict=True):
         for name, value in found.items():
             torch.testing.assert_close(value.cpu(), wanted[name], rtol=1e-5, atol=0.0)
-    assert torch.equal(ours.seen.cpu(), theirs.seen)
+    assert torch.equal(ours.sums.seen.cpu(), theirs.sums.seen)
     for found, wanted in zip(ours.arrays, theirs.arrays, strict=True):
         for name, array in found.items():
             different = (array.cpu().float() != wanted[name].float()).float().mean()
@@ -198,10 +196,10 @@ def test_gains_of_a_step(kernel, device, powers):
     found = []
     for steps, where in ((due, "cpu"), (due_triton, device)):
         states = tuple({"gain": torch.full((batch, heads), torch.nan, device=where)} for _ in range(2))
-        steps.fit_due(
-            *moved(arguments, where), tile=TILE, window=WINDOW, sinks=SINKS, min_statistics=MINIMUM, center=False,
-            sizes=(dim,), balance="none", key_state=states[0], value_state=states[1], powers=powers,
-        )  # fmt: skip
+        keys, values, energy, count, seen, counts, fitted, starts = moved(arguments, where)
+        schedule = Schedule(counts, fitted, starts, TILE, WINDOW, SINKS, CAPACITY)
+        sums, rule = due.QuerySums(energy, count, seen), due.FitRule(MINIMUM, (dim,), powers=powers)
+        steps.fit_due(RawTokens(keys, values), sums, schedule, rule, states)
         found.append(tuple(state["gain"].cpu() for state in states))
     for ours, theirs, power in zip(*found, powers, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0)

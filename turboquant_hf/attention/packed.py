@@ -8,7 +8,7 @@ from turboquant_hf.attention.mask import MAX_QUERIES
 from turboquant_hf.attention.plain import is_plain
 from turboquant_hf.attention.step import PreparedStep
 from turboquant_hf.cache import TurboQuantLayer
-from turboquant_hf.kernels.decode import RawTokens
+from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.dispatch import backend, decode_attention
 from turboquant_hf.quantizers.rotated import reads_packed
 
@@ -53,16 +53,10 @@ def packed_attention(
         layer.step = PreparedStep.of(layer, query, keys, options)
         if layer.step is not None:
             return layer.step(layer, query, keys)
-    output = decode_attention(
-        query,
-        *layer.packed_sides(),
-        RawTokens(*layer.sinks.arrays),
-        RawTokens(*layer.tail.view()),
-        layer.sinks.starts,
-        mask=keys,
-        sparse_v_threshold=layer.preset.sparse_v_threshold,
-        **options,
-    )
+    raw = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())
+    history = History(*layer.packed_sides(), *raw, layer.sinks.starts)
+    scoring = Scoring(**options, sparse_v_threshold=layer.preset.sparse_v_threshold)
+    output = decode_attention(query, history, scoring, mask=keys)
     return output.transpose(1, 2).contiguous()
 
 

@@ -8,7 +8,7 @@ from operator import is_
 import torch
 
 from turboquant_hf.cache import TurboQuantLayer
-from turboquant_hf.kernels.decode import RawTokens
+from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.dispatch import VARIABLE, on_device, prepared_decode
 
 
@@ -33,10 +33,10 @@ class PreparedStep:
         """For a query [B, Hq, 1, D] that `packed_attention` serves; None where only the general way does."""
         if layer.offloader is not None:
             return None
-        call = prepared_decode(
-            query, *layer.packed_sides(spare=True), RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.arrays),
-            layer.sinks.starts, masked=mask is not None, sparse_v_threshold=layer.preset.sparse_v_threshold, **options,
-        )  # fmt: skip
+        raw = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.arrays)
+        history = History(*layer.packed_sides(spare=True), *raw, layer.sinks.starts)
+        scoring = Scoring(**options, sparse_v_threshold=layer.preset.sparse_v_threshold)
+        call = prepared_decode(query, history, scoring, masked=mask is not None)
         return None if call is None else cls(layer, query, mask is not None, options, call)
 
     def takes(self, keys: torch.Tensor, values: torch.Tensor) -> bool:

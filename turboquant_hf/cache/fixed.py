@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from turboquant_hf.cache.ring import unrolled
-from turboquant_hf.kernels.decode import RawTokens
+from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.dispatch import append_tokens, decode_attention, decode_workspace, observe_due
+from turboquant_hf.kernels.schedule import Schedule
+from turboquant_hf.kernels.statistics.due import QuerySums
 from turboquant_hf.quantizers.rotated import reads_packed
 
 WORKSPACE_ROWS = 16
@@ -131,7 +133,13 @@ class FixedLayer:
         if not layer.is_fitted and self.quantizers[0].needs_statistics:
             self.statistics = layer.query_statistics()
             flags = torch.zeros(2, layer.num_heads, dtype=torch.int32, device=layer.device)
-            self._seen, self._fitted = flags[0], flags[1]
+            energy, count = self.statistics
+            self._sums = QuerySums(energy, count[:, :, 0], seen=flags[0])
+            preset, capacity = layer.preset, layer.tiles[0].capacity
+            self._schedule = Schedule(
+                self.counts[:2], flags[1], self.starts,
+                tile=self.tile, window=preset.recent_window, sinks=preset.sinks, capacity=capacity,
+            )  # fmt: skip
 
     def _warm(self, layer: Any) -> None:
         """Make, once per process, what kernels keep for good (rotations, tables): a recording could not copy it."""
@@ -182,19 +190,19 @@ class FixedLayer:
     def observe(self, query: torch.Tensor) -> None:
         """Count the new tokens' queries [B, Hq, q, D] into the statistics, until the first encode."""
         if self.statistics is not None:
-            energy, count = self.statistics
-            if query.shape[1] % energy.shape[1] == 0 and query.shape[3] == energy.shape[2]:
-                observe_due(query, energy, count[:, :, 0], self._seen, self.counts[:2], self._fitted, self.starts)
+            _, heads, dim = self._sums.energy.shape
+            if query.shape[1] % heads == 0 and query.shape[3] == dim:
+                observe_due(query, self._sums, self._schedule)
 
-    def attend(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, *, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
         """`decode_attention` over what is held (where `reads_packed`): [B, Hq, q, D] -> [B, Hq, q, Dv]."""
         # Anew in every step: some states have the means of all tiles put together from two parts.
         parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
         sides = [quantizer.packed_side(tiles, state, dim) for quantizer, tiles, state, dim in parts]
-        return decode_attention(
-            query, *sides, RawTokens(*self.sinks), RawTokens(*self.ring), self.starts, **options,
-            sparse_v_threshold=self.threshold, counts=self.counts[:2], workspace=self.workspace,
-        )  # fmt: skip
+        raw = RawTokens(*self.sinks), RawTokens(*self.ring)
+        history = History(*sides, *raw, self.starts, self.counts[:2])
+        scoring = Scoring(**options, sparse_v_threshold=self.threshold)
+        return decode_attention(query, history, scoring, mask=mask, workspace=self.workspace)
 
     def dense(self, index: int) -> torch.Tensor:
         """All keys (index 0) or values (1), [B, H, room, D] in the model's dtype; zeros behind the newest token."""

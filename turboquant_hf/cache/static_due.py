@@ -8,6 +8,9 @@ from turboquant_hf.cache.layer import _nan_for_inf
 from turboquant_hf.cache.static_plan import PLANS
 from turboquant_hf.cache.static_state import StaticState
 from turboquant_hf.kernels import dispatch
+from turboquant_hf.kernels.decode import RawTokens
+from turboquant_hf.kernels.schedule import Schedule
+from turboquant_hf.kernels.statistics.due import FitRule, QuerySums
 
 
 class DueState(StaticState):
@@ -19,8 +22,7 @@ class DueState(StaticState):
 
     def observe(self, query: torch.Tensor) -> None:
         if self.plan.observes(query):
-            energy, count = self.view("query.energy"), self.view("query.count")
-            dispatch.observe_due(query, energy, count, self.seen, self.counts[:2], self.fitted, self.starts)
+            dispatch.observe_due(query, self._query_sums(), self._schedule())
 
     def commit(self) -> None:
         if self.plan.has_kernels:
@@ -39,29 +41,30 @@ class DueState(StaticState):
             self.attend(torch.zeros_like(self.ring[0][:, :, :1]), workspace, scaling=1.0)
 
     def _commit_by_kernels(self) -> None:
-        plan, keys = self.plan, self.plan.quantizers[0]
-        counts, common = self.counts[:2], {"tile": plan.tile, "window": plan.recent_window}
-        dispatch.fit_due(
-            *self.ring, self.view("query.energy"), self.view("query.count"), self.seen, counts, self.fitted,
-            self.starts,
-            **common,
-            sinks=plan.sinks,
+        plan, keys, schedule = self.plan, self.plan.quantizers[0], self._schedule()
+        rule = FitRule(
             min_statistics=plan.min_statistics if plan.waits else 0,
+            sizes=tuple(group.size for group in keys.groups(plan.head_dims[0])),
             patience=plan.patience,
             center=keys.centered,
-            sizes=tuple(group.size for group in keys.groups(plan.head_dims[0])),
             balance=getattr(keys, "balance", "none"),
-            key_state=self.states[0],
-            value_state=self.states[1],
             powers=tuple(quantizer.gain_is_power for quantizer in plan.quantizers),
-        )  # fmt: skip
+        )
+        dispatch.fit_due(RawTokens(*self.ring), self._query_sums(), schedule, rule, self.states)
         for quantizer, ring, state, arrays in zip(plan.quantizers, self.ring, self.states, self.tiles, strict=True):
-            dim = ring.shape[-1]
-            dispatch.encode_due(
-                ring, quantizer.rotation_of(dim, plan.heads, ring.device), quantizer.groups(dim), counts, self.fitted,
-                self.starts, **common, sinks=plan.sinks, out=arrays, **quantizer.encoding(state),
-            )  # fmt: skip
-        dispatch.advance_due(counts, self.fitted, **common, capacity=plan.capacity)
+            coding = quantizer.coding(state, ring.shape[-1], plan.heads, ring.device)
+            dispatch.encode_due(ring, coding, schedule, arrays)
+        dispatch.advance_due(schedule)
+
+    def _query_sums(self) -> QuerySums:
+        return QuerySums(self.view("query.energy"), self.view("query.count"), self.seen)
+
+    def _schedule(self) -> Schedule:
+        plan = self.plan
+        return Schedule(
+            self.counts[:2], self.fitted, self.starts,
+            tile=plan.tile, window=plan.recent_window, sinks=plan.sinks, capacity=plan.capacity,
+        )  # fmt: skip
 
     def _commit_where_due(self) -> None:
         plan, (tiles, length) = self.plan, self.counts[:2]

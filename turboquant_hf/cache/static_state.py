@@ -14,7 +14,7 @@ from turboquant_hf.cache.layer import _nan_for_inf
 from turboquant_hf.cache.ring import unrolled
 from turboquant_hf.cache.static_plan import PLANS, ROLES, StaticPlan
 from turboquant_hf.cache.word import warn_of_nan
-from turboquant_hf.kernels.decode import PackedSide, RawTokens
+from turboquant_hf.kernels.decode import History, PackedSide, RawTokens, Scoring
 from turboquant_hf.kernels.dispatch import append_tokens, bad_heads, decode_attention, query_energy
 from turboquant_hf.kernels.encode.reference import saturated_heads
 
@@ -211,13 +211,13 @@ class StaticState:
         """(sinks, ring)."""
         return RawTokens(*self.sinks), RawTokens(*self.ring)
 
-    def attend(self, query: torch.Tensor, workspace: torch.Tensor, **options: Any) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, workspace: torch.Tensor, *, mask: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         """`decode_attention` over what is held (rotated quantizers only): [B, Hq, q, D] -> [B, Hq, q, Dv]."""
-        where = *self.sides(), *self.raw(), self.starts
-        threshold, counts = self.plan.sparse_v_threshold, self.counts[:2]
-        return decode_attention(
-            query, *where, **options, sparse_v_threshold=threshold, counts=counts, workspace=workspace
-        )
+        history = History(*self.sides(), *self.raw(), self.starts, self.counts[:2])
+        scoring = Scoring(**options, sparse_v_threshold=self.plan.sparse_v_threshold)
+        return decode_attention(query, history, scoring, mask=mask, workspace=workspace)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, H, max_len, D] in the model's dtype, zeros behind the newest. Does not wait for a GPU."""

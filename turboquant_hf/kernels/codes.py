@@ -28,6 +28,35 @@ class CodeGroup:
         return self.codebook.bits
 
 
+@dataclass(frozen=True, eq=False)
+class TileCoding:
+    """How the tiles of keys or of values are coded: y = transform @ (balance * (v - mean))[order] for a vector v.
+
+    Attributes:
+        transform: [D, D] or [B or 1, H, D, D]. One for all sequences is taken for a constant: kernels keep what they
+            make of it.
+        groups: how y is cut; sizes add up to D.
+        scale_rule: "norm" |y| / sqrt(size), "norm-corrected" |y| / |c|, "mse" <y, c> / <c, c>, or "unbiased"
+            |y|^2 / <y, c> (EDEN, RaBitQ), for the codebook vector c of a group.
+        scale_format: see `store_scale`.
+        channel_major: see `tile_bytes`.
+        center: whether the mean is that of a tile's tokens, and is stored.
+        gain: float32 [B, H], what scales are divided by before they are stored; None for ones.
+        order: int16 [B, H, D], a permutation of the channels; None for the identity.
+        balance: float32 [B, H, D], expected to bring the vectors near 1; None for ones.
+    """
+
+    transform: torch.Tensor
+    groups: tuple[CodeGroup, ...]
+    scale_rule: str = "norm"
+    scale_format: str = "fp16"
+    channel_major: bool = False
+    center: bool = False
+    gain: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    balance: torch.Tensor | None = None
+
+
 def tile_bytes(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) -> int:
     """Bytes of the codes of one tile of `tile` tokens.
 

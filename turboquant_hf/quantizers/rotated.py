@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -13,6 +13,7 @@ from turboquant_hf.kernels.codes import (
     SCALE_FORMATS,
     SCALE_RULES,
     CodeGroup,
+    TileCoding,
     load_scale,
     store_scale,
     tile_bytes,
@@ -133,15 +134,8 @@ class RotatedQuantizer(Quantizer):
         self._encode(tiles, state, weight, out)
 
     def _encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed | None) -> Packed:
-        head_dim, num_heads = tiles.shape[-1], tiles.shape[1]
-        return encode_tiles(
-            tiles,
-            self.rotation_of(head_dim, num_heads, tiles.device),
-            self.groups(head_dim),
-            weight=weight,
-            out=out,
-            **self.encoding(state),
-        )
+        coding = self.coding(state, tiles.shape[-1], tiles.shape[1], tiles.device)
+        return encode_tiles(tiles, coding, weight=weight, out=out)
 
     def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
         """Heads whose one-byte scales saturate get a larger gain; NaN where none helps. Waits for the device."""
@@ -166,29 +160,24 @@ class RotatedQuantizer(Quantizer):
         old["scale"].copy_(store_scale(scale, self.scale_format))
         return {**state, "gain": (gain * widened).masked_fill(hopeless | full, torch.nan)}
 
-    def encoding(self, state: State) -> dict[str, Any]:
-        """What `encode_tiles` is told beside the tiles, the rotation and the groups."""
-        return {
-            "scale_rule": self.scale,
-            "scale_format": self.scale_format,
-            "gain": state.get("gain"),
-            "order": state.get("order"),
-            "balance": state.get("balance"),
-            "center": self.centered,
-            "channel_major": self.channel_major,
-        }
+    def coding(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> TileCoding:
+        """How the kernels code tiles with this state."""
+        return TileCoding(
+            self.rotation_of(head_dim, num_heads, device),
+            self.groups(head_dim),
+            scale_rule=self.scale,
+            scale_format=self.scale_format,
+            channel_major=self.channel_major,
+            center=self.centered,
+            gain=state.get("gain"),
+            order=state.get("order"),
+            balance=state.get("balance"),
+        )
 
     def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         num_heads, device = packed["codes"].shape[1], packed["codes"].device
-        x = decode_tiles(
-            packed,
-            self.inverse(state, head_dim, num_heads, device),
-            self.groups(head_dim),
-            scale_format=self.scale_format,
-            gain=state.get("gain"),
-            channel_major=self.channel_major,
-        )
-        return x.to(dtype)
+        inverse = self.inverse(state, head_dim, num_heads, device)
+        return decode_tiles(packed, inverse, self.coding(state, head_dim, num_heads, device)).to(dtype)
 
     def packed_side(self, packed: Packed, state: State, head_dim: int) -> PackedSide:
         """The tiles as the decode kernels read them."""

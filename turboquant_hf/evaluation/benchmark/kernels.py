@@ -22,7 +22,7 @@ from turboquant_hf.evaluation.benchmark.rows import Recorder
 from turboquant_hf.evaluation.benchmark.settings import Group
 from turboquant_hf.evaluation.benchmark.timing import measure, relative_error, rotation_count
 from turboquant_hf.kernels import dispatch
-from turboquant_hf.kernels.decode import PackedSide, RawTokens
+from turboquant_hf.kernels.decode import History, PackedSide, RawTokens, Scoring
 from turboquant_hf.kernels.decode import reference as decode_reference
 
 ERROR_BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-3}
@@ -69,18 +69,14 @@ class Inputs:
     """The arguments of one `decode_attention` call."""
 
     query: torch.Tensor
-    keys: PackedSide
-    values: PackedSide
-    sinks: RawTokens
-    tail: RawTokens
-    starts: torch.Tensor
+    history: History
     workspace: torch.Tensor | None = None
     sparse_v_threshold: float = 0.0
 
     @classmethod
     def of_layer(cls, layer: TurboQuantLayer, query: torch.Tensor, workspace: torch.Tensor | None = None) -> Inputs:
         raws = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())
-        return cls(query, *layer.packed_sides(), *raws, layer.sinks.starts, workspace)
+        return cls(query, History(*layer.packed_sides(), *raws, layer.sinks.starts), workspace)
 
     @classmethod
     def rotated(
@@ -93,10 +89,8 @@ class Inputs:
 
     def attend(self) -> torch.Tensor:
         """By the backend that TURBOQUANT_BACKEND names."""
-        return dispatch.decode_attention(
-            self.query, self.keys, self.values, self.sinks, self.tail, self.starts,
-            scaling=self.scaling, workspace=self.workspace, sparse_v_threshold=self.sparse_v_threshold,
-        )  # fmt: skip
+        scoring = Scoring(self.scaling, sparse_v_threshold=self.sparse_v_threshold)
+        return dispatch.decode_attention(self.query, self.history, scoring, workspace=self.workspace)
 
     @property
     def scaling(self) -> float:
@@ -113,10 +107,10 @@ class Inputs:
             names = ("codes", "scale", "order", "balance", "mean", "gain")
             return replace(x, **{n: getattr(x, n)[one] for n in names if getattr(x, n) is not None})
 
-        raws = [RawTokens(x.keys[one].float(), x.values[one].float()) for x in (self.sinks, self.tail)]
-        return decode_reference.decode_attention(
-            self.query[one].float(), side(self.keys), side(self.values), *raws, self.starts[one], scaling=self.scaling
-        )
+        held = self.history
+        raws = [RawTokens(x.keys[one].float(), x.values[one].float()) for x in (held.sinks, held.tail)]
+        history = History(side(held.keys), side(held.values), *raws, held.starts[one])
+        return decode_reference.decode_attention(self.query[one].float(), history, Scoring(self.scaling))
 
 
 def run_group(group: Group, names: list[str], device: torch.device, bandwidth: float, recorder: Recorder) -> None:

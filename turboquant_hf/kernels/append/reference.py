@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turboquant_hf.kernels.decode.reference import RawTokens
+from turboquant_hf.kernels.decode.inputs import RawTokens
 
 
 def append_tokens(

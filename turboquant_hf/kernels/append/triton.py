@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous
-from turboquant_hf.kernels.decode.reference import RawTokens
-from turboquant_hf.kernels.progress import announces
+from turboquant_hf.kernels.common.kernel import kernel
+from turboquant_hf.kernels.decode.inputs import RawTokens
 
 
 @triton.jit
@@ -18,11 +18,7 @@ def _store_rows(p_new, p_ring, p_sinks, d, m_d, slot, sink, m_token, m_sink, q, 
     tl.store(p_sinks + sink * D + d, row, mask=m_d & m_token & m_sink)
 
 
-@announces
-@triton.jit(
-    do_not_specialize=["key_b", "key_h", "key_q", "value_b", "value_h", "value_q", "max_len", "Q", "R"],
-    do_not_specialize_on_alignment=["p_starts", "p_counts", "p_ticket"],
-)
+@kernel("p_starts", "p_counts", "p_ticket")
 def _append_kernel(
     p_keys, p_values, p_ring_keys, p_ring_values, p_sink_keys, p_sink_values, p_starts, p_counts, p_ticket,
     key_b: tl.int64, key_h: tl.int64, key_q, value_b: tl.int64, value_h: tl.int64, value_q, max_len, Q, R,

@@ -1,5 +1,6 @@
 """Attention that reads packed tiles."""
 
-from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens, decode_attention
+from turboquant_hf.kernels.decode.inputs import History, PackedSide, RawTokens, Scoring
+from turboquant_hf.kernels.decode.reference import decode_attention
 
-__all__ = ["PackedSide", "RawTokens", "decode_attention"]
+__all__ = ["History", "PackedSide", "RawTokens", "Scoring", "decode_attention"]

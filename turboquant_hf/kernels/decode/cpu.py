@@ -22,7 +22,8 @@ from math import gcd
 import torch
 
 from turboquant_hf.kernels.codes import load_scale
-from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens, _in_use, _visible
+from turboquant_hf.kernels.decode.inputs import History, PackedSide, Scoring
+from turboquant_hf.kernels.decode.reference import _visible
 from turboquant_hf.primitives import Codebook, packed_size
 from turboquant_hf.primitives.packing import planes
 
@@ -47,46 +48,37 @@ def _in_float32(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @_in_float32
 def decode_attention(
-    query: torch.Tensor,
-    keys: PackedSide,
-    values: PackedSide,
-    sinks: RawTokens,
-    tail: RawTokens,
-    starts: torch.Tensor,
-    *,
-    scaling: float,
-    mask: torch.Tensor | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    sparse_v_threshold: float = 0.0,
-    counts: torch.Tensor | None = None,
+    query: torch.Tensor, history: History, scoring: Scoring, *, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`reference.decode_attention`, faster; the same arguments and result, but without gradients."""
-    if counts is not None:
-        keys, values, tail, mask = _in_use(keys, values, tail, mask, *counts.tolist())
+    history = history.in_use()
+    keys, values, sinks, tail = history.keys, history.values, history.sinks, history.tail
+    mask = None if mask is None else mask[:, : history.length]
     batch, query_heads, count, dim = query.shape
     _, heads, tiles, _, tile = keys.scale.shape
-    rows = (query.detach().float() * scaling).reshape(batch, heads, -1, dim)  # M rows per KV head
+    rows = (query.detach().float() * scoring.scaling).reshape(batch, heads, -1, dim)  # M rows per KV head
 
     # Columns: packed tokens | sinks | tail | s_aux.
     packed = tiles * tile
     split = packed + sinks.keys.shape[2]
     total = split + tail.keys.shape[2]
-    scores = rows.new_empty(batch, heads, rows.shape[2], total + (s_aux is not None))
+    scores = rows.new_empty(batch, heads, rows.shape[2], total + (scoring.s_aux is not None))
     _packed_scores(rows, keys, scores[..., :packed])
     scores[..., packed:split] = rows @ sinks.keys.float().transpose(2, 3)
     scores[..., split:total] = rows @ tail.keys.float().transpose(2, 3)
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    seen = _hide(scores, packed, total, starts, sinks.keys.shape[2], count, mask)
-    if s_aux is not None:
-        scores[..., total] = s_aux.detach().float().view(heads, -1, 1).expand(-1, -1, count).reshape(heads, -1)
+    if scoring.softcap is not None:
+        scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    seen = _hide(scores, packed, total, history.starts, sinks.keys.shape[2], count, mask)
+    if scoring.s_aux is not None:
+        extra = scoring.s_aux.detach().float().view(heads, -1, 1)
+        scores[..., total] = extra.expand(-1, -1, count).reshape(heads, -1)
     weights = scores.softmax(dim=-1)
     if seen is not None:
         weights = weights.masked_fill_(~seen, 0.0)
-    if sparse_v_threshold:
+    if scoring.sparse_v_threshold:
         by_tile = weights[..., :packed].unflatten(-1, (tiles, tile))
-        unlikely = by_tile.amax(dim=-1) < sparse_v_threshold * weights[..., :total].amax(dim=-1, keepdim=True)
+        least = scoring.sparse_v_threshold * weights[..., :total].amax(dim=-1, keepdim=True)
+        unlikely = by_tile.amax(dim=-1) < least
         by_tile.masked_fill_(unlikely.all(dim=2, keepdim=True)[..., None], 0.0)
 
     out = values.unrotate(_packed_values(weights[..., :packed], values))

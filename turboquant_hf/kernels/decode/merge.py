@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.decode.softmax import LOG2E
-from turboquant_hf.kernels.progress import announces
 
 
-@announces
-@triton.jit(do_not_specialize=["splits", "parts", "raw_first", "M", "Q"])
+@kernel()
 def _merge_kernel(
     p_part, p_raw_part, p_peak, p_total, p_aux, p_out, p_raw_out, splits, parts, raw_first, M, Q,
     H: tl.constexpr, DV: tl.constexpr, AUX: tl.constexpr, BLOCK_S: tl.constexpr,

@@ -6,26 +6,17 @@ logit and total (`merge` adds parts up).
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset
+from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.spec import group_count, group_of
 from turboquant_hf.kernels.common.unpacking import load_scales
 from turboquant_hf.kernels.decode.softmax import logits_of, raw_step, update
 from turboquant_hf.kernels.decode.tiles import block_of, chunks_in, decode_values, load_query, score_group, store_group
-from turboquant_hf.kernels.progress import announces
 
 
-@announces
-@triton.jit(
-    do_not_specialize=[
-        "kc_b", "kc_h", "kc_n", "ks_b", "ks_h", "ks_n", "km_b", "km_h", "km_n", "vc_b", "vc_h", "vc_n", "vs_b", "vs_h",
-        "vs_n", "vm_b", "vm_h", "vm_n", "sk_b", "sk_h", "sk_t", "sv_b", "sv_h", "sv_t", "tk_b", "tk_h", "tk_t", "tv_b",
-        "tv_h", "tv_t", "mask_b", "tiles", "tiles_per_split", "splits", "tail", "raw_tokens", "ring", "M", "Q",
-    ],
-    do_not_specialize_on_alignment=["p_key_gain", "p_value_gain", "p_starts", "p_mask", "p_counts"],
-)  # fmt: skip
+@kernel("p_key_gain", "p_value_gain", "p_starts", "p_mask", "p_counts")
 def _split_kernel(
     p_rotated, p_query, p_key_codes, p_key_scale, p_key_mean, p_value_codes, p_value_scale, p_value_mean,
     p_key_levels, p_value_levels, p_key_gain, p_value_gain, p_sink_keys, p_sink_values, p_tail_keys, p_tail_values,

@@ -9,8 +9,8 @@ import triton.language as tl
 from turboquant_hf.kernels.common.addresses import rows_contiguous
 from turboquant_hf.kernels.common.spec import GroupSpec, padded_size, tile_spec
 from turboquant_hf.kernels.common.tables import level_table
+from turboquant_hf.kernels.decode.inputs import History, PackedSide, Scoring
 from turboquant_hf.kernels.decode.merge import _merge_kernel
-from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
 from turboquant_hf.kernels.decode.split import _split_kernel
 
 BLOCK_RAW = 32
@@ -22,28 +22,20 @@ INTERPRETER_SPLITS = 3
 
 def decode_attention(
     query: torch.Tensor,
-    keys: PackedSide,
-    values: PackedSide,
-    sinks: RawTokens,
-    tail: RawTokens,
-    starts: torch.Tensor,
+    history: History,
+    scoring: Scoring,
     *,
-    scaling: float,
     mask: torch.Tensor | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    sparse_v_threshold: float = 0.0,
     num_splits: int | None = None,
-    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Equivalent to `reference.decode_attention`, with products in half precision unless the query is float32.
 
     Args:
-        sparse_v_threshold: values of a tile are not read where all its probabilities, relative to the largest seen
-            so far by the same program, are below it; 0 reads everything.
         num_splits: programs that share the tiles of a KV head; None fills the device.
         Others as in the reference.
     """
+    keys, values, sinks, tail = history.keys, history.values, history.sinks, history.tail
+    counts, softcap, s_aux = history.counts, scoring.softcap, scoring.s_aux
     batch, query_heads, count, dim = query.shape
     heads, tiles, tile = keys.codes.shape[1], keys.codes.shape[2], keys.scale.shape[-1]
     rows = query.reshape(batch, heads, query_heads // heads * count, dim).contiguous()
@@ -73,19 +65,19 @@ def decode_attention(
     packed_sides = [_inner_contiguous(side) for side in (keys, values)]
     tensors = [x for side in packed_sides for x in side]
     raws = [rows_contiguous(x) for x in (sinks.keys, sinks.values, tail.keys, tail.values)]
-    none = starts
+    none = history.starts
     mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
     gains = [None if side.gain is None else side.gain.contiguous() for side in (keys, values)]
     key_levels, value_levels = level_table(keys.groups, device), level_table(values.groups, device)
     _split_kernel[(batch * heads, parts, row_blocks)](
         rotated, rows, *(none if x is None else x for x in tensors), key_levels, value_levels,
-        *(none if x is None else x for x in gains), *raws, starts,
+        *(none if x is None else x for x in gains), *raws, history.starts,
         none if mask is None else mask.view(torch.uint8), none if counts is None else counts,
         part, raw_part, peak, total,
         *(stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
         *(stride for x in raws for stride in x.stride()[:3]), 0 if mask is None else mask.stride(0),
         tiles, per_split, splits, length, RAW_TOKENS, length, m, count,
-        float(scaling), float(softcap or 1.0), float(sparse_v_threshold),
+        float(scoring.scaling), float(softcap or 1.0), float(scoring.sparse_v_threshold),
         H=heads, D=dim, DV=value_dim, T=tile, S=sinks.keys.shape[2],
         KEYS=key_spec, VALUES=value_spec, KEY_GAIN=keys.gain is not None, VALUE_GAIN=values.gain is not None,
         BLOCK_M=block_m, BLOCK_T=padded_size(tile), BLOCK_R=BLOCK_RAW,
@@ -94,7 +86,7 @@ def decode_attention(
         PRECISION="ieee" if single else "tf32",
         KEY_MEAN=keys.mean is not None, VALUE_MEAN=values.mean is not None,
         MASK=mask is not None, SOFTCAP=softcap is not None, CAUSAL_TILES=counts is None and length < count,
-        SPARSE=sparse_v_threshold > 0.0, COUNTS=counts is not None,
+        SPARSE=scoring.sparse_v_threshold > 0.0, COUNTS=counts is not None,
         **_launch(dim, block_m, (*key_spec.groups, *value_spec.groups)),
     )  # fmt: skip
     _merge_kernel[(batch * heads, m)](

@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.codes import CodeGroup
+from turboquant_hf.kernels.codes import TileCoding
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous
+from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.spec import (
     MAX_CHUNK,
     group_count,
@@ -19,7 +20,6 @@ from turboquant_hf.kernels.common.spec import (
 )
 from turboquant_hf.kernels.common.tables import level_table
 from turboquant_hf.kernels.common.unpacking import load_scales
-from turboquant_hf.kernels.progress import announces
 
 
 @triton.jit
@@ -58,8 +58,7 @@ def _decode_group(
     return acc
 
 
-@announces
-@triton.jit(do_not_specialize=["c_b", "c_h", "c_n", "s_b", "s_h", "s_n", "m_b", "m_h", "m_n", "N"])
+@kernel()
 def _decode_kernel(
     p_codes, p_scale, p_levels, p_inverse, p_gain, p_mean, p_out,
     c_b: tl.int64, c_h: tl.int64, c_n, s_b: tl.int64, s_h: tl.int64, s_n, m_b: tl.int64, m_h: tl.int64, m_n,
@@ -78,8 +77,8 @@ def _decode_kernel(
     p_scale += head_offset(b, h, s_b, s_h, T) + row_offset(n, s_n, T)
     for g in tl.static_range(group_count(SPEC)):
         acc = _decode_group(
-            acc, p_codes, p_scale + g * T, p_levels,
-            p_inverse + b * a_b + h * a_h, d, group_of(SPEC, g), SPEC.shift, T, D, BLOCK_T, BLOCK_C, CHANNEL_MAJOR,
+            acc, p_codes, p_scale + g * T, p_levels, p_inverse + head_offset(b, h, a_b, a_h, D), d, group_of(SPEC, g),
+            SPEC.shift, T, D, BLOCK_T, BLOCK_C, CHANNEL_MAJOR,
         )  # fmt: skip
     acc *= SPEC.unit
     if GAIN:
@@ -92,22 +91,15 @@ def _decode_kernel(
     tl.store(p_out + o_out, acc, mask=(t < T)[:, None] & (d < D)[None, :])
 
 
-def decode_tiles(
-    packed: dict[str, torch.Tensor],
-    inverse: torch.Tensor,
-    groups: tuple[CodeGroup, ...],
-    *,
-    scale_format: str = "fp16",
-    gain: torch.Tensor | None = None,
-    channel_major: bool = False,
-) -> torch.Tensor:
+def decode_tiles(packed: dict[str, torch.Tensor], inverse: torch.Tensor, coding: TileCoding) -> torch.Tensor:
     """Equivalent to `reference.decode_tiles`; products are float32 to within a few units in the last place."""
+    groups, gain = coding.groups, coding.gain
     codes, scale, mean = rows_contiguous(packed["codes"]), packed["scale"], packed.get("mean")
     batch, heads, tiles = codes.shape[:3]
     tile, dim, device = scale.shape[-1], inverse.shape[-1], codes.device
     scale = rows_contiguous(scale) if scale.stride(3) == tile else scale.contiguous()
     mean = mean if mean is None else rows_contiguous(mean)
-    spec = tile_spec(groups, tile, scale_format, channel_major=channel_major, exact=True)
+    spec = tile_spec(groups, tile, coding.scale_format, channel_major=coding.channel_major, exact=True)
     matrix = inverse.float().contiguous()
     out = torch.empty((batch, heads, tiles, tile, dim), dtype=torch.float32, device=device)
     if out.numel():
@@ -117,7 +109,7 @@ def decode_tiles(
             out if mean is None else mean, out, *codes.stride()[:3], *scale.stride()[:3],
             *((0, 0, 0) if mean is None else mean.stride()[:3]), *_head_strides(matrix), heads, tiles,
             SPEC=spec, T=tile, D=dim, BLOCK_T=padded_size(tile), BLOCK_D=block, BLOCK_C=32,
-            MEAN=mean is not None, GAIN=gain is not None, CHANNEL_MAJOR=channel_major, num_warps=8,
+            MEAN=mean is not None, GAIN=gain is not None, CHANNEL_MAJOR=coding.channel_major, num_warps=8,
         )  # fmt: skip
     return out
 

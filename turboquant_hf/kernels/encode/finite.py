@@ -9,14 +9,13 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous, tiles_per_program
+from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.spec import padded_size
-from turboquant_hf.kernels.progress import announces
 
 PROGRAMS = 1024
 
 
-@announces
-@triton.jit(do_not_specialize=["x_b", "x_h", "x_n", "x_t", "w_b", "w_n", "N", "TILES"])
+@kernel()
 def _finite_kernel(
     p_x, p_weight, p_bad, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n, H, N, TILES,
     T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

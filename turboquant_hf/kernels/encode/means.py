@@ -7,13 +7,12 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous
+from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.means import masked_mean
 from turboquant_hf.kernels.common.spec import padded_size
-from turboquant_hf.kernels.progress import announces
 
 
-@announces
-@triton.jit(do_not_specialize=["x_b", "x_h", "x_n", "x_t", "w_b", "w_n", "N"])
+@kernel()
 def _mean_kernel(
     p_x, p_weight, p_out, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n, H, N,
     T: tl.constexpr, D: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.codes import CodeGroup
+from turboquant_hf.kernels.common.addresses import row_offset
 from turboquant_hf.kernels.common.spec import group_count, group_of
 from turboquant_hf.primitives.memo import once, once_per_tensor
 
@@ -36,7 +37,7 @@ def group_matrices(p_matrix, row, m_row, part_stride, D: tl.constexpr, GROUP: tl
     mask = m_row[:, None] & (c < GROUP.size)[None, :]
     found = ()
     for part in tl.static_range(PARTS):
-        found = found + (tl.load(p_matrix + part * part_stride + o_row, mask=mask, other=0.0),)  # noqa: RUF005
+        found = found + (tl.load(p_matrix + row_offset(part, part_stride, D) + o_row, mask=mask, other=0.0),)  # noqa: RUF005
     return found
 
 

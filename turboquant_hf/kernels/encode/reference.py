@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from turboquant_hf.kernels.codes import CodeGroup, load_scale, store_scale, to_half
+from turboquant_hf.kernels.codes import CodeGroup, TileCoding, load_scale, store_scale, to_half
+from turboquant_hf.kernels.schedule import Schedule
 from turboquant_hf.primitives import pack, packed_size, unpack
 
 
@@ -26,68 +27,51 @@ def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 
 def encode_tiles(
     x: torch.Tensor,
-    transform: torch.Tensor,
-    groups: tuple[CodeGroup, ...],
+    coding: TileCoding,
     *,
-    scale_rule: str,
-    scale_format: str = "fp16",
-    gain: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
-    balance: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
-    center: bool = False,
     weight: torch.Tensor | None = None,
-    channel_major: bool = False,
     out: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Transform, scale, code and pack tiles.
 
     Args:
         x: [B, H, N, T, D], any float dtype; the arithmetic is float32.
-        transform: [D, D] or [B or 1, H, D, D]; a vector v becomes y = transform @ (balance * (v - mean))[order].
-            One for all sequences is taken for a constant: kernels keep what they make of it.
-        groups: how y is cut; sizes add up to D.
-        scale_rule: "norm" |y| / sqrt(size), "norm-corrected" |y| / |c|, "mse" <y, c> / <c, c>, or "unbiased"
-            |y|^2 / <y, c> (EDEN, RaBitQ), for the codebook vector c of a group.
-        scale_format: see `kernels.codes.store_scale`.
-        gain: float32 [B, H], what scales are divided by before they are stored.
-        order: int16 [B, H, D], a permutation of the channels.
-        balance: float32 [B, H, D], what channels are multiplied by; expected to bring the input near 1.
-        mean: [B, H, N, D], subtracted before the transform.
-        center: take (and return) `tile_mean(x, weight)` as the mean.
-        weight: [B, N, T], of use with `center`.
+        mean: [B, H, N, D], subtracted before the transform; with `coding.center` it is `tile_mean(x, weight)`.
+        weight: [B, N, T], of use with `coding.center`.
         out: arrays (or views of some, [B, H, N, ...]) to write to, instead of new ones.
 
     Returns:
-        {"codes": uint8 [B, H, N, bytes], "scale": [B, H, N, G, T]} and with `center` "mean" [B, H, N, D] fp16: `out`
-        where it is given.
+        {"codes": uint8 [B, H, N, bytes], "scale": [B, H, N, G, T]} and with `coding.center` "mean" [B, H, N, D] fp16:
+        `out` where it is given.
     """
+    transform, center, channel_major = coding.transform, coding.center, coding.channel_major
     v = _nan_for_inf(x.float())
     if center:
         mean = tile_mean(x, weight)
     if mean is not None:
         v = v - mean.unsqueeze(-2).float()
-    if order is not None:
-        transform = sorted_columns(transform, order)
-    if balance is not None:
-        transform = transform * balance.unsqueeze(-2)
+    if coding.order is not None:
+        transform = sorted_columns(transform, coding.order)
+    if coding.balance is not None:
+        transform = transform * coding.balance.unsqueeze(-2)
     matrix = transform if transform.dim() == 2 else transform.unsqueeze(2)
     y = v @ matrix.float().transpose(-1, -2)
 
     rows, scales = [], []
-    for group, part in zip(groups, y.split([group.size for group in groups], dim=-1), strict=True):
+    for group, part in zip(coding.groups, y.split([group.size for group in coding.groups], dim=-1), strict=True):
         unit = part.norm(dim=-1, keepdim=True) / group.size**0.5
         codes = group.codebook.encode(part / unit.clamp(min=1e-30))
-        scales.append(_scale(part, group.codebook.decode(codes), scale_rule))
+        scales.append(_scale(part, group.codebook.decode(codes), coding.scale_rule))
         rows.append(pack(codes.transpose(-1, -2) if channel_major else codes, group.bits))
     if channel_major:
         packed = torch.cat([row.flatten(-2) for row in rows], dim=-1)
     else:
         packed = torch.cat(rows, dim=-1).flatten(-2)
     scale = torch.stack(scales, dim=-2)
-    if gain is not None:
-        scale = scale / gain[:, :, None, None, None]
-    made = {"codes": packed, "scale": store_scale(scale, scale_format), **({"mean": mean} if center else {})}
+    if coding.gain is not None:
+        scale = scale / coding.gain[:, :, None, None, None]
+    made = {"codes": packed, "scale": store_scale(scale, coding.scale_format), **({"mean": mean} if center else {})}
     if out is None:
         return made
     for name, array in made.items():
@@ -102,52 +86,28 @@ def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(source).scatter(-1, index, source)
 
 
-def encode_due(
-    ring: torch.Tensor,
-    transform: torch.Tensor,
-    groups: tuple[CodeGroup, ...],
-    counts: torch.Tensor,
-    fitted: torch.Tensor,
-    starts: torch.Tensor,
-    *,
-    tile: int,
-    window: int,
-    sinks: int,
-    scale_rule: str,
-    scale_format: str = "fp16",
-    gain: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
-    balance: torch.Tensor | None = None,
-    center: bool = False,
-    channel_major: bool = False,
-    out: dict[str, torch.Tensor],
-) -> None:
+def encode_due(ring: torch.Tensor, coding: TileCoding, schedule: Schedule, out: dict[str, torch.Tensor]) -> None:
     """Encode the next tile of a ring of raw tokens, if it is due (`kernels.statistics.due` has the whole step).
 
-    Due is tile number counts[0] where the layer is fitted, the arrays have room for it, and `window` tokens follow it.
-    `ring`, `counts`, `fitted` and `starts` are described there, all others in `encode_tiles`.
-
     Args:
-        sinks: positions below starts + sinks carry no weight in a mean.
-        gain: also written: NaN for a head with a NaN, an infinity or a scale beyond the largest one-byte scale in a
-            token that has weight, since scales of one byte cannot say so. Without a gain the tile's mean becomes NaN.
+        ring: [B, H, R, D], R a multiple of the tile; position p stands in slot p % R.
+        coding: its gain is also written: NaN for a head with a NaN, an infinity or a scale beyond the largest one-byte
+            scale in a token that has weight, since scales of one byte cannot say so. Without a gain the tile's mean
+            becomes NaN.
         out: arrays [B, H, capacity, ...] as `encode_tiles` names them; tile n goes to [:, :, n].
     """
-    tiles, length = counts.tolist()
-    if not int(fitted[0]) or length < (tiles + 1) * tile + window or tiles >= out["codes"].shape[2]:
+    if not schedule.is_due():
         return
+    tiles, tile = int(schedule.counts[0]), schedule.tile
     slot = tiles * tile % ring.shape[2]
     position = torch.arange(tiles * tile, (tiles + 1) * tile, device=ring.device)
-    weight = (position >= starts[:, None] + sinks)[:, None].float()
+    weight = (position >= schedule.starts[:, None] + schedule.sinks)[:, None].float()
     x = ring[:, :, None, slot : slot + tile]
     place = {name: array[:, :, tiles : tiles + 1] for name, array in out.items()}
-    encode_tiles(
-        x, transform, groups, scale_rule=scale_rule, scale_format=scale_format,
-        gain=gain, order=order, balance=balance, center=center, weight=weight, channel_major=channel_major, out=place,
-    )  # fmt: skip
+    encode_tiles(x, coding, weight=weight, out=place)
     full = saturated_heads(place["scale"], weight)
-    if gain is not None:
-        gain.masked_fill_(bad_heads([x], weight) | full, torch.nan)
+    if coding.gain is not None:
+        coding.gain.masked_fill_(bad_heads([x], weight) | full, torch.nan)
     elif "mean" in place:
         place["mean"].masked_fill_(full[:, :, None, None], torch.nan)
 
@@ -199,7 +159,7 @@ def decode_rotated(
     gain: torch.Tensor | None = None,
     channel_major: bool = False,
 ) -> torch.Tensor:
-    """The scaled codebook vectors, still rotated: float32 [B, H, N, T, D]. Arguments as in `encode_tiles`."""
+    """The scaled codebook vectors, still rotated: float32 [B, H, N, T, D]. Arguments as in `TileCoding`."""
     tile = scale.shape[-1]
     factor = load_scale(scale, scale_format)
     if gain is not None:
@@ -222,22 +182,17 @@ def decode_rotated(
     return torch.cat(parts, dim=-1)
 
 
-def decode_tiles(
-    packed: dict[str, torch.Tensor],
-    inverse: torch.Tensor,
-    groups: tuple[CodeGroup, ...],
-    *,
-    scale_format: str = "fp16",
-    gain: torch.Tensor | None = None,
-    channel_major: bool = False,
-) -> torch.Tensor:
+def decode_tiles(packed: dict[str, torch.Tensor], inverse: torch.Tensor, coding: TileCoding) -> torch.Tensor:
     """Undo `encode_tiles`: x = inverse @ y + mean (where `packed` has a "mean"), float32 [B, H, N, T, D].
 
-    inverse: [D, D] or [B or 1, H, D, D], the inverse of `encode_tiles`' transform.
+    Args:
+        inverse: [D, D] or [B or 1, H, D, D], of all that `coding` does to a vector: its transform, order and balance
+            are not looked at.
     """
     y = decode_rotated(
-        packed["codes"], packed["scale"], groups, scale_format=scale_format, gain=gain, channel_major=channel_major
-    )
+        packed["codes"], packed["scale"], coding.groups, scale_format=coding.scale_format, gain=coding.gain,
+        channel_major=coding.channel_major,
+    )  # fmt: skip
     matrix = inverse if inverse.dim() == 2 else inverse.unsqueeze(2)
     x = y @ matrix.float().transpose(-1, -2)
     if "mean" in packed:

@@ -11,12 +11,15 @@ Codes, scales and means go straight to their place in the cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.codes import CodeGroup, tile_bytes
+from turboquant_hf.kernels.codes import TileCoding, tile_bytes
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous, tiles_per_program
+from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.means import masked_mean
 from turboquant_hf.kernels.common.spec import group_block, group_count, group_of, padded_size, plane_count, tile_spec
 from turboquant_hf.kernels.common.tables import level_table, pair_table, threshold_table
@@ -37,7 +40,7 @@ from turboquant_hf.kernels.encode.product import (
     ranks,
 )
 from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
-from turboquant_hf.kernels.progress import announces
+from turboquant_hf.kernels.schedule import Schedule
 
 __all__ = ["bad_heads", "decode_tiles", "encode_due", "encode_tiles", "tile_mean"]
 
@@ -95,14 +98,7 @@ def _write_group(
     return stored
 
 
-@announces
-@triton.jit(
-    do_not_specialize=[
-        "x_b", "x_h", "x_n", "x_t", "w_b", "w_n", "m_b", "m_h", "m_n", "c_b", "c_h", "c_n", "s_b", "s_h", "s_n",
-        "N", "TILES", "RING", "SINKS", "WINDOW",
-    ],
-    do_not_specialize_on_alignment=["p_weight", "p_mean", "p_gain", "p_counts", "p_fitted"],
-)  # fmt: skip
+@kernel("p_weight", "p_mean", "p_gain", "p_counts", "p_fitted")
 def _encode_kernel(
     p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_codes,
     p_scale, p_counts, p_fitted, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
@@ -136,7 +132,7 @@ def _encode_kernel(
     t = row
     if FOLDED:
         t = row // 16 * 8 + row % 8 + row // 8 % 2 * (T // 2)
-    p_matrix += b * a_b + h * a_h
+    p_matrix += head_offset(b, h, a_b, a_h, D)
     p_units += h * u_h
     gain = 1.0
     if GAIN:
@@ -206,83 +202,52 @@ def _encode_kernel(
 
 def encode_tiles(
     x: torch.Tensor,
-    transform: torch.Tensor,
-    groups: tuple[CodeGroup, ...],
+    coding: TileCoding,
     *,
-    scale_rule: str,
-    scale_format: str = "fp16",
-    gain: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
-    balance: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
-    center: bool = False,
     weight: torch.Tensor | None = None,
-    channel_major: bool = False,
     out: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Equivalent to `reference.encode_tiles`; products are float32 to within a few units in the last place."""
-    batch, heads, tiles, tile, dim = x.shape
+    batch, heads, tiles = x.shape[:3]
     x = rows_contiguous(x)
     if out is None:
-        out = new_arrays(x, groups, scale_format, center, channel_major)
+        out = _new_arrays(x, coding)
     if x.numel():
-        arguments = _arguments(
-            x, transform, groups, scale_rule, scale_format, gain, order, balance, mean, center, channel_major, out
-        )
         per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
-        weight = rows_contiguous(weight) if center and weight is not None else None
+        weight = rows_contiguous(weight) if coding.center and weight is not None else None
         strides = (0, 0) if weight is None else weight.stride()[:2]
         _encode_kernel[(batch * heads, triton.cdiv(tiles, per_program))](
-            **arguments, p_weight=x if weight is None else weight, WEIGHT="none" if weight is None else "given",
-            w_b=strides[0], w_n=strides[1], N=tiles, TILES=per_program,
+            **_arguments(x, coding, mean, out), p_weight=x if weight is None else weight,
+            WEIGHT="none" if weight is None else "given", w_b=strides[0], w_n=strides[1], N=tiles, TILES=per_program,
             p_counts=x, p_fitted=x, RING=0, SINKS=0, WINDOW=0, DUE=False,
         )  # fmt: skip
     return out
 
 
-def encode_due(
-    ring: torch.Tensor,
-    transform: torch.Tensor,
-    groups: tuple[CodeGroup, ...],
-    counts: torch.Tensor,
-    fitted: torch.Tensor,
-    starts: torch.Tensor,
-    *,
-    tile: int,
-    window: int,
-    sinks: int,
-    scale_rule: str,
-    scale_format: str = "fp16",
-    gain: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
-    balance: torch.Tensor | None = None,
-    center: bool = False,
-    channel_major: bool = False,
-    out: dict[str, torch.Tensor],
-) -> None:
+def encode_due(ring: torch.Tensor, coding: TileCoding, schedule: Schedule, out: dict[str, torch.Tensor]) -> None:
     """Equivalent to `reference.encode_due`; the host does not wait."""
-    x = ring.unflatten(2, (-1, tile))
-    arguments = _arguments(
-        x, transform, groups, scale_rule, scale_format, gain, order, balance, None, center, channel_major, out
-    )
+    x = ring.unflatten(2, (-1, schedule.tile))
+    weighted = coding.center or coding.gain is not None
     _encode_kernel[(x.shape[0] * x.shape[1], 1)](
-        p_weight=starts, WEIGHT="starts" if center or gain is not None else "none", w_b=0, w_n=0,
-        N=out["codes"].shape[2], TILES=1, p_counts=counts, p_fitted=fitted, RING=ring.shape[2], SINKS=sinks,
-        WINDOW=window, DUE=True, **{**arguments, "maxnreg": None},
+        p_weight=schedule.starts, WEIGHT="starts" if weighted else "none", w_b=0, w_n=0, N=schedule.capacity, TILES=1,
+        p_counts=schedule.counts, p_fitted=schedule.fitted, RING=ring.shape[2], SINKS=schedule.sinks,
+        WINDOW=schedule.window, DUE=True, **{**_arguments(x, coding, None, out), "maxnreg": None},
     )  # fmt: skip
 
 
 def _arguments(
-    x, transform, groups, scale_rule, scale_format, gain, order, balance, mean, center, channel_major, out
-) -> dict:
+    x: torch.Tensor, coding: TileCoding, mean: torch.Tensor | None, out: dict[str, torch.Tensor]
+) -> dict[str, Any]:
     """What a launch is told about tiles x [B, H, N, T, D], and how it is compiled."""
     tile, dim = x.shape[-2:]
+    transform, groups, center, device = coding.transform, coding.groups, coding.center, x.device
     shared = transform.dim() == 2 or transform.shape[0] == 1
     if INTERPRETED and x.dtype == torch.bfloat16:  # its products of bfloat16 are of the bytes
         x = x.float()
-    if x.dtype == torch.float32 or not shared or (balance is None and (center or mean is not None)):
+    if x.dtype == torch.float32 or not shared or (coding.balance is None and (center or mean is not None)):
         path, dtype = FULL, torch.float32
-    elif balance is not None:  # brings the input near 1, where two halves hold all of it
+    elif coding.balance is not None:  # brings the input near 1, where two halves hold all of it
         path, dtype = SPLIT, torch.float16
     else:
         path, dtype = RAW, x.dtype
@@ -291,43 +256,43 @@ def _arguments(
         parts, heads = matrix.shape[:2]
         a_b, a_h, u_h = 0, (dim * dim if heads > 1 else 0), (len(groups) if heads > 1 else 0)
     else:
-        matrix, units = transform.float().transpose(-1, -2).contiguous(), ones(len(groups), x.device)
+        matrix, units = transform.float().transpose(-1, -2).contiguous(), ones(len(groups), device)
         parts, heads, (a_b, a_h), u_h = 1, 1, matrix.stride()[:2], 0
     block = padded_size(dim)
     kept = out["mean"] if center else mean
     m_b, m_h, m_n = (0, 0, 0) if kept is None else kept.stride()[:3]
     (c_b, c_h, c_n), (s_b, s_h, s_n) = out["codes"].stride()[:3], out["scale"].stride()[:3]
     x_b, x_h, x_n, x_t = x.stride()[:4]
-    spec = tile_spec(groups, tile, scale_format, channel_major=channel_major, exact=True)
+    spec = tile_spec(groups, tile, coding.scale_format, channel_major=coding.channel_major, exact=True)
     # Twice the warps for wide heads; but for padded groups of them Triton 3.6 then reads past its shared memory.
     many = block > 128 and all(group.block == group.size for group in spec.groups)
+    learned = {"p_order": coding.order, "p_balance": coding.balance, "p_gain": coding.gain}
     return {
         "p_x": x, "p_mean": x if kept is None else kept, "p_matrix": matrix, "p_units": units,
-        "p_order": x if order is None else order.contiguous(),
-        "p_balance": x if balance is None else balance.contiguous(),
-        "p_gain": x if gain is None else gain.contiguous(), "p_thresholds": threshold_table(groups, x.device),
-        "p_levels": level_table(groups, x.device), "p_pairs": pair_table(groups, x.device),
-        "p_codes": out["codes"], "p_scale": out["scale"],
+        **{name: x if state is None else state.contiguous() for name, state in learned.items()},
+        "p_thresholds": threshold_table(groups, device), "p_levels": level_table(groups, device),
+        "p_pairs": pair_table(groups, device), "p_codes": out["codes"], "p_scale": out["scale"],
         "x_b": x_b, "x_h": x_h, "x_n": x_n, "x_t": x_t, "m_b": m_b, "m_h": m_h, "m_n": m_n,
         "c_b": c_b, "c_h": c_h, "c_n": c_n, "s_b": s_b, "s_h": s_h, "s_n": s_n,
         "part_stride": heads * dim * dim, "a_b": a_b, "a_h": a_h, "u_h": u_h, "H": x.shape[1],
         "SPEC": spec, "T": tile, "D": dim, "BLOCK_T": padded_size(tile), "BLOCK_D": block,
         "BLOCK_K": 32 if path == FULL else min(block, 128), "PATH": path, "PARTS": parts,
-        "MEAN": "taken" if center else "none" if mean is None else "given", "ORDER": order is not None,
-        "BALANCE": balance is not None, "GAIN": gain is not None, "RULE": scale_rule, "CHANNEL_MAJOR": channel_major,
-        "num_warps": 2 * WARPS if many else WARPS, "num_stages": 1,
+        "MEAN": "taken" if center else "none" if mean is None else "given", "ORDER": coding.order is not None,
+        "BALANCE": coding.balance is not None, "GAIN": coding.gain is not None, "RULE": coding.scale_rule,
+        "CHANNEL_MAJOR": coding.channel_major, "num_warps": 2 * WARPS if many else WARPS, "num_stages": 1,
         "maxnreg": REGISTERS // 2 if many else REGISTERS,
     }  # fmt: skip
 
 
-def new_arrays(x, groups, scale_format, center, channel_major) -> dict[str, torch.Tensor]:
+def _new_arrays(x: torch.Tensor, coding: TileCoding) -> dict[str, torch.Tensor]:
     """Empty arrays for the tiles x [B, H, N, T, D]."""
     *lead, tile, dim = x.shape
-    scale_dtype = torch.float16 if scale_format == "fp16" else torch.uint8
+    nbytes = tile_bytes(coding.groups, tile, coding.channel_major)
+    scale_dtype = torch.float16 if coding.scale_format == "fp16" else torch.uint8
     out = {
-        "codes": torch.empty((*lead, tile_bytes(groups, tile, channel_major)), dtype=torch.uint8, device=x.device),
-        "scale": torch.empty((*lead, len(groups), tile), dtype=scale_dtype, device=x.device),
+        "codes": torch.empty((*lead, nbytes), dtype=torch.uint8, device=x.device),
+        "scale": torch.empty((*lead, len(coding.groups), tile), dtype=scale_dtype, device=x.device),
     }
-    if center:
+    if coding.center:
         out["mean"] = torch.empty((*lead, dim), dtype=torch.float16, device=x.device)
     return out

@@ -7,17 +7,16 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous
+from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.means import masked_mean
 from turboquant_hf.kernels.common.spec import padded_size
-from turboquant_hf.kernels.progress import announces
+from turboquant_hf.kernels.decode.inputs import RawTokens
+from turboquant_hf.kernels.schedule import Schedule
+from turboquant_hf.kernels.statistics.due import FitRule, QuerySums
 from turboquant_hf.kernels.statistics.triton import borrowed, sum_of_squares, write_state
 
 
-@announces
-@triton.jit(
-    do_not_specialize=["q_b", "q_h", "q_t", "GROUP", "TOKENS"],
-    do_not_specialize_on_alignment=["p_count", "p_seen", "p_counts", "p_fitted", "p_starts"],
-)
+@kernel("p_count", "p_seen", "p_counts", "p_fitted", "p_starts")
 def _observe_kernel(
     p_query, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, q_b: tl.int64, q_h: tl.int64, q_t,
     H, GROUP, TOKENS,
@@ -38,21 +37,13 @@ def _observe_kernel(
         tl.store(p_seen + h, tl.load(p_seen + h) + TOKENS)
 
 
-def observe_due(
-    query: torch.Tensor,
-    energy: torch.Tensor,
-    count: torch.Tensor,
-    seen: torch.Tensor,
-    counts: torch.Tensor,
-    fitted: torch.Tensor,
-    starts: torch.Tensor,
-) -> None:
-    """Equivalent to `due.observe_due`. One program a head: for steps of few tokens."""
+def observe_due(query: torch.Tensor, sums: QuerySums, schedule: Schedule) -> None:
+    """Equivalent to `due.observe_due`. One program per head: for steps of few tokens."""
     query = rows_contiguous(query)
-    (batch, query_heads, tokens, dim), heads = query.shape, energy.shape[1]
+    (batch, query_heads, tokens, dim), heads = query.shape, sums.energy.shape[1]
     _observe_kernel[(batch * heads,)](
-        query, energy, count, seen, counts, fitted, starts, *query.stride()[:3], heads, query_heads // heads, tokens,
-        D=dim, BLOCK_T=16, BLOCK_D=padded_size(dim),
+        query, sums.energy, sums.count, sums.seen, schedule.counts, schedule.fitted, schedule.starts,
+        *query.stride()[:3], heads, query_heads // heads, tokens, D=dim, BLOCK_T=16, BLOCK_D=padded_size(dim),
     )  # fmt: skip
 
 
@@ -106,11 +97,7 @@ def _write_gains(
         tl.store(p_gain + b * H + h, gain)
 
 
-@announces
-@triton.jit(
-    do_not_specialize=["k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "B", "WINDOW", "SINKS", "MINIMUM", "PATIENCE"],
-    do_not_specialize_on_alignment=["p_count", "p_seen", "p_counts", "p_fitted", "p_starts"],
-)
+@kernel("p_count", "p_seen", "p_counts", "p_fitted", "p_starts")
 def _fit_kernel(
     p_keys, p_values, p_energy, p_count, p_seen, p_counts, p_fitted, p_starts, p_balance, p_order, p_key_gain,
     p_value_gain, k_b: tl.int64, k_h: tl.int64, k_t, v_b: tl.int64, v_h: tl.int64, v_t,
@@ -175,49 +162,37 @@ def _fit_kernel(
 
 
 def fit_due(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    energy: torch.Tensor,
-    count: torch.Tensor,
-    seen: torch.Tensor,
-    counts: torch.Tensor,
-    fitted: torch.Tensor,
-    starts: torch.Tensor,
-    *,
-    tile: int,
-    window: int,
-    sinks: int,
-    min_statistics: int,
-    patience: int = 2**30,
-    center: bool,
-    sizes: tuple[int, ...],
-    balance: str,
-    key_state: dict[str, torch.Tensor],
-    value_state: dict[str, torch.Tensor],
-    powers: tuple[bool, bool] = (False, False),
+    ring: RawTokens,
+    sums: QuerySums,
+    schedule: Schedule,
+    rule: FitRule,
+    states: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
 ) -> None:
     """Equivalent to `due.fit_due`."""
-    batch, heads, _, dim = keys.shape
-    wide = values.shape[-1]
+    (keys, values), (key_state, value_state) = (ring.keys, ring.values), states
+    (batch, heads, _, dim), wide, tile = keys.shape, values.shape[-1], schedule.tile
     _fit_kernel[(heads,)](
-        keys, values, energy, count, seen, counts, fitted, starts, key_state.get("balance", keys),
-        key_state.get("order", keys), key_state.get("gain", keys), value_state.get("gain", values),
-        *keys.stride()[:3], *values.stride()[:3], batch, heads, window, sinks, min_statistics, patience,
+        keys, values, sums.energy, sums.count, sums.seen, schedule.counts, schedule.fitted, schedule.starts,
+        key_state.get("balance", keys), key_state.get("order", keys), key_state.get("gain", keys),
+        value_state.get("gain", values), *keys.stride()[:3], *values.stride()[:3], batch, heads, schedule.window,
+        schedule.sinks, rule.min_statistics, rule.patience,
         T=tile, DK=dim, DV=wide, BLOCK_T=padded_size(tile), BLOCK_K=padded_size(dim), BLOCK_V=padded_size(wide),
-        CENTER=center, SIZES=tuple(sizes), BALANCE=balance,
+        CENTER=rule.center, SIZES=tuple(rule.sizes), BALANCE=rule.balance,
         KEYS="balance" if "balance" in key_state else "gain" if "gain" in key_state else "none",
-        VALUES="gain" if "gain" in value_state else "none", KEY_POWER=powers[0], VALUE_POWER=powers[1], num_warps=8,
+        VALUES="gain" if "gain" in value_state else "none", KEY_POWER=rule.powers[0], VALUE_POWER=rule.powers[1],
+        num_warps=8,
     )  # fmt: skip
 
 
-@announces
-@triton.jit(do_not_specialize=["WINDOW", "T", "CAPACITY"], do_not_specialize_on_alignment=["p_counts", "p_fitted"])
+@kernel("p_counts", "p_fitted")
 def _advance_kernel(p_counts, p_fitted, WINDOW, T, CAPACITY):
     tiles = tl.load(p_counts)
     if (tl.load(p_fitted) != 0) & (tl.load(p_counts + 1) >= (tiles + 1) * T + WINDOW) & (tiles < CAPACITY):
         tl.store(p_counts, tiles + 1)
 
 
-def advance_due(counts: torch.Tensor, fitted: torch.Tensor, *, tile: int, window: int, capacity: int) -> None:
+def advance_due(schedule: Schedule) -> None:
     """Equivalent to `due.advance_due`."""
-    _advance_kernel[(1,)](counts, fitted, window, tile, capacity, num_warps=1)
+    _advance_kernel[(1,)](
+        schedule.counts, schedule.fitted, schedule.window, schedule.tile, schedule.capacity, num_warps=1
+    )

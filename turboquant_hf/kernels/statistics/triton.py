@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous, tiles_per_program
+from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.means import masked_mean
 from turboquant_hf.kernels.common.spec import padded_size
-from turboquant_hf.kernels.progress import announces
 from turboquant_hf.kernels.statistics.reference import PRIOR_TOKENS, TINY, typical_scale
 
 __all__ = ["balance_channels", "query_energy", "tile_energy", "typical_scale"]
@@ -40,11 +40,7 @@ def sum_of_squares(
     return tl.sum(sum, axis=0)
 
 
-@announces
-@triton.jit(
-    do_not_specialize=["q_b", "q_h", "q_t", "GROUP", "TOKENS", "POSITION", "QUERIES", "PARTS"],
-    do_not_specialize_on_alignment=["p_starts"],
-)
+@kernel("p_starts")
 def _query_kernel(
     p_query, p_starts, p_out, q_b: tl.int64, q_h: tl.int64, q_t, H, GROUP, TOKENS, POSITION, QUERIES, PARTS,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -79,8 +75,7 @@ def query_energy(
     return (out[:, :, 0] if parts == 1 else out.sum(dim=2)), count
 
 
-@announces
-@triton.jit(do_not_specialize=["x_b", "x_h", "x_n", "x_t", "w_b", "w_n", "N", "TILES", "PARTS"])
+@kernel()
 def _tile_kernel(
     p_x, p_weight, p_out, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n, H, N, TILES, PARTS,
     T: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -186,8 +181,7 @@ def size_edge(sizes, index):
     return total
 
 
-@announces
-@triton.jit(do_not_specialize=["B"])
+@kernel()
 def _state_kernel(
     p_energy, p_count, p_query, p_balance, p_order, B, H, D: tl.constexpr, BLOCK_D: tl.constexpr, SIZES: tl.constexpr,
     BALANCE: tl.constexpr, KNOWN: tl.constexpr,
