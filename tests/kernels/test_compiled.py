@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from turboquant_hf.kernels.decode import cuda, source
+from turboquant_hf.kernels.decode.cuda import kernel, source, support
 
 from .conftest import INTERPRETED
 from .names import kernels_by_name
@@ -83,14 +83,14 @@ def test_cuda_source_compiles(case, architecture):
     """For the cards of these architectures, without a header and with registers for nearly all of it."""
     nvrtc = Nvrtc()
     widths, bits, dim, allowed = CASES[case]
-    keys, (values,) = (cuda._described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
+    keys, (values,) = (support.described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
     key_format, hadamard = "fp16" if widths == "k8" else "e3m5", not case.startswith(("matrices", "k2v2"))
     options = {"hadamard": hadamard, "wide": case.startswith("wide"), "sparse": case.startswith("sparse")}
     shape = source.Shape(dim, keys, values, key_format, "e4m4", bf16=True, **options)
     warps = source.most_warps(shape, SHARED[architecture])
     if not warps:
         pytest.skip("dispatch takes Triton there: too little shared memory for two warps")
-    options = (f"--gpu-architecture={architecture}", *cuda.COMPILER_OPTIONS, "--ptxas-options=-v")
+    options = (f"--gpu-architecture={architecture}", *kernel.COMPILER_OPTIONS, "--ptxas-options=-v")
     status, log = nvrtc.compile(source.source_text(shape, warps), *options)
     assert status == 0, log
     spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])

@@ -15,7 +15,8 @@ import torch
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import load_preset, preset_names
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
-from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda, launch, source
+from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda
+from turboquant_hf.kernels.decode.cuda import driver, geometry, kernel, source, support, workspace
 from turboquant_hf.kernels.decode.reference import decode_attention
 from turboquant_hf.primitives import grid, rotation_matrix
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
@@ -138,7 +139,7 @@ def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
 def test_rotations_as_matrices_and_as_signs(keys, kind, per_head, dim, rows):
     given = arguments(keys, 4, dim, rows, torch.float16, kind=kind, per_head=per_head)
     by_signs = (keys, kind) == ("k5/3", "hadamard")
-    assert cuda._shape(*given[:3]).hadamard == by_signs
+    assert support.shape_of(*given[:3]).hadamard == by_signs
     check(given, scaling=0.05)
 
 
@@ -174,12 +175,12 @@ def test_softcap_is_exact_where_scores_are_large():
 @pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
 def test_blocks_of_cards_with_less_shared_memory(keys, values, dim, rows, monkeypatch):
     """99 KB, as compute capability 8.6, 8.9 and 12.0 have: as few as two warps a block."""
-    monkeypatch.setattr(cuda, "_plan", lambda shape, device: source.most_warps(shape, 99 * 1024))
-    cuda._kernel.cache_clear()
+    monkeypatch.setattr(geometry, "warps", lambda shape, device: source.most_warps(shape, 99 * 1024))
+    kernel.load.cache_clear()
     try:
         check(arguments(keys, values, dim, rows, torch.float16), scaling=0.05)
     finally:
-        cuda._kernel.cache_clear()
+        kernel.load.cache_clear()
 
 
 @pytest.mark.gpu
@@ -282,8 +283,8 @@ def test_a_token_that_holds_nan_says_so(which):
 )
 def test_words_are_read_at_multiples_of_four(widths, dim, served):
     groups = groups_of(dim, widths)
-    assert all(cuda._row_fits(group.size, group) for group in groups)
-    assert cuda._in_words(groups) == served
+    assert all(support.row_fits(group.size, group) for group in groups)
+    assert support.in_words(groups) == served
 
 
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
@@ -301,8 +302,8 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
     assert cuda.supports(query, *sides, tail) == "the query is not on a CUDA device"
     served = {16: "", 64: "k4v4 k4v3 k4v2 k3v3 k3v2 k8v4", 80: "", 96: "k4v4 k4v3 k4v2 k8v4"}
     served[128] = served[256] = served[64] + " k2v2"
-    monkeypatch.setattr(cuda, "_shape", lambda *given: None)
-    monkeypatch.setattr(cuda, "_failure", lambda shape, device: None)
+    monkeypatch.setattr(support, "shape_of", lambda *given: None)
+    monkeypatch.setattr(kernel, "failure", lambda shape, device: None)
     elsewhere = SimpleNamespace(shape=query.shape, dtype=torch.float16, is_cuda=True, device=None)
     half = RawTokens(tail.keys.half(), tail.values.half())
     assert (cuda.supports(elsewhere, *sides, half) is None) == (name in served[dim].split())
@@ -313,7 +314,7 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
 @pytest.mark.parametrize(("keys", "values"), [("k5/3", 4), ("k5/3/2", 2), ("k8", 8)])
 @pytest.mark.parametrize("option", ["plain", "wide", "sparse"])
 def test_blocks_are_whole_teams(option, keys, values, dim, limit):
-    keys, (values,) = (cuda._described(groups_of(dim, x)) for x in (KEYS[keys], ((1.0, values),)))
+    keys, (values,) = (support.described(groups_of(dim, x)) for x in (KEYS[keys], ((1.0, values),)))
     shape = source.Shape(dim, keys, values, "e3m5", "e4m4", wide=option == "wide", sparse=option == "sparse")
     warps = source.most_warps(shape, limit * 1024)
     if not warps:  # Triton serves
@@ -330,20 +331,20 @@ def test_blocks_are_whole_teams(option, keys, values, dim, limit):
 )
 def test_blocks_fill_the_card(heads, tiles, teams, splits):
     """132 multiprocessors: one wave of blocks where there are few heads, and never more blocks than tiles."""
-    assert cuda._splits(heads, tiles, teams, 132) == splits
+    assert geometry.splits(heads, tiles, teams, 132) == splits
 
 
 def test_chunks_of_rows_count_as_blocks():
     query = torch.empty(3, 4, 16, 128)
     keys = SimpleNamespace(codes=torch.empty(3, 1, 5, 0))
-    assert cuda._grid(query, keys) == (1, 24) and cuda._grid(query[:, :, :1], keys) == (1, 3)
-    assert cuda._grid(query[:1].expand(9000, -1, -1, -1), keys)[1] > cuda.MAX_GRID
+    assert geometry.grid(query, keys) == (1, 24) and geometry.grid(query[:, :, :1], keys) == (1, 3)
+    assert geometry.grid(query[:1].expand(9000, -1, -1, -1), keys)[1] > geometry.MAX_GRID
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_levels_as_bytes(bits):
     """What levels.cuh makes of a code, permutation by permutation: the codebook's step, a constant away."""
-    ((_, _, unit, steps),) = cuda._described((CodeGroup(128, grid(bits, 128)),))
+    ((_, _, unit, steps),) = support.described((CodeGroup(128, grid(bits, 128)),))
     assert torch.allclose(unit * (torch.tensor(steps) + 0.5), grid(bits, 128).tensor())
     table = source.level_bytes(bits, steps)
     for code, step in enumerate(steps):
@@ -380,16 +381,16 @@ def test_what_does_not_compile_is_left_to_others(monkeypatch):
         asked.append(shape)
         raise OSError("no NVRTC library")
 
-    keys, (values,) = (cuda._described(groups_of(128, x)) for x in (KEYS["k5/3"], ((1.0, 4),)))
+    keys, (values,) = (support.described(groups_of(128, x)) for x in (KEYS["k5/3"], ((1.0, 4),)))
     shape, device = source.Shape(128, keys, values), torch.device("cuda", 7)
-    monkeypatch.setattr(cuda, "_kernel", compile_kernel)
-    monkeypatch.setattr(cuda, "_plan", lambda shape, device: 7)
+    monkeypatch.setattr(kernel, "load", compile_kernel)
+    monkeypatch.setattr(geometry, "warps", lambda shape, device: 7)
     with pytest.warns(UserWarning, match="no NVRTC library.*Triton serves") as warned:
         for _ in range(2):
-            assert cuda._failure(shape, device) == "it cannot be compiled (no NVRTC library)"
+            assert kernel.failure(shape, device) == "it cannot be compiled (no NVRTC library)"
     assert len(asked) == len(warned) == 1
-    monkeypatch.setattr(cuda, "_plan", lambda shape, device: 0)
-    assert "shared memory" in cuda._failure(shape, torch.device("cuda", 6))
+    monkeypatch.setattr(geometry, "warps", lambda shape, device: 0)
+    assert "shared memory" in kernel.failure(shape, torch.device("cuda", 6))
 
 
 def test_launches_are_what_the_driver_reads(monkeypatch):
@@ -405,11 +406,10 @@ def test_launches_are_what_the_driver_reads(monkeypatch):
             return 700 if options.stream == 9 else 0
 
     monkeypatch.setattr(torch.cuda._utils, "_get_gpu_runtime_library", Driver)
-    assert ctypes.sizeof(launch.LaunchAttribute) == 8 + 64 and ctypes.sizeof(launch.LaunchOptions) == 56
-    kernel = SimpleNamespace(func=None)
-    launcher = launch.Launcher(kernel, 256, 1000, True)
+    assert ctypes.sizeof(driver.LaunchAttribute) == 8 + 64 and ctypes.sizeof(driver.LaunchOptions) == 56
+    launcher = driver.Launcher(SimpleNamespace(func=None), 256, 1000, True)
     first, second = launcher.options(), launcher.options()
-    arguments = launch.Arguments([1, 2], (3,))
+    arguments = driver.Arguments([1, 2], (3,))
     launcher((3, 2, 1), arguments, 7, first)
     launcher((4, 2, 1), arguments, 8, second)
     assert seen == [(3, 2, 1, 256, 1, 1, 1000, 7, 1), (4, 2, 1, 256, 1, 1, 1000, 8, 1)]
@@ -430,11 +430,11 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
         def __call__(self, grid, arguments, stream, options):
             launches.append((grid, list(arguments.pointers), list(arguments.integers), len(arguments.block)))
 
-    monkeypatch.setattr(cuda, "_kernel", lambda shape, device: (Launcher(), 8, 4))
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(kernel, "load", lambda shape, device: (Launcher(), 8, 4))
+    monkeypatch.setattr(geometry, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(cuda, "_WORKSPACES", {})
+    monkeypatch.setattr(workspace, "_WORKSPACES", {})
     preset = load_preset(name, min_statistics=0)
     keys = replace(preset.keys, **options.get("keys", {}))
     layer = TurboQuantLayer(preset, keys, preset.values, lambda: True)
@@ -446,7 +446,7 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
     ((grid, pointers, integers, count),) = launches
 
     signature = re.search(
-        r"decode_attention\((.*?)\) \{", Path(cuda.__file__).with_name("decode.cu").read_text(), re.S
+        r"decode_attention\((.*?)\) \{", Path(source.__file__).with_name("decode.cu").read_text(), re.S
     )[1]
     names = [re.split(r"[ *]", parameter.strip())[-1] for parameter in signature.split(",")]
     assert count == len(names) == len(pointers) + len(integers)
@@ -467,8 +467,8 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
     numbers |= {"key_turn_stride": 64 if keys.per_head else 0, "value_turn_stride": 0, "softcap_bits": 0}
     assert {key: given[key] for key in numbers} == numbers
     assert struct.unpack("<f", struct.pack("<i", given["scaling_bits"])) == (0.125,)
-    (workspace,) = cuda._WORKSPACES.values()
-    assert (given["arrivals"], given["work"]) == (workspace.data_ptr(), workspace.data_ptr() + 4 * cuda.ARRIVALS)
-    assert not workspace[: cuda.ARRIVALS].any()
+    (words,) = workspace._WORKSPACES.values()
+    assert (given["arrivals"], given["work"]) == (words.data_ptr(), words.data_ptr() + 4 * source.ARRIVALS)
+    assert not words[: source.ARRIVALS].any()
     with pytest.raises(ValueError, match="allowed are 0 to 64"):
         cuda.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.125, splits=65)

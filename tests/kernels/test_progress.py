@@ -16,7 +16,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from turboquant_hf.kernels import progress
-from turboquant_hf.kernels.decode import built
+from turboquant_hf.kernels.decode.cuda import built
 
 from .conftest import INTERPRETED
 

@@ -13,49 +13,50 @@ import torch
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels.decode import RawTokens, cuda
+from turboquant_hf.kernels.decode.cuda import geometry, kernel, source, step, workspace
 from turboquant_hf.primitives import rotation_matrix
 
 from .conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing of Triton is in it")
 CPU, STREAM, THREADS = torch.device("cpu"), 5, 8
-SMALL = cuda.ARRIVALS + 64
+SMALL = source.ARRIVALS + 64
 
 
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch):
-    monkeypatch.setattr(cuda, "_WORKSPACES", {})
+    monkeypatch.setattr(workspace, "_WORKSPACES", {})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(geometry, "multiprocessors", lambda device: 132)
 
 
 def test_threads_on_one_stream_get_room_enough_and_one_grows_it(monkeypatch):
-    made, cleared = [], cuda._cleared
+    made, cleared = [], workspace.cleared
 
     def slowly(words, device):
         made.append(words)
         Event().wait(0.02)
         return cleared(words, device)
 
-    monkeypatch.setattr(cuda, "_cleared", slowly)
+    monkeypatch.setattr(workspace, "cleared", slowly)
     barrier = Barrier(THREADS)
 
     def ask(_):
         barrier.wait()
-        return cuda._workspace(SMALL, CPU, STREAM)
+        return workspace.of_stream(SMALL, CPU, STREAM)
 
     with ThreadPoolExecutor(THREADS) as pool:
         given = list(pool.map(ask, range(THREADS)))
     assert len(set(map(id, given))) == 1 and made == [SMALL]
-    assert all(cuda._workspace(SMALL + n, CPU, STREAM).numel() >= SMALL + n for n in (1, 5, 3))
+    assert all(workspace.of_stream(SMALL + n, CPU, STREAM).numel() >= SMALL + n for n in (1, 5, 3))
 
 
 def test_counted_tiles_are_read_while_other_threads_make_workspaces():
     def make(thread):
         for n in range(300):
-            cuda._workspace(SMALL + n, CPU, 100 * thread + n % 100)
+            workspace.of_stream(SMALL + n, CPU, 100 * thread + n % 100)
 
     with ThreadPoolExecutor(THREADS) as pool:
         done = [pool.submit(make, thread) for thread in range(THREADS)]
@@ -65,10 +66,10 @@ def test_counted_tiles_are_read_while_other_threads_make_workspaces():
 
 
 def test_streams_that_come_and_go_leave_a_bounded_number_behind():
-    for stream in range(cuda.MAX_WORKSPACES + 30):
-        cuda._workspace(SMALL, CPU, stream)
-    assert len(cuda._WORKSPACES) == cuda.MAX_WORKSPACES
-    assert (CPU, cuda.MAX_WORKSPACES + 29) in cuda._WORKSPACES and (CPU, 0) not in cuda._WORKSPACES
+    for stream in range(workspace.MAX_WORKSPACES + 30):
+        workspace.of_stream(SMALL, CPU, stream)
+    assert len(workspace._WORKSPACES) == workspace.MAX_WORKSPACES
+    assert (CPU, workspace.MAX_WORKSPACES + 29) in workspace._WORKSPACES and (CPU, 0) not in workspace._WORKSPACES
 
 
 def test_a_workspace_outlives_the_launch_that_another_thread_grows_it_in(monkeypatch):
@@ -79,14 +80,14 @@ def test_a_workspace_outlives_the_launch_that_another_thread_grows_it_in(monkeyp
             return None
 
         def __call__(self, grid, arguments, stream, options):
-            (held,) = (weakref.ref(x) for x in cuda._WORKSPACES.values())
+            (held,) = (weakref.ref(x) for x in workspace._WORKSPACES.values())
             address = held().data_ptr()
             with ThreadPoolExecutor(1) as other:
-                grown = other.submit(cuda._workspace, 4 * held().numel(), CPU, STREAM).result()
+                grown = other.submit(workspace.of_stream, 4 * held().numel(), CPU, STREAM).result()
             gc.collect()
             alive.append(held() is not None and arguments.pointers[23] == address != grown.data_ptr())
 
-    monkeypatch.setattr(cuda, "_kernel", lambda shape, device: (Launcher(), 8, 4))
+    monkeypatch.setattr(kernel, "load", lambda shape, device: (Launcher(), 8, 4))
     preset = load_preset("k4v4", min_statistics=0)
     layer = TurboQuantLayer(preset, preset.keys, preset.values, lambda: True)
     layer.update(*torch.randn(2, 1, 2, 600, 64).half())
@@ -101,7 +102,7 @@ def test_a_workspace_outlives_the_launch_that_another_thread_grows_it_in(monkeyp
 def test_a_transposed_rotation_is_one_per_rotation_and_gone_with_it(dim):
     rotation = rotation_matrix(dim, seed=70_001).clone()
     with ThreadPoolExecutor(THREADS) as pool:
-        given = list(pool.map(cuda._transposed, [rotation] * THREADS))
+        given = list(pool.map(step._transposed, [rotation] * THREADS))
     assert len(set(map(id, given))) == 1 and torch.equal(given[0], rotation.T) and given[0].is_contiguous()
     kept = weakref.ref(given[0])
     del given

@@ -21,7 +21,7 @@ ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 63.5, 5: 191.5, 8: 127.5}
 """What a level's byte is, less (its step + 1/2), by the width of its code."""
 ARRIVALS = 1 << 16
 """Words at the head of a workspace, one for every query row: how many of the blocks that share its tiles are done.
-Tiles are shared only where there are few heads (`_splits`). The last word is for `unread_tiles`."""
+Tiles are shared only where there are few heads (`geometry.splits`). The last word is for `unread_tiles`."""
 
 
 def row_layout(groups: Iterable[tuple[int, int]]) -> tuple[list[int], int]:

@@ -1,0 +1,60 @@
+"""Launch geometry: how query rows, KV heads and tiles are dealt to blocks, and how many warps a block has.
+
+A launch has the grid (splits, H, B * chunks). A chunk is up to `MAX_ROWS` query rows of one KV head. `splits` blocks share
+the tiles of each chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from turboquant_hf.kernels.decode.cuda.source import Shape, block_rows, most_warps
+from turboquant_hf.kernels.decode.reference import PackedSide
+
+MAX_ROWS = block_rows(wide=True)
+MAX_SPLITS = 64
+MAX_GRID = 65535
+"""Blocks in the second and third direction of a launch."""
+
+
+def query_rows(query: torch.Tensor, keys: PackedSide) -> int:
+    """Query rows per KV head: query heads of the KV head times new tokens."""
+    return query.shape[1] // keys.codes.shape[1] * query.shape[2]
+
+
+def is_wide(query: torch.Tensor, keys: PackedSide) -> bool:
+    return query_rows(query, keys) > block_rows(wide=False)
+
+
+def grid(query: torch.Tensor, keys: PackedSide) -> tuple[int, int]:
+    """The launch's second and third direction: KV heads, and sequences times chunks of query rows."""
+    chunks = -(-query_rows(query, keys) // block_rows(is_wide(query, keys)))
+    return keys.codes.shape[1], query.shape[0] * chunks
+
+
+@lru_cache(maxsize=1024)
+def splits(blocks: int, tiles: int, teams: int, processors: int) -> int:
+    """Blocks per chunk of query rows: waves of blocks are full, and teams of warps have equal numbers of tiles."""
+
+    def cost(splits: int) -> float:
+        mean = tiles / (splits * teams)  # a block waits for its last team and is slowed by all of them
+        tiles_of_team = (math.ceil(mean) + mean) / 2
+        return -(-blocks * splits // processors) * (tiles_of_team * (1 + min(1.0, mean)) + 3) + 0.05 * splits
+
+    most = max(1, min(MAX_SPLITS, 4 * processors // blocks, tiles))
+    return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=256)
+def warps(shape: Shape, device: torch.device) -> int:
+    """Warps per block; one block fills a multiprocessor. 0 where the shared memory does not serve two warps."""
+    properties = torch.cuda.get_device_properties(device)
+    return most_warps(shape, getattr(properties, "shared_memory_per_block_optin", 48 * 1024))

@@ -1,0 +1,123 @@
+"""Which calls the CUDA C++ kernel serves, and the kernel's `Shape` that a call needs."""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+
+import torch
+
+from turboquant_hf.kernels.codes import CodeGroup
+from turboquant_hf.kernels.decode.cuda import geometry, kernel
+from turboquant_hf.kernels.decode.cuda.source import TILE, Shape, main_width, piece_size, row_layout
+from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
+
+HEAD_DIMS = (64, 96, 128, 256)
+BITS = (1, 2, 3, 4, 5, 8)
+"""Widths of key codes. Value codes have at least 2 bits."""
+
+
+def available() -> str | None:
+    """None where kernels can be compiled and run, else the reason why not."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.version.hip:
+        return "ROCm: the kernels use NVIDIA's matrix instructions"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "compute capability below 8.0"
+    utils = getattr(torch.cuda, "_utils", None)
+    launcher = getattr(getattr(utils, "_CudaKernel", None), "set_shared_memory_config", None)
+    if not (
+        hasattr(utils, "_nvrtc_compile")
+        and hasattr(utils, "_cuda_load_module")
+        and hasattr(utils, "_get_gpu_runtime_library")
+        and launcher
+    ):
+        return f"torch {torch.__version__} cannot compile and launch kernels (2.10 and newer can)"
+    return None
+
+
+def supports(
+    query: torch.Tensor,
+    keys: PackedSide,
+    values: PackedSide,
+    tail: RawTokens,
+    *,
+    masked: bool = False,
+    softcap: float | None = None,
+    sparse_v_threshold: float = 0.0,
+) -> str | None:
+    """None where `decode_attention` can serve this call, else the reason why not. Compiles the kernel."""
+    dim = query.shape[-1]
+    checks = (
+        (query.is_cuda, "the query is not on a CUDA device"),
+        (query.dtype in (torch.float16, torch.bfloat16), f"dtype {query.dtype}"),
+        (query.dtype == tail.keys.dtype == tail.values.dtype, "query and cache differ in dtype"),
+        (dim in HEAD_DIMS and tail.values.shape[-1] == dim, f"head dim {dim}"),
+        (keys.scale.shape[-1] == TILE, f"tiles of {keys.scale.shape[-1]} tokens"),
+        (query.shape[2] <= tail.keys.shape[2], "new tokens outside the tail"),
+        (max(geometry.grid(query, keys)) <= geometry.MAX_GRID, "more blocks than a launch can have"),
+        (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
+        (len(values.groups) == 1, "grouped values"),
+        (all(row_fits(x.size, x) for x in keys.groups), "key groups of broken units, or levels off a grid"),
+        (all(group.size * 32 % dim == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
+        (in_words(keys.groups), "key groups that do not begin at whole words"),
+        (row_fits(TILE, values.groups[0]) and values.groups[0].bits > 1, "value levels off a grid, or of 1 bit"),
+        (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
+        (keys.mean is None or keys.mean.dtype == torch.float16, "means that float16 does not hold"),
+    )
+    reason = next((reason for fine, reason in checks if not fine), None)
+    return reason or kernel.failure(shape_of(query, keys, values, masked, softcap, sparse_v_threshold), query.device)
+
+
+def row_fits(size: int, group: CodeGroup) -> bool:
+    """Whether the kernel can read rows of `size` codes of a group: whole units of 16, and levels that are bytes."""
+    if size % 16 or group.bits not in BITS or not group.codebook.unit:
+        return False
+    steps = group.codebook.steps
+    fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
+    return fits and size * main_width(group.bits) % 32 == 0
+
+
+def in_words(groups: tuple[CodeGroup, ...]) -> bool:
+    """Whether lane parts that are whole words lie at multiples of 4 in every row."""
+    offsets, row = row_layout((group.size, group.bits) for group in groups)
+    whole = [piece_size(group.size, group.bits) % 4 == 0 for group in groups]
+    return not any(words and (offset % 4 or row % 4) for words, offset in zip(whole, offsets, strict=True))
+
+
+@lru_cache(maxsize=256)
+def described(groups: tuple[CodeGroup, ...]) -> tuple[tuple[int, int, float, tuple[int, ...]], ...]:
+    """Groups as `Shape` has them."""
+    return tuple((group.size, group.bits, group.codebook.unit, group.codebook.steps) for group in groups)
+
+
+def shape_of(
+    query: torch.Tensor,
+    keys: PackedSide,
+    values: PackedSide,
+    masked: bool = False,
+    softcap: float | None = None,
+    sparse_v_threshold: float = 0.0,
+) -> Shape:
+    """What the kernel is compiled for to serve this call."""
+    return Shape(
+        query.shape[-1],
+        described(keys.groups),
+        described(values.groups)[0],
+        keys.scale_format,
+        values.scale_format,
+        query.dtype == torch.bfloat16,
+        keys.mean is not None,
+        masked,
+        softcap is not None,
+        sparse_v_threshold > 0.0,
+        geometry.is_wide(query, keys),
+        _by_signs(keys) and _by_signs(values),
+    )
+
+
+def _by_signs(side: PackedSide) -> bool:
+    """Whether the kernel can rotate by signs and additions: each group begins at a multiple of its size."""
+    ends = itertools.accumulate(group.size for group in side.groups)
+    return side.signs is not None and all(end % group.size == 0 for end, group in zip(ends, side.groups, strict=True))

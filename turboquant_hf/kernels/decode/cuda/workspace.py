@@ -1,0 +1,70 @@
+"""Device memory that a launch needs: counters of blocks that are done, and the blocks' parts of each result."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from turboquant_hf.kernels.decode.cuda import geometry
+from turboquant_hf.kernels.decode.cuda.source import ARRIVALS, Shape, max_warps
+
+MAX_WORKSPACES = 64
+"""Streams with a workspace of their own: the oldest goes when there are more. torch's pools have 32 streams each."""
+_WORKSPACES: dict[tuple, torch.Tensor] = {}
+_LOCK = threading.Lock()
+
+
+def workspace_size(blocks: int, shape: Shape, warps: int) -> int:
+    """Words: arrivals, every block's rows with their maxima and sums, every warp's sums over raw tokens."""
+    return ARRIVALS + blocks * shape.rows * (shape.dim + 2 + warps * shape.dim)
+
+
+def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> int:
+    """Words that serve any call of up to `rows` query rows per KV head, however it splits its tiles."""
+    blocks = max(batch_heads * -(-rows // geometry.MAX_ROWS), 4 * geometry.multiprocessors(device))
+    return ARRIVALS + blocks * geometry.MAX_ROWS * (dim + 2 + max_warps(dim) * dim)
+
+
+def cleared(words: int, device: torch.device) -> torch.Tensor:
+    """A new workspace: its counters are zeros; the kernel writes the rest before it reads it."""
+    workspace = torch.empty(words, dtype=torch.int32, device=device)
+    workspace[:ARRIVALS].zero_()
+    return workspace
+
+
+def of_stream(words: int, device: torch.device, stream: int) -> torch.Tensor:
+    """The stream's workspace, of at least `words` words. Calls on one stream share it.
+
+    Another thread may still launch with a smaller one that this call replaces. That thread holds it until its launch.
+    The memory was allocated on this stream, so it is used again only after that launch.
+    """
+    kept = _WORKSPACES.get((device, stream))
+    if kept is not None and kept.numel() >= words:
+        return kept
+    with _LOCK:
+        kept = _WORKSPACES.get((device, stream))
+        if kept is None or kept.numel() < words:
+            larger = cleared(words, device)
+            if kept is not None:
+                larger[ARRIVALS - 1] = kept[ARRIVALS - 1]
+            kept = _WORKSPACES[device, stream] = larger
+            while len(_WORKSPACES) > MAX_WORKSPACES:
+                del _WORKSPACES[next(iter(_WORKSPACES))]
+        return kept
+
+
+def unread_tiles() -> int:
+    """Tiles, per KV head and chunk of query rows, whose values sparse V did not read since this was asked last.
+
+    Waits for the devices. Calls with a workspace of their own are not counted.
+    """
+    total = 0
+    with _LOCK:
+        workspaces = list(_WORKSPACES.values())
+    for workspace in workspaces:
+        torch.cuda.synchronize(workspace.device)
+        total += int(workspace[ARRIVALS - 1])
+        with torch.inference_mode():  # the workspace may have been made in it
+            workspace[ARRIVALS - 1] = 0
+    return total
