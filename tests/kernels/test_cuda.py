@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import re
-import struct
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +14,7 @@ from turboquant_hf.config import load_preset, preset_names
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
 from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda
 from turboquant_hf.kernels.decode.cuda import driver, geometry, kernel, source, support, workspace
+from turboquant_hf.kernels.decode.cuda.arguments import FIELDS, Arguments
 from turboquant_hf.kernels.decode.reference import decode_attention
 from turboquant_hf.primitives import grid, rotation_matrix
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
@@ -395,7 +393,7 @@ def test_what_does_not_compile_is_left_to_others(monkeypatch):
 
 def test_launches_are_what_the_driver_reads(monkeypatch):
     """CUlaunchConfig and CUlaunchAttribute as cuda.h lays them out; one for each caller."""
-    seen = []
+    seen, given = [], []
 
     class Driver:
         def cuLaunchKernelEx(self, options, function, arguments, extra):
@@ -403,24 +401,25 @@ def test_launches_are_what_the_driver_reads(monkeypatch):
             attribute = options.attributes[0]
             seen.append((*options.grid, *options.block, options.shared, options.stream, options.count))
             assert (attribute.id, attribute.value, extra) == (6, 1, None)
+            given.append(arguments._obj.contents.heads)
             return 700 if options.stream == 9 else 0
 
     monkeypatch.setattr(torch.cuda._utils, "_get_gpu_runtime_library", Driver)
     assert ctypes.sizeof(driver.LaunchAttribute) == 8 + 64 and ctypes.sizeof(driver.LaunchOptions) == 56
     launcher = driver.Launcher(SimpleNamespace(func=None), 256, 1000, True)
     first, second = launcher.options(), launcher.options()
-    arguments = driver.Arguments([1, 2], (3,))
+    arguments = ctypes.pointer(Arguments(heads=3))
     launcher((3, 2, 1), arguments, 7, first)
     launcher((4, 2, 1), arguments, 8, second)
     assert seen == [(3, 2, 1, 256, 1, 1, 1000, 7, 1), (4, 2, 1, 256, 1, 1, 1000, 8, 1)]
-    assert tuple(first.grid) == (3, 2, 1) and first.stream == 7
+    assert tuple(first.grid) == (3, 2, 1) and first.stream == 7 and given == [3, 3]
     with pytest.raises(RuntimeError, match="error 700"):
         launcher((4, 2, 1), arguments, 9, first)
 
 
 @pytest.mark.parametrize(("name", "options"), [("k4v4", {}), ("k4v4", {"keys": {"per_head": True}}), ("k2v2", {})])
 def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
-    """Everything but the launch, on CPU tensors: each argument of decode.cu in its place."""
+    """Everything but the launch, on CPU tensors: each field of the argument structure."""
     launches = []
 
     class Launcher:
@@ -428,7 +427,7 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
             return None
 
         def __call__(self, grid, arguments, stream, options):
-            launches.append((grid, list(arguments.pointers), list(arguments.integers), len(arguments.block)))
+            launches.append((grid, {name: getattr(arguments.contents, name) for name, _, _ in FIELDS}))
 
     monkeypatch.setattr(kernel, "load", lambda shape, device: (Launcher(), 8, 4))
     monkeypatch.setattr(geometry, "multiprocessors", lambda device: 132)
@@ -443,14 +442,7 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
     sides = layer.packed_sides()
     query, raw = torch.randn(3, 8, 1, 64).half(), [RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())]
     output = cuda.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.125)
-    ((grid, pointers, integers, count),) = launches
-
-    signature = re.search(
-        r"decode_attention\((.*?)\) \{", Path(source.__file__).with_name("decode.cu").read_text(), re.S
-    )[1]
-    names = [re.split(r"[ *]", parameter.strip())[-1] for parameter in signature.split(",")]
-    assert count == len(names) == len(pointers) + len(integers)
-    given = dict(zip(names, pointers + integers, strict=True))
+    ((grid, given),) = launches
     tiles, tail = sides[0].codes.shape[2], raw[1].keys.shape[2]
     assert (tiles, tail) == (6, 232) and grid == (6, 2, 3)
     expected = {
@@ -464,9 +456,9 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
         expected["key_turn"] = sides[0].signs
     assert {key: given[key] for key in expected} == {key: x.data_ptr() for key, x in expected.items()}
     numbers = {"heads": 2, "all_rows": 4, "queries": 1, "tiles": 6, "tail": 232, "sinks": 4, "ring": 0, "fresh": 0}
-    numbers |= {"key_turn_stride": 64 if keys.per_head else 0, "value_turn_stride": 0, "softcap_bits": 0}
+    numbers |= {"key_turn_stride": 64 if keys.per_head else 0, "value_turn_stride": 0, "softcap": 0.0}
+    numbers |= {"scaling": 0.125, "new_keys": None, "mask": None, "s_aux": None, "counts": None}
     assert {key: given[key] for key in numbers} == numbers
-    assert struct.unpack("<f", struct.pack("<i", given["scaling_bits"])) == (0.125,)
     (words,) = workspace._WORKSPACES.values()
     assert (given["arrivals"], given["work"]) == (words.data_ptr(), words.data_ptr() + 4 * source.ARRIVALS)
     assert not words[: source.ARRIVALS].any()

@@ -85,7 +85,7 @@ def test_a_workspace_outlives_the_launch_that_another_thread_grows_it_in(monkeyp
             with ThreadPoolExecutor(1) as other:
                 grown = other.submit(workspace.of_stream, 4 * held().numel(), CPU, STREAM).result()
             gc.collect()
-            alive.append(held() is not None and arguments.pointers[23] == address != grown.data_ptr())
+            alive.append(held() is not None and arguments.contents.arrivals == address != grown.data_ptr())
 
     monkeypatch.setattr(kernel, "load", lambda shape, device: (Launcher(), 8, 4))
     preset = load_preset("k4v4", min_statistics=0)

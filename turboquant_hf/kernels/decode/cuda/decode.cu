@@ -334,22 +334,19 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, c
 // SPARSE: values of a tile are asked for when its scores are known, and only if one of its probabilities, relative to the
 // largest that its warp has seen of that row, reaches 2^sparse, for any warp of the team; the last of the `arrivals` counts
 // tiles that were not read.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
-    const u16* query, const float* key_turn, const u16* order, const float* balance, const float* key_gain,
-    const u8* key_codes, const u8* key_scales, const u8* key_means, const u8* value_codes, const u8* value_scales,
-    const float* value_turn, const float* value_gain, const u16* sink_keys, const u16* sink_values,
-    u16* tail_keys, u16* tail_values, const u16* new_keys, const u16* new_values, const i64* starts, const u8* mask, const float* s_aux,
-    const int* counts, float* work, int* arrivals, u16* result,
-    int heads, int all_rows, int queries, int tiles, int capacity, int sinks, int tail, int tail_stride, int ring, int fresh,
-    int key_turn_stride, int value_turn_stride, int mask_stride, int scaling_bits, int softcap_bits, int sparse_bits) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const __grid_constant__ Arguments a) {
+    const int sinks = a.sinks, fresh = a.fresh, ring = a.ring, tail_stride = a.tail_stride, queries = a.queries, all_rows = a.all_rows;
+    const u16 *sink_keys = a.sink_keys, *sink_values = a.sink_values, *new_keys = a.new_keys, *new_values = a.new_values;
+    u16 *tail_keys = a.tail_keys, *tail_values = a.tail_values;
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *(Shared*)memory;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int h = blockIdx.y, split = blockIdx.x, splits = gridDim.x;
     const int chunks = all_rows <= NR ? 1 : (all_rows + NR - 1) / NR, b = all_rows <= NR ? blockIdx.z : blockIdx.z / chunks;
-    const int chunk = blockIdx.z - b * chunks, bh = b * heads + h, head_chunk = bh * chunks + chunk;
+    const int chunk = blockIdx.z - b * chunks, bh = b * a.heads + h, head_chunk = bh * chunks + chunk;
     const int row0 = chunk * NR, rows = all_rows - row0 < NR ? all_rows - row0 : NR;
-    const float scaling = __int_as_float(scaling_bits), softcap = __int_as_float(softcap_bits);
+    const float softcap = a.softcap;
+    int tiles = a.tiles, tail = a.tail;
     const u32 coded_rows = shared_address(&shared.coded_rows);
     if (threadIdx.x == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(coded_rows), "r"(32 * NR) : "memory");
     if (warp == 1)
@@ -360,15 +357,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         });
     __syncthreads();
     previous_kernel_done();
-    if (counts) {
-        tiles = counts[0];
-        tail = counts[1] - 128 * tiles;
+    if (a.counts) {
+        tiles = a.counts[0];
+        tail = a.counts[1] - 128 * tiles;
     }
-    const i64 start = starts[b];
+    const i64 start = a.starts[b];
     const int packed = 128 * tiles;
     // `work`: the rows of every block, their maxima and sums, and what waits of every warp's raw tokens.
     const i64 parts = (i64)head_chunk * splits, blocks = (i64)gridDim.z * gridDim.y * splits;
-    float* all_sums = work + blocks * (NR * D);
+    float* all_sums = a.work + blocks * (NR * D);
 #if WAIT_IN_SHARED
     float* waiting = &shared.waiting[0][0][0];
 #else
@@ -399,18 +396,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     const u64 policy = read_once_policy();
     auto copy_keys = [&](int tile) {
         if (tile < tiles) {
-            const i64 slot = (i64)bh * capacity + tile;
-            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, key_codes + slot * KEY_BLOCK, member, policy);
-            copy_block<KEY_SCALES>(key_room + KEY_CODES, key_scales + slot * KEY_SCALES, member, policy);
-            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, key_means + slot * 2 * D, member, policy);
+            const i64 slot = (i64)bh * a.capacity + tile;
+            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, a.key_codes + slot * KEY_BLOCK, member, policy);
+            copy_block<KEY_SCALES>(key_room + KEY_CODES, a.key_scales + slot * KEY_SCALES, member, policy);
+            if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, a.key_means + slot * 2 * D, member, policy);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
     auto copy_values = [&](int tile) {
         if (tile < tiles) {
-            const i64 slot = (i64)bh * capacity + tile;
-            copy_block<VALUE_CODES>(value_room, value_codes + slot * VALUE_CODES, member, policy);
-            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, value_scales + slot * VALUE_SCALES, member, policy);
+            const i64 slot = (i64)bh * a.capacity + tile;
+            copy_block<VALUE_CODES>(value_room, a.value_codes + slot * VALUE_CODES, member, policy);
+            copy_block<VALUE_SCALES>(value_room + VALUE_CODES, a.value_scales + slot * VALUE_SCALES, member, policy);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
@@ -424,15 +421,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     };
 
     // -------- what is needed first is asked for first: queries, raw tokens, tiles
-    const float factor = scaling * (SOFTCAP ? 1.f : LOG2E);
-    const float gain = key_gain ? key_gain[bh] : 1.f;
+    const float factor = a.scaling * (SOFTCAP ? 1.f : LOG2E);
+    const float gain = a.key_gain ? a.key_gain[bh] : 1.f;
     u16 own_query[OWN], own_order[OWN];
     float own_balance[OWN], own_signs[OWN];
     auto ask_for_query = [&](int n) {
-        if (n < rows) read_row(own_query, query + ((i64)bh * all_rows + row0 + n) * D + OWN * lane);
-        if (balance) read_row(own_balance, balance + (i64)bh * D + OWN * lane);
-        if (order) read_row(own_order, order + (i64)bh * D + OWN * lane);
-        if (HADAMARD) read_row(own_signs, key_turn + (i64)h * key_turn_stride + OWN * lane);
+        if (n < rows) read_row(own_query, a.query + ((i64)bh * all_rows + row0 + n) * D + OWN * lane);
+        if (a.balance) read_row(own_balance, a.balance + (i64)bh * D + OWN * lane);
+        if (a.order) read_row(own_order, a.order + (i64)bh * D + OWN * lane);
+        if (HADAMARD) read_row(own_signs, a.key_turn + (i64)h * a.key_turn_stride + OWN * lane);
     };
     // Up to the rows of a block, the warps before the last code queries; raw tokens go to the last warps and few tiles to
     // the first, so that with enough of them nobody has two of these tasks.
@@ -460,7 +457,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
             raw_query[i] = make_uint4(0, 0, 0, 0);
-            if (g < rows) raw_query[i] = *(const uint4*)(query + ((i64)bh * all_rows + row0 + g) * D + 32 * i + 8 * t);
+            if (g < rows) raw_query[i] = *(const uint4*)(a.query + ((i64)bh * all_rows + row0 + g) * D + 32 * i + 8 * t);
         }
 #pragma unroll
         for (int r = 0; r < 2; r++)
@@ -501,10 +498,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         }
 #pragma unroll
         for (int i = 0; i < OWN; i++) x[i] *= factor;
-        if (balance)
+        if (a.balance)
 #pragma unroll
             for (int i = 0; i < OWN; i++) x[i] /= own_balance[i];
-        if (order) {
+        if (a.order) {
             __syncwarp();
             write_row(&shared.scratch[n][OWN * lane], x);
             __syncwarp();
@@ -520,7 +517,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         hadamard(x, size, lane);
         lead *= rsqrtf((float)size);
 #else
-        multiply(x, key_turn + (i64)h * key_turn_stride, shared.scratch[n], lane);
+        multiply(x, a.key_turn + (i64)h * a.key_turn_stride, shared.scratch[n], lane);
 #endif
 #pragma unroll
         for (int i = 0; i < OWN; i++) x[i] *= lead * gain;
@@ -561,7 +558,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             i64 position = sink ? start + i : (i64)packed + i - sinks;
             bool seen = i < sinks + tail && (sink ? position < packed : position >= start);
 #if MASKED
-            seen = seen && mask[(i64)b * mask_stride + position];
+            seen = seen && a.mask[(i64)b * a.mask_stride + position];
 #endif
             // Query row n is token n % queries of the newest `queries`.
             seen = seen && (sink || i - sinks <= tail - queries + (row0 + 2 * t + r % 2) % queries);
@@ -657,7 +654,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
     }
 #if SPARSE
     // What the first raw tokens score, sinks above all, is known before the first tile: most tiles are then below it.
-    const float sparse = __int_as_float(sparse_bits);  // log2 of the threshold
+    const float sparse = a.sparse;
     int unread = 0;
     {
         float s[4] = {NEVER, NEVER, NEVER, NEVER};
@@ -776,7 +773,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                     i64 position = first + own_token + ValueRow::index(U, r, 0);
                     bool seen = position >= start + sinks;
 #if MASKED
-                    seen = seen && mask[(i64)b * mask_stride + position];
+                    seen = seen && a.mask[(i64)b * a.mask_stride + position];
 #endif
 #pragma unroll
                     for (int nt = 0; nt < NT; nt++) {
@@ -890,7 +887,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
         if (!SPARSE) copy_values(tile + stride);
     }
 #if SPARSE
-    if (member == 0 && unread) atomicAdd(arrivals + ARRIVALS - 1, unread);
+    if (member == 0 && unread) atomicAdd(a.arrivals + ARRIVALS - 1, unread);
 #endif
     asm volatile("cp.async.wait_all;" ::: "memory");
     team_sync();  // of the team's tiles nothing is needed any more
@@ -912,8 +909,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
                     fmaf(p_sum[nt], -.5f * twice_bias(VALUE_BITS), o[m][nt][r]) * p_unit;
     }
     float value_signs[OWN];
-    if (HADAMARD && warp < NR) read_row(value_signs, value_turn + (i64)h * value_turn_stride + OWN * lane);
-    const float value_lead = VALUE_UNIT * (value_gain ? value_gain[bh] : 1.f);
+    if (HADAMARD && warp < NR) read_row(value_signs, a.value_turn + (i64)h * a.value_turn_stride + OWN * lane);
+    const float value_lead = VALUE_UNIT * (a.value_gain ? a.value_gain[bh] : 1.f);
     __syncthreads();
 
     // -------- a row of the block: the warps' parts added up, the packed ones turned back
@@ -959,24 +956,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
 #pragma unroll
         for (int i = 0; i < OWN; i++) x[i] = fmaf(x[i], value_signs[i] * (value_lead * SHRINK), raw[i]);
 #else
-        multiply(x, value_turn + (i64)h * value_turn_stride, shared.scratch[n], lane);
+        multiply(x, a.value_turn + (i64)h * a.value_turn_stride, shared.scratch[n], lane);
 #pragma unroll
         for (int i = 0; i < OWN; i++) x[i] = fmaf(x[i], value_lead, raw[i]);
 #endif
         if (splits > 1) {  // the last block to have this row adds up what all have
             const i64 first_part = parts * NR + n;
-            write_row(work + (first_part + split * NR) * D + OWN * lane, x);
+            write_row(a.work + (first_part + split * NR) * D + OWN * lane, x);
             if (lane == 0) *(float2*)(all_sums + 2 * (first_part + split * NR)) = make_float2(top, total);
             __syncwarp();
             int before = 0;
-            int* arrival = arrivals + (i64)head_chunk * NR + n;
+            int* arrival = a.arrivals + (i64)head_chunk * NR + n;
             if (lane == 0) before = arrive(arrival);
             if (__shfl_sync(~0u, before, 0) != splits - 1) continue;
             __syncwarp();
             if (lane == 0) *arrival = 0;
             constexpr int MANY = OWN <= 4 ? 16 : 8;
             float part[MANY][OWN];
-            const float* from = work + first_part * D + OWN * lane;
+            const float* from = a.work + first_part * D + OWN * lane;
             auto ask_for_parts = [&](int first) {
 #pragma unroll
                 for (int j = 0; j < MANY; j++)
@@ -1010,14 +1007,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(
             }
         }
         float shrink = 1.f;
-        if (s_aux) {  // a logit that takes probability and carries no value
-            const float logit = s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, larger = fmaxf(top, logit);
+        if (a.s_aux) {  // a logit that takes probability and carries no value
+            const float logit = a.s_aux[h * (all_rows / queries) + (row0 + n) / queries] * LOG2E, larger = fmaxf(top, logit);
             shrink = exp2_fast(top - larger);
             total = total * shrink + exp2_fast(logit - larger);
         }
         u16 out[OWN];
 #pragma unroll
         for (int i = 0; i < OWN; i++) out[i] = float_to_raw(total == 0.f ? 0.f : x[i] * shrink / total);
-        write_row(result + ((i64)bh * all_rows + row0 + n) * D + OWN * lane, out);
+        write_row(a.result + ((i64)bh * all_rows + row0 + n) * D + OWN * lane, out);
     }
 }

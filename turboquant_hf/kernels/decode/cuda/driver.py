@@ -6,18 +6,6 @@ import ctypes
 
 import torch
 
-
-class Arguments:
-    """A kernel's argument block: pointers, then integers. The driver copies it before a launch returns."""
-
-    def __init__(self, pointers: list[int], integers: tuple[int, ...]) -> None:
-        self.pointers = (ctypes.c_uint64 * len(pointers))(*pointers)
-        self.integers = (ctypes.c_int * len(integers))(*integers)
-        addresses = [ctypes.addressof(self.pointers) + 8 * i for i in range(len(pointers))]
-        addresses += [ctypes.addressof(self.integers) + 4 * i for i in range(len(integers))]
-        self.block = (ctypes.c_void_p * len(addresses))(*addresses)
-
-
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h."""
 
@@ -56,9 +44,10 @@ class Launcher:
             block=(self._threads, 1, 1), shared=self._shared, attributes=self._attributes, count=self._count
         )
 
-    def __call__(self, grid: tuple[int, int, int], arguments: Arguments, stream: int, options: LaunchOptions) -> None:
+    def __call__(self, grid: tuple[int, int, int], arguments, stream: int, options: LaunchOptions) -> None:
+        """arguments: `ctypes.pointer` of the kernel's only parameter, which the driver copies before this returns."""
         options.grid[0], options.grid[1], options.grid[2] = grid
         options.stream = stream
-        status = self._launch(ctypes.byref(options), self._kernel.func, arguments.block, None)
+        status = self._launch(ctypes.byref(options), self._kernel.func, ctypes.byref(arguments), None)
         if status:
             raise RuntimeError(f"cuLaunchKernelEx failed with error {status} (grid {grid}, {self._threads} threads)")

@@ -1,7 +1,7 @@
 """Launch geometry: how query rows, KV heads and tiles are dealt to blocks, and how many warps a block has.
 
-A launch has the grid (splits, H, B * chunks). A chunk is up to `MAX_ROWS` query rows of one KV head. `splits` blocks share
-the tiles of each chunk.
+A launch has the grid (splits, H, B * chunks). A chunk is up to `MAX_ROWS` query rows of one KV head; the tiles of each
+chunk are dealt to `splits` blocks.
 """
 
 from __future__ import annotations

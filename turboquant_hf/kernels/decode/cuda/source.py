@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from turboquant_hf.kernels.codes import SCALE_FORMATS
+from turboquant_hf.kernels.decode.cuda.arguments import declaration
 from turboquant_hf.primitives import packed_size
 
 FILES = ("instructions.cuh", "levels.cuh", "decode.cu")
@@ -115,7 +116,7 @@ def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
 
 
 def source_text(shape: Shape, warps: int) -> str:
-    """Constants of one layer shape, then `FILES`."""
+    """Constants of one layer shape, then `FILES`, with the arguments behind the first, which names their types."""
     offsets, row = shape.key_rows
     key_shift, key_unit = SCALE_FORMATS[shape.key_format]
     value_shift, value_unit = SCALE_FORMATS[shape.value_format]
@@ -150,8 +151,8 @@ def source_text(shape: Shape, warps: int) -> str:
         f"constexpr float VALUE_UNIT = {shape.values[2] * value_unit!r}f;",
         f"constexpr int SHARED_BYTES = {shared_bytes(shape, warps)};",
     ]
-    files = [Path(__file__).with_name(name).read_text() for name in FILES]
-    return "\n".join([*lines, *files])
+    types, *files = (Path(__file__).with_name(name).read_text() for name in FILES)
+    return "\n".join([*lines, types, declaration(), *files])
 
 
 def shared_bytes(shape: Shape, warps: int) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-import struct
 
 import torch
 
 from turboquant_hf.kernels.decode.cuda import geometry, kernel
 from turboquant_hf.kernels.decode.cuda import workspace as workspaces
-from turboquant_hf.kernels.decode.cuda.driver import Arguments
+from turboquant_hf.kernels.decode.cuda.arguments import Arguments
 from turboquant_hf.kernels.decode.cuda.source import ARRIVALS
 from turboquant_hf.kernels.decode.cuda.support import shape_of
 from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
@@ -35,11 +35,11 @@ def decode_attention(
 ) -> torch.Tensor:
     """`reference.decode_attention` in one launch; `supports` says for which arguments.
 
-    sparse_v_threshold: values of a tile are not read where all its probabilities, relative to the largest that a warp
-        has seen of their row (that of the first raw tokens from the start), are below it; 0 reads all; `unread_tiles`.
-    workspace: int32, zeros at first and left so where it counts blocks; see `workspace_size`. None: one of this
-        module's, which grows and is shared by the calls of a stream. One that is too small is not used.
-    splits: how many blocks share a head's tiles, at most 64; 0 chooses by the card.
+    sparse_v_threshold: the values of a tile are not read where all its probabilities are below this; 0 reads all.
+        A probability is relative to the largest that a warp has seen of its row, the first raw tokens included.
+    workspace: int32, zeros at first and left so where it counts blocks; see `workspace_size`. None: the stream's own,
+        which grows as needed. One that is too small is not used.
+    splits: how many blocks share the tiles of a KV head, at most 64; 0 chooses by the card.
     """
     step = Step(
         query, keys, values, sinks, tail, starts, scaling=scaling, masked=mask is not None, softcap=softcap,
@@ -49,10 +49,10 @@ def decode_attention(
 
 
 class Step:
-    """`decode_attention` with all but the query, the numbers of tokens and the mask in place.
+    """`decode_attention` with all arguments in place but the query, the numbers of tokens and the mask.
 
-    A decode step is bound by its launches: what stays the same from one to the next is looked up once. The arrays may
-    be larger than what is filled; they must stay where they are.
+    Decode steps are bound by their launches, so what stays the same from step to step is looked up once. The arrays may
+    be larger than what is filled. They must stay where they are.
     """
 
     def __init__(
@@ -94,19 +94,32 @@ class Step:
             turns, one = (_transposed(keys.rotation), values.rotation), dim * dim
         strides = [one if turn.numel() > one else 0 for turn in turns]  # from head to head
         sink_keys, sink_values = sinks.keys.contiguous(), sinks.values.contiguous()
-        self._tensors = (
-            query, turns[0], keys.order, keys.balance, keys.gain, keys.codes, keys.scale, keys.mean,
-            values.codes, values.scale, turns[1], values.gain, sink_keys, sink_values, tail.keys, tail.values,
-            None, None, starts, None, None if s_aux is None else s_aux.float(), counts, None, None, None,
-        )  # fmt: skip
-        integers = (
-            heads, rows, count, 0, _capacity(keys.codes), sink_keys.shape[2], 0, tail.keys.stride(1) // dim,
-            tail.keys.shape[2] if counts is not None else 0, 0, *strides, 0, _float_bits(scaling),
-            _float_bits(softcap or 0.0), _float_bits(math.log2(sparse_v_threshold) if sparse_v_threshold else 0.0),
-        )  # fmt: skip
-        self._arguments = Arguments([0 if x is None else x.data_ptr() for x in self._tensors], integers)
+        tensors = {
+            "key_turn": turns[0], "order": keys.order, "balance": keys.balance, "key_gain": keys.gain,
+            "key_codes": keys.codes, "key_scales": keys.scale, "key_means": keys.mean,
+            "value_codes": values.codes, "value_scales": values.scale, "value_turn": turns[1],
+            "value_gain": values.gain, "sink_keys": sink_keys, "sink_values": sink_values,
+            "tail_keys": tail.keys, "tail_values": tail.values, "starts": starts,
+            "s_aux": None if s_aux is None else s_aux.float(), "counts": counts,
+        }  # fmt: skip
+        self._tensors = tuple(tensors.values())  # keeps alive what the arguments point to
+        self._arguments = Arguments(
+            **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
+            heads=heads,
+            all_rows=rows,
+            queries=count,
+            capacity=_capacity(keys.codes),
+            sinks=sink_keys.shape[2],
+            tail_stride=tail.keys.stride(1) // dim,
+            ring=tail.keys.shape[2] if counts is not None else 0,
+            key_turn_stride=strides[0],
+            value_turn_stride=strides[1],
+            scaling=scaling,
+            softcap=softcap or 0.0,
+            sparse=math.log2(sparse_v_threshold) if sparse_v_threshold else 0.0,
+        )
+        self._parameter = ctypes.pointer(self._arguments)
         self._options = self._kernel.options()
-        self._tensors = (None, *self._tensors[1:])  # keep what the pointers mean alive, but not a step's query
 
     def __call__(
         self,
@@ -127,17 +140,18 @@ class Step:
         result = torch.empty_like(query)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         workspace = self._room(self._blocks * splits, stream)
-        pointers, integers = self._arguments.pointers, self._arguments.integers
-        pointers[0], pointers[24] = query.data_ptr(), result.data_ptr()
-        pointers[22], pointers[23] = workspace.data_ptr() + 4 * ARRIVALS, workspace.data_ptr()
-        integers[3], integers[6] = tiles, tail
+        arguments = self._arguments
+        arguments.query, arguments.result = query.data_ptr(), result.data_ptr()
+        arguments.arrivals, arguments.work = workspace.data_ptr(), workspace.data_ptr() + 4 * ARRIVALS
+        arguments.tiles, arguments.tail = tiles, tail
         if mask is not None:
-            pointers[19], integers[12] = mask.data_ptr(), mask.stride(0)
+            arguments.mask, arguments.mask_stride = mask.data_ptr(), mask.stride(0)
         if new is None:
-            integers[9] = 0
+            arguments.fresh = 0
         else:
-            pointers[16], pointers[17], integers[9] = new[0].data_ptr(), new[1].data_ptr(), new[0].shape[2]
-        self._kernel((splits, *self._grid), self._arguments, stream, self._options)
+            arguments.new_keys, arguments.new_values = new[0].data_ptr(), new[1].data_ptr()
+            arguments.fresh = new[0].shape[2]
+        self._kernel((splits, *self._grid), self._parameter, stream, self._options)
         return result
 
     def _room(self, blocks: int, stream: int) -> torch.Tensor:
@@ -164,7 +178,3 @@ def _transposed(rotation: torch.Tensor) -> torch.Tensor:
 def _capacity(codes: torch.Tensor) -> int:
     """Tiles a head has room for: `codes` may be the filled part of a larger array."""
     return codes.stride(1) // codes.shape[-1] if codes.shape[2] else 0
-
-
-def _float_bits(x: float) -> int:
-    return struct.unpack("<i", struct.pack("<f", x))[0]
