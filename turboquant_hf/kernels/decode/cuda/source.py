@@ -13,7 +13,10 @@ from turboquant_hf.kernels.codes import SCALE_FORMATS
 from turboquant_hf.kernels.decode.cuda.arguments import declaration
 from turboquant_hf.primitives import packed_size
 
-FILES = ("instructions.cuh", "levels.cuh", "decode.cu")
+FILES = (
+    "instructions.cuh", "levels.cuh", "layout.cuh", "warp.cuh", "rows.cuh", "copies.cuh", "query.cuh", "raw.cuh", "products.cuh",
+    "tiles.cuh", "merge.cuh", "decode.cu",
+)  # fmt: skip
 """One text, in this order."""
 TILE = 128
 LARGE_ROOM = 13 * 1024

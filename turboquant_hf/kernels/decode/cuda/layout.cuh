@@ -1,0 +1,48 @@
+// Sizes that follow from the constants of source.py, and the block's shared memory.
+
+template <int G> using KeyRow = Row<KEY_SIZE[G], KEY_BITS[G]>;
+__host__ __device__ constexpr int group_start(int group) { return group ? group_start(group - 1) + KEY_SIZE[group - 1] : 0; }
+typedef Row<128, VALUE_BITS, TEAM> ValueRow;
+
+__host__ __device__ constexpr int key_align(int offset, int bytes) {
+    int x = KEY_ROW_BYTES | offset | bytes | 16;
+    return x & -x;
+}
+
+constexpr int NR = 4 * NT;  // query rows of a block; column 2 t + {0, 1} of product nt holds row 4 nt + t, high and low
+constexpr int UNITS = D / 16, CHANNEL_TILES = D / 16, VALUE_ROW_BYTES = 16 * VALUE_BITS;
+constexpr int KEY_SCALE_BYTES = KEY_FORMAT ? 1 : 2, VALUE_SCALE_BYTES = VALUE_FORMAT ? 1 : 2;
+// The tokens of an S product are the lane's first token, index(0, 2 (g & 1), g >> 1), plus a constant per unit and row half.
+// Rows of keys that belong to one value of g >> 1 are followed by KEY_PAD bytes, so that lanes meet different banks.
+constexpr int OWN_TOKENS = ValueRow::BYTES;
+__host__ __device__ constexpr int key_place(int token) { return token * KEY_ROW_BYTES + token / OWN_TOKENS * KEY_PAD; }
+// Each team has room for the keys (codes, scales, mean) of one tile and for the values (codes, scales) of one tile.
+constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES, KEY_CODES = key_place(128), KEY_SCALES = 128 * KEY_GROUPS * KEY_SCALE_BYTES;
+constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
+constexpr int KEY_ROOM = (KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0) + 127) / 128 * 128;
+constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
+constexpr int ROOM = KEY_ROOM + VALUE_ROOM, THREADS = 32 * WARPS, TEAMS = WARPS / TEAM;
+constexpr int OWN_UNITS = 8 / TEAM, KEY_UNROLL = 4;  // S products of a warp's tokens, and those of one turn of a loop
+
+// One warp has a whole row of queries or results; each lane has OWN neighbouring channels of it.
+constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, so that lanes meet different banks
+static_assert(OWN_UNITS % KEY_UNROLL == 0, "whole turns");
+// Sums over a tile's tokens, and over the channels of a key less its bias, stay in the mantissa of MAGIC.
+static_assert(128 * 128 * (twice_bias(VALUE_BITS) > 127 ? 255 : 127) < 1 << 22 && D * 128 * 128 <= 1 << 22, "15-bit operands");
+static_assert(TEAM * 4 * NR * OUTPUT_ROW <= ROOM, "the output of a team's warps takes the place of its tiles");
+
+struct Shared {
+    __align__(128) u8 rooms[TEAMS][ROOM];  // of tiles; at the end, the warps' outputs in the values' coded domain
+    u16 halves[NR][D];                  // queries times a power of two, in half precision
+    float scratch[NR][D];               // for the warp that has the row
+    u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads: the key groups', then the values'
+#if WAIT_IN_SHARED
+    float waiting[WARPS][NR][D];        // sums over raw tokens
+#endif
+    u32 coded[2 * NR][4][UNITS];        // [2 n + {0, 1}][t]: high and low bytes of coded query n, lane part t
+    u64 coded_rows;                     // an mbarrier that counts the lanes that have coded a query
+    float query_unit[NR], half_unit[NR];
+    float maximum[2][WARPS][NR], sum[2][WARPS][NR];  // over tiles, over raw tokens
+};
+static_assert(sizeof(Shared) == SHARED_BYTES, "source.py computes another size");
+static_assert(WARPS % TEAM == 0 && WARPS >= 2 && WARPS <= 16, "whole teams, and a lane for every warp in each half of a warp");

@@ -1,0 +1,92 @@
+// Products of packed levels with coded queries or probabilities.
+
+template <int FORMAT, int OFFSET>
+__device__ __forceinline__ float load_scale(u32 lane) {  // FORMAT 0: halves; others: the shift from a byte to a half
+    u32 x[1];
+    load_piece<FORMAT ? 1 : 2, 1, OFFSET>(x, lane);
+    return half_to_float((u16)(x[0] << FORMAT));
+}
+
+// What the accumulators of scores begin with, so that the levels' bias is taken off. `sums`: of a query's high and low bytes.
+__device__ __forceinline__ void debias(int (&start)[4], const int (&sums)[4], int twice) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {  // both halves the same: four registers that a product can begin with as they are
+        const int high = twice * sums[i], low = twice * sums[i + 1];
+        start[i] = MAGIC_BITS - (high >> 1);
+        start[i + 1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);  // a high unit is 128 low ones
+    }
+}
+// BASE high + low, for whole numbers in the mantissa of MAGIC. It is rounded once, since the first step is exact.
+template <int BASE>
+__device__ __forceinline__ float join_bytes(int high, int low) {
+    return fmaf(__int_as_float(high), BASE, -(BASE + 1) * MAGIC) + __int_as_float(low);
+}
+
+// c = start + the first 2 PAIRS units of rows a and b (rows g and g + 8 of the left operand) times as many columns.
+template <int PAIRS, class R>
+__device__ __forceinline__ void multiply_levels(int (&c)[NT][4], const int (&start)[NT][4], const R& a, const R& b,
+                                                const u32 (*columns)[NT], const Levels& book) {
+    unrolled<0, R::ADDENDS * PAIRS>([&]<int J>() {
+        constexpr int U = J / R::ADDENDS * 2, ADDEND = J % R::ADDENDS;
+        u32 a0 = a.template levels<U, ADDEND>(book), a1 = b.template levels<U, ADDEND>(book);
+        u32 a2 = a.template levels<U + 1, ADDEND>(book), a3 = b.template levels<U + 1, ADDEND>(book);
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++)
+            if constexpr (J == 0)
+                mma32(c[nt], start[nt], a0, a1, a2, a3, columns[U][nt], columns[U + 1][nt]);
+            else
+                mma32(c[nt], a0, a1, a2, a3, columns[U][nt], columns[U + 1][nt]);
+    });
+}
+
+// Scores of the two tokens that unit U of the values wants from this lane, without the query's unit and the mean: groups
+// of keys from G on. `rows` and `scales`: shared memory, where the lane's first token has its codes and scales.
+template <int G, int U>
+__device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, const u32 (*q)[NT],
+                                      const int (*start_at)[NT][4], const Levels* books, int t) {
+    if constexpr (G < KEY_GROUPS) {
+        typedef KeyRow<G> R;
+        constexpr int ALIGN = key_align(KEY_OFFSET[G], R::BYTES);
+        constexpr int LOW = ValueRow::index(U, 0, 0), HIGH = ValueRow::index(U, 1, 0);
+        constexpr bool JOINED = R::WIDTH == 2 && R::BYTES == 2 && !R::PIECES;  // the parts of two rows fill a word
+        R a, b;
+        a.template load<ALIGN, key_place(LOW) + KEY_OFFSET[G]>(rows, t);
+        b.template load<ALIGN, key_place(HIGH) + KEY_OFFSET[G]>(rows, t);
+        int c[NT][4];
+        if constexpr (JOINED) {
+            Row<2 * R::UNITS * 16, KEY_BITS[G]> both;
+            both.w[0] = a.w[0] + b.w[0] * 65536u;
+            if constexpr (R::EXTRA) both.e[0] = a.e[0] + b.e[0] * 65536u;
+            both.take_own_bits(t);
+            u32 a0 = both.template levels<0>(books[G]), a1 = both.template levels<2>(books[G]);
+            u32 a2 = both.template levels<1>(books[G]), a3 = both.template levels<3>(books[G]);
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) mma32(c[nt], start_at[G][nt], a0, a1, a2, a3, q[0][nt], q[1][nt]);
+        } else {
+            a.take_own_bits(t);
+            b.take_own_bits(t);
+            multiply_levels<R::UNITS / 2>(c, start_at[G], a, b, q, books[G]);
+            if constexpr (R::UNITS % 2)
+                unrolled<0, R::ADDENDS>([&]<int ADDEND>() {
+                    constexpr int LAST = R::UNITS - 1;
+                    u32 a0 = a.template levels<LAST, ADDEND>(books[G]), a1 = b.template levels<LAST, ADDEND>(books[G]);
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) {
+                        if constexpr (R::UNITS == 1 && ADDEND == 0)
+#pragma unroll
+                            for (int i = 0; i < 4; i++) c[nt][i] = start_at[G][nt][i];
+                        mma16(c[nt], a0, a1, q[LAST][nt]);
+                    }
+                });
+        }
+        float first = load_scale<KEY_FORMAT, (128 * G + LOW) * KEY_SCALE_BYTES>(scales);
+        float second = load_scale<KEY_FORMAT, (128 * G + HIGH) * KEY_SCALE_BYTES>(scales);
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            const float x = join_bytes<128>(c[nt][0], c[nt][1]), y = join_bytes<128>(c[nt][2], c[nt][3]);
+            s[nt][0] = G ? fmaf(x, first, s[nt][0]) : x * first;
+            s[nt][1] = G ? fmaf(y, second, s[nt][1]) : y * second;
+        }
+        score<G + 1, U>(s, rows, scales, q + R::UNITS, start_at, books, t);
+    }
+}

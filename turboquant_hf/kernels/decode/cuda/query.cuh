@@ -1,0 +1,105 @@
+// Phase 1: a warp turns a row of queries into the coded domain of the keys, q' = unit * gain * R diag(1 / balance) q with
+// the channels sorted, as 15-bit numbers whose high and low bytes go to shared memory.
+
+// Where `halves` has a channel: of eight channels, one product with the mean takes 0, 1, 4, 5 and another 2, 3, 6, 7.
+__device__ __forceinline__ int half_place(int channel) { return (channel & ~6) | (channel & 2) << 1 | (channel & 4) >> 1; }
+
+// The channels and the unit of the group of keys that coded channel c is in: the rotation is block-diagonal.
+__device__ __forceinline__ void group_of(int c, int& size, float& unit) {
+#pragma unroll
+    for (int group = 0, edge = 0; group < KEY_GROUPS; group++) {
+        if (c >= edge) {
+            size = KEY_SIZE[group];
+            unit = KEY_UNIT[group];
+        }
+        edge += KEY_SIZE[group];
+    }
+}
+
+// What a lane loads for its channels of one row. Arrays like these stay out of the structures that hold a warp's numbers:
+// compilers keep a structure with arrays whole until all loops are unrolled, and then make more code of it.
+struct QueryLoads {
+    u16 query[OWN], order[OWN];
+    float balance[OWN], signs[OWN];
+};
+
+// Ask for row n of the chunk, and for its head's transform.
+__device__ __forceinline__ void ask_for_query(const Warp& w, QueryLoads& own, int n) {
+    const Arguments& a = w.a;
+    const int first = OWN * w.lane;
+    if (n < w.rows) read_row(own.query, a.query + ((i64)w.bh * a.all_rows + w.row0 + n) * D + first);
+    if (a.balance) read_row(own.balance, a.balance + (i64)w.bh * D + first);
+    if (a.order) read_row(own.order, a.order + (i64)w.bh * D + first);
+    if (HADAMARD) read_row(own.signs, a.key_turn + (i64)w.h * a.key_turn_stride + first);
+}
+
+// The row as halves for the products with the mean, times the power of two that takes the largest to 2^14 or more: what
+// half precision loses then does not count beside the largest.
+__device__ __forceinline__ void keep_halves(const Warp& w, int n, const float (&x)[OWN]) {
+    constexpr u32 ONE = 1u << 23;  // of an exponent in a float's bits
+    const u32 exponent = max(warp_largest(x) & 0x7F800000u, 15 * ONE);
+    const float grow = __uint_as_float(268 * ONE - exponent);
+#pragma unroll
+    for (int i = 0; i < OWN; i++) w.shared.halves[n][half_place(OWN * w.lane + i)] = float_to_half(x[i] * grow);
+    if (w.lane == 0) w.shared.half_unit[n] = __uint_as_float(exponent - 14 * ONE) * w.factor;
+}
+
+// x times gain, unit, rotation, order and 1 / balance.
+__device__ __forceinline__ void transform_query(const Warp& w, const QueryLoads& own, int n, float (&x)[OWN]) {
+    Shared& shared = w.shared;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] *= w.factor;
+    if (w.a.balance)
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] /= own.balance[i];
+    if (w.a.order) {
+        __syncwarp();
+        write_row(&shared.scratch[n][OWN * w.lane], x);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] = shared.scratch[n][own.order[i]];
+    }
+    int size;
+    float lead;
+    group_of(OWN * w.lane, size, lead);
+#if HADAMARD
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] *= own.signs[i];
+    hadamard(x, size, w.lane);
+    lead *= rsqrtf((float)size);
+#else
+    multiply(x, w.a.key_turn + (i64)w.h * w.a.key_turn_stride, shared.scratch[n], w.lane);
+#endif
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] *= lead * w.key_gain;
+}
+
+// Code row n, which was asked for; rows past the chunk's last are zeros.
+__device__ __forceinline__ void code_query(const Warp& w, const QueryLoads& own, int n) {
+    Shared& shared = w.shared;
+    const int lane = w.lane;
+    float x[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] = n < w.rows ? raw_to_float(own.query[i]) : 0.f;
+    if (HAS_MEAN) keep_halves(w, n, x);
+    transform_query(w, own, n, x);
+    const float top = __uint_as_float(warp_largest(x));
+    const float query_unit = (top < 1e-30f ? 1e-30f : top) / QUERY_TOP;  // unlike fmaxf, this keeps a NaN
+    if (lane == 0) shared.query_unit[n] = query_unit;
+    const float grow = 1.f / query_unit;
+    unrolled<0, KEY_GROUPS>([&]<int G>() {
+        static_assert(KeyRow<G>::found(), "find inverts index");
+        constexpr int FIRST = group_start(G);
+        if (OWN * lane < FIRST || OWN * lane >= FIRST + KEY_SIZE[G]) return;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            int u, j, part;
+            KeyRow<G>::find(OWN * lane + i - FIRST, u, j, part);
+            const int v = __float2int_rn(x[i] * grow), high = (v + 64) >> 7;
+            ((u8*)&shared.coded[2 * n][part][FIRST / 16 + u])[j] = (u8)high;
+            ((u8*)&shared.coded[2 * n + 1][part][FIRST / 16 + u])[j] = (u8)(v - 128 * high);
+        }
+    });
+    // Every lane arrives for what it wrote itself, which compute-sanitizer's racecheck can follow.
+    asm volatile("{ .reg .b64 x; mbarrier.arrive.shared.b64 x, [%0]; }" ::"r"(w.coded_rows()) : "memory");
+}
