@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
 #endif
     wait_once(w.coded_rows());
     const CodedQueries queries(w);
-    const OwnTokens own(w);
+    const OwnTokens own(w, copies);
     for (int tile = copies.begin; tile < w.tiles; tile += copies.stride) {
         if (SPARSE)
             copies.all_arrived();
@@ -115,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
         sums.raise(highest, fade);
         copies.all_but_newest_arrived();
         u32 p[OWN_UNITS][NT];
-        sums.code_probabilities(p, scores, fade, queries, copies.value_room + VALUE_CODES + own.token * VALUE_SCALE_BYTES);
-        sums.add(p, fade, queries, copies.value_room + w.g * VALUE_ROW_BYTES + w.share * ValueRow::LOADED, w.t);
+        sums.code_probabilities(p, scores, fade, queries, own.value_scales);
+        sums.add(p, fade, queries, own.values, w.t);
         w.team_sync();
         if (!SPARSE) copies.values(tile + copies.stride);
     }

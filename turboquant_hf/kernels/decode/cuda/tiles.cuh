@@ -70,13 +70,18 @@ struct CodedQueries {
     }
 };
 
-// Which of a tile's 128 tokens the lane has scores of: token + ValueRow::index(u, r, 0) for unit u and half r.
+// Which of a tile's 128 tokens the lane has scores of: token + ValueRow::index(u, r, 0) for unit u and row half r.
 struct OwnTokens {
-    int within, token;
-    __device__ __forceinline__ OwnTokens(const Warp& w) {
-        constexpr int OWN_STEP = ValueRow::index(0, 2, 0);
-        within = (w.g & 1) * OWN_STEP + w.share * ValueRow::index(OWN_UNITS, 0, 0);
+    int token;
+    u32 keys, key_scales, values, value_scales;  // shared memory: the token's codes and scales, and the lane's rows of values
+
+    __device__ __forceinline__ OwnTokens(const Warp& w, const TileCopies& copies) {
+        const int within = (w.g & 1) * ValueRow::index(0, 2, 0) + w.share * ValueRow::index(OWN_UNITS, 0, 0);
         token = (w.g >> 1) * OWN_TOKENS + within;
+        keys = copies.key_room + key_place((w.g >> 1) * OWN_TOKENS) + within * KEY_ROW_BYTES;
+        key_scales = copies.key_room + KEY_CODES + token * KEY_SCALE_BYTES;
+        values = copies.value_room + w.g * VALUE_ROW_BYTES + w.share * ValueRow::LOADED;
+        value_scales = copies.value_room + VALUE_CODES + token * VALUE_SCALE_BYTES;
     }
 };
 
@@ -88,8 +93,7 @@ struct Scores {
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) base[nt] = 0.f;
         queries.meet_mean(base, key_room, w);
-        u32 key_rows = key_room + key_place((w.g >> 1) * OWN_TOKENS) + own.within * KEY_ROW_BYTES;
-        u32 scales = key_room + KEY_CODES + own.token * KEY_SCALE_BYTES;
+        u32 key_rows = own.keys, scales = own.key_scales;
         // Not unrolled whole: short contexts wait for code that runs for the first time.
 #pragma unroll 1
         for (int turn = 0; turn < OWN_UNITS / KEY_UNROLL; turn++) {
@@ -119,13 +123,12 @@ struct Scores {
 
     // Cap, and hide what the mask or the sequence's start hides.
     __device__ __forceinline__ void finish(const Warp& w, const CodedQueries& queries, const OwnTokens& own, i64 first) {
-        const i64 visible = w.start + w.a.sinks;
-        if (MASKED || SOFTCAP || first < visible) {
+        if (MASKED || SOFTCAP || first < w.start + w.a.sinks) {
             unrolled<0, OWN_UNITS>([&]<int U>() {
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     i64 position = first + own.token + ValueRow::index(U, r, 0);
-                    bool seen = position >= visible;
+                    bool seen = position >= w.start + w.a.sinks;
 #if MASKED
                     seen = seen && w.a.mask[(i64)w.b * w.a.mask_stride + position];
 #endif
