@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from turboquant_hf.config import load_preset, preset_names
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
 from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda
 from turboquant_hf.kernels.decode.cuda import driver, geometry, kernel, source, support, workspace
-from turboquant_hf.kernels.decode.cuda.arguments import FIELDS, Arguments
+from turboquant_hf.kernels.decode.cuda.arguments import FIELDS, Arguments, declaration
 from turboquant_hf.kernels.decode.reference import decode_attention
 from turboquant_hf.primitives import grid, rotation_matrix
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
@@ -415,6 +417,21 @@ def test_launches_are_what_the_driver_reads(monkeypatch):
     assert tuple(first.grid) == (3, 2, 1) and first.stream == 7 and given == [3, 3]
     with pytest.raises(RuntimeError, match="error 700"):
         launcher((4, 2, 1), arguments, 9, first)
+
+
+def test_every_source_file_is_compiled():
+    """The key of a binary on disk is made from the whole text, so it covers every file and the arguments."""
+    keys, (values,) = (support.described(groups_of(128, x)) for x in (KEYS["k5/3"], ((1.0, 4),)))
+    text = source.source_text(source.Shape(128, keys, values), 8)
+    files = [path for path in Path(source.__file__).parent.iterdir() if path.suffix in (".cu", ".cuh")]
+    assert sorted(path.name for path in files) == sorted(source.FILES)
+    assert all(path.read_text() in text for path in files) and declaration() in text
+
+
+def test_the_declared_arguments_have_the_names_and_order_of_the_structure():
+    declared = re.findall(r"^    .*?(\w+);", declaration(), re.MULTILINE)
+    assert declared == [name for name, _ in Arguments._fields_]
+    assert f"== {ctypes.sizeof(Arguments)}," in declaration()
 
 
 @pytest.mark.parametrize(("name", "options"), [("k4v4", {}), ("k4v4", {"keys": {"per_head": True}}), ("k2v2", {})])

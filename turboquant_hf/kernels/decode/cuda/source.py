@@ -14,10 +14,20 @@ from turboquant_hf.kernels.decode.cuda.arguments import declaration
 from turboquant_hf.primitives import packed_size
 
 FILES = (
-    "instructions.cuh", "levels.cuh", "layout.cuh", "warp.cuh", "rows.cuh", "copies.cuh", "query.cuh", "raw.cuh", "products.cuh",
-    "tiles.cuh", "merge.cuh", "decode.cu",
-)  # fmt: skip
-"""One text, in this order."""
+    "instructions.cuh",
+    "levels.cuh",
+    "layout.cuh",
+    "warp.cuh",
+    "rows.cuh",
+    "copies.cuh",
+    "query.cuh",
+    "raw.cuh",
+    "products.cuh",
+    "tiles.cuh",
+    "merge.cuh",
+    "decode.cu",
+)
+"""One text, in this order: a file uses what stands above it."""
 TILE = 128
 LARGE_ROOM = 13 * 1024
 """Two warps share a tile of more bytes than this."""
@@ -79,7 +89,7 @@ class Shape:
 
     @property
     def room(self) -> int:
-        """Bytes of shared memory for one tile: decode.cu's `ROOM`."""
+        """Bytes of shared memory for one tile: layout.cuh's `ROOM`."""
         _, row = self.key_rows
         key_scale, value_scale = (1 if SCALE_FORMATS[x][0] else 2 for x in (self.key_format, self.value_format))
         pads = TILE // (TILE * main_width(self.values[1]) // 32) * key_pad(self)
@@ -119,7 +129,7 @@ def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
 
 
 def source_text(shape: Shape, warps: int) -> str:
-    """Constants of one layer shape, then `FILES`, with the arguments behind the first, which names their types."""
+    """Constants of one layer shape, then `FILES`. The arguments' declaration follows the first file, which names its types."""
     offsets, row = shape.key_rows
     key_shift, key_unit = SCALE_FORMATS[shape.key_format]
     value_shift, value_unit = SCALE_FORMATS[shape.value_format]
@@ -159,7 +169,7 @@ def source_text(shape: Shape, warps: int) -> str:
 
 
 def shared_bytes(shape: Shape, warps: int) -> int:
-    """Size of decode.cu's `Shared`."""
+    """Size of layout.cuh's `Shared`."""
     dim, rows = shape.dim, shape.rows
     total = warps // shape.team * shape.room + (2 + 4) * rows * dim
     total += 4 * warps * rows * dim if wait_in_shared(shape) else 0
