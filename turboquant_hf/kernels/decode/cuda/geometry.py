@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from turboquant_hf.kernels.decode.cuda.source import Shape, block_rows, most_warps
-from turboquant_hf.kernels.decode.reference import PackedSide
+from turboquant_hf.kernels.decode.inputs import PackedSide
 
 MAX_ROWS = block_rows(wide=True)
 MAX_SPLITS = 64

@@ -114,7 +114,7 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     asm("{ .reg .u64 x; cvta.to.shared.u64 x, %1; cvt.u32.u64 %0, x; }" : "=r"(a) : "l"(p));
     return a;
 }
-// The kernel may be launched while the one before it ends (launch.py asks for that): nothing that others write is touched
+// The kernel may be launched while the one before it ends (driver.py asks for that): nothing that others write is touched
 // before this.
 __device__ __forceinline__ void previous_kernel_done() {
 #if __CUDA_ARCH__ >= 900

@@ -129,7 +129,7 @@ def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
 
 
 def source_text(shape: Shape, warps: int) -> str:
-    """Constants of one layer shape, then `FILES`. The arguments' declaration follows the first file, which names its types."""
+    """Constants of one layer shape, then `FILES`. The first file names the types of the arguments, which follow it."""
     offsets, row = shape.key_rows
     key_shift, key_unit = SCALE_FORMATS[shape.key_format]
     value_shift, value_unit = SCALE_FORMATS[shape.value_format]

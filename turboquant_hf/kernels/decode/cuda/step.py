@@ -12,7 +12,7 @@ from turboquant_hf.kernels.decode.cuda import workspace as workspaces
 from turboquant_hf.kernels.decode.cuda.arguments import Arguments
 from turboquant_hf.kernels.decode.cuda.source import ARRIVALS
 from turboquant_hf.kernels.decode.cuda.support import shape_of
-from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
+from turboquant_hf.kernels.decode.inputs import PackedSide, RawTokens
 from turboquant_hf.primitives.memo import once_per_tensor
 
 

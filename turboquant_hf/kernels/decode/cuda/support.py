@@ -10,7 +10,7 @@ import torch
 from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.decode.cuda import geometry, kernel
 from turboquant_hf.kernels.decode.cuda.source import TILE, Shape, main_width, piece_size, row_layout
-from turboquant_hf.kernels.decode.reference import PackedSide, RawTokens
+from turboquant_hf.kernels.decode.inputs import PackedSide, RawTokens
 
 HEAD_DIMS = (64, 96, 128, 256)
 BITS = (1, 2, 3, 4, 5, 8)
