@@ -187,16 +187,23 @@ def test_chunks_beside_one_piece(recorder):
     whole, pieces = found[2:]
     assert pieces["ratio_to_whole"] == pytest.approx(pieces["first_token_s"] / whole["first_token_s"])
     assert pieces["prefill_speedup"] == pytest.approx(found[1]["first_token_s"] / pieces["first_token_s"])
-    assert whole["error"] < 1e-4 < pieces["error"] < check_calls.QUANTIZED
+    assert whole["error"] < 1e-4 and pieces["error"] < 1e-4 < pieces["distance_from_fp16"] < check_calls.QUANTIZED
+    assert pieces["check"].startswith("preset lossless")
     assert "| 1 x 900 by 300 | turboquant k4v4 |" in table.to_markdown(found)
 
 
-@pytest.mark.parametrize(("quantized", "bound"), [(True, check_calls.QUANTIZED), (False, 2e-3)])
-def test_a_prompts_logits_are_judged(quantized, bound):
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_prompts_logits_are_judged(quantized):
+    """Or, where the preset quantizes, those of the lossless preset."""
     shared, exact = model.build_model(toy(), CPU), torch.ones(1, 50)
-    assert "reason" not in check_calls.check_first(shared, exact * (1 + 0.99 * bound), exact, quantized)
-    assert "above" in check_calls.check_first(shared, exact * (1 + 1.01 * bound), exact, quantized)["reason"]
-    assert "nothing" in check_calls.check_first(shared, exact, None, quantized)["reason"]
+
+    def judged(factor, reference=exact):
+        logits = factor * exact
+        return check_calls.check_first(shared, *((2 * exact, reference, logits) if quantized else (logits, reference)))
+
+    assert "reason" not in judged(1 + 0.99 * 2e-3) and "above" in judged(1 + 1.01 * 2e-3)["reason"]
+    assert "nothing" in judged(1.0, None)["reason"]
+    assert (judged(1.0).get("distance_from_fp16") == 1.0) == quantized
 
 
 def fill_up(recorder, replays):

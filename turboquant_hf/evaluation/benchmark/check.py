@@ -85,20 +85,22 @@ def judge(error: float, noise: float, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def rounding_noise(stepper: Stepper, cache, ids: torch.Tensor, logits: torch.Tensor) -> float:
-    """Relative error of `logits`, those of a cache's newest step by SDPA, from the same step by SDPA's math backend.
+    """Relative error of `logits`, those of a cache's newest step by SDPA, from the same step by another SDPA backend.
 
-    The math backend computes in float32: both are correct, and differ by roundings of the dtype. 0 where it has no
-    memory or its logits are not finite. The cache ends with that step, as it came.
+    The math backend computes in float32: both are correct, and differ by roundings of the dtype. Where it has no
+    memory the memory-efficient one takes its place. 0 where neither can, or where the logits are not finite. The cache
+    ends with that step, as it came.
     """
     lengths = [layer.get_seq_length() for layer in cache.layers]
     cache.crop(-1)
-    with suppress(torch.OutOfMemoryError), sdpa_kernel(SDPBackend.MATH):
-        noise = relative_error(logits, stepper.step(cache, ids).float())
-        return noise if math.isfinite(noise) else 0.0
-    for layer, length in zip(cache.layers, lengths, strict=True):
-        if layer.get_seq_length() == length:  # the step failed in this layer or in a later one
-            layer.crop(-1)
-    Recorder.release()
+    for backend in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION):
+        with suppress(RuntimeError), sdpa_kernel(backend):  # out of memory, or no such kernel
+            noise = relative_error(logits, stepper.step(cache, ids).float())
+            return noise if math.isfinite(noise) else 0.0
+        for layer, length in zip(cache.layers, lengths, strict=True):
+            if layer.get_seq_length() == length:  # the step failed in this layer or in a later one
+                layer.crop(-1)
+        Recorder.release()
     stepper.step(cache, ids)
     return 0.0
 

@@ -229,7 +229,11 @@ def run_chunks(
                 undo(model)
                 made = call(model, ids, new, 1, **arguments)
                 exact = made.first if exact is None and not variant.packed else exact
-                row |= check_first(model, made.first, exact, quantized=variant.packed and chunk is not None)
+                lossless = None
+                if variant.packed and chunk:
+                    undo(model)
+                    lossless = call(model, ids, new, 1, **{**arguments, **variant.arguments("lossless")}).first
+                row |= check_first(model, made.first, exact, lossless)
                 row |= {"held_bytes": made.held_bytes, "peak_bytes": made.peak_bytes, "all_s": [made.first_s]}
                 made = None
                 measured.append((row, arguments))

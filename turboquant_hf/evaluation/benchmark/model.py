@@ -48,6 +48,10 @@ def model_config(shape: Shape, layers: int, tokens: int) -> PreTrainedConfig:
     return config
 
 
+ROUTER = 16.0
+"""Factor of random router weights: an expert that rounding exchanges for another one then carries next to no weight."""
+
+
 def build_model(group: Group, device: torch.device) -> PreTrainedModel:
     """Random weights of the group's shape."""
     torch.manual_seed(0)
@@ -56,9 +60,13 @@ def build_model(group: Group, device: torch.device) -> PreTrainedModel:
     torch.set_default_dtype(group.torch_dtype)
     try:
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config).eval()
+            model = AutoModelForCausalLM.from_config(config).eval()
     finally:
         torch.set_default_dtype(before)
+    for name, weight in model.named_parameters():
+        if name.endswith((".router.weight", ".gate.weight")):
+            weight.data *= ROUTER
+    return model
 
 
 def read_nbytes(model: PreTrainedModel) -> int:
