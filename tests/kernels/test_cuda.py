@@ -14,7 +14,7 @@ import torch
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import load_preset, preset_names
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
-from turboquant_hf.kernels.decode import PackedSide, RawTokens, cuda
+from turboquant_hf.kernels.decode import History, PackedSide, RawTokens, Scoring, cuda
 from turboquant_hf.kernels.decode.cuda import driver, geometry, kernel, source, support, workspace
 from turboquant_hf.kernels.decode.cuda.arguments import FIELDS, Arguments, declaration
 from turboquant_hf.kernels.decode.reference import decode_attention
@@ -99,10 +99,9 @@ def float_inputs(given):
 
 def check(given, **options):
     """One call against the reference in float32."""
-    query, key_side, value_side, _, raw, _ = given
-    splits = options.pop("splits", 0)
-    assert (reason := cuda.supports(query, key_side, value_side, raw)) is None, reason
-    output = cuda.decode_attention(*given, splits=splits, **options)
+    query, splits = given[0], options.pop("splits", 0)
+    assert (reason := cuda.supports(query, History(*given[1:]), Scoring(1.0))) is None, reason
+    output = attend_parts(cuda.decode_attention, *given, splits=splits, **options)
     exact = attend_parts(decode_attention, *float_inputs(given), **options)
     error = (output.float() - exact).norm() / exact.norm()
     assert error < (3e-3 if query.dtype == torch.bfloat16 else 1.5e-3)
@@ -139,7 +138,7 @@ def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
 def test_rotations_as_matrices_and_as_signs(keys, kind, per_head, dim, rows):
     given = arguments(keys, 4, dim, rows, torch.float16, kind=kind, per_head=per_head)
     by_signs = (keys, kind) == ("k5/3", "hadamard")
-    assert support.shape_of(*given[:3]).hadamard == by_signs
+    assert support.shape_of(*given[:3], Scoring(1.0)).hadamard == by_signs
     check(given, scaling=0.05)
 
 
@@ -222,7 +221,7 @@ def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
     if extra == "counts":  # three tiles are spare, and the tail is a ring that wraps round
         options["counts"] = torch.tensor([27, 27 * TILE + 77], dtype=torch.int32, device="cuda")
     cuda.unread_tiles()
-    output = cuda.decode_attention(*given, **options)
+    output = attend_parts(cuda.decode_attention, *given, **options)
     chunks = -(-rows[0] * rows[1] // (8 if rows[0] * rows[1] > 4 else 4))
     hidden = 2 if extra == "padded" else 0  # tile 1, before the start of the second sequence's two heads
     unlikely = 9 if extra == "counts" else 10
@@ -253,7 +252,7 @@ def test_a_head_that_holds_nan_says_so(which):
     """A head's NaN gain marks what was not finite: all of its results are NaN, and nobody else's."""
     query, *sides, sink, raw, starts = arguments("k5/3", 4, 128, (4, 1), torch.float16)
     sides[which == "values"].gain[1, 0] = torch.nan
-    output = cuda.decode_attention(query, *sides, sink, raw, starts, scaling=0.05).view(2, 2, 4, 128)
+    output = attend_parts(cuda.decode_attention, query, *sides, sink, raw, starts, scaling=0.05).view(2, 2, 4, 128)
     assert output[1, 0].isnan().all()
     output[1, 0] = 0
     assert output.isfinite().all()
@@ -265,7 +264,7 @@ def test_a_token_that_holds_nan_says_so(which):
     """Two-byte scales have no gain: a NaN scale is the mark."""
     query, *sides, sink, raw, starts = arguments("k8", 8, 128, (4, 1), torch.float16, formats=("fp16", "fp16"))
     sides[which == "values"].scale[1, 0, 5, 0, 77] = torch.nan
-    output = cuda.decode_attention(query, *sides, sink, raw, starts, scaling=0.05).view(2, 2, 4, 128)
+    output = attend_parts(cuda.decode_attention, query, *sides, sink, raw, starts, scaling=0.05).view(2, 2, 4, 128)
     assert output[1, 0].isnan().all()
     output[1, 0] = 0
     assert output.isfinite().all()
@@ -298,15 +297,16 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
     layer.update(*torch.randn(2, 1, 2, 300, dim))
     layer.commit()
     sides = layer.packed_sides()
-    query, tail = torch.randn(1, 4, 1, dim), RawTokens(*layer.tail.view())
-    assert cuda.supports(query, *sides, tail) == "the query is not on a CUDA device"
+    query, raw = torch.randn(1, 4, 1, dim), [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
+    history = History(*sides, *raw, layer.sinks.starts)
+    assert cuda.supports(query, history, Scoring(1.0)) == "the query is not on a CUDA device"
     served = {16: "", 64: "k4v4 k4v3 k4v2 k3v3 k3v2 k8v4", 80: "", 96: "k4v4 k4v3 k4v2 k8v4"}
     served[128] = served[256] = served[64] + " k2v2"
     monkeypatch.setattr(support, "shape_of", lambda *given: None)
     monkeypatch.setattr(kernel, "failure", lambda shape, device: None)
     elsewhere = SimpleNamespace(shape=query.shape, dtype=torch.float16, is_cuda=True, device=None)
-    half = RawTokens(tail.keys.half(), tail.values.half())
-    assert (cuda.supports(elsewhere, *sides, half) is None) == (name in served[dim].split())
+    half = replace(history, tail=RawTokens(raw[1].keys.half(), raw[1].values.half()))
+    assert (cuda.supports(elsewhere, half, Scoring(1.0)) is None) == (name in served[dim].split())
 
 
 @pytest.mark.parametrize("limit", [99, 163, 227])
@@ -458,7 +458,7 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
     layer.commit()
     sides = layer.packed_sides()
     query, raw = torch.randn(3, 8, 1, 64).half(), [RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())]
-    output = cuda.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.125)
+    output = attend_parts(cuda.decode_attention, query, *sides, *raw, layer.sinks.starts)
     ((grid, given),) = launches
     tiles, tail = sides[0].codes.shape[2], raw[1].keys.shape[2]
     assert (tiles, tail) == (6, 232) and grid == (6, 2, 3)
@@ -480,4 +480,4 @@ def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
     assert (given["arrivals"], given["work"]) == (words.data_ptr(), words.data_ptr() + 4 * source.ARRIVALS)
     assert not words[: source.ARRIVALS].any()
     with pytest.raises(ValueError, match="allowed are 0 to 64"):
-        cuda.decode_attention(query, *sides, *raw, layer.sinks.starts, scaling=0.125, splits=65)
+        attend_parts(cuda.decode_attention, query, *sides, *raw, layer.sinks.starts, splits=65)

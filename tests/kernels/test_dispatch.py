@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from turboquant_hf.kernels import dispatch
-from turboquant_hf.kernels.decode import cpu, reference
+from turboquant_hf.kernels.decode import cpu, cuda, reference
 
 from .cases import attend, attention_inputs
 from .conftest import INTERPRETED
@@ -62,7 +62,7 @@ def test_a_fast_version_has_the_signature_of_its_reference(name):
 def test_every_decode_attention_has_the_parameters_of_the_reference():
     pytest.importorskip("triton")
     wanted = inspect.signature(reference.decode_attention).parameters
-    for module in (cpu, dispatch, import_module("turboquant_hf.kernels.decode.triton")):
+    for module in (cpu, cuda, dispatch, import_module("turboquant_hf.kernels.decode.triton")):
         found = inspect.signature(module.decode_attention).parameters
         assert {name: found[name] for name in wanted} == dict(wanted)
 

@@ -12,7 +12,7 @@ import torch
 
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import load_preset
-from turboquant_hf.kernels.decode import RawTokens, cuda
+from turboquant_hf.kernels.decode import History, RawTokens, Scoring, cuda
 from turboquant_hf.kernels.decode.cuda import geometry, kernel, source, step, workspace
 from turboquant_hf.primitives import rotation_matrix
 
@@ -94,7 +94,7 @@ def test_a_workspace_outlives_the_launch_that_another_thread_grows_it_in(monkeyp
     layer.commit()
     raw = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())
     query = torch.randn(1, 8, 1, 64).half()
-    cuda.decode_attention(query, *layer.packed_sides(), *raw, layer.sinks.starts, scaling=0.125)
+    cuda.decode_attention(query, History(*layer.packed_sides(), *raw, layer.sinks.starts), Scoring(0.125))
     assert alive == [True]
 
 

@@ -94,7 +94,7 @@ def decode_attention(
         module, reason = _cuda_for(query, history, scoring, mask is not None)
         if reason is None:
             with on_device(query.device):
-                return module.decode_attention(query, **vars(history), **vars(scoring), mask=mask, workspace=workspace)
+                return module.decode_attention(query, history, scoring, mask=mask, workspace=workspace)
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
@@ -116,7 +116,7 @@ def prepared_decode(query: torch.Tensor, history: History, scoring: Scoring, *, 
     if reason is not None:
         return None
     with on_device(query.device):
-        return module.Step(query, **vars(history), **vars(scoring), masked=masked)
+        return module.Step(query, history, scoring, masked=masked)
 
 
 def _cuda_for(
@@ -125,8 +125,7 @@ def _cuda_for(
     """The CUDA C++ decode kernels, and why they do not serve this call, or None."""
     module, reason = cuda_module()
     if module is not None:
-        known = {"masked": masked, "softcap": scoring.softcap, "sparse_v_threshold": scoring.sparse_v_threshold}
-        reason = module.supports(query, history.keys, history.values, history.tail, **known)
+        reason = module.supports(query, history, scoring, masked=masked)
     return module, reason
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turboquant_hf.kernels.decode.inputs import History, PackedSide, RawTokens, Scoring
-
-__all__ = ["History", "PackedSide", "RawTokens", "Scoring", "decode_attention"]
+from turboquant_hf.kernels.decode.inputs import History, Scoring
 
 
 def decode_attention(

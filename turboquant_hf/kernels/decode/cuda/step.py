@@ -12,40 +12,29 @@ from turboquant_hf.kernels.decode.cuda import workspace as workspaces
 from turboquant_hf.kernels.decode.cuda.arguments import Arguments
 from turboquant_hf.kernels.decode.cuda.source import ARRIVALS
 from turboquant_hf.kernels.decode.cuda.support import shape_of
-from turboquant_hf.kernels.decode.inputs import PackedSide, RawTokens
+from turboquant_hf.kernels.decode.inputs import History, Scoring
 from turboquant_hf.primitives.memo import once_per_tensor
 
 
 def decode_attention(
     query: torch.Tensor,
-    keys: PackedSide,
-    values: PackedSide,
-    sinks: RawTokens,
-    tail: RawTokens,
-    starts: torch.Tensor,
+    history: History,
+    scoring: Scoring,
     *,
-    scaling: float,
     mask: torch.Tensor | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    sparse_v_threshold: float = 0.0,
-    counts: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     splits: int = 0,
 ) -> torch.Tensor:
     """`reference.decode_attention` in one launch; `supports` says for which arguments.
 
-    sparse_v_threshold: the values of a tile are not read where all its probabilities are below this; 0 reads all.
-        A probability is relative to the largest that a warp has seen of its row, the first raw tokens included.
+    scoring: with `sparse_v_threshold`, a probability is relative to the largest that a warp has seen of its row, the
+        first raw tokens included.
     workspace: int32, zeros at first and left so where it counts blocks; see `workspace_size`. None: the stream's own,
         which grows as needed. One that is too small is not used.
     splits: how many blocks share the tiles of a KV head, at most 64; 0 chooses by the card.
     """
-    step = Step(
-        query, keys, values, sinks, tail, starts, scaling=scaling, masked=mask is not None, softcap=softcap,
-        s_aux=s_aux, sparse_v_threshold=sparse_v_threshold, counts=counts, workspace=workspace, splits=splits,
-    )  # fmt: skip
-    return step(query.contiguous(), keys.codes.shape[2], tail.keys.shape[2], mask)
+    step = Step(query, history, scoring, masked=mask is not None, workspace=workspace, splits=splits)
+    return step(query.contiguous(), history.keys.codes.shape[2], history.tail.keys.shape[2], mask)
 
 
 class Step:
@@ -58,24 +47,18 @@ class Step:
     def __init__(
         self,
         query: torch.Tensor,
-        keys: PackedSide,
-        values: PackedSide,
-        sinks: RawTokens,
-        tail: RawTokens,
-        starts: torch.Tensor,
+        history: History,
+        scoring: Scoring,
         *,
-        scaling: float,
         masked: bool = False,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        sparse_v_threshold: float = 0.0,
-        counts: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
         splits: int = 0,
     ) -> None:
+        keys, values, sinks, tail = history.keys, history.values, history.sinks, history.tail
+        s_aux, sparse = scoring.s_aux, scoring.sparse_v_threshold
         batch, _, count, dim = query.shape
         heads, rows = keys.codes.shape[1], geometry.query_rows(query, keys)
-        self._shape = shape_of(query, keys, values, masked, softcap, sparse_v_threshold)
+        self._shape = shape_of(query, keys, values, scoring, masked)
         self._device = query.device
         self._kernel, self._warps, self._teams = kernel.load(self._shape, query.device)
         self._splits = splits
@@ -99,8 +82,8 @@ class Step:
             "key_codes": keys.codes, "key_scales": keys.scale, "key_means": keys.mean,
             "value_codes": values.codes, "value_scales": values.scale, "value_turn": turns[1],
             "value_gain": values.gain, "sink_keys": sink_keys, "sink_values": sink_values,
-            "tail_keys": tail.keys, "tail_values": tail.values, "starts": starts,
-            "s_aux": None if s_aux is None else s_aux.float(), "counts": counts,
+            "tail_keys": tail.keys, "tail_values": tail.values, "starts": history.starts,
+            "s_aux": None if s_aux is None else s_aux.float(), "counts": history.counts,
         }  # fmt: skip
         self._tensors = tuple(tensors.values())  # keeps alive what the arguments point to
         self._arguments = Arguments(
@@ -111,12 +94,12 @@ class Step:
             capacity=_capacity(keys.codes),
             sinks=sink_keys.shape[2],
             tail_stride=tail.keys.stride(1) // dim,
-            ring=tail.keys.shape[2] if counts is not None else 0,
+            ring=tail.keys.shape[2] if history.counts is not None else 0,
             key_turn_stride=strides[0],
             value_turn_stride=strides[1],
-            scaling=scaling,
-            softcap=softcap or 0.0,
-            sparse=math.log2(sparse_v_threshold) if sparse_v_threshold else 0.0,
+            scaling=scoring.scaling,
+            softcap=scoring.softcap or 0.0,
+            sparse=math.log2(sparse) if sparse else 0.0,
         )
         self._parameter = ctypes.pointer(self._arguments)
         self._options = self._kernel.options()

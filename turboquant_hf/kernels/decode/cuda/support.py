@@ -10,7 +10,7 @@ import torch
 from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.decode.cuda import geometry, kernel
 from turboquant_hf.kernels.decode.cuda.source import TILE, Shape, main_width, piece_size, row_layout
-from turboquant_hf.kernels.decode.inputs import PackedSide, RawTokens
+from turboquant_hf.kernels.decode.inputs import History, PackedSide, Scoring
 
 HEAD_DIMS = (64, 96, 128, 256)
 BITS = (1, 2, 3, 4, 5, 8)
@@ -37,18 +37,9 @@ def available() -> str | None:
     return None
 
 
-def supports(
-    query: torch.Tensor,
-    keys: PackedSide,
-    values: PackedSide,
-    tail: RawTokens,
-    *,
-    masked: bool = False,
-    softcap: float | None = None,
-    sparse_v_threshold: float = 0.0,
-) -> str | None:
+def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked: bool = False) -> str | None:
     """None where `decode_attention` can serve this call, else the reason why not. Compiles the kernel."""
-    dim = query.shape[-1]
+    keys, values, tail, dim = history.keys, history.values, history.tail, query.shape[-1]
     checks = (
         (query.is_cuda, "the query is not on a CUDA device"),
         (query.dtype in (torch.float16, torch.bfloat16), f"dtype {query.dtype}"),
@@ -67,7 +58,7 @@ def supports(
         (keys.mean is None or keys.mean.dtype == torch.float16, "means that float16 does not hold"),
     )
     reason = next((reason for fine, reason in checks if not fine), None)
-    return reason or kernel.failure(shape_of(query, keys, values, masked, softcap, sparse_v_threshold), query.device)
+    return reason or kernel.failure(shape_of(query, keys, values, scoring, masked), query.device)
 
 
 def row_fits(size: int, group: CodeGroup) -> bool:
@@ -93,12 +84,7 @@ def described(groups: tuple[CodeGroup, ...]) -> tuple[tuple[int, int, float, tup
 
 
 def shape_of(
-    query: torch.Tensor,
-    keys: PackedSide,
-    values: PackedSide,
-    masked: bool = False,
-    softcap: float | None = None,
-    sparse_v_threshold: float = 0.0,
+    query: torch.Tensor, keys: PackedSide, values: PackedSide, scoring: Scoring, masked: bool = False
 ) -> Shape:
     """What the kernel is compiled for to serve this call."""
     return Shape(
@@ -110,8 +96,8 @@ def shape_of(
         query.dtype == torch.bfloat16,
         keys.mean is not None,
         masked,
-        softcap is not None,
-        sparse_v_threshold > 0.0,
+        scoring.softcap is not None,
+        scoring.sparse_v_threshold > 0.0,
         geometry.is_wide(query, keys),
         _by_signs(keys) and _by_signs(values),
     )
