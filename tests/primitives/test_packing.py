@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant_hf.primitives import pack, packed_size, planes, unpack
+from turboquant_hf.primitives import pack, pack_words, packed_size, planes, unpack, unpack_words
 
 PLANES = {
     1: ((1, 0),),
@@ -84,6 +84,34 @@ def test_pack_drops_higher_bits():
     )
 
 
+def pack_word_slowly(codes: list[int], bits: int) -> list[int]:
+    """The layout of a trellis's word, one field at a time."""
+    words = []
+    for width, shift in (*(PLANES[bits - 1] if bits > 1 else ()), (1, bits - 1)):
+        plane = [0] * width
+        for i, code in enumerate(codes):
+            plane[i % width] |= (code >> shift) % 2**width << i // width * width
+        words += plane
+    return [word >> 8 * byte & 255 for word in words for byte in range(4)]
+
+
+@given(st.integers(1, 8), st.lists(st.integers(0, 255), min_size=32, max_size=32))
+def test_words_follow_the_layout(bits, codes):
+    codes = torch.tensor(codes, dtype=torch.uint8) & (2**bits - 1)
+    packed = pack_words(codes, bits)
+    assert packed.tolist() == pack_word_slowly(codes.tolist(), bits)
+    assert torch.equal(unpack_words(packed, bits), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_words_may_be_strided(bits):
+    codes = torch.randint(2**bits, (32, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    packed = pack_words(codes.T, bits)
+    assert torch.equal(packed, pack_words(codes.T.contiguous(), bits))
+    assert torch.equal(unpack_words(packed.T.contiguous().T, bits), codes.T)
+    assert unpack_words(pack_words(codes.T.view(2, 3, 32)[:0], bits), bits).shape == (0, 3, 32)
+
+
 BYTES = torch.zeros(8, dtype=torch.uint8)
 
 
@@ -98,6 +126,9 @@ BYTES = torch.zeros(8, dtype=torch.uint8)
         pytest.param(lambda: unpack(BYTES, 4, 17), r"packed.shape\[-1\]=8: must be 12", id="unpack-size"),
         pytest.param(lambda: unpack(BYTES, 9, 8), "bits=9", id="unpack-9-bits"),
         pytest.param(lambda: unpack(BYTES, 4, -1), "n=-1", id="unpack-negative"),
+        pytest.param(lambda: pack_words(BYTES, 4), r"codes.shape\[-1\]=8: must be 32", id="pack_words-size"),
+        pytest.param(lambda: pack_words(BYTES.new_zeros(32), 9), "bits=9", id="pack_words-9-bits"),
+        pytest.param(lambda: unpack_words(BYTES, 3), r"packed.shape\[-1\]=8: must be 12", id="unpack_words-size"),
         pytest.param(lambda: packed_size(-1, 4), "n=-1", id="packed_size-negative"),
         pytest.param(lambda: planes(12), "bits=12", id="planes-12-bits"),
     ],

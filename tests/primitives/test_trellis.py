@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from turboquant_hf.primitives import Trellis, distortion, lloyd_max, pack, packed_size, trellis_code, unpack
 from turboquant_hf.primitives.trellis import _TRAINED, WARM_UP, _means, sphere_words, train
 
-BITS = (1, 2, 3, 4)
+BITS = (1, 2, 3, 4, 5)
 # Squared error on Gaussian values: 16 states, tail-biting words of 32.
-DESIGN = {1: 0.3066, 2: 0.0862, 3: 0.0239, 4: 0.0069}
+DESIGN = {1: 0.3066, 2: 0.0862, 3: 0.0239, 4: 0.0069, 5: 0.0021}
 
 
 def slow_numbers(codes: list[int], bits: int, h0: int = 0o23, h1: int = 0o04) -> list[int]:
@@ -50,11 +50,11 @@ def test_error_on_the_sphere_is_below_lloyd_maxs_own(bits, dim):
 
 @pytest.mark.parametrize(("bits", "dim"), sorted(_TRAINED), ids=str)
 def test_shipped_levels_are_the_means_of_what_they_stand_for(bits, dim):
-    """Lloyd's condition, up to the grid: levels moved to their means save next to nothing."""
+    """Lloyd's condition, up to the grid, which is coarse for 64 levels: levels moved to their means save little."""
     code, x = trellis_code(bits, dim or None), sphere_words(dim or None, 8000, seed=4)
     means, mass = _means(bits, torch.tensor(code.levels)[2**bits :], x)
     moved = Trellis((*(-means.flip(0)).tolist(), *means.tolist()), "moved")
-    assert error(code, x) < 1.015 * error(moved, x)
+    assert error(code, x) < (1.03 if bits == 5 else 1.015) * error(moved, x)
     assert (mass > 0).all()
 
 
@@ -186,7 +186,7 @@ LEVELS = (-1.0, -0.5, 0.5, 1.0)
     ("call", "message"),
     [
         pytest.param(lambda: trellis_code(0), "bits=0", id="0-bits"),
-        pytest.param(lambda: trellis_code(5), "bits=5: must be from 1 to 4", id="5-bits"),
+        pytest.param(lambda: trellis_code(6), "bits=6: must be from 1 to 5", id="6-bits"),
         pytest.param(lambda: trellis_code(2, 15), "dim=15", id="dim-15"),
         pytest.param(lambda: Trellis(LEVELS[:2], "c"), "levels has 2 entries", id="two-levels"),
         pytest.param(lambda: Trellis(LEVELS[::-1], "c"), "must be increasing", id="unsorted"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_hf.config import load_preset, quantizer_from
-from turboquant_hf.primitives import hadamard_matrix
+from turboquant_hf.primitives import grid, hadamard_matrix
 from turboquant_hf.quantizers import QUANTIZERS
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
@@ -26,6 +26,8 @@ CASES = [
     ("conditioned", {"widths": ((0.125, 4), (0.625, 2), (0.25, 1)), "channel_major": True}),
     ("conditioned", {"center": False, "balance": "key"}),
     ("conditioned", {"balance": "none", "bits": 3}),
+    ("conditioned", {"widths": ((0.5, 5), (0.5, 3)), "codebook": "trellis", "scale_format": "e3m5"}),
+    ("conditioned", {"widths": ((0.25, 4), (0.5, 2), (0.25, 1)), "codebook": "trellis"}),
     ("kivi", {}),
     ("kivi", {"bits": 2, "axis": "token"}),
     ("kivi", {"bits": 1, "group": 8}),
@@ -35,6 +37,8 @@ CASES = [
     ("mse", {"bits": 3, "scale": "norm-corrected", "channel_major": True}),
     ("mse", {"bits": 8, "codebook": "uniform", "scale": "mse"}),
     ("mse", {"bits": 1, "scale": "unbiased", "rotation": "qr", "per_head": True}),
+    ("mse", {"bits": 4, "codebook": "trellis", "scale": "norm-corrected", "channel_major": True}),
+    ("mse", {"bits": 3, "codebook": "trellis", "scale_format": "e4m4", "block": 32}),
     ("mse", {"bits": 5, "block": 32, "rounds": 2, "rotation": "qr", "seed": 7}),
     ("outlier", {}),
     ("outlier", {"bits": 3, "outlier_bits": 4, "scale": "norm-corrected", "channel_major": True}),
@@ -268,10 +272,14 @@ ROTATED = [case for case in CASES if issubclass(QUANTIZERS[case[0]], RotatedQuan
 @pytest.mark.parametrize("case", ROTATED, ids=id_of)
 def test_both_orders_of_codes_decode_alike(case):
     quantizer = make(*case)
-    x, weight = tiles_of(80)
+    x, weight = tiles_of(64 if quantizer.codebook == "trellis" else 80)
     state = fit(quantizer, x, weight)
     rows, columns = (round_trip(replace(quantizer, channel_major=major), x, state, weight) for major in (False, True))
-    torch.testing.assert_close(rows, columns)
+    if quantizer.codebook == "trellis":  # other values make a word: the codes differ, not how good they are
+        errors = [(decoded - x)[:, :, 1:].square().mean() for decoded in (rows, columns)]
+        torch.testing.assert_close(*errors, rtol=0.03, atol=0)
+    else:
+        torch.testing.assert_close(rows, columns)
 
 
 @pytest.mark.parametrize("case", ROTATED, ids=id_of)
@@ -333,7 +341,9 @@ def test_any_width_and_head_dim_round_trips(name, bits, head_dim, tile, dtype):
         ("kivi", {}, 128, 4 + 1),
         ("kivi", {"axis": "token"}, 80, 4 + 32 * 3 / 80),
         ("mse", {}, 128, 4 + 0.125),
+        ("conditioned", {"widths": ((0.5, 5), (0.5, 3)), "codebook": "trellis"}, 64, 4 + 0.5 + 0.125),
         ("mse", {"block": 128}, 256, 4 + 0.125),
+        ("mse", {"bits": 3, "codebook": "trellis", "scale_format": "e4m4"}, 64, 3 + 0.125),
         ("outlier", {}, 128, 2.25 + 0.25),
         ("outlier", {"outlier_bits": 4, "bits": 3}, 128, 3.25 + 0.25),
         ("polar", {}, 128, 3.875),
@@ -361,7 +371,7 @@ def test_bits_per_channel_counts_every_overhead(name, options, head_dim, bits):
         ("mse", "bits", True, "1 to 8"),
         ("mse", "bits", "4", "1 to 8"),
         ("mse", "block", 1, "2 channels"),
-        ("mse", "codebook", "nf4", "lloyd-max, grid, polynomial, uniform"),
+        ("mse", "codebook", "nf4", "lloyd-max, grid, polynomial, uniform, trellis"),
         ("mse", "rotation", "dct", "hadamard"),
         ("mse", "rounds", 0, "from 1"),
         ("mse", "scale", "max", "unbiased"),
@@ -409,6 +419,26 @@ def test_impossible_head_dims_and_tiles_are_named(name, options, head_dim, parts
         QUANTIZERS[name](**options).validate(head_dim, 128)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_trellis_wants_whole_words_of_tokens():
+    trellis = QUANTIZERS["mse"](codebook="trellis")
+    with pytest.raises(ValueError, match="tile=24 .*'trellis'; allowed: multiples of 32"):
+        trellis.validate(64, 24)
+    trellis.validate(65, 24)  # no multiple of 16 channels: the grid serves
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "channel_major", "in_words"),
+    [
+        (64, 5, False, True), (64, 6, False, False), (80, 2, False, True), (72, 3, False, False),
+        (72, 3, True, True), (8, 3, True, False), (64, 1, True, True),
+    ],
+)  # fmt: skip
+def test_groups_that_words_do_not_serve_have_the_grid(head_dim, bits, channel_major, in_words):
+    (group,) = QUANTIZERS["mse"](bits=bits, codebook="trellis", channel_major=channel_major).groups(head_dim)
+    assert group.in_words == in_words
+    assert in_words or group.codebook == grid(bits, head_dim)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

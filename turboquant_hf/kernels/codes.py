@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turboquant_hf.primitives import Codebook, packed_size
+from turboquant_hf.primitives import WORD, Codebook, Trellis, packed_size
 
 SCALE_RULES = ("norm", "norm-corrected", "mse", "unbiased")
 SCALE_FORMATS = {"fp16": (0, 1.0), "e4m4": (6, 64.0), "e3m5": (5, 2.0**11)}
@@ -21,11 +21,16 @@ class CodeGroup:
     """`size` consecutive rotated channels that share one codebook and one scale per token."""
 
     size: int
-    codebook: Codebook
+    codebook: Codebook | Trellis
 
     @property
     def bits(self) -> int:
         return self.codebook.bits
+
+    @property
+    def in_words(self) -> bool:
+        """Whether codes are those of a trellis, packed in words of 32."""
+        return isinstance(self.codebook, Trellis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +67,74 @@ def tile_bytes(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) ->
 
     Token-major: `tile` rows, each the packed groups of one token side by side. Channel-major: group after group,
     each `size` rows that hold one channel's `tile` codes. `primitives.packing` describes a row.
+
+    Groups in words have no rows: the words of a group, as `to_words` orders them, stand side by side. In a
+    channel-major tile they stand in the group's place, in a token-major tile behind the rows of the other groups.
     """
     if channel_major:
         return sum(group.size * packed_size(tile, group.bits) for group in groups)
     return tile * sum(packed_size(group.size, group.bits) for group in groups)
+
+
+def group_places(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) -> list[tuple[int, int]]:
+    """(first byte, bytes) of every group in a tile; of token-major rows, in the first token's row."""
+    row = 0 if channel_major else sum(packed_size(group.size, group.bits) for group in groups if not group.in_words)
+    places, in_row, behind = [], 0, row * tile
+    for group in groups:
+        if channel_major or group.in_words:
+            size = tile_bytes((group,), tile, channel_major)
+            places.append((behind, size))
+            behind += size
+        else:
+            size = packed_size(group.size, group.bits)
+            places.append((in_row, size))
+            in_row += size
+    return places
+
+
+# A warp of decode.cu multiplies 16 rows by 32 columns: lane 4 g + t has columns of part t, in rows g and g + 8. Four
+# neighbouring columns, a unit, are the bytes of one register.
+#
+# Values: rows are channels, columns tokens. A word is 32 neighbouring tokens of one channel, the part of lane t.
+# Keys: rows are tokens, columns channels. A lane has a quarter of the group's channels, and of each 32 tokens the pairs
+# 4 u + 2 b + {0, 1}, u = 0 .. 7, where b = g % 2. Its values, token by token, are cut into words of 32. One after the
+# other, the words of all lanes stand side by side: a warp reads neighbouring bytes.
+#
+# The trellis takes a word's values 16 a + 8 b + n (a, b bits; n < 8) in the order of 4 n + 2 b + a. The four bytes of a
+# unit then come from neighbouring fours of bits, as byte permutations want them, of the subsets' two parities as of
+# planes of one and of two bits; and half a word needs one word of a two-bit plane.
+
+
+def fills_words(size: int, channel_major: bool) -> bool:
+    """Whether `size` channels can be packed in words: by tokens always, else where a lane has whole units of them."""
+    return channel_major or size % 16 == 0
+
+
+def to_words(x: torch.Tensor, channel_major: bool) -> torch.Tensor:
+    """Values of one group, [..., T, C] with T a multiple of 32, as words in the order of the trellis: [..., W, 32]."""
+    *lead, tile, size = x.shape
+    if channel_major:
+        places = x.transpose(-1, -2).reshape(*lead, -1, 2, 2, 8)
+    else:
+        x = x.reshape(*lead, tile // 32, 8, 2, 2, 4, size // 4)
+        first = len(lead)
+        order = (*range(first), first, first + 2, first + 4, first + 1, first + 3, first + 5)
+        places = x.permute(order).reshape(*lead, tile // 4, size // 8, WORD).transpose(-2, -3)
+        places = places.reshape(*lead, -1, 2, 2, 8)
+    return places.permute(*range(places.dim() - 3), -1, -2, -3).flatten(-3)
+
+
+def from_words(words: torch.Tensor, tile: int, size: int, channel_major: bool) -> torch.Tensor:
+    """The inverse of `to_words`: [..., W, 32] -> [..., tile, size]."""
+    lead = words.shape[:-2]
+    places = words.unflatten(-1, (8, 2, 2)).permute(*range(words.dim() - 1), -1, -2, -3)
+    if channel_major:
+        return places.reshape(*lead, size, tile).transpose(-1, -2)
+    x = places.reshape(*lead, size // 8, tile // 4, WORD).transpose(-2, -3)
+    x = x.reshape(*lead, tile // 32, 2, 4, 8, 2, size // 4)
+    first = len(lead)
+    order = (*range(first), first, first + 3, first + 1, first + 4, first + 2, first + 5)
+    return x.permute(order).reshape(*lead, tile, size)
 
 
 HALF_MAX = torch.finfo(torch.float16).max

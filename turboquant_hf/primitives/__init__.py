@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .codebook import Codebook, distortion, grid, lloyd_max, nf4, polynomial, uniform
-from .packing import pack, packed_size, planes, unpack
+from .packing import WORD, pack, pack_words, packed_size, planes, unpack, unpack_words
 from .polar import CircularCodebook, from_polar, polar_codebook, to_polar
 from .rotation import hadamard_matrix, has_hadamard, head_rotations, rotation_matrix
 from .trellis import Trellis, trellis_code
 
 __all__ = [
+    "WORD",
     "CircularCodebook",
     "Codebook",
     "Trellis",
@@ -22,6 +23,7 @@ __all__ = [
     "nf4",
     "polynomial",
     "pack",
+    "pack_words",
     "packed_size",
     "planes",
     "polar_codebook",
@@ -30,4 +32,5 @@ __all__ = [
     "trellis_code",
     "uniform",
     "unpack",
+    "unpack_words",
 ]

@@ -13,6 +13,11 @@ nibbles the second half. The planes stand one after the other along the last axi
 No field straddles two bytes.
 
 A reader shifts and masks whole bytes and gets runs of neighbouring codes: nothing has to be interleaved.
+
+Codes of a trellis (`primitives.trellis`) are packed in words of 32, which one thread reads whole. 32 codes of `bits`
+bits take `bits` 32-bit words (little-endian), side by side. The planes of the bits - 1 plain bits come first, split
+and ordered as above. A plane of width w takes w words; bits [w * m, w * (m + 1)) of its word j are the field of code
+w * m + j. The last word is the path: its bit i is the highest bit of code i.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ import torch
 from torch import Tensor
 
 WIDTHS = (8, 4, 2, 1)
+WORD = 32
+"""Codes that `pack_words` packs together."""
 
 
 def planes(bits: int) -> tuple[tuple[int, int], ...]:
@@ -92,6 +99,55 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         codes |= (fields << shift).reshape(codes.shape)
         start += octets * width
     return codes[..., :n]
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Pack words of a trellis's codes in the layout of this module.
+
+    Args:
+        codes: uint8 [..., 32], each below 2**bits.
+
+    Returns: uint8 [..., 4 * bits].
+    Raises: ValueError on another dtype or size, or bits not in 1..8.
+    """
+    _check_bytes("codes", codes)
+    if codes.shape[-1] != WORD:
+        raise ValueError(f"codes.shape[-1]={codes.shape[-1]}: must be {WORD}")
+    out = []
+    for width, shift in _word_planes(bits):
+        fields = ((codes >> shift) & (2**width - 1)).view(*codes.shape[:-1], 4, 8 // width, width)
+        whole = (fields << _field_shifts(width, codes.device)).sum(dim=-2, dtype=torch.uint8)
+        out.append(whole.transpose(-1, -2).flatten(-2))
+    return torch.cat(out, dim=-1)
+
+
+def unpack_words(packed: Tensor, bits: int) -> Tensor:
+    """The words of codes that `pack_words` packed.
+
+    Args:
+        packed: uint8 [..., 4 * bits].
+
+    Returns: uint8 [..., 32].
+    Raises: ValueError on another dtype or size, or bits not in 1..8.
+    """
+    _check_bytes("packed", packed)
+    if packed.shape[-1] != 4 * bits:
+        raise ValueError(f"packed.shape[-1]={packed.shape[-1]}: must be {4 * bits} for bits={bits}")
+    codes = packed.new_zeros(*packed.shape[:-1], WORD)
+    start = 0
+    for width, shift in _word_planes(bits):
+        whole = packed[..., start : start + 4 * width].unflatten(-1, (width, 4)).transpose(-1, -2)
+        fields = (whole.unsqueeze(-2) >> _field_shifts(width, packed.device)) & (2**width - 1)
+        codes |= (fields << shift).reshape(codes.shape)
+        start += 4 * width
+    return codes
+
+
+def _word_planes(bits: int) -> tuple[tuple[int, int], ...]:
+    """`planes` of the plain bits, then the path bit's."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits}: must be from 1 to 8")
+    return (*(planes(bits - 1) if bits > 1 else ()), (1, bits - 1))
 
 
 def _field_shifts(width: int, device: torch.device) -> Tensor:

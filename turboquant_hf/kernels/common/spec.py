@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import triton
 
-from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
+from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, group_places, tile_bytes
 from turboquant_hf.kernels.common.polynomials import code_guess, midpoints, odd_polynomial
+from turboquant_hf.kernels.common.words import word_planes
 from turboquant_hf.primitives import packed_size, planes
 
 MAX_CHUNK = 128
@@ -44,6 +45,8 @@ class GroupSpec:
             x = (2 code + 1) / 2^bits - 1.
         lead: factor of the levels.
         table: where the group's levels start in the levels tensor.
+        in_words: whether codes are packed in words (`CodeGroup.in_words`); rows and planes then mean nothing.
+        words, book: `words.word_planes` of such a group, and its levels.
     """
 
     size: int
@@ -69,6 +72,9 @@ class GroupSpec:
     coefficients: tuple[float, ...]
     lead: float
     table: int
+    in_words: bool = False
+    words: tuple[tuple[int, int, int], ...] = ()
+    book: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,21 @@ def tile_spec(
     groups: tuple[CodeGroup, ...], tile: int, scale_format: str, *, channel_major: bool, exact: bool
 ) -> TileSpec:
     """What kernels are compiled for; `exact` reads levels from the table unless a polynomial hits them in float32."""
-    specs, start, offset, table, first_chunk = [], 0, 0, 0, 0
+    specs, start, table, first_chunk = [], 0, 0, 0
     nbytes = tile_bytes(groups, tile, channel_major)
-    token_bytes = nbytes // tile
-    for group in groups:
+    in_rows = tuple(group for group in groups if channel_major or not group.in_words)
+    token_bytes = tile_bytes(in_rows, tile, channel_major) // tile
+    for group, (offset, _) in zip(groups, group_places(groups, tile, channel_major), strict=True):
         length = tile if channel_major else group.size
+        if group.in_words:
+            spec = _word_spec(group, length, start, offset, table, first_chunk, channel_major)
+            specs.append(spec)
+            start, table, first_chunk = (
+                start + group.size,
+                table + len(group.codebook.levels),
+                first_chunk + spec.chunks,
+            )
+            continue
         octets = packed_size(length, 1)
         rows, row_bytes = [], 0
         for width, shift in planes(group.bits):
@@ -119,10 +135,24 @@ def tile_spec(
         )  # fmt: skip
         specs.append(spec)
         start += group.size
-        offset += row_bytes * (group.size if channel_major else 1)
         table += 2**group.bits
         first_chunk += chunks
     return TileSpec(tuple(specs), nbytes, token_bytes, *SCALE_FORMATS[scale_format])
+
+
+def _word_spec(
+    group: CodeGroup, length: int, start: int, offset: int, table: int, first_chunk: int, channel_major: bool
+) -> GroupSpec:
+    """`GroupSpec` of a group in words: 32 codes of a row of `length` are unpacked together, or 16."""
+    chunk = 16 if length % 32 else 32
+    return GroupSpec(
+        size=group.size, block=padded_size(group.size), bits=group.bits, start=start, offset=offset, length=length,
+        row_bytes=0, row_stride=0, root=group.size**0.5, planes=(), chunk=chunk,
+        chunks=(padded_size(length) if channel_major else length) // chunk,
+        first_chunk=first_chunk, aligned=False, regular=False, edge=0.0, guess=(), midpoints=(), levels=(),
+        unit=group.codebook.unit, coefficients=(), lead=1.0, table=table,
+        in_words=True, words=word_planes(group.codebook), book=group.codebook.levels,
+    )  # fmt: skip
 
 
 def padded_size(size: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from turboquant_hf.kernels.codes import CodeGroup
@@ -18,8 +20,16 @@ def level_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Te
 @once(maxsize=256)
 @torch.inference_mode(False)
 def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
-    """The thresholds of all groups, each followed by one +inf, so that offsets are those of the levels."""
-    rows = [torch.tensor((*group.codebook.thresholds, float("inf")), dtype=torch.float32) for group in groups]
+    """The thresholds of all groups, each followed by one +inf, so that offsets are those of the levels.
+
+    Of a trellis those of its four subsets, one after the other, and each followed by +inf.
+    """
+    rows = []
+    for group in groups:
+        levels = group.codebook.levels
+        for part in [levels[subset::4] for subset in range(4)] if group.in_words else [levels]:
+            edges = ((low + high) / 2 for low, high in pairwise(part))
+            rows.append(torch.tensor((*edges, float("inf")), dtype=torch.float32))
     return torch.cat(rows).to(device)
 
 

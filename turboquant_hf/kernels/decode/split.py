@@ -95,11 +95,11 @@ def _split_kernel(
 
         for tile in range(low, high):
             n = tl.cast(tile, tl.int64)
-            p_rows = p_key_codes + row_offset(n, kc_n, KEYS.nbytes) + (tl.minimum(t, T - 1) * KEYS.row_bytes)[:, None]
+            p_tile = p_key_codes + row_offset(n, kc_n, KEYS.nbytes)
             scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
             for g in tl.static_range(group_count(KEYS)):
                 p_scale = p_key_scale + row_offset(n, ks_n, T) + g * T
-                scores += score_group(p_rows, p_scale, p_key_levels, qs, KEYS, g, T, BLOCK_T, BLOCK_M, DTYPE)
+                scores += score_group(p_tile, p_scale, p_key_levels, qs, KEYS, g, T, BLOCK_T, BLOCK_M, DTYPE)
             scores *= score_unit[None, :]
             if KEY_MEAN:
                 p_mean = p_key_mean + head_offset(b, h, km_b, km_h, D) + row_offset(n, km_n, D)

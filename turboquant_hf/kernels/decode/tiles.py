@@ -12,6 +12,7 @@ import triton.language as tl
 
 from turboquant_hf.kernels.common.spec import group_of
 from turboquant_hf.kernels.common.unpacking import decode_levels, load_scales, unpack_chunk
+from turboquant_hf.kernels.common.words import level_numbers
 
 
 @triton.jit
@@ -46,16 +47,22 @@ def load_query(p_rotated, row, m_row, unit, GROUP: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def score_group(
-    p_rows, p_scale, p_levels, qs, KEYS: tl.constexpr, g: tl.constexpr,
+    p_tile, p_scale, p_levels, qs, KEYS: tl.constexpr, g: tl.constexpr,
     T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """What one group of channels adds to the scores of a tile: [BLOCK_T, M]."""
     GROUP: tl.constexpr = group_of(KEYS, g)
     CHUNKS: tl.constexpr = GROUP.chunks
     t = tl.arange(0, BLOCK_T)
+    token = tl.minimum(t, T - 1)[:, None]
     dots = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
     for r in tl.static_range(CHUNKS):
-        k = decode_levels(unpack_chunk(p_rows + GROUP.offset, GROUP, r), p_levels, GROUP, DTYPE)
+        if GROUP.in_words:
+            channel = r * GROUP.chunk + tl.arange(0, GROUP.chunk)[None, :]
+            codes = level_numbers(p_tile + GROUP.offset, token, channel, GROUP, T, False)
+        else:
+            codes = unpack_chunk(p_tile + token * KEYS.row_bytes + GROUP.offset, GROUP, r)
+        k = decode_levels(codes, p_levels, GROUP, DTYPE)
         dots = tl.dot(k, qs[GROUP.first_chunk + r], dots, input_precision="ieee")
     scale = load_scales(p_scale + t, t < T, KEYS.shift) * GROUP.lead
     return dots * scale[:, None]
@@ -76,7 +83,12 @@ def decode_values(
     channel = tl.minimum(tl.arange(0, GROUP.block), GROUP.size - 1)
     p_rows = p_tile + GROUP.offset + channel[:, None] * GROUP.row_bytes
     for r in tl.static_range(CHUNKS):
-        v = decode_levels(unpack_chunk(p_rows, GROUP, r), p_levels, GROUP, DTYPE)
+        if GROUP.in_words:
+            token = tl.minimum(r * GROUP.chunk + tl.arange(0, GROUP.chunk), T - 1)[None, :]
+            codes = level_numbers(p_tile + GROUP.offset, token, channel[:, None], GROUP, T, True)
+        else:
+            codes = unpack_chunk(p_rows, GROUP, r)
+        v = decode_levels(codes, p_levels, GROUP, DTYPE)
         acc = tl.dot(v, parts[r], acc, input_precision="ieee")
     return acc
 

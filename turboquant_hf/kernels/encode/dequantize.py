@@ -20,6 +20,7 @@ from turboquant_hf.kernels.common.spec import (
 )
 from turboquant_hf.kernels.common.tables import level_table
 from turboquant_hf.kernels.common.unpacking import load_scales
+from turboquant_hf.kernels.common.words import level_numbers
 
 
 @triton.jit
@@ -47,7 +48,9 @@ def _decode_group(
     for low in range(0, GROUP.size, BLOCK_C):
         c = low + tl.arange(0, BLOCK_C)
         channel = tl.minimum(c, GROUP.size - 1)[None, :]
-        if CHANNEL_MAJOR:
+        if GROUP.in_words:
+            codes = level_numbers(p_codes + GROUP.offset, token, channel, GROUP, T, CHANNEL_MAJOR)
+        elif CHANNEL_MAJOR:
             codes = _unpack_elements(p_codes + GROUP.offset, channel, token, GROUP)
         else:
             codes = _unpack_elements(p_codes + GROUP.offset, token, channel, GROUP)

@@ -6,9 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
-from turboquant_hf.kernels.codes import CodeGroup, TileCoding, load_scale, store_scale, to_half
+from turboquant_hf.kernels.codes import (
+    CodeGroup,
+    TileCoding,
+    from_words,
+    group_places,
+    load_scale,
+    store_scale,
+    to_half,
+    to_words,
+)
 from turboquant_hf.kernels.schedule import Schedule
-from turboquant_hf.primitives import pack, packed_size, unpack
+from turboquant_hf.primitives import pack, pack_words, packed_size, unpack, unpack_words
 
 
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -38,7 +47,8 @@ def encode_tiles(
     Args:
         x: [B, H, N, T, D], any float dtype; the arithmetic is float32.
         mean: [B, H, N, D], subtracted before the transform; with `coding.center` it is `tile_mean(x, weight)`.
-        weight: [B, N, T], of use with `coding.center`.
+        weight: [B, N, T], of use with `coding.center` and to groups in words: there a token without weight has the
+            scale 0, and no influence on the codes of others.
         out: arrays (or views of some, [B, H, N, ...]) to write to, instead of new ones.
 
     Returns:
@@ -58,16 +68,25 @@ def encode_tiles(
     matrix = transform if transform.dim() == 2 else transform.unsqueeze(2)
     y = v @ matrix.float().transpose(-1, -2)
 
-    rows, scales = [], []
+    rows, blocks, scales = [], [], []
+    idle = None if weight is None else (weight == 0)[:, None]
     for group, part in zip(coding.groups, y.split([group.size for group in coding.groups], dim=-1), strict=True):
         unit = part.norm(dim=-1, keepdim=True) / group.size**0.5
-        codes = group.codebook.encode(part / unit.clamp(min=1e-30))
-        scales.append(_scale(part, group.codebook.decode(codes), coding.scale_rule))
-        rows.append(pack(codes.transpose(-1, -2) if channel_major else codes, group.bits))
-    if channel_major:
-        packed = torch.cat([row.flatten(-2) for row in rows], dim=-1)
-    else:
-        packed = torch.cat(rows, dim=-1).flatten(-2)
+        point = part / unit.clamp(min=1e-30)
+        if group.in_words:
+            if idle is not None:
+                point = point.masked_fill(idle[..., None], torch.nan)
+            codes = group.codebook.encode(to_words(point, channel_major))
+            level = from_words(group.codebook.decode(codes), *part.shape[-2:], channel_major)
+            blocks.append(pack_words(codes, group.bits).flatten(-2))
+        else:
+            codes = group.codebook.encode(point)
+            level = group.codebook.decode(codes)
+            row = pack(codes.transpose(-1, -2) if channel_major else codes, group.bits)
+            blocks.append(row.flatten(-2)) if channel_major else rows.append(row)
+        scale = _scale(part, level, coding.scale_rule)
+        scales.append(scale.masked_fill(idle, 0.0) if group.in_words and idle is not None else scale)
+    packed = torch.cat([*([torch.cat(rows, dim=-1).flatten(-2)] if rows else []), *blocks], dim=-1)
     scale = torch.stack(scales, dim=-2)
     if coding.gain is not None:
         scale = scale / coding.gain[:, :, None, None, None]
@@ -164,21 +183,20 @@ def decode_rotated(
     factor = load_scale(scale, scale_format)
     if gain is not None:
         factor = factor * gain[:, :, None, None, None]
-    parts, start = [], 0
+    parts = []
     lead = codes.shape[:-1]
-    row_bytes = codes.shape[-1] // tile
-    for index, group in enumerate(groups):
-        if channel_major:
-            width = packed_size(tile, group.bits)
-            rows = codes[..., start : start + group.size * width].reshape(*lead, group.size, width)
-            unpacked = unpack(rows, group.bits, tile).transpose(-1, -2)
-            start += group.size * width
+    row_bytes = sum(packed_size(group.size, group.bits) for group in groups if not group.in_words)
+    for index, (group, (start, size)) in enumerate(zip(groups, group_places(groups, tile, channel_major), strict=True)):
+        if group.in_words:
+            words = unpack_words(codes[..., start : start + size].unflatten(-1, (-1, 4 * group.bits)), group.bits)
+            level = from_words(group.codebook.decode(words), tile, group.size, channel_major)
+        elif channel_major:
+            rows = codes[..., start : start + size].reshape(*lead, group.size, -1)
+            level = group.codebook.decode(unpack(rows, group.bits, tile).transpose(-1, -2))
         else:
-            width = packed_size(group.size, group.bits)
-            rows = codes.reshape(*lead, tile, row_bytes)[..., start : start + width]
-            unpacked = unpack(rows, group.bits, group.size)
-            start += width
-        parts.append(group.codebook.decode(unpacked) * factor[..., index, :, None])
+            rows = codes[..., : tile * row_bytes].reshape(*lead, tile, row_bytes)[..., start : start + size]
+            level = group.codebook.decode(unpack(rows, group.bits, group.size))
+        parts.append(level * factor[..., index, :, None])
     return torch.cat(parts, dim=-1)
 
 

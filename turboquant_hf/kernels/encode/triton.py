@@ -2,7 +2,7 @@
 
     mean    = mean over the tile's tokens                      (`common.means`)
     y       = A (balance * (x - mean))                         (`product`)
-    codes   = nearest levels of y / rms(y), group by group     (`rounding`)
+    codes   = nearest levels of y / rms(y), group by group     (`rounding`; along a trellis `viterbi`)
     scale   = by the rule, from |y|, y and the levels
     bytes   = fields of the codes, added up                    (`packing`)
 
@@ -40,6 +40,7 @@ from turboquant_hf.kernels.encode.product import (
     ranks,
 )
 from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
+from turboquant_hf.kernels.encode.viterbi import any_in_words, room_for_points, write_words
 from turboquant_hf.kernels.schedule import Schedule
 
 __all__ = ["bad_heads", "decode_tiles", "encode_due", "encode_tiles", "tile_mean"]
@@ -53,11 +54,12 @@ REGISTERS = 255
 
 @triton.jit
 def _write_group(
-    y, p_thresholds, p_levels, p_pairs, p_codes, p_scale, factor, t, GROUP: tl.constexpr, SPEC: tl.constexpr,
-    T: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
+    y, idle, p_thresholds, p_levels, p_pairs, p_points, p_codes, p_scale, factor, t, GROUP: tl.constexpr,
+    SPEC: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`).
 
+    idle: which tokens have no weight, for groups in words.
     Returns the stored scales [tokens].
     """
     BLOCK_T: tl.constexpr = y.shape[0]
@@ -66,7 +68,11 @@ def _write_group(
     square = tl.where(square < float("inf"), square, float("nan"))
     norm = tl.sqrt_rn(square)
     point = y * tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), tl.maximum(norm / GROUP.root, 1e-30))[:, None]
-    codes, level = rounded(point, p_thresholds, p_levels, p_pairs, GROUP)
+    if GROUP.in_words:
+        point = tl.where(idle[:, None], float("nan"), point)
+        level = write_words(point, t, p_points, p_codes + GROUP.offset, p_thresholds, p_levels, GROUP, T, CHANNEL_MAJOR)
+    else:
+        codes, level = rounded(point, p_thresholds, p_levels, p_pairs, GROUP)
     if BLOCK_C != GROUP.size:
         level = tl.where((tl.arange(0, BLOCK_C) < GROUP.size)[None, :], level, 0.0)
     if RULE == "norm":
@@ -78,6 +84,8 @@ def _write_group(
     else:
         scale = square / tl.maximum(tl.sum(y * level, axis=1), 1e-30)
     scale = scale * factor
+    if GROUP.in_words:
+        scale = tl.where(idle, 0.0, scale)
     if SPEC.shift:
         half = tl.where(scale == scale, tl.clamp(scale / SPEC.unit, 0.0, 65504.0), 65504.0).to(tl.float16)
         bits = half.to(tl.int16, bitcast=True).to(tl.int32)
@@ -86,7 +94,7 @@ def _write_group(
         stored = tl.where(tl.abs(scale) <= 65504.0, scale, float("nan")).to(tl.float16)
     tl.store(p_scale + t, stored, mask=t < T)
 
-    if FOLDED:
+    if FOLDED and not GROUP.in_words:
         # Rows t and t + T / 2 were put 8 apart, into one thread of a matrix product: back to the order of tokens.
         codes = tl.permute(tl.reshape(codes, (BLOCK_T // 16, 2, 8, BLOCK_C)), (1, 0, 2, 3))
         codes = tl.reshape(codes, (BLOCK_T, BLOCK_C))
@@ -98,10 +106,10 @@ def _write_group(
     return stored
 
 
-@kernel("p_weight", "p_mean", "p_gain", "p_counts", "p_fitted")
+@kernel("p_weight", "p_mean", "p_gain", "p_points", "p_counts", "p_fitted")
 def _encode_kernel(
-    p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_codes,
-    p_scale, p_counts, p_fitted, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
+    p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_points,
+    p_codes, p_scale, p_counts, p_fitted, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
     m_b: tl.int64, m_h: tl.int64, m_n, c_b: tl.int64, c_h: tl.int64, c_n, s_b: tl.int64, s_h: tl.int64, s_n,
     part_stride, a_b, a_h, u_h, H, N, TILES, RING, SINKS, WINDOW,
     SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -151,6 +159,7 @@ def _encode_kernel(
     p_mean += head_offset(b, h, m_b, m_h, D)
     p_codes += head_offset(b, h, c_b, c_h, SPEC.nbytes)
     p_scale += head_offset(b, h, s_b, s_h, T)
+    p_points += (head * tl.num_programs(1) + tl.program_id(1)) * T * BLOCK_D  # of use to groups in words alone
     for n in range(first, last):
         tile = tl.full((), 0, tl.int64) + n
         p_rows = p_x + row_offset(tile, x_n, D) - row_offset(slot_shift, x_t, D) + row_offset(t, x_t, D)[:, None]
@@ -185,8 +194,9 @@ def _encode_kernel(
                     y = product(y, high, rest, part, 0, PARTS, PATH)
                 else:
                     y = product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
+            idle = (t < 0) if WEIGHT == "none" else (weight == 0.0)
             stored = _write_group(
-                y, p_thresholds, p_levels, p_pairs, p_codes + row_offset(tile, c_n, SPEC.nbytes),
+                y, idle, p_thresholds, p_levels, p_pairs, p_points, p_codes + row_offset(tile, c_n, SPEC.nbytes),
                 p_scale + row_offset(tile, s_n, T) + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
                 SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
             )  # fmt: skip
@@ -215,12 +225,14 @@ def encode_tiles(
         out = _new_arrays(x, coding)
     if x.numel():
         per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
-        weight = rows_contiguous(weight) if coding.center and weight is not None else None
+        weighted = weight is not None and (coding.center or any_in_words(coding.groups))
+        weight = rows_contiguous(weight) if weighted else None
         strides = (0, 0) if weight is None else weight.stride()[:2]
         _encode_kernel[(batch * heads, triton.cdiv(tiles, per_program))](
             **_arguments(x, coding, mean, out), p_weight=x if weight is None else weight,
             WEIGHT="none" if weight is None else "given", w_b=strides[0], w_n=strides[1], N=tiles, TILES=per_program,
-            p_counts=x, p_fitted=x, RING=0, SINKS=0, WINDOW=0, DUE=False,
+            p_points=room_for_points(x, coding.groups, triton.cdiv(tiles, per_program)), p_counts=x, p_fitted=x, RING=0,
+            SINKS=0, WINDOW=0, DUE=False,
         )  # fmt: skip
     return out
 
@@ -228,11 +240,12 @@ def encode_tiles(
 def encode_due(ring: torch.Tensor, coding: TileCoding, schedule: Schedule, out: dict[str, torch.Tensor]) -> None:
     """Equivalent to `reference.encode_due`; the host does not wait."""
     x = ring.unflatten(2, (-1, schedule.tile))
-    weighted = coding.center or coding.gain is not None
+    weighted = coding.center or coding.gain is not None or any_in_words(coding.groups)
     _encode_kernel[(x.shape[0] * x.shape[1], 1)](
         p_weight=schedule.starts, WEIGHT="starts" if weighted else "none", w_b=0, w_n=0, N=schedule.capacity, TILES=1,
-        p_counts=schedule.counts, p_fitted=schedule.fitted, RING=ring.shape[2], SINKS=schedule.sinks,
-        WINDOW=schedule.window, DUE=True, **{**_arguments(x, coding, None, out), "maxnreg": None},
+        p_points=room_for_points(x, coding.groups, 1), p_counts=schedule.counts, p_fitted=schedule.fitted,
+        RING=ring.shape[2], SINKS=schedule.sinks, WINDOW=schedule.window, DUE=True,
+        **{**_arguments(x, coding, None, out), "maxnreg": None},
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
 
 def row_fits(size: int, group: CodeGroup) -> bool:
     """Whether the kernel can read rows of `size` codes of a group: whole units of 16, and levels that are bytes."""
-    if size % 16 or group.bits not in BITS or not group.codebook.unit:
+    if size % 16 or group.bits not in BITS or not group.codebook.unit or group.in_words:
         return False
     steps = group.codebook.steps
     fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1

@@ -1,0 +1,107 @@
+"""Caches whose codes follow a trellis: what the other presets' tests say of small tiles, with tiles of whole words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cache.test_serialization import feed, held, make_config
+from tests.cache.test_static_layer import feed as feed_layer
+from tests.cache.test_static_layer import make_layer, states
+from turboquant_hf import TurboQuantCache, load_preset
+
+PRESETS = ["k4v4-trellis", "k3v3-trellis"]
+TILES = {"tile": 32, "recent_window": 8, "sinks": 4, "min_statistics": 40}
+
+
+def make_cache(preset, **options):
+    return TurboQuantCache(make_config(head_dim=64), preset, **{**TILES, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_loaded_cache_holds_the_same(tmp_path, preset, dtype):
+    cache = make_cache(preset)
+    cache.note_padding(torch.tensor([[1, 1, 1], [0, 0, 1]]))
+    feed(cache, 110, dtype=dtype)
+    cache.save(tmp_path / "x")
+    loaded = TurboQuantCache.load(tmp_path / "x", make_config(head_dim=64))
+    for twin in (loaded, cache):
+        feed(twin, 40, seed=1, dtype=dtype)
+        twin.reorder_cache(torch.tensor([1, 0]))
+        twin.crop(-60)
+        feed(twin, 50, seed=2, dtype=dtype)
+    assert cache.packed_layers[0].tiles[0].count >= 3 and loaded.preset == cache.preset
+    for a, b in zip(held(cache), held(loaded), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_offloading_changes_nothing(preset):
+    caches = [make_cache(preset, offloading=offloading) for offloading in (False, True)]
+    for cache in caches:
+        feed(cache, 110)
+        feed(cache, 40, seed=1)
+    for a, b in zip(*(held(cache) for cache in caches), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_steps_and_chunks_encode_alike(preset):
+    keys, values = states(150, dim=64)
+    layers = [make_layer(preset, **TILES) for _ in range(2)]
+    for layer, split in zip(layers, ([60, *[1] * 90], [60, 90]), strict=True):
+        feed_layer(layer, keys, values, split)
+    assert layers[0].counts[:2].tolist() == [(150 - 8) // 32, 150]
+    for stepped, chunked in zip(*(layer.dense() for layer in layers), strict=True):
+        torch.testing.assert_close(stepped, chunked)
+        assert stepped.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_static_and_growing_caches_encode_alike(preset):
+    keys, values = states(150, dim=64)
+    static = make_layer(preset, **TILES)
+    feed_layer(static, keys, values, [100, 50])
+    cache = make_cache(preset)
+    for start, stop in ((0, 100), (100, 150)):
+        cache.update(keys[:, :, start:stop], values[:, :, start:stop], 0)
+    growing = cache.update(*(x[:, :, :1] for x in (keys, values)), 0)
+    for mine, other, given in zip(growing, static.dense(), (keys, values), strict=True):
+        torch.testing.assert_close(mine[:, :, :150], other[:, :, :150])
+        assert 0.01 < (mine[:, :, :128] - given[:, :, :128]).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_padding_does_not_matter(preset):
+    """What a sequence holds left of its start shows in nothing that is read of it."""
+    found = []
+    for odd in (0.0, 50.0):
+        keys, values = states(110, dim=64)
+        keys[0, :, :5] = values[0, :, :5] = odd
+        cache = make_cache(preset)
+        cache.note_padding(torch.tensor([[0] * 5 + [1] * 105, [1] * 110]))
+        cache.update(keys, values, 0)
+        found.append([x[:, :, 5:] for x in cache.update(*(x[:, :, 100:101] for x in (keys, values)), 0)])
+    for a, b in zip(*found, strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_nan_is_seen_in_its_head(preset, side):
+    x = states(110, dim=64)
+    x[side][0, 1, 60, 3] = torch.nan
+    cache = make_cache(preset)
+    cache.update(*x, 0)
+    dense = cache.update(*(y[:, :, :1] for y in states(1, dim=64, seed=1)), 0)
+    assert dense[side].isnan().flatten(2).any(-1).tolist() == [[False, True], [False, False]]
+    assert dense[side][0, 1, 4:64].isnan().all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_trellis_takes_the_bytes_of_the_scalar_preset(preset):
+    one, other = load_preset(preset), load_preset(preset.removesuffix("-trellis"))
+    for role in ("keys", "values"):
+        bits = [getattr(x, role).bits_per_channel(64, 128) for x in (one, other)]
+        assert bits[0] == bits[1]
