@@ -13,7 +13,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_
 
 from tests.generation.families import FAMILIES, available, build, prompt
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.attention import chunk, dense, forward, turboquant_mask
+from turboquant_hf.attention import chunk, dense, packed, turboquant_mask
 from turboquant_hf.attention.chunk import attend, chunk_attention, merge, plain_attend, tensor_parts
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.attention.mask import CausalMask
@@ -143,6 +143,15 @@ def test_a_chunk_of_a_growing_cache_gets_no_mask_tensor(padding):
     assert torch.equal(mask.dense(), sdpa_mask(2, 20, 60, q_offset=40).expand(2, -1, -1, -1))
 
 
+@pytest.mark.parametrize("padding", [None, ONES, hidden(0), hidden(31)], ids=["none", "ones", "left", "hole"])
+@pytest.mark.parametrize("queries", [2, 16])
+def test_a_few_queries_of_a_growing_cache_get_no_mask_tensor_whatever_is_padding(queries, padding):
+    mask = mask_of(queries, 60, 60 - queries, padding)
+    assert type(mask) is CausalMask and mask.keys is None or torch.equal(mask.keys, padding)
+    expected = mask_of(queries, 60, 60 - queries, padding, function=sdpa_mask)
+    assert torch.equal(mask.dense(), expected.expand(2, -1, -1, -1))
+
+
 REFUSED = {
     "left padding": {"attention_mask": hidden(0)},
     "a hole": {"attention_mask": hidden(31)},
@@ -156,7 +165,6 @@ REFUSED = {
     "a sliding window": {"local_size": 16, "mask_function": sliding_window_causal_mask_function(16)},
     "keys that begin later": {"kv_offset": 3, "q_offset": 43},
     "a model that needs the tensor": {"allow_is_causal_skip": False},
-    "few queries": {"q_length": 16, "q_offset": 44},
 }
 
 
@@ -203,10 +211,10 @@ def seen(monkeypatch):
 
         return count
 
-    monkeypatch.setattr(forward, "chunk_attention", counted("layer", forward.chunk_attention))
+    monkeypatch.setattr(packed, "chunk_attention", counted("layer", packed.chunk_attention))
     monkeypatch.setattr(dense, "chunk_attention", counted("tensors", dense.chunk_attention))
     monkeypatch.setattr(CausalMask, "dense", counted("mask", CausalMask.dense))
-    monkeypatch.setattr(TurboQuantLayer, "dense", counted("whole", TurboQuantLayer.dense))
+    monkeypatch.setattr(TurboQuantLayer, "held", counted("whole", TurboQuantLayer.held))
     return counts
 
 
@@ -323,7 +331,7 @@ def test_the_dense_history_is_never_whole_in_memory(llama, monkeypatch, preset):
     monkeypatch.setattr(TurboQuantLayer, "_decode", counting)
     monkeypatch.setattr(chunk, "_decoded", watching)
     layer = cache.layers[0]
-    monkeypatch.setattr(TurboQuantLayer, "dense", None)
+    monkeypatch.setattr(TurboQuantLayer, "held", None)
     tiles = layer.tiles[0].count
     llama(ids[:, 360:], past_key_values=cache)
     assert 8 * tiles >= 340 and max(most) == 2 * 48, "keys and values of one piece"

@@ -15,13 +15,13 @@ from .test_packed import TILES, assert_same, generate, inputs_of
 @pytest.fixture
 def decoded(monkeypatch):
     """How many tiles each decode of tiles had."""
-    counts, dense = [], TurboQuantLayer.dense
+    counts, held = [], TurboQuantLayer.held
 
     def counted(layer, index):
         counts.append(layer.tiles[index].count)
-        return dense(layer, index)
+        return held(layer, index)
 
-    monkeypatch.setattr(TurboQuantLayer, "dense", counted)
+    monkeypatch.setattr(TurboQuantLayer, "held", counted)
     return counts
 
 

@@ -105,7 +105,7 @@ def test_a_cache_without_layers_gets_one_for_each_owner(shared):
     """What transformers up to 5.10 gives assisted decoding."""
     options = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "head_dim": 16}
     config = AutoConfig.for_model("gemma3n_text", num_kv_shared_layers=shared, **options)
-    cache = TurboQuantCache.from_dynamic(DynamicCache(), config, load_preset(**BOUNDARY))
+    cache = TurboQuantCache.from_upstream(DynamicCache(), config, load_preset(**BOUNDARY))
     assert len(cache.layers) == len(cache.packed_layers) == 6 - shared
     assert [layer.quantizers[1] == BOUNDARY_VALUES for layer in cache.packed_layers].index(True, 1) == 5 - shared
 
@@ -113,7 +113,7 @@ def test_a_cache_without_layers_gets_one_for_each_owner(shared):
 def test_layer_overrides_count_owners_from_the_end():
     config = AutoConfig.for_model("gemma3n_text", num_hidden_layers=4, num_kv_shared_layers=2, head_dim=16)
     preset = load_preset("k4v4", layers={-1: {"values": "lossless"}})
-    cache = TurboQuantCache.from_dynamic(DynamicCache(), config, preset)
+    cache = TurboQuantCache.from_upstream(DynamicCache(), config, preset)
     assert [layer.quantizers[1].name == "lossless" for layer in cache.packed_layers] == [False, True]
     with pytest.raises(ValueError, match="the 2 KV layers of this model"):
-        TurboQuantCache.from_dynamic(DynamicCache(), config, load_preset("k4v4", layers={2: {"values": "lossless"}}))
+        TurboQuantCache.from_upstream(DynamicCache(), config, load_preset("k4v4", layers={2: {"values": "lossless"}}))

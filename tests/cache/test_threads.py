@@ -6,9 +6,7 @@ import ast
 import copy
 import gc
 import pickle
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Barrier
 
@@ -16,21 +14,13 @@ import pytest
 import torch
 
 import turboquant_hf
-from turboquant_hf import TurboQuantStaticCache
-from turboquant_hf.cache.cache import never_packed
+from turboquant_hf.cache.base import never_packed
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
-from turboquant_hf.cache.static_plan import PLANS, StaticPlan, plan_name
+from turboquant_hf.cache.traced import _LAYERS, layer_of
 from turboquant_hf.config import load_preset
 
 THREADS = 8
 PRESET = load_preset("k4v4", tile=8, recent_window=8, min_statistics=24)
-
-
-def make_plan(max_len, kind=StaticPlan):
-    return kind(
-        quantizers=PRESET.layer_quantizers(0, 1), head_dims=(16, 16), batch=1, heads=2, max_len=max_len,
-        dtype=torch.float32, device=torch.device("cpu"), tile=8, sinks=4, recent_window=8, min_statistics=24,
-    )  # fmt: skip
 
 
 def make_layer(max_len, tokens=20):
@@ -51,82 +41,25 @@ def in_threads(function, arguments):
         return list(pool.map(call, arguments, timeout=300))
 
 
-@dataclass(frozen=True, eq=False)
-class SlowPlan(StaticPlan):
-    """Lets other threads go on wherever a registry looks at it."""
-
-    def __hash__(self):
-        time.sleep(1e-4)
-        return super().__hash__()
-
-    def __repr__(self):
-        time.sleep(1e-4)
-        return super().__repr__()
+def test_layers_of_many_threads_get_names_of_their_own():
+    made = in_threads(lambda _: [make_layer(60, tokens=1) for _ in range(40)], range(THREADS))
+    layers = [layer for some in made for layer in some]
+    assert len({int(layer.token) for layer in layers}) == len(layers)
+    assert all(layer_of(layer.token) is layer for layer in layers)
 
 
-@pytest.mark.parametrize("kind", [StaticPlan, SlowPlan])
-def test_fresh_plans_of_many_threads_get_names_of_their_own(kind):
-    def register(thread):
-        plans = [make_plan(1000 * thread + n, kind) for n in range(1, 40)]
-        return [(plan_name(plan), plan) for plan in plans]
-
-    pairs = [pair for made in in_threads(register, range(THREADS)) for pair in made]
-    assert len({name for name, _ in pairs}) == len(pairs)
-    assert all(PLANS[name] is plan for name, plan in pairs)
-
-
-def test_one_plan_in_many_threads_has_one_name():
-    for max_len in range(500, 520):
-        plans = in_threads(lambda _, n=max_len: make_plan(n, SlowPlan), range(THREADS))
-        names = in_threads(plan_name, plans)
-        assert len(set(names)) == 1 and PLANS[names[0]] == plans[0]
-
-
-def test_a_name_lives_as_long_as_anybody_who_may_use_it():
-    first, second = make_layer(6001), make_layer(6001)
-    name = first.plan_name
-    assert second.plan_name == name
-    copied, unpickled = copy.deepcopy(first), pickle.loads(pickle.dumps(second))
-    del first, second
+def test_a_name_lives_as_long_as_its_layer():
+    layer = make_layer(60)
+    copied, unpickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    names = {int(x.token) for x in (layer, copied, unpickled)}
+    assert len(names) == 3 and names <= set(_LAYERS)
+    for each in (copied, unpickled):
+        assert layer_of(each.token) is each
+        each.update(*torch.randn(2, 1, 2, 1, 16))
+        assert each.get_seq_length() == 21 and layer.get_seq_length() == 20
+    del layer, copied, unpickled, each
     gc.collect()
-    for layer in (copied, unpickled):
-        assert layer.plan_name == name
-        layer.update(*torch.randn(2, 1, 2, 1, 16))
-        assert int(layer.get_seq_length()) == 21
-    del copied, layer
-    gc.collect()
-    unpickled.update(*torch.randn(2, 1, 2, 1, 16))
-    del unpickled
-    gc.collect()
-    assert name not in PLANS
-
-
-def test_the_next_cache_of_a_size_gets_the_name_that_graphs_were_compiled_for():
-    name = make_layer(6002).plan_name
-    gc.collect()
-    assert name not in PLANS
-    assert make_layer(6002).plan_name == name
-    assert make_layer(6003).plan_name != name
-
-
-def test_names_and_plans_are_dropped_with_their_caches(llama):
-    gc.collect()
-    before = len(PLANS)
-    for length in range(7000, 7020):
-        cache = TurboQuantStaticCache(llama.config, length, PRESET)
-        cache.early_initialization(batch_size=1, num_heads=2, head_dim=8, dtype=torch.float32, device="cpu")
-    assert len(PLANS) > before
-    del cache
-    gc.collect()
-    assert len(PLANS) == before
-
-
-def test_plans_that_read_alike_are_told_apart(monkeypatch):
-    monkeypatch.setattr(StaticPlan, "__repr__", lambda self: "plan")
-    plans = [make_plan(8000 + n) for n in range(3)]
-    names = [plan_name(plan) for plan in plans]
-    assert [PLANS[name] for name in names] == plans and len(set(names)) == 3
-    assert [plan_name(replace(plan)) for plan in plans] == names
+    assert not names & set(_LAYERS)
 
 
 @pytest.mark.parametrize("name", ["turboquant", "turboquant_static"])

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfi
 
 from tests.generation.families import FAMILIES, build
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, restore_attention
-from turboquant_hf.attention import dense, forward
+from turboquant_hf.attention import dense, forward, packed
 
 TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 PACKED = {"cache_implementation": "turboquant", "cache_config": {"preset": "lossless", **TILES}}
@@ -177,7 +177,7 @@ def test_sinks_of_each_query_are_not_lost():
 @pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
 def test_a_mask_of_every_head_reaches_every_head(llama, ids, make, dtype, monkeypatch):
     """Kernels know one mask for all heads, so that such a call must not get there."""
-    monkeypatch.setattr(forward, "packed_attention", lambda layer, query, mask, **_: pytest.fail("one mask for all"))
+    monkeypatch.setattr(packed, "packed_attention", lambda layer, query, mask, **_: pytest.fail("one mask for all"))
     room = 80 if make is CACHES["static"] else 42
     mask = torch.ones(1, 4, 1, 42, dtype=torch.bool)
     mask[:, 1, :, :30], mask[:, 2, :, 3:20] = False, False
@@ -212,11 +212,11 @@ def test_a_prompt_that_is_not_causal(llama, ids, make):
 
 
 @torch.no_grad()
-def test_a_step_of_a_static_cache_that_is_not_causal_is_refused(llama, ids):
+@pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+def test_a_few_tokens_that_are_not_causal(llama, ids, make):
+    expected = llama(ids[:, :9], is_causal=False).logits
     llama.set_attn_implementation("turboquant")
-    cache = CACHES["static"](llama.config)
-    with pytest.raises(ValueError, match="is_causal=False is not supported by a preallocated cache.*TurboQuantCache"):
-        llama(ids[:, :9], past_key_values=cache, is_causal=False)
+    torch.testing.assert_close(llama(ids[:, :9], past_key_values=make(llama.config), is_causal=False).logits, expected)
 
 
 # ------------------------------------------------------------------ the way back

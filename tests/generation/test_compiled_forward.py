@@ -7,7 +7,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from turboquant_hf import TurboQuantStaticCache
-from turboquant_hf.cache import static_layer
 
 PROMPT, ANSWER = 40, 24
 PRESETS = {
@@ -71,30 +70,14 @@ def test_a_fresh_cache_works_without_fullgraph(model, preset, attention):
     assert counters["stats"]["unique_graphs"] > 0
 
 
-def test_a_fresh_cache_is_told_once_what_makes_one_graph(model, monkeypatch):
-    said = []
-    monkeypatch.setattr(static_layer.logger, "warning_once", lambda text: said.append(text))
-    greedy(torch.compile(model.forward, backend="aot_eager"), fresh(model))
-    assert said and all("early_initialization(batch_size, num_heads" in text for text in said)
-    said.clear()
-    greedy(model, fresh(model))
-    assert not said, "nothing is compiled"
-
-
-def test_fullgraph_on_a_fresh_cache_names_early_initialization(model):
-    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match=r"call cache\.early_initialization\(batch_size, num_heads, head_dim") as caught:
-        greedy(compiled, fresh(model))
-    assert "forbidden callable" not in str(caught.value)
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_an_allocated_cache_gives_whole_graphs(model, preset, fullgraph):
+@pytest.mark.parametrize("make", [fresh, allocated])
+def test_any_cache_gives_whole_graphs(model, make, preset, fullgraph):
     expected = greedy(model, fresh(model, preset))
     compiled = torch.compile(model.forward, fullgraph=fullgraph, backend="aot_eager")
     for _ in range(2):
-        assert_same(greedy(compiled, allocated(model, preset)), expected)
+        assert_same(greedy(compiled, make(model, preset)), expected)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2, "the prefill's and the step's"
 

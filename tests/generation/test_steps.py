@@ -73,6 +73,17 @@ def test_every_mode_replays_dynamic_caches_tokens(model, device, mode, padding):
     assert watch.replays >= NEW // 4 and not watch.reasons
 
 
+@pytest.mark.parametrize("padding", [0, 19])
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_a_preallocated_cache_is_replayed_too(model, device, mode, padding):
+    inputs = inputs_of(device, padding=padding)
+    expected = generate(model, inputs, **MODES[mode])
+    with watched(device) as watch:
+        got = generate(model, inputs, **MODES[mode], **{**packed(), "cache_implementation": "turboquant_static"})
+    assert torch.equal(got, expected)
+    assert watch.replays >= NEW // 2 and not watch.reasons
+
+
 @pytest.mark.parametrize("length", [3, 17, 45])
 def test_short_prompts_reach_the_first_encode_inside_the_loop(model, device, length):
     inputs = inputs_of(device, length=length)

@@ -104,7 +104,7 @@ def test_what_the_newest_queries_do_not_see_is_not_padding(llama, ids, make):
     cache = make(llama.config)
     torch.testing.assert_close(run(cache, ROOM if isinstance(cache, StaticCache) else None), expected)
     layer = cache.packed_layers[0]
-    assert (layer.sinks.first if isinstance(cache, TurboQuantCache) else layer._state().starts.tolist()) == [0, 0]
+    assert layer.sinks.first == [0, 0]
 
 
 @pytest.fixture
@@ -153,20 +153,20 @@ def test_padding_is_forgotten_with_the_tokens(model, ids, make_cache):
     cache.reset()
     with pytest.raises(IndexError):
         generate(model, torch.full_like(ids, 999), cache, mask)
-    if isinstance(cache, TurboQuantCache):
-        assert torch.equal(generate(model, ids[:1], cache), generate(model, ids[:1], make_cache(model.config, "k8v4")))
+    assert torch.equal(generate(model, ids[:1], cache), generate(model, ids[:1], make_cache(model.config, "k8v4")))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_a_static_cache_in_another_process(model, ids, copied, monkeypatch):
-    """What names its plan is of one process."""
-    from turboquant_hf.cache import static_plan
+    """What names its layers is of one process."""
+    from turboquant_hf.cache import traced
 
     cache = KINDS["static"](model.config)
     first = generate(model, ids, cache, new=5)
-    for name in list(static_plan.PLANS):
-        monkeypatch.delitem(static_plan.PLANS, name)
+    for name in list(traced._LAYERS):
+        monkeypatch.delitem(traced._LAYERS, name)
     other = copied(cache)
+    assert all(traced.layer_of(layer.token) is layer for layer in other.packed_layers)
     expected = generate(model, first)
     assert torch.equal(generate(model, first, other), expected)
 

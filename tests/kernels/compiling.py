@@ -16,8 +16,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from turboquant_hf.cache import TurboQuantLayer
-from turboquant_hf.cache.static_due import DueState
-from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring
@@ -58,20 +56,6 @@ def growing(preset: str, dim: int, dtype: torch.dtype) -> None:
         dispatch.decode_attention(query, history, Scoring(0.125))
 
 
-def static(preset: str, dim: int, dtype: torch.dtype) -> None:
-    """A step of the preallocated cache."""
-    preset = load_preset(preset)
-    layer = TurboQuantStaticLayer(preset, *preset.layer_quantizers(0, 1), 1024)
-    x = torch.randn(2, 2, 1, dim, dtype=dtype)
-    layer.lazy_initialization(x, x)
-    state = DueState(layer.plan_name, layer.arena, layer.counts)
-    state.append(x, x)
-    query = torch.randn(2, 4, 1, dim, dtype=dtype)
-    state.observe(query)
-    state.attend(query, layer.workspace, scaling=0.125)
-    state.commit()
-
-
 def main(capability: int) -> None:
     compiled: Counter[str] = Counter()
     run, known = JITFunction.run, set()
@@ -89,7 +73,6 @@ def main(capability: int) -> None:
     torch.empty, torch.empty_like = torch.zeros, torch.zeros_like  # what no kernel writes may still be an index
     for layer in LAYERS:
         growing(*layer)
-        static(*layer)
     encode_triton.tile_mean(torch.randn(1, 2, 3, 128, 64, dtype=torch.float16), None)
     encode_triton.bad_heads([torch.randn(1, 2, 3, 128, 64, dtype=torch.float16)], torch.ones(1, 3, 128))
     print(json.dumps(compiled))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from turboquant_hf.attention.mask import CausalMask
+from turboquant_hf.attention.mask import MAX_QUERIES, CausalMask
 from turboquant_hf.attention.plain import is_plain
 from turboquant_hf.cache import TurboQuantLayer
 
@@ -33,6 +33,8 @@ def serves(mask: torch.Tensor | None, query: torch.Tensor, kv_length: int, optio
     """Whether `chunk_attention` serves query [B, Hq, q, D] over `kv_length` keys: the causal rule and nothing else."""
     return (
         isinstance(mask, CausalMask)
+        and mask.keys is None
+        and query.shape[2] > MAX_QUERIES
         and mask.shape[-2:] == (query.shape[2], kv_length)
         and options.get("softcap") is None
         and options.get("s_aux") is None

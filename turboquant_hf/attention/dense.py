@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 from turboquant_hf.attention.chunk import chunk_attention, serves, tensor_parts
 from turboquant_hf.attention.mask import CausalMask
+from turboquant_hf.cache import PackedHandle
 
 SDPA_TAKES_BIAS = "position_bias" in inspect.signature(sdpa_attention_forward).parameters
 """Early versions of transformers have SDPA swallow a position bias."""
@@ -95,3 +96,7 @@ def dense_attention(
         weights = scores.softmax(dim=-1)
     weights = torch.nn.functional.dropout(weights.to(value.dtype), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights if output_attentions else None
+
+
+def densified(x: torch.Tensor | PackedHandle) -> torch.Tensor:
+    return x.dense() if isinstance(x, PackedHandle) else x

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from turboquant_hf.attention.dense import dense_attention
+from turboquant_hf.attention.dense import dense_attention, densified
 from turboquant_hf.attention.plain import is_plain
 from turboquant_hf.cache import PackedHandle
 from turboquant_hf.cache.fixed import FixedStep
@@ -38,5 +38,4 @@ def fixed_attention(
         return output.transpose(1, 2).contiguous(), None
     if attention_mask is None:
         attention_mask = step.full_mask()
-    dense = value.dense() if isinstance(value, PackedHandle) else value
-    return dense_attention(module, query, key.dense(), dense, attention_mask, scaling=scaling, **options)
+    return dense_attention(module, query, key.dense(), densified(value), attention_mask, scaling=scaling, **options)

@@ -17,30 +17,39 @@ MAX_QUERIES = 16
 
 
 class CausalMask(torch.Tensor):
-    """The causal rule for the newest q of kv tokens and nothing else: bool [B, 1, q, kv], True where a query attends.
+    """The causal rule for the newest q of kv tokens, and padding: bool [B, 1, q, kv], True where a query attends.
 
     None cannot say this: transformers passes None for an empty static cache too, whose queries see the oldest keys.
-    The object holds no memory. The registered attention asks for its type and shape; any torch function that takes it
-    gets the tensor, which is made once: slower, never wrong.
+    The object holds no memory. The registered attention asks for its type, shape and fields; any torch function that
+    takes it gets the tensor, which is made once: slower, never wrong.
+
+    Attributes:
+        keys: bool [B, kv], False hides a position from all queries; None hides nothing.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-    _turboquant_keys = None
-    """No key is padding (`packed_attention`)."""
 
     @staticmethod
-    def __new__(cls, batch: int, q_length: int, kv_length: int, device: torch.device | str) -> CausalMask:
+    def __new__(
+        cls,
+        batch: int,
+        q_length: int,
+        kv_length: int,
+        device: torch.device | str,
+        keys: torch.Tensor | None = None,
+    ) -> CausalMask:
         shape = batch, 1, q_length, kv_length
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        mask._dense = None
+        mask.keys, mask._dense = keys, None
         return mask
 
     def dense(self) -> torch.Tensor:
-        """The plain tensor [B, 1, q, kv], a view of [1, 1, q, kv]."""
+        """The plain tensor [B, 1, q, kv]."""
         if self._dense is None:
             q_length, kv_length = self.shape[2:]
-            ones = torch.ones(q_length, kv_length, dtype=torch.bool, device=self.device)
-            self._dense = ones.tril(kv_length - q_length).expand(self.shape)
+            seen = torch.ones(q_length, kv_length, dtype=torch.bool, device=self.device).tril(kv_length - q_length)
+            seen = seen if self.keys is None else seen & self.keys[:, None, None]
+            self._dense = seen.expand(self.shape)
         return self._dense
 
     @classmethod
@@ -48,8 +57,9 @@ class CausalMask(torch.Tensor):
         kwargs = kwargs or {}
         moved = kwargs.get("device")
         if func is torch.ops.aten._to_copy.default and moved is not None and kwargs.get("dtype") in (None, torch.bool):
-            batch, _, q_length, kv_length = args[0].shape  # models spread over devices move their masks
-            return cls(batch, q_length, kv_length, moved)
+            mask = args[0]  # models spread over devices move their masks
+            keys = None if mask.keys is None else mask.keys.to(moved)
+            return cls(mask.shape[0], *mask.shape[2:], moved, keys)
         return func(*tree_map_only(cls, cls.dense, args), **tree_map_only(cls, cls.dense, kwargs))
 
     def __repr__(self) -> str:
@@ -68,22 +78,24 @@ def turboquant_mask(
     """The mask [B, 1, q, kv] (True: attend), or None where the plain causal rule needs none.
 
     A single query that sees everything needs no mask; with padding it needs only the padding mask itself, which
-    is passed on as a view. A chunk behind a history without padding gets a `CausalMask`, which is no tensor until
-    somebody reads it. Everything else is `sdpa_mask`'s work.
+    is passed on as a view. A few queries, and a chunk behind a history without padding, get a `CausalMask`, which is no
+    tensor until somebody reads it. Everything else is `sdpa_mask`'s work.
     """
     step = current_step()
     if step is not None:
         return fixed_mask(step, kv_length, mask_function, local_size)
     plain = local_size is None and mask_function is causal_mask_function and isinstance(q_length, int)
-    if plain and q_length == 1 and kwargs.get("allow_is_causal_skip", True):
-        if attention_mask is None:
-            return None
-        return _key_mask(attention_mask, kv_length, kwargs.get("kv_offset", 0))[:, None, None, :]
-    if plain and q_length == 1 and attention_mask is None and counts_for_itself(kwargs.get("q_offset")):
-        return None
-    if plain and _is_chunk(q_length, kv_length, attention_mask, **kwargs):
-        return CausalMask(batch_size, q_length, kv_length, kwargs.get("device", "cpu"))
-    mask = sdpa_mask(
+    offset, kv_offset = kwargs.get("q_offset", 0), kwargs.get("kv_offset", 0)
+    skips = kwargs.get("allow_is_causal_skip", True)
+    if plain and q_length == 1 and skips:
+        return None if attention_mask is None else _key_mask(attention_mask, kv_length, kv_offset)[:, None, None, :]
+    if plain and skips and _follows(offset, q_length, kv_length) and kv_offset == 0:
+        device = kwargs.get("device", "cpu")
+        if q_length <= MAX_QUERIES and attention_mask is not None:
+            return CausalMask(batch_size, q_length, kv_length, device, _key_mask(attention_mask, kv_length, 0))
+        if attention_mask is None or _is_unpadded(attention_mask, kv_length):
+            return CausalMask(batch_size, q_length, kv_length, device)
+    return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -92,41 +104,22 @@ def turboquant_mask(
         local_size=local_size,
         **kwargs,
     )
-    if mask is not None and plain and q_length <= MAX_QUERIES:
-        # The kernels know the causal order; what is left of the mask is which keys are padding.
-        mask._turboquant_keys = (
-            None if attention_mask is None else _key_mask(attention_mask, kv_length, kwargs.get("kv_offset", 0))
-        )
-    return mask
 
 
-def _is_chunk(
-    q_length: int,
-    kv_length: int,
-    attention_mask: torch.Tensor | None,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> bool:
-    """Whether these are the newest of `kv_length` tokens, none of which is padding. Waits for the device if it must.
+def _follows(offset: Any, q_length: int, kv_length: Any) -> bool:
+    """Whether these are the newest of `kv_length` tokens, and not all of them.
 
-    A cache whose last query is its last key has no free slots: it grows, or it is full. Static caches count on the
-    device, and in Python only while they are empty.
+    A cache whose last query is its last key has no free slots: it grows, or it is full. Transformers' static caches
+    count on the device, and in Python only while they are empty.
     """
-    if q_length <= MAX_QUERIES or not allow_is_causal_skip or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(offset, int) or not isinstance(kv_length, int):
         return False
-    counted = isinstance(q_offset, int) and isinstance(kv_length, int) and kv_offset == 0
-    if not counted or q_offset <= 0 or q_offset + q_length != kv_length:
-        return False
-    if attention_mask is None:
-        return True
-    return attention_mask.shape[-1] >= kv_length and bool(attention_mask[:, :kv_length].all())
+    return 0 < offset == kv_length - q_length
 
 
-def counts_for_itself(offset: Any) -> bool:
-    """Whether a cache says, by an int32 offset, that its reader knows which of its slots are in use."""
-    return isinstance(offset, torch.Tensor) and offset.dtype == torch.int32
+def _is_unpadded(attention_mask: torch.Tensor, tokens: int) -> bool:
+    """Whether a mask [B, T] hides none of `tokens` tokens. Waits for the device if it must."""
+    return attention_mask.shape[-1] >= tokens and bool(attention_mask[:, :tokens].all())
 
 
 def _key_mask(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:
@@ -142,5 +135,7 @@ def left_padding(mask: torch.Tensor) -> torch.Tensor:
 
     What only the newest queries do not see may be seen by later ones: a mask of the user's own says nothing of padding.
     """
+    if isinstance(mask, CausalMask) and mask.keys is None:
+        return torch.zeros(1, dtype=torch.int64)
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
     return (~visible.any(dim=1)).int().cumprod(dim=-1).sum(dim=-1)

@@ -1,16 +1,78 @@
-"""Attention that reads packed tiles, where the kernels can serve the call."""
+"""Attention over a packed layer: by kernels where they serve the call, in pieces, or over dense tensors."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from turboquant_hf.attention.mask import MAX_QUERIES
+from turboquant_hf.attention.chunk import chunk_attention, layer_parts, serves
+from turboquant_hf.attention.dense import dense_attention, densified
+from turboquant_hf.attention.mask import MAX_QUERIES, CausalMask, left_padding
 from turboquant_hf.attention.plain import is_plain
 from turboquant_hf.attention.step import PreparedStep
-from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.cache import PackedHandle, TurboQuantLayer
+from turboquant_hf.cache.layer import refuse_backward
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.dispatch import backend, decode_attention
 from turboquant_hf.quantizers.rotated import reads_packed
+
+
+@torch.compiler.disable  # the layer counts in Python
+def layer_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: PackedHandle,
+    value: torch.Tensor | PackedHandle,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over handles of a `TurboQuantLayer`, which then encodes."""
+    layer = key.layer
+    tokens, length = query.shape[2], layer.get_seq_length()
+    # Models may change one of the two on the way (differential attention): then it is a tensor.
+    whole = isinstance(value, PackedHandle) and value.layer is layer and key.length == layer.width
+    causal = getattr(module, "is_causal", True) if options.get("is_causal") is None else options["is_causal"]
+    if whole and attention_mask is not None and attention_mask.shape[-1] > length:
+        attention_mask = attention_mask[..., :length]  # a preallocated layer has slots that no token has reached
+    if attention_mask is None and causal and 1 < tokens < length:
+        # These are the layer's newest tokens; SDPA's own rule aligns to the oldest.
+        attention_mask = CausalMask(query.shape[0], tokens, length, query.device)
+    note_padding(layer, attention_mask, tokens)
+    layer.observe(query)
+    if layer.preset.encode_first:
+        layer.commit()
+    served = whole and not options["output_attentions"] and options.get("sinks") is None
+    if attention_mask is not None and attention_mask.shape[1] != 1:
+        served = False  # the kernels know one mask for all heads
+    packed = packed_attention(layer, query, attention_mask, **options) if served else None
+    if packed is not None:
+        output = (packed, None)
+    elif whole and _in_pieces(layer, query, attention_mask, options):
+        output = (chunk_attention(query, layer_parts(layer, tokens), options["scaling"]), None)
+    else:
+        keys, values = (layer.held(0), layer.held(1)) if whole else (key.dense(), densified(value))
+        output = dense_attention(module, query, keys, values, attention_mask, **options)
+    layer.commit()
+    if query.requires_grad and torch.is_grad_enabled():
+        output = (refuse_backward(output[0], query), output[1])
+    return output
+
+
+def _in_pieces(
+    layer: TurboQuantLayer, query: torch.Tensor, attention_mask: torch.Tensor | None, options: dict[str, Any]
+) -> bool:
+    """Whether a chunk is attended to without ever decoding all of the layer's history at once."""
+    plain = serves(attention_mask, query, layer.get_seq_length(), options)
+    # encode_first rounds the tail as well, by the tiles before it: `layer.dense` knows how.
+    return plain and not layer.preset.encode_first
+
+
+def note_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_length: int) -> None:
+    """Learn the left padding from a prompt's mask, where nobody has told the layer before its first encode."""
+    if attention_mask is None or q_length == 1 or layer.noted_starts is not None or layer.tiles[0].count:
+        return
+    layer.learn_padding(left_padding(attention_mask).expand(layer.batch_size).tolist())
 
 
 def packed_attention(
@@ -23,32 +85,29 @@ def packed_attention(
 ) -> torch.Tensor | None:
     """[B, q, Hq, D] for query [B, Hq, q, D], or None where this call wants dense tensors.
 
-    Up to 16 queries of plain causal attention over rotated tiles are served; `attention_mask` must come from
-    `turboquant_mask` when there are several.
+    Up to 16 queries of plain causal attention over rotated tiles are served. The mask of several, or of none, must be a
+    `CausalMask`: the kernels know the causal order, and take which keys are padding.
     """
+    if isinstance(attention_mask, CausalMask):
+        keys = attention_mask.keys
+    elif attention_mask is None:
+        keys = None
+    elif query.shape[2] == 1 and attention_mask.dtype == torch.bool:
+        keys = attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
+    else:
+        return None
     options = {
         "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "softcap": kwargs.get("softcap"),
         "s_aux": kwargs.get("s_aux"),
     }
     step = layer.step
-    if step is not None and query.shape[2] == 1 and (attention_mask is None or attention_mask.dtype == torch.bool):
-        keys = None if attention_mask is None else attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
+    if step is not None and query.shape[2] == 1:
         if is_plain(kwargs) and step.fits(layer, query, keys, options):
             return step(layer, query, keys)
         layer.step = None
     if not _applies(layer, query, kwargs):
         return None
-    keys = None
-    if attention_mask is not None:
-        if attention_mask.dtype != torch.bool:
-            return None
-        if query.shape[2] > 1:
-            if not hasattr(attention_mask, "_turboquant_keys"):
-                return None
-            keys = attention_mask._turboquant_keys
-        else:
-            keys = attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
     if query.shape[2] == 1 and backend(query.device) != "torch":
         layer.step = PreparedStep.of(layer, query, keys, options)
         if layer.step is not None:

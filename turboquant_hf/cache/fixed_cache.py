@@ -123,7 +123,7 @@ def why_not(cache: Any) -> str | None:
         linear = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, CacheLayerMixin)
         if sliding and not layer.is_initialized:
             return "a sliding-window layer is still empty"
-        if not sliding and not linear and _holds_tensors(layer):
+        if not sliding and not linear and getattr(layer, "is_initialized", True) and _holds_tensors(layer):
             return f"a {type(layer).__name__} moves what it holds"
     if len({layer.device for layer in cache.packed_layers}) > 1:
         return "its layers lie on several devices"

@@ -26,9 +26,7 @@ class PackedHandle:
     index: ClassVar[int]
 
     def __init__(self, layer: TurboQuantLayer) -> None:
-        self.layer = layer
-        # A fixed step reads whole arrays: how much of them is in use is known on the device only.
-        self.length = layer.fixed.room if layer.in_step else layer.get_seq_length()
+        self.layer, self.length = layer, layer.width
 
     def dense(self) -> torch.Tensor:
         """The decoded tensor [B, H, T, D]."""
@@ -72,7 +70,7 @@ class PackedHandle:
         return self.shape[0]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("layer", "length", "pending"):
+        if name.startswith("__") or name in ("layer", "length", "new"):
             raise AttributeError(name)
         return getattr(self.dense(), name)
 

@@ -21,6 +21,10 @@ from turboquant_hf.kernels.dispatch import bad_heads, query_energy
 from turboquant_hf.quantizers import Quantizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NO_CAPTURE = (
+    "a cache counts its tokens on the host, which a CUDA graph does not repeat: run the step outside the graph. "
+    "generate records decode steps by itself, and torch.compile(mode='reduce-overhead') records what is between caches"
+)
 NO_TRAINING = "a packed cache keeps no gradients and serves no training: pass use_cache=False, or use torch.no_grad()"
 
 
@@ -143,41 +147,50 @@ class TurboQuantLayer(CacheLayerMixin):
     @torch.compiler.disable  # counters in Python: a graph break here, where tracing would compile every step anew
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append [B, H, T, D] keys and values; returns what attention reads, as handles or dense tensors."""
-        if self.in_step:
-            return self._update_fixed(*autocast(key_states, value_states))
-        self.unfix()
-        source = key_states
+        handles = self._returns_handles()
+        self.append(key_states, value_states, postpone=handles)
+        if handles:
+            return self.handles()
+        if self.preset.encode_first:
+            self.commit()
+        dense = self.dense(0), self.dense(1)
+        if not self.in_step:
+            self.commit()
+        return tuple(refuse_backward(x, key_states) for x in dense) if key_states.requires_grad else dense
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, postpone: bool = False) -> None:
+        """Store [B, H, T, D] keys and values; nothing of them is encoded before `commit`.
+
+        In a `FixedStep` they are stored and counted on the device only; see `replayed`.
+
+        Args:
+            postpone: leave the writing to a prepared step's kernel, if there is one.
+        """
+        if key_states.is_cuda and not self.in_step and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(NO_CAPTURE)
         if self.step is None or not self.step.takes(key_states, value_states):
-            source, value_states = autocast(key_states, value_states)
+            key_states, value_states = autocast(key_states, value_states)
             if not self.is_initialized:
-                self.lazy_initialization(source, value_states)
-            self._check(source, value_states)
-            key_states, value_states = source.detach(), value_states.detach()
+                self.lazy_initialization(key_states, value_states)
+            self._check(key_states, value_states)
+            key_states, value_states = key_states.detach(), value_states.detach()
+        if self.in_step:
+            self.fixed.append(key_states, value_states)
+            return
+        self.unfix()
         self._leave_inference_mode()
         self.commit()
         if self.offloader is not None:
             self.offloader.enter(self)
         self.sinks.write(key_states, value_states, self.get_seq_length())
-        handles = self._returns_handles()
-        if handles and self.step is not None:
+        if postpone and self.step is not None:
             self.tail.postpone(key_states, value_states)
         else:
             self.tail.append(key_states, value_states)
-        if handles:
-            return PackedKeys(self), PackedValues(self)
-        if self.preset.encode_first:
-            self.commit()
-        dense = self.dense(0), self.dense(1)
-        self.commit()
-        return tuple(refuse_backward(x, source) for x in dense) if source.requires_grad else dense
 
-    def _update_fixed(self, key_states: torch.Tensor, value_states: torch.Tensor):
-        """`update` in a `FixedStep`: the tokens are stored and counted on the device only; see `replayed`."""
-        self._check(key_states, value_states)
-        self.fixed.append(key_states.detach(), value_states.detach())
-        if self._returns_handles():
-            return PackedKeys(self), PackedValues(self)
-        return self.fixed.dense(0), self.fixed.dense(1)
+    def handles(self) -> tuple[PackedKeys, PackedValues]:
+        """What stands for the dense keys and values."""
+        return PackedKeys(self), PackedValues(self)
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         leading = (self.batch_size, self.num_heads, key_states.shape[-2] if key_states.dim() > 1 else 0)
@@ -351,6 +364,10 @@ class TurboQuantLayer(CacheLayerMixin):
     # ------------------------------------------------------------------ reading
 
     def dense(self, index: int) -> torch.Tensor:
+        """All keys (index 0) or values (1), [B, H, width, D] in the model's dtype, for code that cannot read tiles."""
+        return self.held(index)
+
+    def held(self, index: int) -> torch.Tensor:
         """All keys (index 0) or values (1), [B, H, T, D] in the model's dtype; raw where nothing is packed."""
         if self.in_step:
             return self.fixed.dense(index)
@@ -398,6 +415,12 @@ class TurboQuantLayer(CacheLayerMixin):
         if self.in_step:
             return current_step().length
         return self.tiles[0].count * self.preset.tile + self.tail.count if self.is_initialized else 0
+
+    @property
+    def width(self) -> int:
+        """Tokens of the dense tensors, and of the handles that stand for them."""
+        # A fixed step reads whole arrays: how much of them is in use is known on the device only.
+        return self.fixed.room if self.in_step else self.get_seq_length()
 
     def get_mask_sizes(self, query_length) -> tuple[int, int]:
         # Upstream 5.0 passes the positions, later versions their number.

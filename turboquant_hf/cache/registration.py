@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.generation import configuration_utils
 from transformers.utils.generic import is_flash_attention_requested
 
-from turboquant_hf.cache.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.cache.base import ATTENTION_NAME, PackedCache
+from turboquant_hf.cache.cache import TurboQuantCache
 from turboquant_hf.cache.given import check_given
 from turboquant_hf.cache.messages import (
     AS_WITHOUT,
@@ -90,12 +91,12 @@ def _wrap(original):
             return original(self, *args, **kwargs)
         if not wanted or given is not None:
             own = getattr(given, "self_attention_cache", given)
-            if isinstance(own, (TurboQuantCache, TurboQuantStaticCache)):
+            if isinstance(own, PackedCache):
                 check_given(self, own, generation_config, model_kwargs)
             result = original(self, *args, **kwargs)
             if isinstance(given, TurboQuantStaticCache):
                 _check_room(given, bound["max_cache_length"])
-            if isinstance(given, (TurboQuantCache, TurboQuantStaticCache)):
+            if isinstance(given, PackedCache):
                 _advise(self, given)
                 given.note_padding(_prompt_mask(model_kwargs, given))
             return result
@@ -156,7 +157,7 @@ def _restore_mask(model: Any, generation_config: GenerationConfig, model_kwargs:
         model_kwargs["attention_mask"] = torch.ones(rows, length, dtype=torch.long, device=model.device)
 
 
-def _advise(model: Any, cache: TurboQuantCache | TurboQuantStaticCache) -> None:
+def _advise(model: Any, cache: PackedCache) -> None:
     """Say what a cache of the user's own does not compress, and how it could be read better."""
     if not model._supports_default_dynamic_cache():
         return  # the prefill shows what becomes of the cache
@@ -211,16 +212,13 @@ def _convert(model: Any, cache: Any, preset: Any, offloading: Any, model_kwargs:
     return packed, bool(packed.packed_layers)
 
 
-def _pack(cache: Any, config: Any, preset: Any, offloading: Any) -> TurboQuantCache | TurboQuantStaticCache:
+def _pack(cache: Any, config: Any, preset: Any, offloading: Any) -> PackedCache:
     """Our cache in place of upstream's empty dynamic or static one."""
-    if isinstance(cache, StaticCache):
-        if offloading is not False:
-            raise ValueError(f'offloading={offloading!r} is not supported by "{STATIC_NAME}"; allowed: false')
-        return TurboQuantStaticCache.from_static(cache, config, preset)
-    return TurboQuantCache.from_dynamic(cache, config, preset, offloading)
+    ours = TurboQuantStaticCache if isinstance(cache, StaticCache) else TurboQuantCache
+    return ours.from_upstream(cache, config, preset, offloading)
 
 
-def _prompt_mask(model_kwargs: dict, cache: TurboQuantCache):
+def _prompt_mask(model_kwargs: dict, cache: PackedCache):
     """The prompt's 2D mask, where it speaks of left padding in an empty cache."""
     mask = model_kwargs.get("attention_mask")
     return None if "decoder_attention_mask" in model_kwargs or cache.tokens else mask
@@ -244,7 +242,7 @@ def _watch_prefill(original: Callable) -> Callable:
         given = model_kwargs.get(cache_argument(model_kwargs))
         outputs = original(self, *args, **kwargs)
         ours = getattr(given, "self_attention_cache", given)
-        layers = ours.packed_layers if isinstance(ours, (TurboQuantCache, TurboQuantStaticCache)) else []
+        layers = ours.packed_layers if isinstance(ours, PackedCache) else []
         if layers and not any(layer.is_initialized for layer in layers):
             tell_unused(self, given, outputs.get(cache_argument(outputs)))
         return outputs

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from turboquant_hf.cache.cache import ATTENTION_NAME, is_latent
+from turboquant_hf.cache.base import ATTENTION_NAME, is_latent
 from turboquant_hf.cache.messages import tell_switch
 
 RECORD = "_turboquant_switched_from"

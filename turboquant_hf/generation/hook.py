@@ -8,11 +8,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache, TurboQuantStaticCache
+from turboquant_hf.cache import ATTENTION_NAME, PackedCache, TurboQuantStaticCache
 from turboquant_hf.cache.messages import tell_eager_steps
 from turboquant_hf.cache.wrapping import wrap_once
 from turboquant_hf.generation.recorders import RECORDERS
-from turboquant_hf.generation.static import FixedStatic
 from turboquant_hf.generation.steps import DecodeSteps
 from turboquant_hf.kernels.dispatch import backend
 from turboquant_hf.names import cache_argument
@@ -35,7 +34,7 @@ def _wrap(original: Callable) -> Callable:
         bound = signature.bind(self, *args, **kwargs)
         config, model_kwargs = bound.arguments["generation_config"], bound.arguments.get("model_kwargs", {})
         cache = model_kwargs.get(cache_argument(model_kwargs))
-        if not isinstance(cache, (TurboQuantCache, TurboQuantStaticCache)) or not cache.graph:
+        if not isinstance(cache, PackedCache) or not cache.graph:
             return original(self, *args, **kwargs)
         if self.device.type not in RECORDERS or config.compile_config is not None:
             return original(self, *args, **kwargs)
@@ -116,4 +115,6 @@ def why_not(model: Any, cache: Any, config: Any) -> str | None:
         return "its modules have forward hooks, which a recorded step would not call"
     if model.device.type == "cuda" and backend(model.device) == "torch":
         return "there are no Triton kernels here"
-    return FixedStatic(cache).why_not() if isinstance(cache, TurboQuantStaticCache) else None
+    if isinstance(cache, TurboQuantStaticCache) and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return "its preallocated sliding-window layers ask the host for their position"
+    return None

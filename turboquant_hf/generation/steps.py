@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from turboquant_hf.cache import TurboQuantCache, TurboQuantStaticCache
+from turboquant_hf.cache import PackedCache
 from turboquant_hf.cache.fixed_cache import FixedCache
 from turboquant_hf.cache.messages import tell_eager_steps
 from turboquant_hf.cache.ring import STEP_TOKENS
 from turboquant_hf.generation.recorders import RECORDERS
-from turboquant_hf.generation.static import FixedStatic
 from turboquant_hf.names import CACHE_ARGUMENTS
 
 RECENT_STEPS = 32
@@ -39,11 +38,11 @@ class DecodeSteps:
         expected: tokens per sequence that the loop may still bring.
     """
 
-    def __init__(self, model: Any, cache: TurboQuantCache | TurboQuantStaticCache, expected: int) -> None:
+    def __init__(self, model: Any, cache: PackedCache, expected: int) -> None:
         self.model, self.cache, self.expected = model, cache, expected
         self.forward = type(model).forward.__get__(model)
-        self.fixed = FixedStatic(cache) if isinstance(cache, TurboQuantStaticCache) else FixedCache(cache)
-        self.refused = False
+        self.fixed = FixedCache(cache)
+        self.refused, cache.recorded = False, True
         self._graphs: dict[Any, _Recorded] = {}
         self._warm: set = set()
         self._unpadded: bool | None = None
@@ -73,7 +72,7 @@ class DecodeSteps:
         """Free the graphs, and leave the cache as it was found."""
         self._graphs.clear()
         self.fixed.release()
-        self.cache.graph_nbytes = 0
+        self.cache.graph_nbytes, self.cache.recorded = 0, False
 
     @property
     def device(self) -> torch.device:

@@ -16,16 +16,16 @@ from turboquant_hf.evaluation.benchmark.timing import (
 
 def spoil_packed(monkeypatch, factor: float) -> None:
     """Attention of packed caches on a CPU times `factor`; "sdpa" does not use it."""
-    from turboquant_hf.attention import forward
+    from turboquant_hf.attention import packed as ours
 
-    dense, packed = forward.dense_attention, forward.packed_attention
+    dense, packed = ours.dense_attention, ours.packed_attention
 
     def spoiled(*args, **options):
         output = packed(*args, **options)
         return None if output is None else output * factor
 
-    monkeypatch.setattr(forward, "dense_attention", lambda *a, **k: (dense(*a, **k)[0] * factor, None))
-    monkeypatch.setattr(forward, "packed_attention", spoiled)
+    monkeypatch.setattr(ours, "dense_attention", lambda *a, **k: (dense(*a, **k)[0] * factor, None))
+    monkeypatch.setattr(ours, "packed_attention", spoiled)
 
 
 def spoil_math(monkeypatch, factor: float | None) -> None:

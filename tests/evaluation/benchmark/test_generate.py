@@ -102,15 +102,15 @@ def test_steps_that_were_not_recorded_do_not_pass_for_graphs(recorder, replays, 
 
 
 def test_wrong_attention_has_no_speed(recorder, monkeypatch):
-    from turboquant_hf.attention import forward
+    from turboquant_hf.attention import packed
 
-    right = forward.packed_attention
+    right = packed.packed_attention
 
     def wrong(*args, **options):
         output = right(*args, **options)
         return None if output is None else output * 1.1
 
-    monkeypatch.setattr(forward, "packed_attention", wrong)
+    monkeypatch.setattr(packed, "packed_attention", wrong)
     dynamic, eager = run(toy(caches=("dynamic", "eager")), recorder)
     assert dynamic["ms"] > 0 and eager["ms"] is None and "relative error" in eager["reason"]
 

@@ -125,14 +125,8 @@ def fill(cache, group: Group, batch: int, tokens: int, device: torch.device, att
 
 def _store(handle, query: torch.Tensor) -> None:
     """What the registered attention does with a piece of a prompt, but for attending."""
-    layer, pending = handle.layer, getattr(handle, "pending", None)
-    if pending is not None:  # a static layer stores a piece after its attention
-        pending.store(query)
-    elif isinstance(layer, TurboQuantLayer):
-        layer.observe(query)
-        layer.commit()
-    else:
-        layer.commit(query)
+    handle.layer.observe(query)
+    handle.layer.commit()
 
 
 def held_nbytes(cache) -> int:

@@ -1,0 +1,234 @@
+"""What the growing and the preallocated cache have in common: packing of layers, padding, accounts of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.cache.offload import Offloader
+from turboquant_hf.cache.serialization import config_field, model_fields
+from turboquant_hf.checks import check_flag, shown
+from turboquant_hf.config import CachePreset
+from turboquant_hf.quantizers import Quantizer
+
+ATTENTION_NAME = "turboquant"
+
+
+class LiveAttention:
+    """Called at every `update`: is the model's attention, which can be switched at any time, ours just now?"""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        decoder = config.get_text_config(decoder=True)
+        # Flat encoder-decoder configs are copied at every access; the copy would not see a switch.
+        self.config = decoder if decoder is config.get_text_config(decoder=True) else config
+
+    def __call__(self) -> bool:
+        if torch.compiler.is_compiling():
+            return self.config._attn_implementation == ATTENTION_NAME
+        # A configuration looks its attributes up in Python, 5 us in every layer of every step: ask behind its back.
+        fields = object.__getattribute__(self.config, "__dict__")
+        name = fields.get("_attn_implementation_internal") or self.config._attn_implementation
+        return name == ATTENTION_NAME
+
+    def __deepcopy__(self, memo: dict) -> LiveAttention:
+        return self
+
+
+def _tensors(item: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif isinstance(item, (list, tuple, dict)):
+        for value in item.values() if isinstance(item, dict) else item:
+            yield from _tensors(value)
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError for what is no model's configuration."""
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"config={shown(config)} is not supported; allowed: the model's configuration (model.config)")
+
+
+def owning_layers(config: PreTrainedConfig) -> int:
+    """How many of the first layers of the decoder keep keys and values of their own.
+
+    The last layers of Gemma 3n and 4 read those of earlier layers, and T5's `num_hidden_layers` counts its encoder. A
+    cache that some versions of transformers make has layers beyond these, which nothing ever reaches.
+    """
+    decoder = config.get_text_config(decoder=True)
+    layers = getattr(decoder, "num_decoder_layers", None) if decoder.is_encoder_decoder else None
+    return (layers or decoder.num_hidden_layers) - (getattr(decoder, "num_kv_shared_layers", None) or 0)
+
+
+def is_latent(config: PreTrainedConfig) -> bool:
+    """Whether a model has multi-head latent attention, which expands what it cached: it needs the dense tensor."""
+    return getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+
+
+def never_packed() -> bool:
+    """Of models that `is_latent` names."""
+    return False
+
+
+class PackedCache(Cache):
+    """A cache whose full-attention layers are packed; the others are transformers' own.
+
+    Attributes:
+        preset: of all its packed layers.
+        graph: let `generate` record decode steps in CUDA graphs (`turboquant_hf.generation`).
+        graph_nbytes: of the graphs that a running `generate` has recorded over this cache; counted in `spare_nbytes`.
+        recorded: whether a running `generate` records its steps over this cache, and so compiles nothing.
+    """
+
+    kinds: tuple[type, ...]
+    """Layers of transformers' that are packed."""
+    preset: CachePreset
+    offloader: Offloader | None = None
+    graph = True
+    graph_nbytes = 0
+    recorded = False
+
+    @classmethod
+    def from_upstream(
+        cls, cache: Cache, config: PreTrainedConfig, preset: CachePreset, offloading: bool = False
+    ) -> PackedCache:
+        """Take over an empty cache of transformers': its special layers as they are, packed ones for the rest."""
+        new = cls.__new__(cls)
+        vars(new).update(vars(cache))
+        new.preset, new.layers = preset, list(cache.layers)
+        new._pack_layers(config, offloading)
+        return new
+
+    def _pack_layers(self, config: PreTrainedConfig, offloading: bool = False) -> None:
+        check_flag("offloading", offloading)
+        # Not upstream's `offloading`, which would move whole layers.
+        self.offloader = Offloader() if offloading else None
+        self.model_fields = model_fields(config)
+        self.layer_class_to_replicate = None
+        latent = is_latent(config)
+        head_dim = config_field(config.get_text_config(decoder=True), "head_dim")
+        if isinstance(head_dim, int) and not latent:
+            self.preset.validate(head_dim)
+        reads_packed = never_packed if latent else LiveAttention(config)
+        packed = [i for i, layer in enumerate(self.layers[: owning_layers(config)]) if type(layer) in self.kinds]
+        self.preset.check_layers(len(packed))
+        for ordinal, index in enumerate(packed):
+            sides = self.preset.layer_quantizers(ordinal, len(packed))
+            self.layers[index] = self._packed(self.layers[index], *sides, reads_packed)
+
+    def _packed(self, layer: CacheLayerMixin, keys: Quantizer, values: Quantizer, reads_packed: Any) -> CacheLayerMixin:
+        """What takes the place of one of transformers' empty layers."""
+        raise NotImplementedError
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        """As upstream's: append [B, H, T, D] keys and values to a layer; returns what attention reads.
+
+        Raises:
+            ValueError: the model has more layers than the cache was made for.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"this cache was made for a model of {len(self.layers)} layers, and this model has more (it asks for "
+                f"layer {layer_idx}); allowed: a cache of its own configuration, {type(self).__name__}(model.config)"
+            )
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def is_compileable(self) -> bool:
+        return not self.recorded and super().is_compileable
+
+    @property
+    def packed_layers(self) -> list[TurboQuantLayer]:
+        """The layers that this package holds, in order."""
+        parts = (getattr(layer, "packed", layer) for layer in self.layers)  # of a hybrid layer, its attention
+        return [part for part in parts if isinstance(part, TurboQuantLayer)]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sequence that went in, padding included; 0 for a cache whose layers do not count them."""
+        return max((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)), default=0)
+
+    def note_padding(self, attention_mask) -> None:
+        """Tell an empty cache where each sequence begins, from a 0/1 mask [B, T] of left-padded input.
+
+        `generate` does this itself. Without it padding still never reaches the output, but it counts as tokens
+        when sinks are chosen and keys are measured. None takes back what was said.
+
+        Raises:
+            ValueError: the mask is no tensor.
+        """
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            raise ValueError(
+                f"attention_mask={shown(attention_mask)} is not supported; allowed: a tensor [B, T] of zeros and ones, "
+                "or None"
+            )
+        if self.tokens:
+            return
+        padded = attention_mask is not None and attention_mask.dim() == 2
+        starts = (attention_mask != 0).int().argmax(dim=1).tolist() if padded else None
+        for layer in self.packed_layers:
+            layer.note_padding(starts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use: packed tiles, scales, means, sinks, tail, statistics, shared rotations, raw layers."""
+        shared = {}
+        for layer in self.packed_layers:
+            if layer.is_initialized:
+                for quantizer, dim in zip(layer.quantizers, layer.head_dims, strict=True):
+                    shared[quantizer, dim] = quantizer.shared_nbytes(dim)
+        return sum(layer.nbytes for layer in self.packed_layers) + sum(shared.values()) + self._raw_nbytes()
+
+    @property
+    def spare_nbytes(self) -> int:
+        """Bytes allocated ahead for tokens to come and to stage offloaded tiles, not counted in `nbytes`."""
+        staging = self.offloader.staging_nbytes if self.offloader is not None else 0
+        return sum(layer.spare_nbytes for layer in self.packed_layers) + staging + self.graph_nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the same tokens take in a 16-bit DynamicCache."""
+        return sum(layer.dense_nbytes for layer in self.packed_layers) + self._raw_nbytes()
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes allocated: `nbytes` and the room for tokens to come, `spare_nbytes`."""
+        return self.nbytes + self.spare_nbytes
+
+    @property
+    def compression_ratio(self) -> float:
+        """`dense_nbytes` / `resident_nbytes`: how many times smaller than a 16-bit cache, all counted; 1 if empty."""
+        resident = self.resident_nbytes
+        return self.dense_nbytes / resident if resident else 1.0
+
+    @property
+    def compression_ratio_in_use(self) -> float:
+        """`dense_nbytes` / `nbytes`: the same without the room allocated ahead; 1 if empty."""
+        used = self.nbytes
+        return self.dense_nbytes / used if used else 1.0
+
+    def _raw_nbytes(self) -> int:
+        raw = [vars(layer) for layer in self.layers if not isinstance(layer, TurboQuantLayer)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(raw)}
+        return sum(storages.values())
+
+    def __repr__(self) -> str:
+        packed = len(self.packed_layers)
+        resident, used, dense = self.resident_nbytes, self.nbytes, self.dense_nbytes
+        size = f"resident bytes={resident:,}"
+        if used and dense:
+            size += f", {_times(dense, resident)} than 16 bit; {used:,} in use, {_times(dense, used)}"
+        return (
+            f"{type(self).__name__}(preset={self.preset.label!r}, tokens={self.tokens}, "
+            f"layers={len(self.layers)} ({packed} packed), {size})"
+        )
+
+
+def _times(dense: int, held: int) -> str:
+    """How a cache of `held` bytes compares with one of `dense`."""
+    return f"{dense / held:.2f}x smaller" if held <= dense else f"{held / dense:.2f}x larger"
