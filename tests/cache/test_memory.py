@@ -10,7 +10,6 @@ from transformers import Gemma2Config, LlamaConfig
 
 from tests.conftest import make_llama
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.cache.store import TailBuffer
 
 
 def make_cache(preset, head_dim=64, heads=8, layers=2, **overrides):
@@ -112,32 +111,6 @@ def test_compression_ratio(preset, tokens, heads, least, head_dim):
     if tokens == 32768:
         assert held_nbytes(cache) <= cache.dense_nbytes / (0.92 * least)
         assert cache.spare_nbytes < 0.08 * cache.nbytes
-
-
-def test_a_postponed_token_is_written_by_whoever_looks_first():
-    first, later = (torch.randn(2, 1, 1, 3, 4) for _ in range(2))
-    tail = TailBuffer(*first, capacity=8)
-    tail.append(*first)
-    tail.postpone(*later)
-    assert tail.count == 6
-    for array, parts in zip(tail.view(), zip(first, later, strict=True), strict=True):
-        assert torch.equal(array, torch.cat(parts, dim=2))
-    tail.crop(4)
-    tail.postpone(*(x[:, :, :1] for x in later))
-    arrays, new = tail.hand_over()
-    assert new is not None and tail.count == 5 and tail.hand_over()[1] is None
-    assert all(torch.equal(a[:, :, 3:4], x[:, :, :1]) for a, x in zip(arrays, later, strict=True))
-    tail.postpone(*later)  # fills the buffer
-    tail.postpone(*later)  # no room: appended, and what waited is written
-    assert torch.equal(tail.view()[0][:, :, 5:], torch.cat([later[0], later[0]], dim=2))
-
-
-def test_cropping_writes_a_postponed_token_first():
-    keys, values = torch.randn(2, 1, 1, 3, 4)
-    tail = TailBuffer(keys, values, capacity=8)
-    tail.postpone(keys, values)
-    tail.crop(2)
-    assert torch.equal(tail.view()[0], keys[:, :, :2]) and torch.equal(tail.view()[1], values[:, :, :2])
 
 
 @pytest.mark.parametrize("tokens", [100, 500, 1000, 4000])

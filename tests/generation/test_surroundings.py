@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,7 +184,7 @@ def test_no_step_outlives_the_arrays_it_reads(llama, ids):
         lambda: layer.offload(),
         lambda: [layer.update(*(torch.randn(2, 2, 8, 8) for _ in range(2))), layer.commit()],
     ):
-        layer.step = SimpleNamespace(takes=lambda keys, values: False)
+        layer.step = object()
         change()
         assert layer.step is None
 

@@ -101,16 +101,15 @@ def packed_attention(
         "softcap": kwargs.get("softcap"),
         "s_aux": kwargs.get("s_aux"),
     }
-    step = layer.step
-    if step is not None and query.shape[2] == 1:
-        if is_plain(kwargs) and step.fits(layer, query, keys, options):
-            return step(layer, query, keys)
-        layer.step = None
+    single = query.shape[2] == 1 and is_plain(kwargs)
+    if single and layer.step is not None and layer.step.serves(layer, query, keys, options):
+        return layer.step(layer, query, keys)
+    layer.step = None
     if not _applies(layer, query, kwargs):
         return None
-    if query.shape[2] == 1 and backend(query.device) != "torch":
-        layer.step = PreparedStep.of(layer, query, keys, options)
-        if layer.step is not None:
+    if single and backend(query.device) != "torch" and layer.offloader is None:
+        layer.step = PreparedStep(layer, query, keys, options)
+        if layer.step.serves(layer, query, keys, options):
             return layer.step(layer, query, keys)
     raw = RawTokens(*layer.sinks.arrays), RawTokens(*layer.tail.view())
     history = History(*layer.packed_sides(), *raw, layer.sinks.starts)

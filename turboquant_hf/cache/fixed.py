@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from operator import is_
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ class FixedLayer:
     def __init__(self, layer: Any, workspaces: dict[tuple, torch.Tensor]) -> None:
         self.quantizers, self.head_dims, self.tile = layer.quantizers, layer.head_dims, layer.preset.tile
         self.dtype, self.threshold = layer.dtype, layer.preset.sparse_v_threshold
-        self.tiles = tuple(dict(store.arrays) for store in layer.tiles)
+        self._places = layer.places
+        self.tiles = self._places[:2]
         self.states = tuple(
             state or _of_batch(quantizer.empty_state(layer.num_heads, dim, self.tile, layer.device), layer.batch_size)
             for state, quantizer, dim in zip(layer.states, self.quantizers, self.head_dims, strict=True)
@@ -120,8 +122,6 @@ class FixedLayer:
         self.room = layer.tiles[0].capacity * self.tile + layer.tail.slots
         self.reads_packed = reads_packed(*self.quantizers)
         self.serial = next(_SERIALS)
-        self._moves = tuple(store.moves for store in layer.tiles)
-        self._held = layer.states, layer.tail, layer.sinks.arrays
         self.counts = torch.zeros(3, dtype=torch.int32, device=layer.device)
         self._known = (0, 0)
         where = (layer.device, layer.batch_size * layer.num_heads, self.head_dims[0])
@@ -154,13 +154,7 @@ class FixedLayer:
 
     def holds(self, layer: Any) -> bool:
         """Whether these are still the arrays of the layer."""
-        states, tail, sinks = self._held
-        return (
-            self._moves == tuple(store.moves for store in layer.tiles)
-            and states is layer.states
-            and tail is layer.tail
-            and sinks is layer.sinks.arrays
-        )
+        return all(map(is_, self._places, layer.places))
 
     def is_ready(self, layer: Any, tokens: int) -> bool:
         """Whether a step of `tokens` can be replayed as things are. Asked for every layer in every step: no loops."""

@@ -148,7 +148,7 @@ class TurboQuantLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append [B, H, T, D] keys and values; returns what attention reads, as handles or dense tensors."""
         handles = self._returns_handles()
-        self.append(key_states, value_states, postpone=handles)
+        self.append(key_states, value_states)
         if handles:
             return self.handles()
         if self.preset.encode_first:
@@ -158,22 +158,18 @@ class TurboQuantLayer(CacheLayerMixin):
             self.commit()
         return tuple(refuse_backward(x, key_states) for x in dense) if key_states.requires_grad else dense
 
-    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, postpone: bool = False) -> None:
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Store [B, H, T, D] keys and values; nothing of them is encoded before `commit`.
 
         In a `FixedStep` they are stored and counted on the device only; see `replayed`.
-
-        Args:
-            postpone: leave the writing to a prepared step's kernel, if there is one.
         """
         if key_states.is_cuda and not self.in_step and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NO_CAPTURE)
-        if self.step is None or not self.step.takes(key_states, value_states):
-            key_states, value_states = autocast(key_states, value_states)
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            self._check(key_states, value_states)
-            key_states, value_states = key_states.detach(), value_states.detach()
+        key_states, value_states = autocast(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        key_states, value_states = key_states.detach(), value_states.detach()
         if self.in_step:
             self.fixed.append(key_states, value_states)
             return
@@ -183,10 +179,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if self.offloader is not None:
             self.offloader.enter(self)
         self.sinks.write(key_states, value_states, self.get_seq_length())
-        if postpone and self.step is not None:
-            self.tail.postpone(key_states, value_states)
-        else:
-            self.tail.append(key_states, value_states)
+        self.tail.append(key_states, value_states)
 
     def handles(self) -> tuple[PackedKeys, PackedValues]:
         """What stands for the dense keys and values."""
@@ -295,6 +288,12 @@ class TurboQuantLayer(CacheLayerMixin):
         return x.unflatten(2, (-1, self.preset.tile))
 
     # ------------------------------------------------------------------ steps at fixed addresses
+
+    @property
+    def places(self) -> tuple:
+        """What a step points to: the same objects for as long as the addresses stay."""
+        keys, values = self.tiles
+        return keys.arrays, values.arrays, self.states, self.tail.arrays, self.sinks.arrays, self.sinks.starts
 
     @property
     def is_fitted(self) -> bool:

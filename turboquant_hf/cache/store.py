@@ -23,12 +23,13 @@ FIRST_TOKENS = 512
 
 
 class TileStore:
-    """Named arrays [B, H, capacity, *field.shape], filled up to `count` tiles."""
+    """Named arrays [B, H, capacity, *field.shape], filled up to `count` tiles.
+
+    `arrays` is another dict whenever one of them has moved.
+    """
 
     def __init__(self, fields: dict[str, Field], batch: int, heads: int, device: torch.device) -> None:
         self.count = 0
-        self.moves = 0
-        """How often the arrays have been replaced: what points to them is stale when this has changed."""
         self.arrays = {
             name: torch.empty((batch, heads, 0, *field.shape), dtype=field.dtype, device=device)
             for name, field in fields.items()
@@ -53,12 +54,13 @@ class TileStore:
         """Have room for `tiles`, and unless `exact` for some more, so that growing copies seldom."""
         if tiles <= self.capacity:
             return
-        self.moves += 1
         capacity = tiles if exact else tiles + max(MIN_SPARE_TILES, tiles // SPARE_SHARE)
-        for name, array in self.arrays.items():
-            grown = array.new_empty((*array.shape[:2], capacity, *array.shape[3:]))
-            grown[:, :, : self.count] = array[:, :, : self.count]
-            self.arrays[name] = grown
+        grown = {}
+        for name in list(self.arrays):
+            array = self.arrays.pop(name)  # one of them at a time is held twice
+            grown[name] = array.new_empty((*array.shape[:2], capacity, *array.shape[3:]))
+            grown[name][:, :, : self.count] = array[:, :, : self.count]
+        self.arrays = grown
 
     def view(self, start: int = 0, stop: int | None = None) -> dict[str, torch.Tensor]:
         """Tiles [start, stop) without a copy; all stored tiles by default."""
@@ -72,7 +74,6 @@ class TileStore:
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every array by fn(array); fn may change the batch, never the other dimensions."""
         self.arrays = {name: fn(array) for name, array in self.arrays.items()}
-        self.moves += 1
 
     @property
     def tile_nbytes(self) -> int:
@@ -99,46 +100,18 @@ class TailBuffer:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
         self.count = 0
         self.standard = capacity
-        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self.arrays = tuple(
             x.new_empty((*x.shape[:2], min(capacity, FIRST_TOKENS), x.shape[3])) for x in (keys, values)
         )
         self._borrowed = False
 
     @property
-    def arrays(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, everything that was appended written."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            for array, new in zip(self._arrays, pending, strict=True):
-                array[:, :, self.count - new.shape[2] : self.count] = new
-        return self._arrays
-
-    @arrays.setter
-    def arrays(self, arrays: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self._arrays = arrays
-
-    @property
     def capacity(self) -> int:
-        return self._arrays[0].shape[2]
+        return self.arrays[0].shape[2]
 
     def is_inference(self) -> bool:
         """Whether the arrays were made under torch.inference_mode()."""
-        return self._arrays[0].is_inference()
-
-    def postpone(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """`append`, but a kernel may do the writing (`hand_over`): whoever looks at the arrays first has it done."""
-        added = keys.shape[2]
-        if self._pending is not None or self._borrowed or self.count + added > self.capacity:
-            self.append(keys, values)
-        else:
-            self._pending = (keys, values)
-            self.count += added
-
-    def hand_over(self) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
-        """The arrays, and what the caller now has to write behind the other tokens: keys and values, or None."""
-        pending, self._pending = self._pending, None
-        return self._arrays, pending
+        return self.arrays[0].is_inference()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens. A long first block is kept as it is, without a copy, until `drop_front`."""
@@ -167,7 +140,7 @@ class TailBuffer:
             self._resize(self._room_for(self.count))
 
     def crop(self, tokens: int) -> None:
-        self.arrays, self.count = self.arrays, tokens
+        self.count = tokens
 
     def _room_for(self, tokens: int) -> int:
         """The standard capacity, or an eighth more than `tokens` where that is less, or `tokens` where that is more."""
