@@ -11,6 +11,7 @@ from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.attention.mask import turboquant_mask
 from turboquant_hf.attention.packed import packed_attention
 from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.cache.sides import SIDES
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 
@@ -51,7 +52,7 @@ def run(preset, dim, shape, dtype, value_dim=None):
     got = packed_attention(layer, query, mask, scaling=dim**-0.5)
     if mask is None and queries > 1:
         mask = torch.ones(queries, tokens, dtype=torch.bool, device="cuda").tril(tokens - queries)[None, None]
-    dense = [layer.dense(index).float() for index in (0, 1)]
+    dense = [layer.dense(SIDES[index]).float() for index in (0, 1)]
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = GROUP, False
     expected, _ = dense_attention(module, query.float(), *dense, mask, scaling=dim**-0.5)

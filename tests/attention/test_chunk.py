@@ -18,6 +18,7 @@ from turboquant_hf.attention.chunk import attend, chunk_attention, merge, plain_
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.attention.mask import CausalMask
 from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.cache.sides import SIDES
 
 TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 CHUNKS = [0, 45, 75, 95, 120, 137]
@@ -206,7 +207,7 @@ def seen(monkeypatch):
 
     def counted(name, function):
         def count(*args, **kwargs):
-            counts[name] += 1
+            counts[name] += name != "whole" or len(args) == 2  # a layer and a side, but no positions
             return function(*args, **kwargs)
 
         return count
@@ -303,7 +304,7 @@ def test_parts_of_a_layer_are_what_it_decodes_to(small_llama, monkeypatch, prese
     assert len(older) == -(-start // 32)
     for index, newer in enumerate((keys, values)):
         got = torch.cat([*(part[index] for part in older), newer], dim=2)
-        torch.testing.assert_close(got, layer.dense(index), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, layer.dense(SIDES[index]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["k4v4", "lossless"])
@@ -315,28 +316,27 @@ def test_the_dense_history_is_never_whole_in_memory(llama, monkeypatch, preset):
     cache = TurboQuantCache(llama.config, preset, **TILES)
     llama(ids[:, :360], past_key_values=cache)
     monkeypatch.setattr(chunk, "PIECE_NUMBERS", 2 * 2 * 8 * 48)  # 48 tokens of 2 heads with 8 + 8 channels
-    decode, decoded, ranges, alive, most = TurboQuantLayer._decode, chunk._decoded, [], [], []
+    decode, decoded, ranges, alive, most = TurboQuantLayer.decode, TurboQuantLayer.held, [], [], []
 
-    def counting(self, index, start, stop):
-        ranges.append((index, start, stop))
-        return decode(self, index, start, stop)
+    def counting(self, side, start, stop):
+        ranges.append((side, start, stop))
+        return decode(self, side, start, stop)
 
-    def watching(layer, index, start, stop):
-        dense = decoded(layer, index, start, stop)
+    def watching(layer, side, start, stop):  # no call is for all of the layer
+        dense = decoded(layer, side, start, stop)
         held = [x for x in (reference() for reference in alive) if x is not None]
         most.append(sum(x.shape[2] for x in [*held, dense]))
         alive[:] = [weakref.ref(x) for x in [*held, dense]]
         return dense
 
-    monkeypatch.setattr(TurboQuantLayer, "_decode", counting)
-    monkeypatch.setattr(chunk, "_decoded", watching)
+    monkeypatch.setattr(TurboQuantLayer, "decode", counting)
+    monkeypatch.setattr(TurboQuantLayer, "held", watching)
     layer = cache.layers[0]
-    monkeypatch.setattr(TurboQuantLayer, "held", None)
     tiles = layer.tiles[0].count
     llama(ids[:, 360:], past_key_values=cache)
     assert 8 * tiles >= 340 and max(most) == 2 * 48, "keys and values of one piece"
-    for index in (0, 1):
-        pieces = [(start, stop) for side, start, stop in ranges if side == index]
+    for name in SIDES:
+        pieces = [(start, stop) for side, start, stop in ranges if side == name]
         assert pieces == 2 * pieces[: len(pieces) // 2], "both layers alike"
         covered = [tile for start, stop in pieces[: len(pieces) // 2] for tile in range(start, stop)]
         assert covered == list(range(tiles))

@@ -17,9 +17,9 @@ def decoded(monkeypatch):
     """How many tiles each decode of tiles had."""
     counts, held = [], TurboQuantLayer.held
 
-    def counted(layer, index):
-        counts.append(layer.tiles[index].count)
-        return held(layer, index)
+    def counted(layer, *where):
+        counts.append(layer.tiles.keys.count)
+        return held(layer, *where)
 
     monkeypatch.setattr(TurboQuantLayer, "held", counted)
     return counts

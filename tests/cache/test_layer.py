@@ -9,7 +9,9 @@ import torch
 
 from tests.cache.tagged import Lossless, Tagged
 from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.cache.measuring import MeasuringLayer
 from turboquant_hf.cache.offload import Offloader
+from turboquant_hf.cache.sides import SIDES
 from turboquant_hf.config import CachePreset, load_preset
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring, decode_attention
 
@@ -32,7 +34,8 @@ def make_layer(keys=None, values=None, handles=False, **options) -> TurboQuantLa
 
 def preset_layer(name, handles=False, offloader=None, **overrides) -> TurboQuantLayer:
     preset = load_preset(name, **{"recent_window": 0, "min_statistics": 0, **overrides})
-    return TurboQuantLayer(preset, preset.keys, preset.values, lambda: handles, offloader)
+    kind = MeasuringLayer if preset.encode_first else TurboQuantLayer
+    return kind(preset, preset.keys, preset.values, lambda: handles, offloader)
 
 
 def states(tokens, batch=1, heads=2, dim=16, dtype=torch.float32, seed=0):
@@ -190,7 +193,7 @@ def test_padding_is_in_no_statistic():
         layer.observe(torch.cat([torch.full_like(query[:, :, :32], filler), query], dim=2))
         layer.commit()
     for index in (0, 1):
-        torch.testing.assert_close(layers[0].dense(index)[:, :, 32:], layers[1].dense(index)[:, :, 32:])
+        torch.testing.assert_close(layers[0].dense(SIDES[index])[:, :, 32:], layers[1].dense(SIDES[index])[:, :, 32:])
 
 
 def test_learned_padding_equals_noted_padding():
@@ -368,7 +371,7 @@ def test_bad_numbers_come_out_as_bad_numbers(name, bad):
     assert layer.tiles[0].count == 2
     marked = any("gain" in state for state in layer.states)
     for index, role in enumerate(("keys", "values")):
-        got, own = layer.dense(index), "gain" in layer.states[index]
+        got, own = layer.dense(SIDES[index]), "gain" in layer.states[index]
         assert not got[0, 1, 200].isfinite().all(), f"{preset.name} {role}"
         assert got[0, 0].isfinite().all(), f"{preset.name} {role}: another head"
         assert (not got[0, 1].isfinite().any()) if own else got[0, 1, :128].isfinite().all(), "another tile"
@@ -403,7 +406,7 @@ def test_encode_first_reads_tokens_that_fill_no_tile_through_the_quantizer(recen
     whole = preset_layer("paper-mse-3", tile=8, sinks=2)
     expected = whole.update(*(torch.nn.functional.pad(x, (0, 0, 0, 3)) for x in (keys, values)))
     rounded = 27 - recent_window
-    for read, codes, raw in zip(dense, (whole.dense(0), whole.dense(1)), (keys, values), strict=True):
+    for read, codes, raw in zip(dense, (whole.dense("keys"), whole.dense("values")), (keys, values), strict=True):
         # One vector's code does not depend on its tile, so the trial gives what the full tile will.
         torch.testing.assert_close(read[:, :, :rounded], codes[:, :, :rounded])
         assert torch.equal(read[:, :, rounded:], raw[:, :, rounded:27])
@@ -429,7 +432,7 @@ def test_numbers_beyond_half_precision_keep_their_accuracy(name, dtype):
         layer = preset_layer(name, tile=32, min_statistics=64, boundary_layers=0)
         layer.update(*x)
         assert layer.tiles[0].count == 3
-        return layer, layer.dense(0).float(), layer.dense(1).float()
+        return layer, layer.dense("keys").float(), layer.dense("values").float()
 
     plain = tuple(x.to(dtype) for x in states(96, dim=64))
     large = tuple(x.clone() for x in plain)
@@ -465,7 +468,7 @@ def test_later_tokens_of_another_size_widen_their_head(offloading):
     layer.update(*large)
     assert layer.tiles[0].count == 4
     for index in (0, 1):
-        first, later = layer.dense(index).split(64, dim=2)
+        first, later = layer.dense(SIDES[index]).split(64, dim=2)
         for head in (0, 1):
             assert (later - large[index])[:, head].norm() < 0.2 * large[index][:, head].norm()
             assert (first - small[index])[:, head].norm() < 0.3 * small[index][:, head].norm()
@@ -479,7 +482,7 @@ def test_a_sequence_that_was_padding_at_the_first_encode_is_read_well():
     layer.update(*first)
     layer.update(*later)
     for index in (0, 1):
-        read = layer.dense(index)[1, :, 64:]
+        read = layer.dense(SIDES[index])[1, :, 64:]
         assert (read - later[index][1]).norm() < 0.2 * later[index][1].norm()
 
 
@@ -494,6 +497,8 @@ def test_numbers_that_cannot_be_stored_are_nan_with_a_word(name, monkeypatch):
     for y in x:
         y[:, 1] *= 1e15
     layer.update(*x)
-    assert layer.dense(0)[:, 1, 64:].isnan().any(-1).all() and layer.dense(1)[:, 1, 64:].isnan().any(-1).all()
-    assert layer.dense(0)[:, 0].isfinite().all() and layer.dense(1)[:, 0].isfinite().all()
+    assert (
+        layer.dense("keys")[:, 1, 64:].isnan().any(-1).all() and layer.dense("values")[:, 1, 64:].isnan().any(-1).all()
+    )
+    assert layer.dense("keys")[:, 0].isfinite().all() and layer.dense("values")[:, 0].isfinite().all()
     assert said and "too large" in said[0] and "lossless" in said[0] and layer.quantizers[0].name in said[0]

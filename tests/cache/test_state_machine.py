@@ -223,7 +223,7 @@ class LayerMachine(RuleBasedStateMachine):
         layer, preset = self.layer, self.preset
         assert layer.tiles[0].count == layer.tiles[1].count
         assert layer.nbytes > 0 and layer.spare_nbytes >= 0
-        if not self.handles and layer._fitted:
+        if not self.handles and layer.encoder.fitted:
             layer.commit()
             assert layer.tail.count < preset.recent_window + preset.tile
 

@@ -7,6 +7,7 @@ import torch
 
 from turboquant_hf.attention import turboquant_attention_forward
 from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.cache.sides import SIDES
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
 from turboquant_hf.config import load_preset
 
@@ -158,7 +159,7 @@ def test_a_bad_number_is_seen_in_its_head(name, token, feeding, bad, side):
     x[side][1, 0, token, 7] = bad
     feed(layer, *x, [80] if feeding == "chunk" else [40, *[1] * 40])
     assert counts(layer) == [9, 80]
-    dense = layer.dense(side)
+    dense = layer.dense(SIDES[side])
     assert not dense[1, 0, token].isfinite().all()
     assert dense[0].isfinite().all() and dense[1, 1].isfinite().all()
     if name != "int4":
@@ -191,5 +192,5 @@ def test_later_tokens_of_another_size_are_read_as_a_growing_layer_does(splits):
     assert counts(layer) == [9, 80]
     assert torch.equal(layer.keys[:, :, :80], growing.keys) and torch.equal(layer.values[:, :, :80], growing.values)
     for index, part in ((0, slice(48, 72)), (1, slice(None, 40)), (1, slice(48, 72))):
-        ours, wanted = layer.dense(index)[:, :, part], given[index][:, :, part]
+        ours, wanted = layer.dense(SIDES[index])[:, :, part], given[index][:, :, part]
         assert ((ours - wanted).norm(dim=(2, 3)) < 0.3 * wanted.norm(dim=(2, 3))).all()

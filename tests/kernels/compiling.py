@@ -48,7 +48,7 @@ def growing(preset: str, dim: int, dtype: torch.dtype) -> None:
     layer.update(x, x)
     layer.observe(torch.randn(2, 4, 300, dim, dtype=dtype))
     layer.commit()
-    layer.dense(0), layer.dense(1)
+    layer.dense("keys"), layer.dense("values")
     raw = [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
     for queries in (1, 5):
         query = torch.randn(2, 4, queries, dim, dtype=dtype)

@@ -83,7 +83,7 @@ def layer_parts(layer: TurboQuantLayer, queries: int) -> Iterator[Part]:
     """The newest `queries` tokens of a layer, then the older ones in pieces of equal size, decoded one at a time."""
     length = layer.get_seq_length()
     start = length - queries
-    yield _decoded(layer, 0, start, length), _decoded(layer, 1, start, length)
+    yield layer.held("keys", start, length), layer.held("values", start, length)
     if not start:
         return
     most = max(PIECE_NUMBERS // (layer.batch_size * layer.num_heads * sum(layer.head_dims)), 1)
@@ -91,20 +91,7 @@ def layer_parts(layer: TurboQuantLayer, queries: int) -> Iterator[Part]:
     size += -size % layer.preset.tile  # whole tiles: none is decoded twice
     for first in range(0, start, size):
         last = min(first + size, start)
-        yield _decoded(layer, 0, first, last), _decoded(layer, 1, first, last)
-
-
-def _decoded(layer: TurboQuantLayer, index: int, start: int, stop: int) -> torch.Tensor:
-    """Keys (index 0) or values (1) of positions [start, stop), [B, H, stop - start, D], as `layer.dense` has them."""
-    tile, stored, parts = layer.preset.tile, layer.tiles[index].count * layer.preset.tile, []
-    if start < stored:
-        low, high = start // tile, -(-min(stop, stored) // tile)
-        first = low * tile
-        packed = layer.sinks.overlay(layer._decode(index, low, high), index, first, high * tile)
-        parts.append(packed[:, :, start - first : stop - first])
-    if stop > stored:
-        parts.append(layer.tail.view()[index][:, :, max(start - stored, 0) : stop - stored])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        yield layer.held("keys", first, last), layer.held("values", first, last)
 
 
 # ---------------------------------------------------------------------- attention over one part

@@ -40,18 +40,17 @@ def layer_attention(
         attention_mask = CausalMask(query.shape[0], tokens, length, query.device)
     note_padding(layer, attention_mask, tokens)
     layer.observe(query)
-    if layer.preset.encode_first:
-        layer.commit()
-    served = whole and not options["output_attentions"] and options.get("sinks") is None
+    in_parts = whole and layer.reads_parts
+    served = in_parts and not options["output_attentions"] and options.get("sinks") is None
     if attention_mask is not None and attention_mask.shape[1] != 1:
         served = False  # the kernels know one mask for all heads
     packed = packed_attention(layer, query, attention_mask, **options) if served else None
     if packed is not None:
         output = (packed, None)
-    elif whole and _in_pieces(layer, query, attention_mask, options):
+    elif in_parts and serves(attention_mask, query, length, options):
         output = (chunk_attention(query, layer_parts(layer, tokens), options["scaling"]), None)
     else:
-        keys, values = (layer.held(0), layer.held(1)) if whole else (key.dense(), densified(value))
+        keys, values = (layer.held("keys"), layer.held("values")) if in_parts else (key.dense(), densified(value))
         output = dense_attention(module, query, keys, values, attention_mask, **options)
     layer.commit()
     if query.requires_grad and torch.is_grad_enabled():
@@ -59,18 +58,9 @@ def layer_attention(
     return output
 
 
-def _in_pieces(
-    layer: TurboQuantLayer, query: torch.Tensor, attention_mask: torch.Tensor | None, options: dict[str, Any]
-) -> bool:
-    """Whether a chunk is attended to without ever decoding all of the layer's history at once."""
-    plain = serves(attention_mask, query, layer.get_seq_length(), options)
-    # encode_first rounds the tail as well, by the tiles before it: `layer.dense` knows how.
-    return plain and not layer.preset.encode_first
-
-
 def note_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_length: int) -> None:
     """Learn the left padding from a prompt's mask, where nobody has told the layer before its first encode."""
-    if attention_mask is None or q_length == 1 or layer.noted_starts is not None or layer.tiles[0].count:
+    if attention_mask is None or q_length == 1 or layer.noted_starts is not None or layer.tiles.keys.count:
         return
     layer.learn_padding(left_padding(attention_mask).expand(layer.batch_size).tolist())
 
@@ -122,9 +112,8 @@ def _applies(layer: TurboQuantLayer, query: torch.Tensor, kwargs: dict) -> bool:
     """Whether kernels serve this call; plain torch decodes the tiles once and leaves the rest to SDPA."""
     return (
         query.shape[2] <= MAX_QUERIES
-        and layer.tiles[0].count > 0
+        and layer.tiles.keys.count > 0
         and query.shape[2] <= layer.tail.count
-        and not (layer.preset.encode_first and layer.tail.count > layer.preset.recent_window)
         and reads_packed(*layer.quantizers)
         and is_plain(kwargs)
         and (query.device.type == "cpu" or backend(query.device) != "torch")

@@ -37,7 +37,7 @@ class PreparedStep:
     def __call__(self, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """[B, 1, Hq, D]."""
         with on_device(query.device):
-            output = self._call(query.contiguous(), layer.tiles[0].count, layer.tail.count, mask)
+            output = self._call(query.contiguous(), layer.tiles.keys.count, layer.tail.count, mask)
         return output.transpose(1, 2)
 
     def __deepcopy__(self, memo: dict) -> None:

@@ -2,7 +2,7 @@
 
 from turboquant_hf.cache.base import ATTENTION_NAME, PackedCache
 from turboquant_hf.cache.cache import TurboQuantCache
-from turboquant_hf.cache.handles import PackedHandle, PackedKeys, PackedValues
+from turboquant_hf.cache.handles import PackedHandle
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.registration import register_cache
 from turboquant_hf.cache.serialization import CacheFileError
@@ -15,8 +15,6 @@ __all__ = [
     "CacheFileError",
     "PackedCache",
     "PackedHandle",
-    "PackedKeys",
-    "PackedValues",
     "TracedHandle",
     "TurboQuantCache",
     "TurboQuantLayer",

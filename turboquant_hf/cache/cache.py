@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from turboquant_hf.cache.base import PackedCache, check_config, owning_layers
 from turboquant_hf.cache.hybrid import HybridLayer
 from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.cache.measuring import MeasuringLayer
 from turboquant_hf.cache.serialization import read_cache, save_cache
 from turboquant_hf.checks import check_flag, shown
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
@@ -107,7 +108,8 @@ class TurboQuantCache(PackedCache, DynamicCache):
         super()._pack_layers(config, offloading)
 
     def _packed(self, layer: CacheLayerMixin, keys: Quantizer, values: Quantizer, reads_packed: Any) -> CacheLayerMixin:
-        packed = TurboQuantLayer(self.preset, keys, values, reads_packed, self.offloader)
+        kind = MeasuringLayer if self.preset.encode_first else TurboQuantLayer
+        packed = kind(self.preset, keys, values, reads_packed, self.offloader)
         return packed if type(layer) is DynamicLayer else HybridLayer(layer, packed)
 
     @property

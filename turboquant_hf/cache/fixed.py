@@ -21,10 +21,12 @@ from typing import Any
 import torch
 
 from turboquant_hf.cache.ring import unrolled
+from turboquant_hf.cache.sides import SIDES, Side, Sides
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.dispatch import append_tokens, decode_attention, decode_workspace, observe_due
 from turboquant_hf.kernels.schedule import Schedule
 from turboquant_hf.kernels.statistics.due import QuerySums
+from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.quantizers.rotated import reads_packed
 
 WORKSPACE_ROWS = 16
@@ -113,25 +115,25 @@ class FixedLayer:
         self.quantizers, self.head_dims, self.tile = layer.quantizers, layer.head_dims, layer.preset.tile
         self.dtype, self.threshold = layer.dtype, layer.preset.sparse_v_threshold
         self._places = layer.places
-        self.tiles = self._places[:2]
-        self.states = tuple(
-            state or _of_batch(quantizer.empty_state(layer.num_heads, dim, self.tile, layer.device), layer.batch_size)
-            for state, quantizer, dim in zip(layer.states, self.quantizers, self.head_dims, strict=True)
+        self.tiles = Sides(*self._places[:2])
+        shape, where = (layer.batch_size, layer.num_heads, self.tile), layer.device
+        self.states = layer.states.map(
+            lambda state, *side: state or _first_state(*side, shape, where), self.quantizers, self.head_dims
         )
         self.ring, self.sinks, self.starts = layer.tail.arrays, layer.sinks.arrays, layer.sinks.starts
-        self.room = layer.tiles[0].capacity * self.tile + layer.tail.slots
+        self.room = layer.tiles.keys.capacity * self.tile + layer.tail.slots
         self.reads_packed = reads_packed(*self.quantizers)
         self.serial = next(_SERIALS)
         self.counts = torch.zeros(3, dtype=torch.int32, device=layer.device)
         self._known = (0, 0)
-        where = (layer.device, layer.batch_size * layer.num_heads, self.head_dims[0])
+        where = (layer.device, layer.batch_size * layer.num_heads, self.head_dims.keys)
         if where not in workspaces:
             workspaces[where] = decode_workspace(where[1], WORKSPACE_ROWS, where[2], layer.device)
         self.workspace = workspaces[where]
         self._warm(layer)
         self.statistics = None
-        if not layer.is_fitted and self.quantizers[0].needs_statistics:
-            self.statistics = layer.query_statistics()
+        if layer.encoder.observes:
+            self.statistics = layer.encoder.buffers((*shape[:2], self.head_dims.keys), layer.device)
             flags = torch.zeros(2, layer.num_heads, dtype=torch.int32, device=layer.device)
             energy, count = self.statistics
             self._sums = QuerySums(energy, count[:, :, 0], seen=flags[0])
@@ -145,10 +147,10 @@ class FixedLayer:
         """Make, once per process, what kernels keep for good (rotations, tables): a recording could not copy it."""
         what = (self.quantizers, self.head_dims, layer.num_heads, self.dtype, layer.device)
         if what not in _WARMED and layer.device.type == "cuda":
-            for index in (0, 1):
-                self.dense(index)
+            for side in SIDES:
+                self.dense(side)
             if self.reads_packed:
-                self.attend(torch.zeros_like(self.ring[0][:, :, :1]), scaling=1.0)
+                self.attend(torch.zeros_like(self.ring.keys[:, :, :1]), scaling=1.0)
             with _LOCK:
                 _WARMED.add(what)
 
@@ -160,7 +162,7 @@ class FixedLayer:
         """Whether a step of `tokens` can be replayed as things are. Asked for every layer in every step: no loops."""
         return (
             layer.tail.start + layer.tail.count == self._known[1]
-            and layer.tiles[0].count == self._known[0]
+            and layer.tiles.keys.count == self._known[0]
             and layer.tail.count + tokens <= layer.tail.slots
             and self.holds(layer)
         )
@@ -198,12 +200,12 @@ class FixedLayer:
         scoring = Scoring(**options, sparse_v_threshold=self.threshold)
         return decode_attention(query, history, scoring, mask=mask, workspace=self.workspace)
 
-    def dense(self, index: int) -> torch.Tensor:
-        """All keys (index 0) or values (1), [B, H, room, D] in the model's dtype; zeros behind the newest token."""
-        quantizer, dim = self.quantizers[index], self.head_dims[index]
-        decoded = quantizer.decode(self.tiles[index], self.states[index], dim, self.dtype).flatten(2, 3)
-        where = self.starts, self.counts, self.tile, self.room
-        return unrolled(self.ring[index], decoded, self.sinks[index], *where)
+    def dense(self, side: Side) -> torch.Tensor:
+        """All keys or values, [B, H, room, D] in the model's dtype; zeros behind the newest token."""
+        arrays = (self.quantizers, self.tiles, self.states, self.head_dims, self.ring, self.sinks)
+        quantizer, tiles, state, dim, ring, sinks = (x.of(side) for x in arrays)
+        decoded = quantizer.decode(tiles, state, dim, self.dtype).flatten(2, 3)
+        return unrolled(ring, decoded, sinks, self.starts, self.counts, self.tile, self.room)
 
     def reorder(self, index: torch.Tensor) -> None:
         """Pick the sequences `index` [B] in place: beams change between two replays."""
@@ -213,6 +215,10 @@ class FixedLayer:
             x.copy_(x.index_select(0, index))
 
 
-def _of_batch(state: dict[str, torch.Tensor], batch: int) -> dict[str, torch.Tensor]:
-    """A state of one sequence, repeated: for steps before the first tile."""
+def _first_state(
+    quantizer: Quantizer, dim: int, shape: tuple[int, int, int], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """A state for steps before the first tile. shape: sequences, heads, tokens of a tile."""
+    batch, heads, tile = shape
+    state = quantizer.empty_state(heads, dim, tile, device)
     return {name: x.expand(batch, *x.shape[1:]).contiguous() for name, x in state.items()}

@@ -44,10 +44,10 @@ class FixedCache:
                 layers[index] = RingSlidingLayer(layer)
         fixed, self._packed = [], self.cache.packed_layers
         for layer in self._packed:
-            stored, tile = layer.tiles[0].count, layer.preset.tile
+            stored, tile = layer.tiles.keys.count, layer.preset.tile
             needed = -(-(layer.tail.count + expected) // tile)
             room = min(needed, max(SMALL_ROOM, stored // 10))
-            enough = layer.fixed is not None and layer.tiles[0].capacity > stored
+            enough = layer.fixed is not None and layer.tiles.keys.capacity > stored
             fixed.append(layer.fix(tokens, 0 if enough else max(room, 1), self.workspaces))
         self.first, self._where = fixed[0], tuple(layer.serial for layer in fixed)
         return (*self._where, *(x.data_ptr() for x in self._foreign()))
@@ -58,7 +58,7 @@ class FixedCache:
 
     def holds_tokens(self) -> bool:
         """Whether a prompt is in."""
-        return all(layer.tail.count or layer.tiles[0].count for layer in self.cache.packed_layers)
+        return all(layer.tail.count or layer.tiles.keys.count for layer in self.cache.packed_layers)
 
     def why_not(self) -> str | None:
         """Why this cache's layers cannot be fixed, or None; looked up until they are."""

@@ -7,10 +7,12 @@ never wrong.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map
+
+from turboquant_hf.cache.sides import Side
 
 if TYPE_CHECKING:
     from turboquant_hf.cache.layer import TurboQuantLayer
@@ -23,18 +25,16 @@ class PackedHandle:
     index or unknown attribute.
     """
 
-    index: ClassVar[int]
-
-    def __init__(self, layer: TurboQuantLayer) -> None:
-        self.layer, self.length = layer, layer.width
+    def __init__(self, layer: TurboQuantLayer, side: Side) -> None:
+        self.layer, self.side, self.length = layer, side, layer.width
 
     def dense(self) -> torch.Tensor:
         """The decoded tensor [B, H, T, D]."""
-        return self.layer.dense(self.index)[:, :, : self.length]
+        return self.layer.dense(self.side)[:, :, : self.length]
 
     @property
     def shape(self) -> torch.Size:
-        heads, dim = self.layer.num_heads, self.layer.head_dims[self.index]
+        heads, dim = self.layer.num_heads, self.layer.head_dims.of(self.side)
         return torch.Size((self.layer.batch_size, heads, self.length, dim))
 
     @property
@@ -70,7 +70,7 @@ class PackedHandle:
         return self.shape[0]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("layer", "length", "new"):
+        if name.startswith("__") or name in ("layer", "side", "length", "new"):
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
@@ -79,7 +79,7 @@ class PackedHandle:
         return func(*tree_map(_densify, args), **tree_map(_densify, kwargs or {}))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+        return f"{type(self).__name__}({self.side}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
 def _densify(x: Any) -> Any:
@@ -94,15 +94,3 @@ def _forward_operator(name: str) -> None:
 
 for _name in ("add", "sub", "mul", "truediv", "matmul"):
     _forward_operator(_name)
-
-
-class PackedKeys(PackedHandle):
-    """Handle of a layer's keys."""
-
-    index = 0
-
-
-class PackedValues(PackedHandle):
-    """Handle of a layer's values."""
-
-    index = 1

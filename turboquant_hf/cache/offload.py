@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from turboquant_hf.cache.store import TileStore
+from turboquant_hf.quantizers import Quantizer
 
 ALIGNMENT = 256
 """Bytes: where an array may begin in a staging buffer."""
@@ -36,6 +37,16 @@ class HostTileStore(TileStore):
 
     def resident(self) -> dict[str, torch.Tensor]:
         return super().view()
+
+    def encode(
+        self, quantizer: Quantizer, tiles: torch.Tensor, state: dict, weight: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict]:
+        packed = quantizer.encode(tiles, state, weight)
+        widened = quantizer.make_room(tiles, state, weight, packed, self.resident())
+        if widened is not state:
+            self.owner.forget(self)
+        self.append(packed)
+        return packed, widened
 
     def append(self, packed: dict[str, torch.Tensor]) -> None:
         first, capacity = self.count, self.capacity

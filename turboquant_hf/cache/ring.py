@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from turboquant_hf.cache.sides import Sides
+
 STEP_TOKENS = 16
 """New tokens that one decode step may bring (candidates of assisted decoding, prompt lookup); a longer chunk is stored
 by another way."""
@@ -19,25 +21,25 @@ class RingTail:
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, start: int, slots: int) -> None:
         self.start, self.count = start, keys.shape[2]
-        self.arrays = tuple(x.new_zeros((*x.shape[:2], slots, x.shape[3])) for x in (keys, values))
+        self.arrays = Sides(keys, values).map(lambda x: x.new_zeros((*x.shape[:2], slots, x.shape[3])))
         where = self._slots(keys.device)
         for ring, new in zip(self.arrays, (keys, values), strict=True):
             ring.index_copy_(2, where, new)
 
     @property
     def slots(self) -> int:
-        return self.arrays[0].shape[2]
+        return self.arrays.keys.shape[2]
 
     def _slots(self, device: torch.device) -> torch.Tensor:
         return torch.arange(self.start, self.start + self.count, device=device) % self.slots
 
-    def view(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def view(self) -> Sides:
         """Keys and values [B, H, count, D] in order: views where they do not wrap round, else copies."""
         first = self.start % self.slots
         if first + self.count <= self.slots:
-            return tuple(ring[:, :, first : first + self.count] for ring in self.arrays)
-        where = self._slots(self.arrays[0].device)
-        return tuple(ring.index_select(2, where) for ring in self.arrays)
+            return self.arrays.map(lambda ring: ring[:, :, first : first + self.count])
+        where = self._slots(self.arrays.keys.device)
+        return self.arrays.map(lambda ring: ring.index_select(2, where))
 
     def drop_front(self, tokens: int) -> None:
         self.start, self.count = self.start + tokens, self.count - tokens
@@ -50,7 +52,7 @@ class RingTail:
 
     def is_inference(self) -> bool:
         """Whether the arrays were made under torch.inference_mode()."""
-        return self.arrays[0].is_inference()
+        return self.arrays.keys.is_inference()
 
     @property
     def nbytes(self) -> int:

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from turboquant_hf.cache.hybrid import packed_part
 from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.cache.sides import SIDES, Side
 from turboquant_hf.checks import check_file, shown
 from turboquant_hf.config import CachePreset
 from turboquant_hf.version import __version__
@@ -66,7 +67,7 @@ def save_cache(cache, path: str | Path) -> None:
         if packed is not layer:
             raw = _describe_raw(layer, f"{index}.", tensors)
         described = None if packed is None else _describe_packed(packed, f"{index}.", tensors)
-        layers.append({"kind": type(layer).__name__, "packed": described, "raw": raw})
+        layers.append({"kind": _kind(layer), "packed": described, "raw": raw})
     content = {
         "package": __version__,
         "transformers": transformers.__version__,
@@ -148,15 +149,19 @@ def _fill(cache, path: str | Path, content: dict[str, Any], device: Any) -> None
             return x
 
         for index, (layer, described) in enumerate(zip(cache.layers, layers, strict=True)):
-            if type(layer).__name__ != described["kind"]:
+            if _kind(layer) != described["kind"]:
                 written = f"{described['kind']} (transformers {content['transformers']})"
-                raise CacheFileError(f"{path}: layer {index} is a {written}, this model has a {type(layer).__name__}")
+                raise CacheFileError(f"{path}: layer {index} is a {written}, this model has a {_kind(layer)}")
             where = device.get(index) if isinstance(device, Mapping) else device
             packed = packed_part(layer)
             if packed is not None:
                 _fill_packed(packed, described["packed"], f"{index}.", read, where)
             if packed is not layer:
                 _fill_raw(layer, described["raw"], f"{index}.", read, where)
+
+
+def _kind(layer: Any) -> str:
+    return TurboQuantLayer.__name__ if isinstance(layer, TurboQuantLayer) else type(layer).__name__
 
 
 @contextmanager
@@ -186,51 +191,24 @@ def _put(tensors: Tensors, name: str, x: torch.Tensor) -> str:
 
 
 def _describe_packed(layer: TurboQuantLayer, prefix: str, tensors: Tensors) -> dict[str, Any]:
-    described: dict[str, Any] = {"noted": layer.noted_starts, "filled": False}
-    if not layer.is_initialized:
-        return described
-    layer.commit()
-    for side, store in enumerate(layer.tiles):
-        for name, x in store.resident().items():
-            _put(tensors, f"{prefix}tiles.{side}.{name}", x)
-        _put(tensors, f"{prefix}tail.{side}", layer.tail.view()[side])
-        _put(tensors, f"{prefix}sinks.{side}", layer.sinks.arrays[side])
-        for name, x in layer.states[side].items():
-            _put(tensors, f"{prefix}state.{side}.{name}", x)
-        if store.count:
-            _put(tensors, f"{prefix}witness.{side}", _witness(layer, side))
-    waiting = layer._query_energy is not None
-    if waiting:
-        _put(tensors, f"{prefix}query.energy", layer._query_energy)
-        _put(tensors, f"{prefix}query.count", layer._query_count)
-    return {
-        **described,
-        "filled": True,
-        "dtype": str(layer.dtype).removeprefix("torch."),
-        "device": str(layer.device),
-        "shape": [layer.batch_size, layer.num_heads, *layer.head_dims],
-        "tiles": layer.tiles[0].count,
-        "tail": layer.tail.count,
-        "first": layer.sinks.first,
-        "fitted": layer._fitted,
-        "states": [sorted(state) for state in layer.states],
-        "query_tokens": layer._query_tokens,
-        "query": waiting,
-    }
+    described, arrays = layer.export()
+    if described.get("tiles"):
+        arrays |= {f"witness.{number}": _witness(layer, side) for number, side in enumerate(SIDES)}
+    for name, x in arrays.items():
+        _put(tensors, prefix + name, x)
+    return described
 
 
-def _witness(layer: TurboQuantLayer, side: int) -> torch.Tensor:
+def _witness(layer: TurboQuantLayer, side: Side) -> torch.Tensor:
     """The first token of the newest tile, [B, H, D] float32."""
-    count = layer.tiles[side].count
-    return layer._decode(side, count - 1, count)[:, :, 0].float()
+    count = layer.tiles.of(side).count
+    return layer.decode(side, count - 1, count)[:, :, 0].float()
 
 
 def _fill_packed(layer: TurboQuantLayer, described: dict, prefix: str, read: Callable, device: Any) -> None:
-    layer.noted_starts = described["noted"]
     if not described["filled"]:
+        layer.note_padding(described["noted"])
         return
-    batch, heads, *dims = described["shape"]
-    dtype = getattr(torch, described["dtype"])
     device = torch.device(described["device"] if device is None else device)
 
     def take(name: str, shape: tuple[int, ...] | None = None, kind: torch.dtype | None = None) -> torch.Tensor:
@@ -239,33 +217,13 @@ def _fill_packed(layer: TurboQuantLayer, described: dict, prefix: str, read: Cal
             raise CacheFileError(f"{prefix}{name}: {x.dtype} {list(x.shape)} is not {kind} {list(shape)}")
         return x.to(device)
 
-    layer.noted_starts = described["first"]
-    layer.lazy_initialization(*(torch.empty(batch, heads, 0, dim, dtype=dtype, device=device) for dim in dims))
-    layer.noted_starts = described["noted"]
-    tail = []
-    for side, dim in enumerate(dims):
-        fields = layer.quantizers[side].layout(dim, layer.preset.tile, dtype)
-        shape = (batch, heads, described["tiles"])
-        packed = {name: take(f"tiles.{side}.{name}", (*shape, *f.shape), f.dtype) for name, f in fields.items()}
-        if described["tiles"]:
-            layer.tiles[side].append(packed)
-        tail.append(take(f"tail.{side}", (batch, heads, described["tail"], dim), dtype))
-        sinks = take(f"sinks.{side}", (batch, heads, layer.preset.sinks, dim), dtype)
-        layer.sinks.arrays[side].copy_(sinks)
-    layer.tail.append(*tail)
-    layer.states = tuple(
-        {name: take(f"state.{side}.{name}") for name in names} for side, names in enumerate(described["states"])
-    )
-    if any(x.shape[0] != batch for state in layer.states for x in state.values()):
-        raise CacheFileError(f"{prefix}state: not of {batch} sequences")
-    layer._fitted, layer._query_tokens = described["fitted"], described["query_tokens"]
-    if described["query"]:
-        layer._query_energy, layer._query_count = take("query.energy"), take("query.count")
-    for side, dim in enumerate(dims if described["tiles"] else ()):
-        expected, got = take(f"witness.{side}", (batch, heads, dim), torch.float32), _witness(layer, side)
+    layer.restore(described, take, device)
+    for number, side in enumerate(SIDES if described["tiles"] else ()):
+        got = _witness(layer, side)
+        expected = take(f"witness.{number}", tuple(got.shape), torch.float32)
         scale = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0.0
         if not torch.allclose(got, expected, rtol=0.0, atol=float(WITNESS_ERROR * scale), equal_nan=True):
-            name = layer.quantizers[side].name
+            name = layer.quantizers.of(side).name
             raise CacheFileError(f"layer {prefix[:-1]} was written by other rules than this version reads {name} by")
 
 

@@ -10,6 +10,7 @@ import torch
 from turboquant_hf.cache import traced
 from turboquant_hf.cache.handles import PackedHandle
 from turboquant_hf.cache.layer import TurboQuantLayer, autocast
+from turboquant_hf.cache.sides import Side
 from turboquant_hf.config import CachePreset
 from turboquant_hf.quantizers import Quantizer
 
@@ -46,8 +47,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.token = traced.new_token(self)
 
     @torch.compiler.disable
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
-        super().lazy_initialization(key_states, value_states)
+    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().allocate(key_states, value_states)
         for store in self.tiles:
             store.reserve(-(-self.max_cache_len // self.preset.tile), exact=True)
 
@@ -61,22 +62,22 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return super().update(key_states, value_states)
         states = autocast(key_states, value_states)
         traced.append(*(x.detach() for x in states), self.token)
-        handles = TracedHandle(self, 0, states[0]), TracedHandle(self, 1, states[1])
+        handles = TracedHandle(self, "keys", states[0]), TracedHandle(self, "values", states[1])
         return handles if self._returns_handles() else tuple(handle.dense() for handle in handles)
 
-    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super()._check(key_states, value_states)
-        held, added = self.tiles[0].count * self.preset.tile + self.tail.count, key_states.shape[2]
+    def check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().check(key_states, value_states)
+        held, added = self.tokens, key_states.shape[2]
         if held + added > self.max_cache_len:
             raise ValueError(
                 f"max_cache_len={self.max_cache_len} is not enough: {held} tokens are held and {added} more came"
             )
 
-    def dense(self, index: int) -> torch.Tensor:
-        """All keys (index 0) or values (1), [B, H, max_len, D] in the model's dtype; zeros behind the newest token."""
-        held = self.held(index)
+    def dense(self, side: Side) -> torch.Tensor:
+        """All keys or values, [B, H, max_len, D] in the model's dtype; zeros behind the newest token."""
         if self.in_step:
-            return held
+            return super().dense(side)
+        held = self.held(side)
         whole = held.new_zeros((*held.shape[:2], self.width, held.shape[3]))
         whole[:, :, : held.shape[2]] = held
         return whole
@@ -103,11 +104,11 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 class TracedHandle(PackedHandle):
     """A handle in traced code, which knows the new tokens [B, H, q, D] and nothing of what the layer holds."""
 
-    def __init__(self, layer: TurboQuantStaticLayer, index: int, new: torch.Tensor) -> None:
-        self.layer, self.index, self.new, self.length = layer, index, new, layer.max_cache_len
+    def __init__(self, layer: TurboQuantStaticLayer, side: Side, new: torch.Tensor) -> None:
+        self.layer, self.side, self.new, self.length = layer, side, new, layer.max_cache_len
 
     def dense(self) -> torch.Tensor:
-        return traced.dense(self.new, self.index, self.length, self.layer.token)
+        return traced.dense(self.new, self.side, self.length, self.layer.token)
 
     @property
     def shape(self) -> torch.Size:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from turboquant_hf.quantizers import Field
+from turboquant_hf.cache.sides import Side, Sides
+from turboquant_hf.quantizers import Field, Quantizer
 
 MIN_SPARE_TILES = 1
 SPARE_SHARE = 20
@@ -29,7 +30,7 @@ class TileStore:
     """
 
     def __init__(self, fields: dict[str, Field], batch: int, heads: int, device: torch.device) -> None:
-        self.count = 0
+        self.count, self.fields = 0, fields
         self.arrays = {
             name: torch.empty((batch, heads, 0, *field.shape), dtype=field.dtype, device=device)
             for name, field in fields.items()
@@ -44,6 +45,14 @@ class TileStore:
         self.reserve(self.count + added)
         self.count += added
         return self.view(self.count - added)
+
+    def encode(
+        self, quantizer: Quantizer, tiles: torch.Tensor, state: dict, weight: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict]:
+        """Add tiles [B, H, N, T, D]; returns what was written, and the state by which it is to be read."""
+        packed = self.extend(tiles.shape[2])
+        quantizer.encode_into(tiles, state, weight, packed)
+        return packed, quantizer.make_room(tiles, state, weight, packed, self.view(0, self.count - tiles.shape[2]))
 
     def append(self, packed: dict[str, torch.Tensor]) -> None:
         """Copy new tiles behind the stored ones."""
@@ -100,9 +109,8 @@ class TailBuffer:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
         self.count = 0
         self.standard = capacity
-        self.arrays = tuple(
-            x.new_empty((*x.shape[:2], min(capacity, FIRST_TOKENS), x.shape[3])) for x in (keys, values)
-        )
+        room = min(capacity, FIRST_TOKENS)
+        self.arrays = Sides(keys, values).map(lambda x: x.new_empty((*x.shape[:2], room, x.shape[3])))
         self._borrowed = False
 
     @property
@@ -117,7 +125,7 @@ class TailBuffer:
         """Add tokens. A long first block is kept as it is, without a copy, until `drop_front`."""
         added = keys.shape[2]
         if self.count == 0 and added > self.capacity:
-            self.arrays, self.count, self._borrowed = (keys, values), added, True
+            self.arrays, self.count, self._borrowed = Sides(keys, values), added, True
             return
         if self.count + added > self.capacity or self._borrowed:
             self._resize(self._room_for(self.count + added))
@@ -130,7 +138,7 @@ class TailBuffer:
 
         The rest moves to new arrays: views of the old ones may be what attention is about to read.
         """
-        rest = tuple(array[:, :, tokens : self.count] for array in self.arrays)
+        rest = self.arrays.map(lambda array: array[:, :, tokens : self.count])
         self.count -= tokens
         self._take(rest, self._room_for(self.count))
 
@@ -149,19 +157,20 @@ class TailBuffer:
         return min(self.standard, max(FIRST_TOKENS, tokens + tokens // 8))
 
     def _resize(self, capacity: int) -> None:
-        self._take(tuple(array[:, :, : self.count] for array in self.arrays), capacity)
+        self._take(self.view(), capacity)
 
-    def _take(self, parts: tuple[torch.Tensor, ...], capacity: int) -> None:
-        grown = tuple(part.new_empty((*part.shape[:2], capacity, part.shape[3])) for part in parts)
+    def _take(self, parts: Sides, capacity: int) -> None:
+        grown = parts.map(lambda part: part.new_empty((*part.shape[:2], capacity, part.shape[3])))
         for array, part in zip(grown, parts, strict=True):
             array[:, :, : self.count] = part
         self.arrays, self._borrowed = grown, False
 
-    def view(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(array[:, :, : self.count] for array in self.arrays)
+    def view(self) -> Sides:
+        """Keys and values [B, H, count, D], without a copy."""
+        return self.arrays.map(lambda array: array[:, :, : self.count])
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.arrays, self._borrowed = tuple(fn(array) for array in self.arrays), False
+        self.arrays, self._borrowed = self.arrays.map(fn), False
 
     @property
     def nbytes(self) -> int:
@@ -181,7 +190,7 @@ class SinkBuffer:
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, size: int, starts: list[int]) -> None:
         self.size = size
-        self.arrays = tuple(x.new_zeros((*x.shape[:2], size, x.shape[3])) for x in (keys, values))
+        self.arrays = Sides(keys, values).map(lambda x: x.new_zeros((*x.shape[:2], size, x.shape[3])))
         self.set_starts(starts, keys.device)
 
     def set_starts(self, starts: list[int], device: torch.device) -> None:
@@ -210,37 +219,38 @@ class SinkBuffer:
             return
         slots = self.positions() - position
         inside = (slots >= 0) & (slots < keys.shape[2])
-        for index, new in enumerate((keys, values)):
+        for array, new in zip(self.arrays, (keys, values), strict=True):
             picked = new.gather(2, _expand(slots.clamp(0, keys.shape[2] - 1), new))
-            self.arrays[index].copy_(torch.where(inside[:, None, :, None], picked, self.arrays[index]))
+            array.copy_(torch.where(inside[:, None, :, None], picked, array))
 
     def positions(self) -> torch.Tensor:
         """Positions of the sinks in the padded batch, [B, size]."""
         return self.starts[:, None] + torch.arange(self.size, device=self.starts.device)
 
-    def overlay(self, dense: torch.Tensor, index: int, start: int, stop: int) -> torch.Tensor:
+    def overlay(self, dense: torch.Tensor, side: Side, start: int, stop: int) -> torch.Tensor:
         """Write the sinks over positions [start, stop) of dense [B, H, T, D], which holds positions from `start` on.
 
-        index 0 is keys, 1 values. Works in place and returns `dense`.
+        Works in place and returns `dense`.
         """
+        sinks = self.arrays.of(side)
         if not self.size or start == stop or start >= self.latest + self.size:
             return dense
         if len(set(self.first)) == 1:
             low, high = max(self.first[0], start), min(self.first[0] + self.size, stop)
             if low < high:
-                part = self.arrays[index][:, :, low - self.first[0] : high - self.first[0]]
+                part = sinks[:, :, low - self.first[0] : high - self.first[0]]
                 dense[:, :, low - start : high - start] = part
             return dense
         # Slots outside repeat an edge position with the value that belongs there: scatter needs no mask.
         where = self.positions().clamp(min=start, max=stop - 1)
         source = where - self.starts[:, None]
         inside = (source >= 0) & (source < self.size)
-        picked = self.arrays[index].gather(2, _expand(source.clamp(0, self.size - 1), dense))
+        picked = sinks.gather(2, _expand(source.clamp(0, self.size - 1), dense))
         where = _expand(where - start, dense)
         return dense.scatter_(2, where, torch.where(inside[:, None, :, None], picked, dense.gather(2, where)))
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.arrays = tuple(fn(array) for array in self.arrays)
+        self.arrays = self.arrays.map(fn)
         self.starts = fn(self.starts)
         self.reordered()
 

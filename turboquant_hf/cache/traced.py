@@ -56,9 +56,9 @@ def append(keys: torch.Tensor, values: torch.Tensor, token: torch.Tensor) -> Non
 
 
 @host_op("dense")
-def dense(new: torch.Tensor, index: int, room: int, token: torch.Tensor) -> torch.Tensor:
-    """All keys (index 0) or values (1), [B, H, room, D], of a layer whose newest are `new` [B, H, q, D]."""
-    return layer_of(token).dense(index)
+def dense(new: torch.Tensor, side: str, room: int, token: torch.Tensor) -> torch.Tensor:
+    """All keys or values, [B, H, room, D], of a layer whose newest are `new` [B, H, q, D]."""
+    return layer_of(token).dense(side)
 
 
 @length.register_fake
@@ -72,5 +72,5 @@ def _(keys, values, token):
 
 
 @dense.register_fake
-def _(new, index, room, token):
+def _(new, side, room, token):
     return new.new_empty((*new.shape[:2], room, new.shape[3]))

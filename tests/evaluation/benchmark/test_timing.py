@@ -37,7 +37,7 @@ def test_source_repeats_itself_and_looks_like_keys():
 
 def test_packed_layer_holds_its_tokens():
     layer = packed_layer(load_preset("k4v4"), Source(2, 2, 2, 64, torch.float32, CPU), 640)
-    assert layer.get_seq_length() == 640 and layer.tiles[0].count == 4 and layer._fitted
+    assert layer.get_seq_length() == 640 and layer.tiles[0].count == 4 and layer.encoder.fitted
     stored = sum(x.numel() * x.itemsize for store in layer.tiles for x in store.view().values())
     raw = sum(x.numel() * x.itemsize for x in (*layer.tail.view(), *layer.sinks.arrays))
     assert stored + raw <= tile_nbytes(layer) <= stored + raw + 64

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache
+from turboquant_hf.cache.measuring import MeasuringLayer
 from turboquant_hf.config import CachePreset
 from turboquant_hf.evaluation.harness import decoding
 from turboquant_hf.evaluation.harness.models import forward, load_model, load_tokenizer
@@ -138,13 +138,12 @@ def measure_window(
 
 def _prefill_raw(model, tokens: torch.Tensor, cache) -> None:
     """Read tokens [1, T] in one piece that is packed after it was attended to, whatever the cache's preset says."""
-    layers = getattr(cache, "packed_layers", [])
-    presets = [layer.preset for layer in layers]
-    for layer in layers:
-        layer.preset = replace(layer.preset, encode_first=False)
+    measuring = [layer for layer in getattr(cache, "packed_layers", []) if isinstance(layer, MeasuringLayer)]
+    for layer in measuring:
+        layer.raw = True
     decoding.prefill(model, tokens, cache, chunk=0)
-    for layer, preset in zip(layers, presets, strict=True):
-        layer.preset = preset
+    for layer in measuring:
+        layer.raw = False
 
 
 def combine(records: Sequence[Record]) -> tuple[float, list[dict[str, Any]]]:

@@ -1,0 +1,118 @@
+"""The rule by which tiles are encoded: observe -> wait -> fit -> weigh -> encode -> mark bad heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from turboquant_hf.cache.sides import Sides
+from turboquant_hf.cache.word import warn_of_nan
+from turboquant_hf.kernels.dispatch import bad_heads, query_energy
+from turboquant_hf.quantizers import Quantizer
+
+
+class Encoder:
+    """What the quantizers of a layer learn from its first tokens, and encode all tiles with.
+
+    Args:
+        quantizers: of keys and values.
+        min_statistics: tokens that are seen before anything is encoded, by quantizers that learn.
+
+    Attributes:
+        states: what keys' and values' quantizers have learned; empty before `fit`.
+        fitted: whether they have.
+        energy: sums of squares of the queries, float32 [B, H, D], and `count`, how many, [B, 1 or H, 1]; None where
+            none is known.
+        queried: tokens per sequence whose queries were counted.
+    """
+
+    def __init__(self, quantizers: Sides, min_statistics: int) -> None:
+        self.quantizers, self.min_statistics = quantizers, min_statistics
+        self.states, self.fitted = Sides({}, {}), False
+        self.energy: torch.Tensor | None = None
+        self.count: torch.Tensor | None = None
+        self.queried = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the statistics are frozen, or there are none to wait for."""
+        return self.fitted or not any(quantizer.needs_statistics for quantizer in self.quantizers)
+
+    @property
+    def observes(self) -> bool:
+        """Whether queries still count."""
+        return not self.fitted and self.quantizers.keys.needs_statistics
+
+    def observe(self, query: torch.Tensor, heads: int, starts: torch.Tensor, position: int) -> None:
+        """Count queries [B, Hq, q, D] of the tokens from `position` on; `starts` [B] is each sequence's first."""
+        energy, count = query_energy(query.detach(), heads, starts, position)
+        if self.energy is not None:
+            energy, count = self.energy + energy, self.count + count
+        self.energy, self.count = energy, count
+        self.queried += query.shape[2]
+
+    def buffers(self, shape: tuple[int, int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`energy` and `count` as buffers that steps on the device add to; shape: (B, H, D)."""
+        energy = torch.zeros(shape, dtype=torch.float32, device=device)
+        count = torch.zeros(*shape[:2], 1, dtype=torch.float32, device=device)
+        if self.energy is not None:
+            energy += self.energy
+            count += self.count
+        self.energy, self.count = energy, count
+        return energy, count
+
+    def has_seen_enough(self, tokens: int) -> bool:
+        """Whether tiles may be encoded once the longest sequence has this many tokens."""
+        return self.is_ready or tokens >= self.min_statistics
+
+    def fit(self, tiles: Sides, weight: torch.Tensor, length: int) -> None:
+        """Freeze the statistics of tiles [B, H, N, T, D] with weight [B, N, T] in a layer of `length` tokens.
+
+        Queries count if they are known of at least half of the tokens.
+        """
+        rms = self._query_rms() if self.energy is not None and 2 * self.queried >= length else None
+        self.states = self.quantizers.map(lambda quantizer, x: quantizer.fit(x, weight, rms), tiles)
+        self.fitted, self.energy, self.count = True, None, None
+
+    def encode(self, tiles: Sides, weight: torch.Tensor, stores: Sides) -> None:
+        """Append tiles [B, H, N, T, D] with weight [B, N, T] to the stores."""
+        written, states = [], []
+        for store, quantizer, x, state in zip(stores, self.quantizers, tiles, self.states, strict=True):
+            packed, state = store.encode(quantizer, nan_for_inf(x, quantizer), state, weight)
+            written += (*packed.values(), *state.values())
+            states.append(state)
+        if any(new is not old for new, old in zip(states, self.states, strict=True)):
+            self.states = Sides(*states)
+        gains = [state["gain"] for state in self.states if "gain" in state]
+        bad = bad_heads(tiles, weight) if gains else None
+        for gain in gains:
+            gain.masked_fill_(bad, torch.nan)
+        warn_of_nan(written, self.quantizers)
+
+    def restore(
+        self, states: Sides, fitted: bool, energy: torch.Tensor | None, count: torch.Tensor | None, queried: int
+    ) -> None:
+        """Go on from what another encoder knew."""
+        self.states, self.fitted = states, fitted
+        self.energy, self.count, self.queried = energy, count, queried
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every array by fn(array), which changes the batch or the place."""
+        self.states = self.states.map(lambda state: {name: fn(x) for name, x in state.items()})
+        if self.energy is not None:
+            self.energy, self.count = fn(self.energy), fn(self.count)
+
+    @property
+    def nbytes(self) -> int:
+        queries = [] if self.energy is None else [self.energy, self.count]
+        return sum(x.nbytes for x in (*queries, *(x for state in self.states for x in state.values())))
+
+    def _query_rms(self) -> torch.Tensor:
+        pooled = self.energy.sum(0, keepdim=True) / self.count.sum(0, keepdim=True).clamp(min=1)
+        return torch.where(self.count > 0, self.energy / self.count.clamp(min=1), pooled).sqrt()
+
+
+def nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """Stored scales are clamped, which would make a plausible number of an infinity."""
+    return x if quantizer.marks_infinity else torch.where(x.isinf(), torch.nan, x)
