@@ -65,8 +65,6 @@ BUILDS = Builds()
 JITFunction._do_compile = lambda kernel, *build: BUILDS.note(kernel, *build)  # before the kernels wrap it
 
 from turboquant_hf.cache import TurboQuantLayer  # noqa: E402
-from turboquant_hf.cache.static_due import DueState  # noqa: E402
-from turboquant_hf.cache.static_layer import TurboQuantStaticLayer  # noqa: E402
 from turboquant_hf.config import load_preset  # noqa: E402
 from turboquant_hf.kernels import dispatch  # noqa: E402
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring  # noqa: E402
@@ -76,7 +74,7 @@ from .compiling import CompilerOnly  # noqa: E402
 
 
 class Conversation:
-    """Prompt, steps, a further turn and steps over one layer, as the growing and the static cache make them."""
+    """Prompt, steps, a further turn and steps over one layer, as a cache makes them."""
 
     def __init__(self, shape: tuple, batch: int, prompt: int, turn: int, padded: bool) -> None:
         name, self.dim, self.dtype, settings = shape
@@ -85,7 +83,6 @@ class Conversation:
         padding = "padded " if padded else ""
         BUILDS.conversation = f"{name} d{self.dim}, {padding}{batch} x {prompt} tokens, then {turn}"
         self.growing()
-        self.static()
 
     def projected(self, tokens: int, heads: int = HEADS) -> torch.Tensor:
         """[B, heads, tokens, D] as a model's projection leaves it."""
@@ -104,15 +101,15 @@ class Conversation:
             layer.fixed.observe(self.projected(count, HEADS * GROUP))
             mask = torch.ones(self.batch, layer.fixed.room, dtype=torch.bool) if self.padded else None
             layer.fixed.attend(self.projected(count, HEADS * GROUP), scaling=0.1, mask=mask)
-        layer.fixed.dense(0), layer.fixed.dense(1)
+        layer.fixed.dense("keys"), layer.fixed.dense("values")
 
     def _chunk(self, layer: TurboQuantLayer, tokens: int) -> None:
         layer.update(self.projected(tokens), self.projected(tokens))
         layer.observe(self.projected(tokens, HEADS * GROUP))
         layer.commit()
         if layer.tiles[0].count:
-            for index in (0, 1):
-                layer.dense(index), layer._decode(index, layer.tiles[0].count // 2, layer.tiles[0].count)
+            for side in ("keys", "values"):
+                layer.dense(side), layer.decode(side, layer.tiles[0].count // 2, layer.tiles[0].count)
 
     def _step(self, layer: TurboQuantLayer, count: int) -> None:
         layer.update(self.projected(count), self.projected(count))
@@ -124,22 +121,6 @@ class Conversation:
             history = History(*layer.packed_sides(), *raw, layer.sinks.starts)
             dispatch.decode_attention(query, history, Scoring(0.1), mask=mask)
         layer.commit()
-
-    def static(self) -> None:
-        room = self.prompt + self.turn + 100
-        layer = TurboQuantStaticLayer(self.preset, *self.preset.layer_quantizers(0, 1), room)
-        layer.noted_starts = [3 * self.padded] * self.batch
-        layer.lazy_initialization(self.projected(1), self.projected(1))
-        state = DueState(layer.plan_name, layer.arena, layer.counts)
-        for tokens in (self.prompt, self.turn):
-            state.store(self.projected(tokens), self.projected(tokens), self.projected(tokens, HEADS * GROUP))
-            for count in (1, 5, 16):
-                state.append(self.projected(count), self.projected(count))
-                state.observe(self.projected(count, HEADS * GROUP))
-                mask = torch.ones(self.batch, room, dtype=torch.bool) if self.padded else None
-                state.attend(self.projected(count, HEADS * GROUP), layer.workspace, scaling=0.1, mask=mask)
-                state.commit()
-        state.dense()
 
 
 def main() -> None:

@@ -17,15 +17,13 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not
 
 SHAPES = 5
 A_SHAPE = {  # builds of one shape: a preset, head dim, dtype and number of heads
+    "_add_kernel": 1,
     "_append_kernel": 1,
-    "_advance_kernel": 1,
     "_decode_kernel": 2,  # keys, values
-    "_encode_kernel": 4,  # keys, values; tiles of a prompt, or the one that is due
+    "_encode_kernel": 4,  # keys, values, with a weight or without
     "_finite_kernel": 2,  # dtypes that may differ between keys and values
-    "_fit_kernel": 1,
     "_mean_kernel": 1,
     "_merge_kernel": 1,
-    "_observe_kernel": 1,
     "_query_kernel": 1,
     "_split_kernel": 8,  # with a mask or without, counts on the host or device, up to 8 queries or more
     "_state_kernel": 2,

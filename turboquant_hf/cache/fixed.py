@@ -23,9 +23,7 @@ import torch
 from turboquant_hf.cache.ring import unrolled
 from turboquant_hf.cache.sides import SIDES, Side, Sides
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring
-from turboquant_hf.kernels.dispatch import append_tokens, decode_attention, decode_workspace, observe_due
-from turboquant_hf.kernels.schedule import Schedule
-from turboquant_hf.kernels.statistics.due import QuerySums
+from turboquant_hf.kernels.dispatch import add_queries, append_tokens, decode_attention, decode_workspace
 from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.quantizers.rotated import reads_packed
 
@@ -134,14 +132,6 @@ class FixedLayer:
         self.statistics = None
         if layer.encoder.observes:
             self.statistics = layer.encoder.buffers((*shape[:2], self.head_dims.keys), layer.device)
-            flags = torch.zeros(2, layer.num_heads, dtype=torch.int32, device=layer.device)
-            energy, count = self.statistics
-            self._sums = QuerySums(energy, count[:, :, 0], seen=flags[0])
-            preset, capacity = layer.preset, layer.tiles[0].capacity
-            self._schedule = Schedule(
-                self.counts[:2], flags[1], self.starts,
-                tile=self.tile, window=preset.recent_window, sinks=preset.sinks, capacity=capacity,
-            )  # fmt: skip
 
     def _warm(self, layer: Any) -> None:
         """Make, once per process, what kernels keep for good (rotations, tables): a recording could not copy it."""
@@ -186,9 +176,9 @@ class FixedLayer:
     def observe(self, query: torch.Tensor) -> None:
         """Count the new tokens' queries [B, Hq, q, D] into the statistics, until the first encode."""
         if self.statistics is not None:
-            _, heads, dim = self._sums.energy.shape
-            if query.shape[1] % heads == 0 and query.shape[3] == dim:
-                observe_due(query, self._sums, self._schedule)
+            energy, count = self.statistics
+            if query.shape[1] % energy.shape[1] == 0 and query.shape[3] == energy.shape[2]:
+                add_queries(query, energy, count[:, :, 0], self.counts[:2], self.starts)
 
     def attend(self, query: torch.Tensor, *, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
         """`decode_attention` over what is held (where `reads_packed`): [B, Hq, q, D] -> [B, Hq, q, Dv]."""

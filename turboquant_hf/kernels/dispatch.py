@@ -27,12 +27,11 @@ from turboquant_hf.kernels.decode import cpu as decode_cpu
 from turboquant_hf.kernels.decode import reference as decode_reference
 from turboquant_hf.kernels.decode.inputs import History, Scoring
 from turboquant_hf.kernels.encode import reference as encode_reference
-from turboquant_hf.kernels.statistics import due
 from turboquant_hf.kernels.statistics import reference as statistics_reference
 
 __all__ = [
-    "BACKENDS", "VARIABLE", "advance_due", "append_tokens", "backend", "bad_heads", "balance_channels",
-    "decode_attention", "decode_tiles", "decode_workspace", "encode_due", "encode_tiles", "fit_due", "observe_due",
+    "BACKENDS", "VARIABLE", "add_queries", "append_tokens", "backend", "bad_heads", "balance_channels",
+    "decode_attention", "decode_tiles", "decode_workspace", "encode_tiles",
     "on_device", "prepared_decode", "query_energy", "tile_energy", "tile_mean", "unavailable", "unread_tiles",
 ]  # fmt: skip
 
@@ -63,15 +62,12 @@ def _by_backend(
 append_tokens = _by_backend(append_reference.append_tokens, "append.triton")
 tile_mean = _by_backend(encode_reference.tile_mean, "encode.triton")
 encode_tiles = _by_backend(encode_reference.encode_tiles, "encode.triton")
-encode_due = _by_backend(encode_reference.encode_due, "encode.triton")
 decode_tiles = _by_backend(encode_reference.decode_tiles, "encode.triton", lambda packed: packed["codes"])
 bad_heads = _by_backend(encode_reference.bad_heads, "encode.triton", lambda fresh: fresh[0])
 tile_energy = _by_backend(statistics_reference.tile_energy, "statistics.triton")
 query_energy = _by_backend(statistics_reference.query_energy, "statistics.triton")
 balance_channels = _by_backend(statistics_reference.balance_channels, "statistics.triton")
-observe_due = _by_backend(due.observe_due, "statistics.due_triton")
-fit_due = _by_backend(due.fit_due, "statistics.due_triton", lambda ring: ring.keys)
-advance_due = _by_backend(due.advance_due, "statistics.due_triton", lambda schedule: schedule.counts)
+add_queries = _by_backend(statistics_reference.add_queries, "statistics.triton")
 
 
 def decode_attention(

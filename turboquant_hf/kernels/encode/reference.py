@@ -16,7 +16,6 @@ from turboquant_hf.kernels.codes import (
     to_half,
     to_words,
 )
-from turboquant_hf.kernels.schedule import Schedule
 from turboquant_hf.primitives import pack, pack_words, packed_size, unpack, unpack_words
 
 
@@ -103,32 +102,6 @@ def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     index = order.long().unsqueeze(-2).expand(*order.shape, order.shape[-1])
     source = rotation.expand_as(index)
     return torch.zeros_like(source).scatter(-1, index, source)
-
-
-def encode_due(ring: torch.Tensor, coding: TileCoding, schedule: Schedule, out: dict[str, torch.Tensor]) -> None:
-    """Encode the next tile of a ring of raw tokens, if it is due (`kernels.statistics.due` has the whole step).
-
-    Args:
-        ring: [B, H, R, D], R a multiple of the tile; position p stands in slot p % R.
-        coding: its gain is also written: NaN for a head with a NaN, an infinity or a scale beyond the largest one-byte
-            scale in a token that has weight, since scales of one byte cannot say so. Without a gain the tile's mean
-            becomes NaN.
-        out: arrays [B, H, capacity, ...] as `encode_tiles` names them; tile n goes to [:, :, n].
-    """
-    if not schedule.is_due():
-        return
-    tiles, tile = int(schedule.counts[0]), schedule.tile
-    slot = tiles * tile % ring.shape[2]
-    position = torch.arange(tiles * tile, (tiles + 1) * tile, device=ring.device)
-    weight = (position >= schedule.starts[:, None] + schedule.sinks)[:, None].float()
-    x = ring[:, :, None, slot : slot + tile]
-    place = {name: array[:, :, tiles : tiles + 1] for name, array in out.items()}
-    encode_tiles(x, coding, weight=weight, out=place)
-    full = saturated_heads(place["scale"], weight)
-    if coding.gain is not None:
-        coding.gain.masked_fill_(bad_heads([x], weight) | full, torch.nan)
-    elif "mean" in place:
-        place["mean"].masked_fill_(full[:, :, None, None], torch.nan)
 
 
 def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:

@@ -41,9 +41,8 @@ from turboquant_hf.kernels.encode.product import (
 )
 from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
 from turboquant_hf.kernels.encode.viterbi import any_in_words, room_for_points, write_words
-from turboquant_hf.kernels.schedule import Schedule
 
-__all__ = ["bad_heads", "decode_tiles", "encode_due", "encode_tiles", "tile_mean"]
+__all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
 
 PROGRAMS = 256
 """Give one program several tiles only while this many programs remain, so that its matrices are loaded once."""
@@ -59,9 +58,7 @@ def _write_group(
 ):  # fmt: skip
     """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`).
 
-    idle: which tokens have no weight, for groups in words.
-    Returns the stored scales [tokens].
-    """
+    idle: which tokens have no weight, for groups in words."""
     BLOCK_T: tl.constexpr = y.shape[0]
     BLOCK_C: tl.constexpr = y.shape[1]
     square = tl.sum(y * y, axis=1)
@@ -103,24 +100,19 @@ def _write_group(
             pack_regular(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
         else:
             pack_plane(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
-    return stored
 
 
-@kernel("p_weight", "p_mean", "p_gain", "p_points", "p_counts", "p_fitted")
+@kernel("p_weight", "p_mean", "p_gain", "p_points")
 def _encode_kernel(
     p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_points,
-    p_codes, p_scale, p_counts, p_fitted, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
+    p_codes, p_scale, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
     m_b: tl.int64, m_h: tl.int64, m_n, c_b: tl.int64, c_h: tl.int64, c_n, s_b: tl.int64, s_h: tl.int64, s_n,
-    part_stride, a_b, a_h, u_h, H, N, TILES, RING, SINKS, WINDOW,
+    part_stride, a_b, a_h, u_h, H, N, TILES,
     SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr,
     ORDER: tl.constexpr, BALANCE: tl.constexpr, GAIN: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
-    DUE: tl.constexpr,
 ):  # fmt: skip
-    """MEAN: "none", "given" or "taken" (and stored); WEIGHT: "none", "given", or "starts" (first positions).
-
-    DUE: tile number counts[0] of a ring of RING tokens, if it is full, older than the window, and fitted.
-    """
+    """MEAN: "none", "given" or "taken" (and stored)."""
     GROUPS: tl.constexpr = group_count(SPEC)
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     FOLDED: tl.constexpr = CHANNEL_MAJOR and T == BLOCK_T
@@ -128,13 +120,6 @@ def _encode_kernel(
     b, h = head // H, head % H
     first = tl.program_id(1) * TILES
     last = tl.minimum(first + TILES, N)
-    slot_shift = 0
-    if DUE:
-        first = tl.load(p_counts)
-        last = first + 1
-        slot_shift = (first * T // RING * RING).to(tl.int64)
-        if (tl.load(p_fitted + h) == 0) | (tl.load(p_counts + 1) < WINDOW + last * T) | (first >= N):
-            return
 
     row = tl.arange(0, BLOCK_T)
     t = row
@@ -162,12 +147,10 @@ def _encode_kernel(
     p_points += (head * tl.num_programs(1) + tl.program_id(1)) * T * BLOCK_D  # of use to groups in words alone
     for n in range(first, last):
         tile = tl.full((), 0, tl.int64) + n
-        p_rows = p_x + row_offset(tile, x_n, D) - row_offset(slot_shift, x_t, D) + row_offset(t, x_t, D)[:, None]
+        p_rows = p_x + row_offset(tile, x_n, D) + row_offset(t, x_t, D)[:, None]
         weight = 0.0
-        if WEIGHT == "given":
+        if WEIGHT:
             weight = tl.load(p_weight + b * w_b + tile * w_n + t, mask=t < T, other=0.0).to(tl.float32)
-        elif WEIGHT == "starts":
-            weight = ((t < T) & (n * T + t >= tl.load(p_weight + b).to(tl.int32) + SINKS)).to(tl.float32)
         for g in tl.static_range(GROUPS):
             y = tl.zeros((BLOCK_T, group_block(SPEC, g)), tl.float32)
             for low in tl.static_range(0, D, BLOCK_K):
@@ -178,7 +161,7 @@ def _encode_kernel(
                     if MEAN == "given":
                         mean = tl.load(p_part, mask=low + k < D, other=0.0)
                     elif MEAN == "taken":
-                        mean = masked_mean(x.to(tl.float32), weight, T, WEIGHT != "none")
+                        mean = masked_mean(x.to(tl.float32), weight, T, WEIGHT)
                         if g == 0:
                             tl.store(p_part, mean, mask=low + k < D)
                     if CHUNKS > 1 and BALANCE:
@@ -194,20 +177,12 @@ def _encode_kernel(
                     y = product(y, high, rest, part, 0, PARTS, PATH)
                 else:
                     y = product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
-            idle = (t < 0) if WEIGHT == "none" else (weight == 0.0)
-            stored = _write_group(
+            idle = (weight == 0.0) if WEIGHT else (t < 0)
+            _write_group(
                 y, idle, p_thresholds, p_levels, p_pairs, p_points, p_codes + row_offset(tile, c_n, SPEC.nbytes),
                 p_scale + row_offset(tile, s_n, T) + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
                 SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
             )  # fmt: skip
-            if DUE and SPEC.shift:
-                # The largest byte also stands for NaN and for a scale that is too large: the gain or the mean says so.
-                if tl.sum(tl.where(stored == 255, weight, 0.0), axis=0) > 0.0:
-                    if GAIN:
-                        tl.store(p_gain + head, float("nan"))
-                    elif MEAN == "taken":
-                        p_tile = p_mean + row_offset(tile, m_n, D)
-                        tl.store(p_tile + tl.arange(0, BLOCK_D), float("nan"), mask=tl.arange(0, BLOCK_D) < D)
 
 
 def encode_tiles(
@@ -230,23 +205,10 @@ def encode_tiles(
         strides = (0, 0) if weight is None else weight.stride()[:2]
         _encode_kernel[(batch * heads, triton.cdiv(tiles, per_program))](
             **_arguments(x, coding, mean, out), p_weight=x if weight is None else weight,
-            WEIGHT="none" if weight is None else "given", w_b=strides[0], w_n=strides[1], N=tiles, TILES=per_program,
-            p_points=room_for_points(x, coding.groups, triton.cdiv(tiles, per_program)), p_counts=x, p_fitted=x, RING=0,
-            SINKS=0, WINDOW=0, DUE=False,
+            WEIGHT=weight is not None, w_b=strides[0], w_n=strides[1], N=tiles, TILES=per_program,
+            p_points=room_for_points(x, coding.groups, triton.cdiv(tiles, per_program)),
         )  # fmt: skip
     return out
-
-
-def encode_due(ring: torch.Tensor, coding: TileCoding, schedule: Schedule, out: dict[str, torch.Tensor]) -> None:
-    """Equivalent to `reference.encode_due`; the host does not wait."""
-    x = ring.unflatten(2, (-1, schedule.tile))
-    weighted = coding.center or coding.gain is not None or any_in_words(coding.groups)
-    _encode_kernel[(x.shape[0] * x.shape[1], 1)](
-        p_weight=schedule.starts, WEIGHT="starts" if weighted else "none", w_b=0, w_n=0, N=schedule.capacity, TILES=1,
-        p_points=room_for_points(x, coding.groups, 1), p_counts=schedule.counts, p_fitted=schedule.fitted,
-        RING=ring.shape[2], SINKS=schedule.sinks, WINDOW=schedule.window, DUE=True,
-        **{**_arguments(x, coding, None, out), "maxnreg": None},
-    )  # fmt: skip
 
 
 def _arguments(

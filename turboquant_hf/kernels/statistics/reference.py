@@ -46,6 +46,18 @@ def query_energy(
     return energy, weight.sum(dim=1)[:, None, None] * group
 
 
+def add_queries(
+    query: torch.Tensor, energy: torch.Tensor, count: torch.Tensor, counts: torch.Tensor, starts: torch.Tensor
+) -> None:
+    """Add `query_energy` of the newest queries [B, Hq, q, D] to energy [B, H, D] and count [B, H], in place.
+
+    counts: int32 [2]: tiles encoded, and tokens held, those of this step included. Fast versions read it on its device.
+    """
+    added, number = query_energy(query, energy.shape[1], starts, int(counts[1]) - query.shape[2])
+    energy.add_(added)
+    count.add_(number[:, :, 0])
+
+
 def balance_channels(
     energy: torch.Tensor,
     count: torch.Tensor,

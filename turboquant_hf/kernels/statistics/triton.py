@@ -12,7 +12,7 @@ from turboquant_hf.kernels.common.means import masked_mean
 from turboquant_hf.kernels.common.spec import padded_size
 from turboquant_hf.kernels.statistics.reference import PRIOR_TOKENS, TINY, typical_scale
 
-__all__ = ["balance_channels", "query_energy", "tile_energy", "typical_scale"]
+__all__ = ["add_queries", "balance_channels", "query_energy", "tile_energy", "typical_scale"]
 
 QUERIES = 256
 PROGRAMS = 1024
@@ -73,6 +73,34 @@ def query_energy(
         )  # fmt: skip
     count = (position + tokens - starts.clamp(min=position)).clamp(min=0).float()[:, None, None] * group
     return (out[:, :, 0] if parts == 1 else out.sum(dim=2)), count
+
+
+@kernel("p_count", "p_counts", "p_starts")
+def _add_kernel(
+    p_query, p_energy, p_count, p_counts, p_starts, q_b: tl.int64, q_h: tl.int64, q_t, H, GROUP, TOKENS,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    d = tl.arange(0, BLOCK_D)
+    first = tl.maximum(tl.load(p_starts + b).to(tl.int32) - (tl.load(p_counts + 1) - TOKENS), 0)
+    p_rows = p_query + head_offset(b, h * GROUP, q_b, q_h, D)
+    sum = sum_of_squares(p_rows, first, TOKENS, q_t, GROUP, q_h, D, BLOCK_T, BLOCK_D)
+    p_sum = p_energy + head * D + d
+    tl.store(p_sum, tl.load(p_sum, mask=d < D, other=0.0) + sum, mask=d < D)
+    tl.store(p_count + head, tl.load(p_count + head) + tl.maximum(TOKENS - first, 0) * GROUP)
+
+
+def add_queries(
+    query: torch.Tensor, energy: torch.Tensor, count: torch.Tensor, counts: torch.Tensor, starts: torch.Tensor
+) -> None:
+    """Equivalent to `reference.add_queries`, and the host does not wait. One program per head: for few tokens."""
+    query = rows_contiguous(query)
+    (batch, query_heads, tokens, dim), heads = query.shape, energy.shape[1]
+    _add_kernel[(batch * heads,)](
+        query, energy, count, counts, starts, *query.stride()[:3], heads, query_heads // heads, tokens,
+        D=dim, BLOCK_T=16, BLOCK_D=padded_size(dim),
+    )  # fmt: skip
 
 
 @kernel()
