@@ -26,6 +26,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     """
 
     is_compileable = True
+    max_batch_size = TurboQuantLayer.batch_size
 
     def __init__(
         self,
