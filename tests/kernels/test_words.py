@@ -8,7 +8,6 @@ import torch
 from turboquant_hf.kernels.codes import TileCoding, from_words, group_places, load_scale, tile_bytes, to_words
 from turboquant_hf.kernels.encode import reference
 from turboquant_hf.kernels.encode.reference import decode_rotated
-from turboquant_hf.kernels.schedule import Schedule
 from turboquant_hf.primitives import Trellis, grid, rotation_matrix, trellis_code, unpack_words
 
 from .cases import attention_inputs, groups_of
@@ -204,29 +203,3 @@ def test_a_nan_stays_with_its_token():
         bad = torch.zeros(32, dtype=torch.bool)
         bad[5] = True
         assert torch.equal(y.isnan().any(-1)[0, 0, 0], bad) and y[0, 0, 0, 5].isnan().all()
-
-
-def test_the_tile_that_is_due_is_searched_alike(device):
-    """Of a ring, behind padding and sinks, which have no weight."""
-    from turboquant_hf.kernels.encode import triton
-
-    groups, generator = groups_of((32, 2), make=trellis_code), torch.Generator().manual_seed(0)
-    ring, found = torch.randn(2, 1, 64, 32, generator=generator), []
-    for where, encode_due in (("cpu", reference.encode_due), (device, triton.encode_due)):
-        out = {
-            "codes": torch.full((2, 1, 3, tile_bytes(groups, 32, True)), 7, dtype=torch.uint8, device=where),
-            "scale": torch.full((2, 1, 3, 1, 32), 7, dtype=torch.uint8, device=where),
-        }
-        numbers = ([0, 50], [1], [0, 5])
-        counts, fitted, starts = (torch.tensor(x, dtype=torch.int32, device=where) for x in numbers)
-        coding = TileCoding(
-            torch.eye(32, device=where), groups, scale_rule="norm-corrected", scale_format="e4m4", channel_major=True,
-            gain=torch.ones(2, 1, device=where),
-        )  # fmt: skip
-        schedule = Schedule(counts, fitted, starts.long(), tile=32, window=8, sinks=4, capacity=3)
-        encode_due(ring.to(where), coding, schedule, out)
-        assert not out["scale"][1, 0, 0, 0, :9].any() and (out["scale"][:, :, 1:] == 7).all()
-        found.append({name: array.cpu() for name, array in out.items()})
-    if INTERPRETED:
-        assert torch.equal(found[0]["codes"], found[1]["codes"])
-    assert (found[0]["scale"].int() - found[1]["scale"].int()).abs().max() <= 1

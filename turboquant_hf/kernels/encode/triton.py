@@ -58,7 +58,8 @@ def _write_group(
 ):  # fmt: skip
     """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`).
 
-    idle: which tokens have no weight, for groups in words."""
+    idle: which tokens have no weight, for groups in words.
+    """
     BLOCK_T: tl.constexpr = y.shape[0]
     BLOCK_C: tl.constexpr = y.shape[1]
     square = tl.sum(y * y, axis=1)
