@@ -52,8 +52,8 @@ def test_steps_and_chunks_encode_alike(preset):
     layers = [make_layer(preset, **TILES) for _ in range(2)]
     for layer, split in zip(layers, ([60, *[1] * 90], [60, 90]), strict=True):
         feed_layer(layer, keys, values, split)
-    assert layers[0].counts[:2].tolist() == [(150 - 8) // 32, 150]
-    for stepped, chunked in zip(*(layer.dense() for layer in layers), strict=True):
+    assert layers[0].tiles[0].count == (150 - 8) // 32 and layers[0].get_seq_length() == 150
+    for stepped, chunked in zip(*((layer.keys, layer.values) for layer in layers), strict=True):
         torch.testing.assert_close(stepped, chunked)
         assert stepped.isfinite().all()
 
@@ -67,7 +67,7 @@ def test_static_and_growing_caches_encode_alike(preset):
     for start, stop in ((0, 100), (100, 150)):
         cache.update(keys[:, :, start:stop], values[:, :, start:stop], 0)
     growing = cache.update(*(x[:, :, :1] for x in (keys, values)), 0)
-    for mine, other, given in zip(growing, static.dense(), (keys, values), strict=True):
+    for mine, other, given in zip(growing, (static.keys, static.values), (keys, values), strict=True):
         torch.testing.assert_close(mine[:, :, :150], other[:, :, :150])
         assert 0.01 < (mine[:, :, :128] - given[:, :, :128]).abs().mean() < 0.2
 
