@@ -140,7 +140,8 @@ class PackedCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        return not self.recorded and super().is_compileable
+        """Upstream's answer, spelled out: compilers that trace this cannot follow `super()` (torch 2.11)."""
+        return bool(self.layers) and not self.recorded and all(layer.is_compileable for layer in self.layers)
 
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
