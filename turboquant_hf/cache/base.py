@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +46,12 @@ def _tensors(item: Any) -> Iterator[torch.Tensor]:
     elif isinstance(item, (list, tuple, dict)):
         for value in item.values() if isinstance(item, dict) else item:
             yield from _tensors(value)
+
+
+def raw_nbytes(layers: Iterable[Any]) -> int:
+    """Bytes of the memory that the tensors of transformers' layers lie in, which may be more than the tensors show."""
+    storages = (x.untyped_storage() for x in _tensors([vars(layer) for layer in layers]))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def check_config(config: Any) -> None:
@@ -214,9 +220,7 @@ class PackedCache(Cache):
         return self.dense_nbytes / used if used else 1.0
 
     def _raw_nbytes(self) -> int:
-        raw = [vars(layer) for layer in self.layers if not isinstance(layer, TurboQuantLayer)]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(raw)}
-        return sum(storages.values())
+        return raw_nbytes(layer for layer in self.layers if not isinstance(layer, TurboQuantLayer))
 
     def __repr__(self) -> str:
         packed = len(self.packed_layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,6 +18,9 @@ from turboquant_hf.cache.serialization import read_cache, save_cache
 from turboquant_hf.checks import check_flag, shown
 from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
 from turboquant_hf.quantizers import Quantizer
+
+if TYPE_CHECKING:
+    from turboquant_hf.cache.estimate import MemoryEstimate
 
 
 def check_device(device: Any) -> None:
@@ -70,6 +73,38 @@ class TurboQuantCache(PackedCache, DynamicCache):
     def from_yaml(cls, path: str | Path, config: PreTrainedConfig, **overrides: Any) -> TurboQuantCache:
         """The cache that a preset file describes."""
         return cls(config, preset=CachePreset.from_yaml(path), **overrides)
+
+    @staticmethod
+    def estimate(
+        config: PreTrainedConfig,
+        tokens: int,
+        preset: str | Path | dict | CachePreset = DEFAULT_PRESET,
+        batch: int = 1,
+        dtype: torch.dtype | None = None,
+        chunk: int | None = None,
+        **overrides: Any,
+    ) -> MemoryEstimate:
+        """Bytes that this cache takes behind a prompt, from the model's configuration alone; needs no weights.
+
+        Counted as `nbytes` and `resident_nbytes` count, with the attention that `generate` switches to. CUDA graphs and
+        what they run in are not counted.
+
+        Args:
+            config: the model's configuration.
+            tokens: of every sequence.
+            preset: as for a new cache.
+            batch: sequences.
+            dtype: of the model; None is the configuration's own.
+            chunk: how many tokens of the prompt are read at a time (`prefill_chunk_size`); None reads it at once.
+            **overrides: any field of `CachePreset`.
+
+        Raises:
+            ValueError: for an unknown preset or field, a head dim that a quantizer cannot serve, or a model whose
+                configuration does not tell what it caches.
+        """
+        from turboquant_hf.cache.estimate import MemoryPlan  # it builds caches
+
+        return MemoryPlan(config, dtype).estimate(tokens, load_preset(preset, **overrides), batch, chunk=chunk)
 
     def save(self, path: str | Path) -> None:
         """Write the cache to one file, all or nothing; `load` continues from it. See `cache.serialization`.

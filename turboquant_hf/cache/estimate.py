@@ -1,0 +1,305 @@
+"""Memory of a cache before there is one: from a model's configuration, a preset and a number of tokens.
+
+No formula of a layer's bytes stands here. A cache of the model is filled with tensors on the meta device, which have
+shapes and take no memory, and is then asked what it holds by the properties that every cache has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from turboquant_hf.cache.base import check_config, is_latent, raw_nbytes
+from turboquant_hf.cache.cache import TurboQuantCache
+from turboquant_hf.cache.encoder import Encoder
+from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.cache.probe import probed_layers
+from turboquant_hf.cache.sides import Sides
+from turboquant_hf.cache.static import TurboQuantStaticCache
+from turboquant_hf.cache.storage import DTYPES
+from turboquant_hf.checks import check_whole
+from turboquant_hf.config import CachePreset
+from turboquant_hf.quantizers import Quantizer
+
+RECURRENT = ("conv_states", "recurrent_states")
+MOST = 1 << 31
+"""Tokens beyond which nobody asks for the longest context."""
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Layers that keep the same things, and their bytes together.
+
+    Attributes:
+        kind: "packed", "packed + recurrent", "sliding window", "recurrent", "sliding window + recurrent", "raw"
+            (another kind of transformers', left as it is) or "none" (nothing of its own).
+        layers: how many.
+        kv_heads, head_dims: of keys and values; 0 and (0, 0) without any.
+        window: of a sliding-window layer.
+        nbytes, resident_nbytes: in use, and with the room allocated ahead. Matrices that layers share are left out.
+        dense_nbytes: of the same tokens in a 16-bit cache.
+    """
+
+    kind: str
+    layers: int
+    kv_heads: int
+    head_dims: tuple[int, int]
+    window: int | None
+    nbytes: int
+    resident_nbytes: int
+    dense_nbytes: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a cache behind a prompt.
+
+    Attributes:
+        preset: the label of the preset.
+        tokens: of every sequence.
+        batch: sequences.
+        nbytes: in use, as `cache.nbytes`.
+        resident_nbytes: with the room allocated ahead, as `cache.resident_nbytes`.
+        dense_nbytes: of the same tokens in a 16-bit cache, as `cache.dense_nbytes`.
+        released_nbytes: the part of all three that sliding-window layers hold only until the next token: transformers
+            keeps a slice of what it read last, and with it all of that in memory.
+        shared_nbytes: the part of `nbytes` that layers share (rotations).
+        token_nbytes, dense_token_nbytes: what one more token of one sequence takes in packed tiles, and in 16 bit.
+        layers: the same by kind of layer.
+    """
+
+    preset: str
+    tokens: int
+    batch: int
+    nbytes: int
+    resident_nbytes: int
+    dense_nbytes: int
+    released_nbytes: int
+    shared_nbytes: int
+    token_nbytes: float
+    dense_token_nbytes: int
+    layers: tuple[LayerMemory, ...]
+
+    @property
+    def compression_ratio(self) -> float:
+        """`dense_nbytes` / `resident_nbytes`: how many times smaller than a 16-bit cache; 1 where nothing is kept."""
+        return self.dense_nbytes / self.resident_nbytes if self.resident_nbytes else 1.0
+
+    @property
+    def compression_ratio_in_use(self) -> float:
+        """`dense_nbytes` / `nbytes`: the same without the room allocated ahead."""
+        return self.dense_nbytes / self.nbytes if self.nbytes else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**dataclasses.asdict(self), "compression_ratio": self.compression_ratio}
+
+
+class MemoryPlan:
+    """Estimates for one model; what its layers keep is found out once.
+
+    Args:
+        config: the model's configuration.
+        dtype: of the model; None is the configuration's own, and bfloat16 where it names none.
+
+    Raises:
+        ValueError: `config` is no configuration, or does not tell what the model caches.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
+        check_config(config)
+        own = dtype or config.dtype or config.get_text_config(decoder=True).dtype
+        self.config, self.dtype = config, own if own in DTYPES else torch.bfloat16
+        self.probed = probed_layers(config, self.dtype)
+
+    def estimate(self, tokens: int, preset: CachePreset, batch: int = 1, **options: Any) -> MemoryEstimate:
+        """See `TurboQuantCache.estimate`; `options` as for `cache_behind`."""
+        return self._read(self.cache_behind(tokens, preset, batch, **options), tokens, batch)
+
+    def cache_behind(
+        self,
+        tokens: int,
+        preset: CachePreset,
+        batch: int = 1,
+        max_cache_len: int | None = None,
+        chunk: int | None = None,
+        observed: bool = True,
+    ) -> TurboQuantCache | TurboQuantStaticCache:
+        """A cache to be asked for its bytes, filled with a prompt on the meta device.
+
+        Args:
+            tokens: of every sequence.
+            preset: of the cache.
+            batch: sequences.
+            max_cache_len: room of a preallocated cache; None is a growing one.
+            chunk: tokens of the prompt that are read at a time; None reads it at once.
+            observed: whether our attention reads the prompt, which counts queries until the first tile is packed.
+        """
+        check_whole("tokens", tokens, 1)
+        check_whole("batch", batch, 1)
+        if max_cache_len is None:
+            cache = TurboQuantCache(self.config, preset)
+        else:
+            check_whole("max_cache_len", max_cache_len, tokens)  # what is asked about has to fit
+            cache = TurboQuantStaticCache(self.config, max_cache_len, preset)
+        if chunk is not None:
+            check_whole("chunk", chunk, 1)
+        last = tokens if chunk is None else (tokens - 1) % chunk + 1
+        observed = observed and not is_latent(self.config)
+        filled: dict[tuple, Any] = {}
+        for index, seen in enumerate(self.probed[: len(cache.layers)]):
+            layer, pair = cache.layers[index], _pair(seen, batch, tokens)
+            packed = getattr(layer, "packed", layer)
+            if pair is not None and isinstance(packed, TurboQuantLayer):
+                # Packed layers that are alike are filled once: the same object then stands for all of them.
+                what = packed.quantizers, *(x.shape for x in pair)
+                if what not in filled:
+                    filled[what] = _fill(packed, *pair, observed)
+                if packed is layer:
+                    cache.layers[index] = filled[what]
+                else:
+                    layer.packed = filled[what]
+            elif pair is not None:
+                _fill_raw(layer, *pair, last)
+            for name in RECURRENT:
+                if hasattr(seen, name):
+                    setattr(layer, name, _widened(getattr(seen, name), batch))
+        return cache
+
+    def _read(self, cache: TurboQuantCache | TurboQuantStaticCache, tokens: int, batch: int) -> MemoryEstimate:
+        packed = [layer for layer in cache.packed_layers if layer.is_initialized]
+        total = {
+            "nbytes": cache.nbytes,
+            "resident_nbytes": cache.resident_nbytes,
+            "dense_nbytes": cache.dense_nbytes,
+            "shared_nbytes": cache.nbytes - sum(layer.nbytes for layer in packed) - cache._raw_nbytes(),
+        }
+        return MemoryEstimate(
+            preset=cache.preset.label,
+            tokens=tokens,
+            batch=batch,
+            layers=self._by_kind(cache),
+            token_nbytes=sum(_token_nbytes(layer) for layer in packed),
+            dense_token_nbytes=sum(2 * layer.num_heads * sum(layer.head_dims) for layer in packed),
+            released_nbytes=_released_nbytes(cache),
+            **total,
+        )
+
+    def _by_kind(self, cache: TurboQuantCache | TurboQuantStaticCache) -> tuple[LayerMemory, ...]:
+        found: dict[tuple, list] = {}
+        for layer, seen in zip(cache.layers, self.probed, strict=False):
+            pair = _pair(seen, 1, 1)
+            heads, dims = (pair[0].shape[1], tuple(x.shape[3] for x in pair)) if pair else (0, (0, 0))
+            own = getattr(layer, "packed", layer)
+            held = isinstance(own, TurboQuantLayer)
+            raw = raw_nbytes([] if own is layer and held else [layer])
+            used, ahead, dense = (own.nbytes, own.spare_nbytes, own.dense_nbytes) if held else (0, 0, 0)
+            window = getattr(seen, "sliding_window", None)
+            what = found.setdefault((_kind(held, pair, window, seen), heads, dims, window), [0, 0, 0, 0])
+            for index, value in enumerate((1, raw + used, raw + used + ahead, raw + dense)):
+                what[index] += value
+        return tuple(
+            LayerMemory(kind, count, heads, dims, window, *nbytes)
+            for (kind, heads, dims, window), (count, *nbytes) in found.items()
+        )
+
+
+def longest_context(nbytes: int, held: Callable[[int], int]) -> int:
+    """The most tokens whose bytes, `held(tokens)`, fit into `nbytes`; 0 where one does not, at most `MOST`."""
+    low = next((n for n in (1 << power for power in range(MOST.bit_length() - 1, -1, -1)) if held(n) <= nbytes), 0)
+    high = min(2 * low, MOST)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if held(middle) <= nbytes else (low, middle)
+    return low
+
+
+def _kind(held: bool, pair: Any, window: int | None, seen: Any) -> str:
+    recurrent = any(hasattr(seen, name) for name in RECURRENT)
+    keeps = "" if pair is None else "packed" if held else "sliding window" if window else "raw"
+    return " + ".join([*([keeps] if keeps else []), *(["recurrent"] if recurrent else [])]) or "none"
+
+
+def _pair(seen: Any, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys and values [batch, H, tokens, D] as those of a probed layer; None where it keeps none."""
+    keys, values = getattr(seen, "keys", None), getattr(seen, "values", None)
+    if not isinstance(keys, torch.Tensor) or keys.dim() != 4:
+        return None
+    return tuple(x.new_empty((batch, x.shape[1], tokens, x.shape[3])) for x in (keys, values))
+
+
+def _widened(state: Any, batch: int) -> Any:
+    """The states of one sequence, for `batch`. Early versions hold a tensor, later ones some by number."""
+    if isinstance(state, dict):
+        return {name: _widened(value, batch) for name, value in state.items()}
+    return state.new_empty((batch, *state.shape[1:])) if isinstance(state, torch.Tensor) else state
+
+
+def _fill(layer: TurboQuantLayer, keys: torch.Tensor, values: torch.Tensor, observed: bool) -> TurboQuantLayer:
+    """A packed layer behind a prompt."""
+    layer.allocate(keys[:, :, :0], values[:, :, :0])
+    layer.encoder = encoder = ShapesEncoder(layer.encoder.quantizers, layer.encoder.min_statistics)
+    if observed and encoder.observes:
+        encoder.energy = keys.new_empty((*keys.shape[:2], keys.shape[3]), dtype=torch.float32)
+        encoder.count = keys.new_empty((keys.shape[0], 1, 1), dtype=torch.float32)
+    layer.tail.append(keys, values)
+    layer.commit()
+    return layer
+
+
+class ShapesEncoder(Encoder):
+    """Encodes tensors without numbers: room is taken for tiles, and for what is learned, and nothing is written."""
+
+    def fit(self, tiles: Sides, weight: torch.Tensor, length: int) -> None:
+        self.states = self.quantizers.map(_empty_state, tiles)
+        self.fitted, self.energy, self.count = True, None, None
+
+    def encode(self, tiles: Sides, weight: torch.Tensor, stores: Sides) -> None:
+        for store, x in zip(stores, tiles, strict=True):
+            store.extend(x.shape[2])
+
+
+def _empty_state(quantizer: Quantizer, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
+    learned = _learned(quantizer, tiles.shape[4], tiles.shape[3])
+    return {name: tiles.new_empty((*tiles.shape[:2], *rest), dtype=dtype) for name, (rest, dtype) in learned.items()}
+
+
+def _fill_raw(layer: Any, keys: torch.Tensor, values: torch.Tensor, last: int) -> None:
+    """A layer of transformers' behind the same prompt, whose `last` tokens come on their own."""
+    if hasattr(layer, "max_cache_len"):
+        layer.lazy_initialization(keys, values)
+        return
+    first = keys.shape[2] - last
+    for part in (slice(0, first), slice(first, None)):
+        if keys[:, :, part].shape[2]:
+            layer.update(keys[:, :, part], values[:, :, part])
+
+
+@lru_cache
+def _learned(quantizer: Quantizer, head_dim: int, tile: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """What a quantizer learns per sequence and head: name -> shape and dtype."""
+    state = quantizer.fit(torch.zeros(1, 1, 1, tile, head_dim), torch.ones(1, 1, tile), None)
+    return {name: (value.shape[2:], value.dtype) for name, value in state.items()}
+
+
+def _token_nbytes(layer: Any) -> float:
+    sides = zip(layer.quantizers, layer.head_dims, strict=True)
+    bits = sum(dim * quantizer.bits_per_channel(dim, layer.preset.tile, layer.dtype) for quantizer, dim in sides)
+    return layer.num_heads * bits / 8
+
+
+def _released_nbytes(cache: Any) -> int:
+    """What growing sliding-window layers let go of with the next token, which is stored here."""
+    released = 0
+    for layer in cache.layers:
+        if getattr(layer, "is_sliding", False) and not hasattr(layer, "max_cache_len"):
+            before = raw_nbytes([layer])
+            layer.update(*(x[:, :, :1] for x in (layer.keys, layer.values)))
+            released += max(before - raw_nbytes([layer]), 0)
+    return released

@@ -1,0 +1,77 @@
+"""What a model keeps in its cache, learned from its configuration alone.
+
+There is no table of families. The decoder is built on the meta device, which holds shapes and no numbers, and reads two
+tokens. Its cache then shows what every layer keeps, in the shapes of the model's own code. This takes no memory, and a
+second or two for a large model.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AutoModel, PreTrainedConfig
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from turboquant_hf.names import CACHE_ARGUMENTS
+
+TOKENS = 2
+"""Of the prompt that is read: some models have a way of their own for a single token."""
+
+
+def probed_layers(config: PreTrainedConfig, dtype: torch.dtype) -> list[Any]:
+    """transformers' cache layers of one sequence after `TOKENS` tokens, their tensors on the meta device.
+
+    Layers that keep nothing of their own are left as they were made.
+
+    Args:
+        config: the model's configuration.
+        dtype: of the model.
+
+    Raises:
+        ValueError: the model cannot be built or run without numbers, or uses no cache of transformers'.
+    """
+    try:
+        return _run(config, dtype)
+    except Exception as error:  # whatever a model's own code raises
+        raise ValueError(
+            f"config: what a {config.model_type!r} model keeps in its cache cannot be told from its configuration "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
+        ) from error
+
+
+def _run(config: PreTrainedConfig, dtype: torch.dtype) -> list[Any]:
+    decoder = _decoder(config, dtype)
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    given, inputs = cache, {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long, device="meta")}
+    if config.is_encoder_decoder:
+        given = EncoderDecoderCache(cache, DynamicCache(config=config.get_text_config(decoder=True)))
+        width = decoder.get_input_embeddings().weight.shape[1]
+        inputs["encoder_hidden_states"] = torch.zeros(1, TOKENS, width, dtype=dtype, device="meta")
+    with torch.no_grad():
+        decoder(**inputs, use_cache=True, **{cache_parameter(type(decoder)): given})
+    return cache.layers
+
+
+@lru_cache
+def cache_parameter(kind: type) -> str:
+    """The first of `CACHE_ARGUMENTS` that the forward of a class of models takes: `cache` from transformers 5.24 on."""
+    taken = inspect.signature(kind.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in taken), CACHE_ARGUMENTS[-1])
+
+
+def _decoder(config: PreTrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
+    """The text decoder on the meta device, in eval mode."""
+    # Eager masks and batched experts never ask for a number. Without a padding token nothing looks for it.
+    options = {"dtype": dtype, "attn_implementation": "eager"}
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    for part in (config, text):
+        part._experts_implementation, part.pad_token_id = "batched_mm", None
+    with torch.device("meta"):
+        if not config.is_encoder_decoder and type(text) in AutoModel._model_mapping:
+            return AutoModel.from_config(text, **options).eval()
+        return AutoModel.from_config(config, **options).eval().get_decoder()
