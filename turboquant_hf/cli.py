@@ -15,6 +15,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.launch",
         "another program in this process, with the caches registered: lm_eval, transformers serve, a script",
     ),
+    "inspect": (
+        "turboquant_hf.evaluation.commands.inspect",
+        "what a model's cache takes, by its configuration alone: at a length, and the longest context in a memory",
+    ),
     "perplexity": (
         "turboquant_hf.evaluation.commands.perplexity",
         "perplexity, KL and top-1 agreement with the uncompressed model, read through the cache",

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     for dim in args.head_dim:
         header += [f"K bits d={dim}", "V bits", *(f"at {size(tokens)}" for tokens in args.tokens)]
     rows = []
-    for name in args.preset or sorted(preset_names(), key=lambda name: (not OWN.fullmatch(name), name)):
+    for name in args.preset or own_first():
         preset, row = load_preset(name), []
         for dim in args.head_dim:
             try:
@@ -61,7 +61,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 OWN = re.compile(r"k\d+v\d+")
-"""Names of this project's own presets, which are listed first."""
+"""Names of this project's own presets."""
+
+
+def own_first() -> list[str]:
+    """The shipped presets, this project's own first."""
+    return sorted(preset_names(), key=lambda name: (not OWN.fullmatch(name), name))
 
 
 def description(preset: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from functools import lru_cache
 
 import torch
+from transformers import LlamaConfig
 
-from turboquant_hf.cache import TurboQuantLayer
+from turboquant_hf.cache.estimate import MemoryEstimate, MemoryPlan
 from turboquant_hf.config import CachePreset
-from turboquant_hf.quantizers import Quantizer
 
 
 def bits_per_channel(preset: CachePreset, head_dim: int, layers: int) -> tuple[float, float]:
@@ -37,34 +37,14 @@ def average_bits(cache) -> tuple[float, float]:
 def resident_compression(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv_heads: int) -> float:
     """Bytes of a 16-bit cache / bytes allocated for this one, behind a prompt of so many bfloat16 tokens.
 
-    Counts tiles, sinks, the raw tail, statistics, the shared rotations and the room that is allocated ahead:
     `TurboQuantCache.compression_ratio` of one sequence. Below 1 the cache takes more than a 16-bit one.
     """
-    tiles = packed_tiles(preset, tokens, layers)
-    rest = torch.empty(1, 1, tokens - tiles * preset.tile, head_dim, dtype=torch.bfloat16)
-    total = 0
-    for pair, count in Counter(preset.layer_quantizers(ordinal, layers) for ordinal in range(layers)).items():
-        layer = TurboQuantLayer(preset, *pair)
-        layer.lazy_initialization(rest[:, :, :0])
-        for store in layer.tiles:
-            store.extend(tiles)
-        layer.tail.append(rest, rest)
-        if not tiles:
-            layer.tail.own()
-        learned = sum(_state_nbytes(quantizer, head_dim, preset.tile) for quantizer in pair) if tiles else 0
-        total += count * kv_heads * (layer.nbytes + layer.spare_nbytes + learned)
-    return 4 * head_dim * kv_heads * tokens * layers / (total + _shared_nbytes(preset, head_dim, layers))
+    return _estimate(preset, head_dim, tokens, layers, kv_heads).compression_ratio
 
 
 def used_compression(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv_heads: int) -> float:
     """The same without the room that is allocated ahead: `TurboQuantCache.compression_ratio_in_use`."""
-    tiles = packed_tiles(preset, tokens, layers)
-    raw = 2 * head_dim * kv_heads * (tokens - tiles * preset.tile + min(preset.sinks, tokens))
-    total = 0.0
-    for quantizer in _quantizers(preset, layers):
-        packed = quantizer.bits_per_channel(head_dim, preset.tile) / 8 * head_dim * preset.tile * tiles * kv_heads
-        total += raw + packed + (_state_nbytes(quantizer, head_dim, preset.tile) * kv_heads if tiles else 0)
-    return 4 * head_dim * kv_heads * tokens * layers / (total + _shared_nbytes(preset, head_dim, layers))
+    return _estimate(preset, head_dim, tokens, layers, kv_heads).compression_ratio_in_use
 
 
 MEMORY_NOTE = (
@@ -82,21 +62,13 @@ def memory_cell(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv
     return f"{resident:.2f}x{larger} ({used_compression(preset, *place):.2f}x)"
 
 
-def packed_tiles(preset: CachePreset, tokens: int, layers: int) -> int:
-    """How many tiles of a sequence are packed behind a prompt."""
-    waits = any(q.needs_statistics for q in preset.layer_quantizers(0, layers))
-    ready = tokens >= preset.min_statistics or not waits
-    return max(tokens - preset.recent_window, 0) // preset.tile if ready else 0
+@lru_cache(maxsize=256)
+def _estimate(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv_heads: int) -> MemoryEstimate:
+    return _plan(head_dim, layers, kv_heads).estimate(tokens, preset, observed=False)
 
 
-def _quantizers(preset: CachePreset, layers: int) -> list[Quantizer]:
-    return [quantizer for ordinal in range(layers) for quantizer in preset.layer_quantizers(ordinal, layers)]
-
-
-def _shared_nbytes(preset: CachePreset, head_dim: int, layers: int) -> int:
-    return sum(quantizer.shared_nbytes(head_dim) for quantizer in set(_quantizers(preset, layers)))
-
-
-def _state_nbytes(quantizer: Quantizer, head_dim: int, tile: int) -> int:
-    state = quantizer.fit(torch.zeros(1, 1, 1, tile, head_dim), torch.ones(1, 1, tile), None)
-    return sum(x.numel() * x.itemsize for x in state.values())
+@lru_cache(maxsize=8)
+def _plan(head_dim: int, layers: int, kv_heads: int) -> MemoryPlan:
+    """Of any model of these sizes: the rest of it does not matter here."""
+    heads = {"num_attention_heads": kv_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    return MemoryPlan(LlamaConfig(num_hidden_layers=layers, vocab_size=8, **heads), torch.bfloat16)
