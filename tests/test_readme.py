@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from turboquant_hf.cache.layer import TurboQuantLayer
+from turboquant_hf.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,6 +76,15 @@ def test_usages_blocks_run_and_two_questions_of_a_file_get_dynamic_caches_answer
         mask, cache = torch.ones_like(prompt), DynamicCache(config=model.config)
         expected = model.generate(prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=20)
         assert torch.equal(answer, expected)
+
+
+def test_usages_output_is_what_its_command_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in python_blocks("docs/usage.md") if "config.save_pretrained" in block)
+    exec(compile(block, "docs/usage.md", "exec"), {"LlamaConfig": LlamaConfig})
+    (shown,) = re.findall(r"```console\n\$ turboquant-hf (.*?)\n(.*?)```", read("docs/usage.md"), flags=re.DOTALL)
+    assert main(shlex.split(shown[0])) == 0
+    assert capsys.readouterr().out == shown[1]
 
 
 def test_readmes_commands_are_those_that_ci_runs():
