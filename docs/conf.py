@@ -1,0 +1,75 @@
+"""The site: Sphinx with MyST pages and executed lessons. `bash scripts/docs.sh` builds it into docs/_build/html."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+# Lessons run in a kernel of their own, which finds the checkout by this.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from turboquant_hf.version import __version__  # noqa: E402
+
+project = "turboquant_hf"
+author = "the turboquant_hf authors"
+release = version = __version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "conf.py", "figures", "tutorial/lesson.py"]
+
+# Pages
+myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+
+# Lessons: Python files in jupytext's percent format. The cache runs a lesson again only when its cells have changed.
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_execution_mode = os.environ.get("DOCS_EXECUTION", "cache")
+nb_execution_cache_path = str(HERE / "_build" / "cells")
+nb_execution_timeout = 1200
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+# API reference. Single backticks in docstrings are code.
+default_role = "code"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = f"turboquant_hf {__version__}"
+html_copy_source = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#0969da", "color-brand-content": "#0969da"},
+    "dark_css_variables": {"color-brand-primary": "#58a6ff", "color-brand-content": "#58a6ff"},
+}
+
+linkcheck_timeout = 20
+linkcheck_anchors = False
+
+
+def plain_docstring(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings here are plain text: make reStructuredText of what it would misread."""
+    out = [""] if what == "property" else []  # else the words before a first colon are taken for a type
+    inside = False
+    for line in lines:
+        label = re.match(r"(Returns|Raises|Example|Equivalent to): ?(?=\S)", line)
+        inside = bool(label) or (inside and line.startswith(" "))
+        line = line.replace("*", r"\*")  # shapes such as [B, *size], never emphasis
+        if label:
+            out += ["", f"**{label[1]}:** {line[label.end() :]}"]
+        else:
+            out.append(line.strip() if inside else line)
+    lines[:] = out
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before napoleon's
