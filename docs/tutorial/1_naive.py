@@ -8,9 +8,9 @@
 # %% [markdown]
 # # 1. Why naive quantization fails
 #
-# A language model keeps two vectors per token, per layer and per head: a **key** and a **value**. Together they are the
-# *KV cache*. Each number takes 16 bits. This lesson tries the obvious way to make the cache smaller, which is to round
-# the numbers, and looks at why it fails on real keys.
+# A language model keeps two vectors per token, per layer and per head: a **key** and a **value**. Together they are
+# the *KV cache*. Each number takes 16 bits. This lesson tries the obvious way to make the cache smaller, which is to
+# round the numbers, and looks at why it fails on real keys.
 #
 # All numbers on this page are computed on it, from the keys and values that SmolLM2-135M makes of a text. You need no
 # GPU and no download: the model is a Python package.
@@ -34,8 +34,8 @@ say(
 # %% [markdown]
 # ## What are the 16 bits for?
 #
-# A 16-bit number (`bfloat16`) has one bit for the sign, 8 bits for the exponent (how large?) and 7 bits for the mantissa
-# (which number of that size?). Here is the largest number in the keys of one head.
+# A 16-bit number (`bfloat16`) has one bit for the sign, 8 bits for the exponent (how large?) and 7 bits for the
+# mantissa (which number of that size?). Here is the largest number in the keys of one head.
 
 # %% tags=["hide-input"]
 number = key.flatten()[key.abs().argmax()].bfloat16()
@@ -55,11 +55,14 @@ def draw_bits(figure, c):
     axis.axis("off")
 
 
-show(draw_bits, "1-bits", f"The 16 bits of {number.item():g}: one sign, eight exponent and seven mantissa bits", (8, 1.9))
+show(
+    draw_bits, "1-bits", f"The 16 bits of {number.item():g}: one sign, eight exponent and seven mantissa bits", (8, 1.9)
+)
 
 # %% [markdown]
 # Eight exponent bits can say 256 sizes, from $10^{-38}$ to $10^{38}$. How many of them do keys use? *Entropy* answers
 # this: it is the number of bits that an ideal code would need.
+
 
 # %%
 def entropy(codes: torch.Tensor) -> float:
@@ -84,9 +87,9 @@ claim(entropy(exponent) < 4 and entropy(mantissa) > 6.5)
 # %% [markdown]
 # ## Rounding to 16 slots
 #
-# With 4 bits we can name $2^4 = 16$ **slots**. The obvious way, used by most "int4" caches, is *min-max*: put the first
-# slot on the smallest number of a key, the last slot on the largest, and spread the others evenly. Each number is
-# replaced by the nearest slot. Here are the 64 numbers of one real key.
+# With 4 bits we can name $2^4 = 16$ **slots**. The obvious way, used by most "int4" caches, is *min-max*: put the
+# first slot on the smallest number of a key, the last slot on the largest, and spread the others evenly. Each number
+# is replaced by the nearest slot. Here are the 64 numbers of one real key.
 
 # %% tags=["hide-input"]
 token = int((key.abs().amax(1) / key.abs().median(1).values).argsort()[len(key) // 2])
@@ -121,7 +124,8 @@ show(draw_slots, "1-slots", f"One outlier stretches the range, {16 - used} of 16
 
 # %%
 say(
-    f"One number out of 64 decides where all slots lie. {crowd} numbers crowd into 4 slots, and {16 - used} of the 16 slots "
+    f"One number out of 64 decides where all slots lie. {crowd} numbers crowd into 4 slots, and {16 - used} of the "
+    "16 slots "
     "hold nothing. We pay for 4 bits and get "
     f"{entropy(nearest):.1f} bits of information."
 )
@@ -130,8 +134,8 @@ claim(crowd > 32, model=True)
 # %% [markdown]
 # ## The outliers are always in the same channels
 #
-# Is this key a bad example? The picture shows the keys of this head. Each row is a token, each column a channel. The outliers are
-# stripes: they sit in the **same few channels** for every token.
+# Is this key a bad example? The picture shows the keys of this head. Each row is a token, each column a channel. The
+# outliers are stripes: they sit in the **same few channels** for every token.
 
 # %% tags=["hide-input"]
 rms = key.square().mean(0).sqrt()
@@ -154,10 +158,13 @@ def draw_heat(figure, c):
 show(draw_heat, "1-stripes", "Keys of one head: vertical stripes, a few channels are large for all tokens", (8, 4.2))
 
 # %%
-ratios = torch.cat([(k.square().mean(1).sqrt().amax(1) / k.square().mean(1).sqrt().median(1).values) for _, k, _ in captured])
+ratios = torch.cat(
+    [(k.square().mean(1).sqrt().amax(1) / k.square().mean(1).sqrt().median(1).values) for _, k, _ in captured]
+)
 energy = rms.square().sort(descending=True).values
 say(
-    f"In this head, the strongest channel is {rms.max() / rms.median():.1f} times as large as a typical one, and the strongest "
+    f"In this head, the strongest channel is {rms.max() / rms.median():.1f} times as large as a typical one, and the "
+    "strongest "
     f"4 of 64 channels hold {100 * energy[:4].sum() / energy.sum():.0f} % of the energy (the sum of squares). "
     f"It is so in the whole model: the median over its {len(ratios)} KV heads is {ratios.median():.1f} times."
 )
@@ -166,9 +173,9 @@ claim(ratios.median() > 3)
 # %% [markdown]
 # ## What it costs the model
 #
-# How good are the model's answers if it reads rounded keys and values? We compare the probabilities of the next token with those of
-# the uncompressed model. **KL divergence** says how far they are apart: 0 means equal. "Same top token" is how often the most likely
-# next token stays the same.
+# How good are the model's answers if it reads rounded keys and values? We compare the probabilities of the next token
+# with those of the uncompressed model. **KL divergence** says how far they are apart: 0 means equal. "Same top token"
+# is how often the most likely next token stays the same.
 
 # %%
 presets = [
@@ -184,8 +191,10 @@ table(
 )
 ratio = answers["4-bit min-max"]["kl"] / answers["8-bit min-max"]["kl"]
 say(
-    f"8 bits are nearly free. From 8 to 4 bits, the KL grows {ratio:,.0f} times. The last row is this library's preset `k3v3`. It takes "
-    f"fewer bits than 4-bit min-max, and its KL is {answers['4-bit min-max']['kl'] / answers['k3v3']['kl']:.1f} times smaller. "
+    f"8 bits are nearly free. From 8 to 4 bits, the KL grows {ratio:,.0f} times. The last row is this library's "
+    "preset `k3v3`. It takes "
+    f"fewer bits than 4-bit min-max, and its KL is {answers['4-bit min-max']['kl'] / answers['k3v3']['kl']:.1f} "
+    "times smaller. "
     "The next lessons build it up step by step."
 )
 claim(answers["k3v3"]["kl"] < answers["4-bit min-max"]["kl"] < answers["3-bit min-max"]["kl"], model=True)
@@ -193,17 +202,22 @@ claim(answers["k3v3"]["kl"] < answers["4-bit min-max"]["kl"] < answers["3-bit mi
 # %% [markdown]
 # ## A story from the web: "int4 keeps a quarter of the bits"
 #
-# It does not. Min-max stores two 16-bit numbers, the scale and the zero point, beside each group of codes. With groups of 64 numbers
-# this is half a bit per number, and smaller groups cost more. Always ask for the bits *with everything counted*. In this library, every
-# quantizer can say it:
+# It does not. Min-max stores two 16-bit numbers, the scale and the zero point, beside each group of codes. With
+# groups of 64 numbers this is half a bit per number, and smaller groups cost more. Always ask for the bits *with
+# everything counted*. In this library, every quantizer can say it:
 
 # %%
 table(
     ["codes", "numbers per group", "real bits per number"],
-    [(f"{b} bits", group, Uniform(bits=b, group=group).bits_per_channel(64, 128)) for b in (4, 3) for group in (64, 32, 16)],
+    [
+        (f"{b} bits", group, Uniform(bits=b, group=group).bits_per_channel(64, 128))
+        for b in (4, 3)
+        for group in (64, 32, 16)
+    ],
 )
 claim(Uniform(bits=4, group=64).bits_per_channel(64, 128) == 4.5)
 
 # %% [markdown]
-# **What to remember.** Keys have a few strong channels. A rounding that spreads its slots from the smallest to the largest number wastes
-# most of them on empty space. [Lesson 2](2_rotation.py) removes the outliers without losing anything.
+# **What to remember.** Keys have a few strong channels. A rounding that spreads its slots from the smallest to the
+# largest number wastes most of them on empty space. [Lesson 2](2_rotation.py) removes the outliers without losing
+# anything.

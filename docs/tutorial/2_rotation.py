@@ -8,8 +8,9 @@
 # %% [markdown]
 # # 2. Rotation spreads the energy
 #
-# [Lesson 1](1_naive.py) showed keys with a few very strong channels. Such outliers spoil rounding. This lesson removes them with a
-# **rotation**: it turns the vector in its 64-dimensional space. A rotation loses nothing, because turning back gives the same vector.
+# [Lesson 1](1_naive.py) showed keys with a few very strong channels. Such outliers spoil rounding. This lesson
+# removes them with a **rotation**: it turns the vector in its 64-dimensional space. A rotation loses nothing, because
+# turning back gives the same vector.
 
 # %%
 import math
@@ -29,8 +30,8 @@ dim = key.shape[1]
 # %% [markdown]
 # ## The Walsh-Hadamard transform
 #
-# The rotation that we use is a table of plus and minus ones, divided by the square root of its size. It is called the **Walsh-Hadamard
-# transform**. Two steps make it:
+# The rotation that we use is a table of plus and minus ones, divided by the square root of its size. It is called the
+# **Walsh-Hadamard transform**. Two steps make it:
 #
 # 1. Flip the sign of some channels. Which ones is drawn at random once, and never changes.
 # 2. Multiply by the Hadamard matrix. Its rows are orthogonal: any two of them agree in exactly half of the places.
@@ -62,10 +63,14 @@ def draw_hadamard(figure, c):
         axis.axhline(0, color=c.faint, lw=0.8)
 
 
-show(draw_hadamard, "2-hadamard", "A spike times the 8 by 8 Hadamard matrix becomes eight equal small numbers", (8, 2.9))
+show(
+    draw_hadamard, "2-hadamard", "A spike times the 8 by 8 Hadamard matrix becomes eight equal small numbers", (8, 2.9)
+)
 
 # %% [markdown]
-# There is a fast way to compute it: add and subtract pairs, then pairs of pairs, and so on. No multiplication is needed until the end.
+# There is a fast way to compute it: add and subtract pairs, then pairs of pairs, and so on. No multiplication is
+# needed until the end.
+
 
 # %%
 def fast_transform(x: torch.Tensor) -> torch.Tensor:
@@ -82,8 +87,10 @@ def fast_transform(x: torch.Tensor) -> torch.Tensor:
 
 difference = (fast_transform(key) - key @ hadamard_matrix(dim).float() / math.sqrt(dim)).abs().max().item()
 say(
-    f"The fast way takes {dim} x {int(math.log2(dim))} = {dim * int(math.log2(dim))} additions for {dim} channels. The matrix takes "
-    f"{dim} x {dim} = {dim * dim:,} multiplications and additions. Both give the same: the largest difference over the real keys is "
+    f"The fast way takes {dim} x {int(math.log2(dim))} = {dim * int(math.log2(dim))} additions for {dim} channels. "
+    "The matrix takes "
+    f"{dim} x {dim} = {dim * dim:,} multiplications and additions. Both give the same: the largest difference over "
+    "the real keys is "
     f"{difference:.0e}."
 )
 claim(difference < 1e-4)
@@ -98,6 +105,7 @@ rotation = rotation_matrix(dim, seed=0)  # [64, 64]
 rotated = key @ rotation.T
 token = int((key.abs().amax(1) / key.square().mean(1).sqrt()).argsort()[len(key) // 2])
 before, after = key[token], rotated[token]
+
 
 # %% tags=["hide-input"]
 def draw_bars(figure, c):
@@ -125,8 +133,10 @@ table(
     ],
 )  # fmt: skip
 say(
-    "Nothing is lost. Attention only looks at products of queries and keys, and if both are rotated, the products stay the same: "
-    f"the largest relative change over {scores.numel():,} products is {((turned - scores).abs().max() / scores.abs().max()).item():.0e}, "
+    "Nothing is lost. Attention only looks at products of queries and keys, and if both are rotated, the products "
+    "stay the same: "
+    f"the largest relative change over {scores.numel():,} products is "
+    f"{((turned - scores).abs().max() / scores.abs().max()).item():.0e}, "
     "the noise of 32-bit arithmetic."
 )
 claim(((turned - scores).abs().max() / scores.abs().max()) < 1e-5)
@@ -134,10 +144,10 @@ claim(((turned - scores).abs().max() / scores.abs().max()) < 1e-5)
 # %% [markdown]
 # ## Each number becomes nearly Gaussian
 #
-# Divide the key by its length, so that it is a point on a sphere. Rotate it at random. Then each coordinate is a sum of many small
-# random parts, and such sums follow the bell curve. With $d$ channels, the curve is close to $N(0, 1/d)$: mean 0, variance $1/d$. The
-# picture shows the numbers of all keys of this layer, under 32 rotations that are drawn from *all* rotations (`kind="qr"`), and under 32
-# random Walsh-Hadamard rotations.
+# Divide the key by its length, so that it is a point on a sphere. Rotate it at random. Then each coordinate is a sum
+# of many small random parts, and such sums follow the bell curve. With $d$ channels, the curve is close to
+# $N(0, 1/d)$: mean 0, variance $1/d$. The picture shows the numbers of all keys of this layer, under 32 rotations
+# that are drawn from *all* rotations (`kind="qr"`), and under 32 random Walsh-Hadamard rotations.
 
 # %%
 unit = keys.flatten(0, 1)[::4]
@@ -147,6 +157,7 @@ many, walsh = (
     for kind in ("qr", "hadamard")
 )
 limit = 4.5 / math.sqrt(dim)
+
 
 # %% tags=["hide-input"]
 def bell(x: torch.Tensor) -> torch.Tensor:
@@ -172,6 +183,7 @@ def draw_bell(figure, c):
 
 show(draw_bell, "2-bell", "Rotated numbers follow the bell curve with variance 1/64; raw ones do not", (8, 3.6))
 
+
 # %%
 def kurtosis(x: torch.Tensor) -> float:
     """4 moments: 3 for the bell curve, more where there are outliers."""
@@ -184,8 +196,10 @@ table(
     [*((name, dim * x.square().mean().item(), kurtosis(x)) for name, x in rows), ("the bell curve", 1.0, 3.0)],
 )
 say(
-    "The Walsh-Hadamard rotation is the cheap one, and it is not quite as random: what comes from a single strong channel has the same "
-    f"size everywhere and only random signs. Its kurtosis is {kurtosis(walsh):.2f}, below that of the bell curve. For rounding this does "
+    "The Walsh-Hadamard rotation is the cheap one, and it is not quite as random: what comes from a single strong "
+    "channel has the same "
+    f"size everywhere and only random signs. Its kurtosis is {kurtosis(walsh):.2f}, below that of the bell curve. "
+    "For rounding this does "
     "no harm, because there are no outliers."
 )
 claim(kurtosis(unit) > 6, model=True)
@@ -194,15 +208,17 @@ claim(abs(kurtosis(many) - 3) < 0.3 and kurtosis(walsh) < kurtosis(many))
 # %% [markdown]
 # ## Does rounding get better?
 #
-# The same min-max rounding as in lesson 1, with and without the rotation before it. The error is $|x - \hat x|^2 / |x|^2$ over all
-# heads of all layers.
+# The same min-max rounding as in lesson 1, with and without the rotation before it. The error is
+# $|x - \hat x|^2 / |x|^2$ over all heads of all layers.
 
 # %%
 whole = rotation_matrix(dim, seed=0)
 rows = []
 for bits in (4, 3, 2):
     plain = sum(relative_error(k, round_trip(Uniform(bits=bits), k)) for _, k, _ in captured) / len(captured)
-    turned = sum(relative_error(k @ whole.T, round_trip(Uniform(bits=bits), k @ whole.T)) for _, k, _ in captured) / len(captured)
+    turned = sum(
+        relative_error(k @ whole.T, round_trip(Uniform(bits=bits), k @ whole.T)) for _, k, _ in captured
+    ) / len(captured)
     rows.append((bits, plain, turned, plain / turned))
 table(["bits", "error without rotation", "error with rotation", "times less"], rows)
 claim(all(row[3] > 1.3 for row in rows))
@@ -210,8 +226,9 @@ claim(all(row[3] > 1.3 for row in rows))
 # %% [markdown]
 # ## A story from the web: "after the rotation, coordinates are Gaussian and independent"
 #
-# Look again at the sentence above: *under random rotations*. A real cache draws **one** rotation and uses it for every token. If all keys
-# share a common part, then so do all rotated keys. Each coordinate then has its own mean, which is far from 0.
+# Look again at the sentence above: *under random rotations*. A real cache draws **one** rotation and uses it for
+# every token. If all keys share a common part, then so do all rotated keys. Each coordinate then has its own mean,
+# which is far from 0.
 
 # %% tags=["hide-input"]
 alone = rotated / key.norm(dim=1, keepdim=True)
@@ -225,19 +242,27 @@ def draw_one(figure, c):
     axis.plot(x, bell(x), color=c.ink, lw=2)
     mean = alone[:, worst].mean().item()
     top = axis.get_ylim()[1]
-    axis.text(mean, top, f"what it is: coordinate {worst} of {len(key):,} real keys", color=c.orange, ha="center", va="bottom")
+    axis.text(
+        mean, top, f"what it is: coordinate {worst} of {len(key):,} real keys", color=c.orange, ha="center", va="bottom"
+    )
     axis.text(-0.14 if mean > 0 else 0.14, 2.6, "what the\nstory says", ha="right" if mean > 0 else "left")
     axis.set(xlabel="number of a key of length 1, one rotation", yticks=[], xlim=(-limit, limit))
     axis.spines["left"].set_visible(False)
 
 
-show(draw_one, "2-one", "One rotated coordinate over all tokens: a narrow hump far from zero, not the bell curve", (8, 3.0))
+show(
+    draw_one,
+    "2-one",
+    "One rotated coordinate over all tokens: a narrow hump far from zero, not the bell curve",
+    (8, 3.0),
+)
 
 # %%
 shift = (alone.mean(0).abs() / alone.std(0)).median().item()
 shared = [k.mean(1).square().sum().item() / k.square().sum(-1).mean(1).sum().item() for _, k, _ in captured]
 say(
-    f"In this head, the mean of a typical rotated coordinate is {shift:.1f} of its standard deviations away from 0. In the whole model, "
+    f"In this head, the mean of a typical rotated coordinate is {shift:.1f} of its standard deviations away from 0. "
+    "In the whole model, "
     f"{100 * sum(shared) / len(shared):.0f} % of the energy of the keys is one vector that all tokens of a head share. "
     "A rotation turns this vector, but cannot remove it, and we spend bits on it for every token. "
     "[Lesson 6](6_conditioning.py) takes it out first."
@@ -245,5 +270,6 @@ say(
 claim(sum(shared) / len(shared) > 0.3)
 
 # %% [markdown]
-# **What to remember.** A rotation loses nothing and spreads a spike over all channels. One min-max rounding then serves all of them. Since
-# we know the shape of the numbers now, we can do better than evenly spread slots: [lesson 3](3_lloyd_max.py).
+# **What to remember.** A rotation loses nothing and spreads a spike over all channels. One min-max rounding then
+# serves all of them. Since we know the shape of the numbers now, we can do better than evenly spread slots: [lesson
+# 3](3_lloyd_max.py).

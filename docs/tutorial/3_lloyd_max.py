@@ -8,9 +8,9 @@
 # %% [markdown]
 # # 3. Lloyd-Max, and what "PolarQuant" is and is not
 #
-# After a rotation, we know the shape of the numbers before we see them ([lesson 2](2_rotation.py)). So the slots can be placed once, for
-# the known shape, and nothing about them must be stored with the data. This lesson places them, checks the error against theory, and
-# sorts out two names and one number that the web gets wrong.
+# After a rotation, we know the shape of the numbers before we see them ([lesson 2](2_rotation.py)). So the slots can
+# be placed once, for the known shape, and nothing about them must be stored with the data. This lesson places them,
+# checks the error against theory, and sorts out two names and one number that the web gets wrong.
 
 # %%
 import math
@@ -29,11 +29,12 @@ dim = keys.shape[2]
 # %% [markdown]
 # ## Slots where the numbers are
 #
-# A good set of slots has two properties. Each number goes to the nearest slot. Each slot lies at the mean of the numbers that go to it.
-# Repeat these two steps, and the slots move to the best places. This is the **Lloyd-Max** algorithm, from 1957. `lloyd_max` runs it on
-# the exact curve of a rotated coordinate, not on data.
+# A good set of slots has two properties. Each number goes to the nearest slot. Each slot lies at the mean of the
+# numbers that go to it. Repeat these two steps, and the slots move to the best places. This is the **Lloyd-Max**
+# algorithm, from 1957. `lloyd_max` runs it on the exact curve of a rotated coordinate, not on data.
 #
 # Move the slider: each bit doubles the number of slots.
+
 
 # %% tags=["hide-input"]
 def curve(x: torch.Tensor) -> torch.Tensor:
@@ -65,8 +66,13 @@ def draw_levels(bits: int):
     return draw
 
 
-slider([draw_levels(b) for b in range(1, 6)], [f"{b} bit{'s' * (b > 1)}" for b in range(1, 6)], "width of a code", "3-levels",
-       "The curve of a rotated number, cut into slots: narrow where numbers are frequent, wide where they are rare")  # fmt: skip
+slider(
+    [draw_levels(b) for b in range(1, 6)],
+    ["1 bit", "2 bits", "3 bits", "4 bits", "5 bits"],
+    "width of a code",
+    "3-levels",
+    "The curve of a rotated number, cut into slots: narrow where numbers are frequent, wide where they are rare",
+)
 
 # %%
 rows = []
@@ -75,7 +81,8 @@ for bits in range(1, 6):
     rows.append((bits, 2**bits, best, even, f"{100 * (even / best - 1):.0f} %"))
 table(["bits", "slots", "error of Lloyd-Max", "error of the best evenly spaced slots", "more"], rows)
 say(
-    "The slots for the known curve beat even the *best* evenly spaced slots, and by more with more bits. Each further bit divides the error "
+    "The slots for the known curve beat even the *best* evenly spaced slots, and by more with more bits. Each "
+    "further bit divides the error "
     f"by about {rows[2][2] / rows[3][2]:.1f}."
 )
 claim(all(row[2] <= row[3] * 1.0001 for row in rows))
@@ -83,8 +90,9 @@ claim(all(row[2] <= row[3] * 1.0001 for row in rows))
 # %% [markdown]
 # ## The whole method, by hand
 #
-# The paper [TurboQuant](https://arxiv.org/abs/2504.19874) calls this method **TurboQuant_mse**. It has four steps: take the length, rotate,
-# round each number to its slot, store the length and the codes. Here it is by hand, beside the library's quantizer `mse`.
+# The paper [TurboQuant](https://arxiv.org/abs/2504.19874) calls this method **TurboQuant_mse**. It has four steps:
+# take the length, rotate, round each number to its slot, store the length and the codes. Here it is by hand, beside
+# the library's quantizer `mse`.
 
 # %%
 key = keys[lesson.HEAD]
@@ -97,13 +105,17 @@ by_hand = book.decode(codes) * length / math.sqrt(dim) @ rotation
 
 by_library = round_trip(MSE(bits=4, scale="norm"), keys)[lesson.HEAD]
 difference = ((by_hand - by_library).norm() / key.norm()).item()
-say(f"The relative difference between the two is {difference:.1e}. It comes from the length, which the library stores in 16 bits.")
+say(
+    f"The relative difference between the two is {difference:.1e}. It comes from the length, which the library "
+    "stores in 16 bits."
+)
 claim(difference < 1e-3)
 
 # %% [markdown]
 # ## Theory and real keys
 #
 # The paper proves an upper bound for this method, and a lower bound for **any** method of so many bits.
+
 
 # %%
 def measured(quantizer, side: int) -> float:
@@ -122,6 +134,7 @@ table(
     list(zip(widths, lower, exact, on_keys, on_values, upper, strict=True)),
 )
 
+
 # %% tags=["hide-input"]
 def draw_theory(figure, c):
     axis = figure.subplots()
@@ -138,7 +151,9 @@ def draw_theory(figure, c):
     axis.annotate("large dots: real keys", (2, on_keys[1]), xytext=(2.35, 0.27), color=c.blue,
                   arrowprops={"arrowstyle": "-", "color": c.blue})  # fmt: skip
     axis.text(2.35, 0.18, "small dots: real values", color=c.orange)
-    axis.set(yscale="log", xticks=widths, xlabel="bits per number", ylabel="error $|x-\\hat x|^2/|x|^2$", ylim=(0.0025, 1))
+    axis.set(
+        yscale="log", xticks=widths, xlabel="bits per number", ylabel="error $|x-\\hat x|^2/|x|^2$", ylim=(0.0025, 1)
+    )
 
 
 show(draw_theory, "3-theory", "The error of real keys and values lies on the line that theory predicts", (8, 3.8))
@@ -146,7 +161,8 @@ show(draw_theory, "3-theory", "The error of real keys and values lies on the lin
 # %%
 off = max(abs(found / theory - 1) for found, theory in zip(on_keys + on_values, exact * 2, strict=True))
 say(
-    f"Real keys and values differ from the theory by at most {100 * off:.0f} %, and no data was needed to make the slots. "
+    f"Real keys and values differ from the theory by at most {100 * off:.0f} %, and no data was needed to make the "
+    "slots. "
     "The error does not depend on what the model wrote into the cache. This is the strength of the method."
 )
 claim(off < 0.25, model=True)
@@ -154,9 +170,10 @@ claim(off < 0.25, model=True)
 # %% [markdown]
 # ## A story from the web: "TurboQuant is PolarQuant plus QJL"
 #
-# Many posts and some code call the method above "PolarQuant". It is not. **PolarQuant** is [another paper](https://arxiv.org/abs/2502.02617)
-# with another idea. It also rotates first. Then it turns pairs of numbers into an **angle** and a radius, pairs of radii into an angle and
-# a radius, and so on. It rounds the angles. In the method above, there is no angle anywhere: you have just seen all of its steps.
+# Many posts and some code call the method above "PolarQuant". It is not. **PolarQuant** is [another
+# paper](https://arxiv.org/abs/2502.02617) with another idea. It also rotates first. Then it turns pairs of numbers
+# into an **angle** and a radius, pairs of radii into an angle and a radius, and so on. It rounds the angles. In the
+# method above, there is no angle anywhere: you have just seen all of its steps.
 
 # %% tags=["hide-input"]
 four = torch.tensor([3.0, 4.0, 6.0, 8.0])
@@ -191,12 +208,20 @@ def draw_polar(figure, c):
         axis.axis("off")
 
 
-show(draw_polar, "3-polar", "PolarQuant turns four numbers into three angles and a radius; TurboQuant_mse rounds each number alone", (8, 3.2))
+show(
+    draw_polar,
+    "3-polar",
+    "PolarQuant turns four numbers into three angles and a radius; TurboQuant_mse rounds each number alone",
+    (8, 3.2),
+)
 
 # %%
 back = from_polar(radius, angles)
 claim(torch.allclose(back, four, atol=1e-5))
-say(f"The tree can be undone: from the angles and the radius come {', '.join(f'{x:g}' for x in back.round(decimals=4))} again.")
+say(
+    "The tree can be undone: from the angles and the radius come "
+    f"{', '.join(f'{x:g}' for x in back.round(decimals=4))} again."
+)
 
 answers = lesson.answers([lesson.shipped(name) for name in ("paper-mse-3", "polar-4", "paper-mse-4")])
 rows = [
@@ -208,14 +233,22 @@ errors = {name: measured(quantizer, 1) for _, name, quantizer in rows}
 table(
     ["method", "real bits per number", "error of keys", "KL of the model", "same top token"],
     [
-        (title, quantizer.bits_per_channel(dim, 128), errors[name], answers[name]["kl"], f"{100 * answers[name]['top1']:.0f} %")
+        (
+            title,
+            quantizer.bits_per_channel(dim, 128),
+            errors[name],
+            answers[name]["kl"],
+            f"{100 * answers[name]['top1']:.0f} %",
+        )
         for title, name, quantizer in rows
     ],
 )
 real = {name: quantizer.bits_per_channel(dim, 128) for _, name, quantizer in rows}
 say(
-    f"The two are different methods with different results. PolarQuant takes {real['polar-4']:.2f} bits and leaves an error of "
-    f"{errors['polar-4']:.4f}. TurboQuant_mse leaves {errors['paper-mse-3']:.4f} with {real['paper-mse-3']:.2f} bits and "
+    f"The two are different methods with different results. PolarQuant takes {real['polar-4']:.2f} bits and leaves "
+    "an error of "
+    f"{errors['polar-4']:.4f}. TurboQuant_mse leaves {errors['paper-mse-3']:.4f} with {real['paper-mse-3']:.2f} bits "
+    "and "
     f"{errors['paper-mse-4']:.4f} with {real['paper-mse-4']:.2f}. Whoever mixes up the names mixes up these rows."
 )
 claim(errors["paper-mse-4"] < 0.5 * errors["polar-4"])
@@ -224,21 +257,24 @@ claim(real["paper-mse-3"] < real["polar-4"] < real["paper-mse-4"])
 # %% [markdown]
 # ## A story from the web: "2.5 bits"
 #
-# The paper reports results at 2.5 and 3.5 bits. The recipe is: 3 bits for a quarter of the channels (the strong ones), 2 bits for the
-# others. Compute it yourself.
+# The paper reports results at 2.5 and 3.5 bits. The recipe is: 3 bits for a quarter of the channels (the strong
+# ones), 2 bits for the others. Compute it yourself.
 
 # %%
 share = (32 * 3 + 96 * 2) / 128
 real = {d: Outlier(bits=2, outlier_bits=3).bits_per_channel(d, 128) for d in (128, 64)}
 say(
-    f"32 channels of 3 bits and 96 channels of 2 bits are (32 x 3 + 96 x 2) / 128 = **{share:g} bits** of codes, not 2.5. The two groups of "
-    "channels are rotated apart, so each needs a length of its own, which takes 2 x 16 bits per vector. With them, the library counts "
-    f"**{real[128]:g} bits** for heads of 128 channels and **{real[64]:g} bits** for heads of 64. So \"2.5 bits\" is right for 128 channels "
-    "only, and only with the lengths counted. Whoever compares it with codes alone of another method compares two different things."
+    f"32 channels of 3 bits and 96 channels of 2 bits are (32 x 3 + 96 x 2) / 128 = **{share:g} bits** of codes, not "
+    "2.5. The two groups of "
+    "channels are rotated apart, so each needs a length of its own, which takes 2 x 16 bits per vector. With them, "
+    "the library counts "
+    f"**{real[128]:g} bits** for heads of 128 channels and **{real[64]:g} bits** for heads of 64. So the name is right "
+    "for 128 channels only, and only with the lengths counted. Whoever compares it with codes alone of another method compares two "
+    "different things."
 )
 claim(share == 2.25 and real[128] == 2.5 and real[64] == 2.75)
 
 # %% [markdown]
-# **What to remember.** TurboQuant_mse is: rotate, divide by the length, Lloyd-Max slots. It is simple, needs no data and follows its theory.
-# It is not PolarQuant. The paper's second method adds one bit of "QJL", which is said to make it lossless. It makes it worse:
-# [lesson 4](4_qjl.py).
+# **What to remember.** TurboQuant_mse is: rotate, divide by the length, Lloyd-Max slots. It is simple, needs no data
+# and follows its theory. It is not PolarQuant. The paper's second method adds one bit of "QJL", which is said to make
+# it lossless. It makes it worse: [lesson 4](4_qjl.py).

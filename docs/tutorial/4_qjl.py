@@ -8,9 +8,10 @@
 # %% [markdown]
 # # 4. The QJL lesson: unbiased is not better
 #
-# TurboQuant's paper has a second method, **TurboQuant_prod**. It spends one of its bits on a *sketch* of what rounding left over. The sketch
-# is called **QJL** ([its own paper](https://arxiv.org/abs/2406.03482)). The promise: products of queries and keys become right *on average*.
-# This is true. It still makes the model worse. This lesson shows why, because the reason teaches how attention reacts to errors.
+# TurboQuant's paper has a second method, **TurboQuant_prod**. It spends one of its bits on a *sketch* of what
+# rounding left over. The sketch is called **QJL** ([its own paper](https://arxiv.org/abs/2406.03482)). The promise:
+# products of queries and keys become right *on average*. This is true. It still makes the model worse. This lesson
+# shows why, because the reason teaches how attention reacts to errors.
 
 # %%
 import math
@@ -29,9 +30,11 @@ dim = keys.shape[2]
 # %% [markdown]
 # ## The residual and its sketch
 #
-# Rounding turns a key $k$ into $\hat k$ and leaves the **residual** $r = k - \hat k$. Attention needs $q \cdot k = q \cdot \hat k + q \cdot r$.
-# QJL multiplies the residual by a random matrix $S$ and keeps only the **signs**, one bit each, and the length of $r$. From the signs, it
-# estimates $q \cdot r$. The estimate is right on average over all random matrices. But only one matrix is drawn.
+# Rounding turns a key $k$ into $\hat k$ and leaves the **residual** $r = k - \hat k$. Attention needs
+# $q \cdot k = q \cdot \hat k + q \cdot r$. QJL multiplies the residual by a random matrix $S$ and keeps only the
+# **signs**, one bit each, and the length of $r$. From the signs, it estimates $q \cdot r$. The estimate is right on
+# average over all random matrices. But only one matrix is drawn.
+
 
 # %%
 def score_pairs(bits: int) -> dict[str, torch.Tensor]:
@@ -44,6 +47,7 @@ def score_pairs(bits: int) -> dict[str, torch.Tensor]:
 
 
 two = score_pairs(2)
+
 
 # %% tags=["hide-input"]
 def draw_scatter(figure, c):
@@ -60,13 +64,18 @@ def draw_scatter(figure, c):
     axes[0].set_ylabel("score after 2-bit rounding")
 
 
-show(draw_scatter, "4-scatter", "Scores after 2-bit rounding against exact ones: a tight tilted cloud without QJL, a wide one with it", (8, 3.8))
+show(
+    draw_scatter,
+    "4-scatter",
+    "Scores after 2-bit rounding against exact ones: a tight tilted cloud without QJL, a wide one with it",
+    (8, 3.8),
+)
 
 # %% [markdown]
 # ## Bias and variance
 #
-# An error has two parts. The **bias** is what is wrong on average: here, scores that are all a few percent too small. The **variance** is the
-# noise around it. QJL trades one for the other, at equal bits.
+# An error has two parts. The **bias** is what is wrong on average: here, scores that are all a few percent too small.
+# The **variance** is the noise around it. QJL trades one for the other, at equal bits.
 
 # %%
 METHODS = {
@@ -86,8 +95,10 @@ for name, make in METHODS.items():
 table(["method", "bits", "bias of a score", "variance of a score (relative, times d)"], rows)
 say(
     f"At 4 bits, QJL takes the bias from {rows[1][2]} to {rows[5][2]} and multiplies the variance by "
-    f"{noise['prod (with QJL)', 4] / noise['mse', 4]:.1f}. Look at the second method, too: if the key is stored with another **scale** "
-    "($|y|^2/\\langle y, c\\rangle$ in place of the length), the scores are unbiased **without any QJL bit**. A random sketch is not needed "
+    f"{noise['prod (with QJL)', 4] / noise['mse', 4]:.1f}. Look at the second method, too: if the key is stored with "
+    "another **scale** "
+    "($|y|^2/\\langle y, c\\rangle$ in place of the length), the scores are unbiased **without any QJL bit**. A "
+    "random sketch is not needed "
     "for that."
 )
 claim(noise["prod (with QJL)", 4] > 2 * noise["mse", 4])
@@ -98,17 +109,18 @@ claim(noise["prod (with QJL)", 4] > 2 * noise["mse", 4])
 # Attention does not use scores as they are. **Softmax** takes $e^{score}$ and divides by the sum.
 #
 # - If *all* scores are 1 % too small, softmax is a little flatter. That is all.
-# - If *one* score is too large by $n$, its weight is multiplied by $e^n$. Noise does not average out, because a sum of exponentials belongs
-#   to its luckiest members.
+# - If *one* score is too large by $n$, its weight is multiplied by $e^n$. Noise does not average out, because a sum
+#   of exponentials belongs to its luckiest members.
 #
-# The picture shows the strongest eight tokens for one real query, with 3-bit keys. Move the slider to make the scores larger or
-# smaller: models differ in that.
+# The picture shows the strongest eight tokens for one real query, with 3-bit keys. Move the slider to make the scores
+# larger or smaller: models differ in that.
 
 # %%
 three = score_pairs(3)
 weights = three["exact"].softmax(-1)
 query = int((weights.max(-1).values - 0.4).abs().argmin())
 top = three["exact"][query].argsort(descending=True)[:8]
+
 
 # %% tags=["hide-input"]
 def draw_softmax(factor: float):
@@ -125,8 +137,12 @@ def draw_softmax(factor: float):
             axis.set_title(f"{title}: {100 * moved:.0f} % of the attention moved", color=color)
             axis.set(ylim=(0, 100), xticks=[], xlabel="the eight strongest tokens")
         weight = 100 * exact[top[0]].item()
-        axes[0].annotate("black line: exact weight" if c.ink == lesson.THEMES["light"]["ink"] else "white line: exact weight",
-                         (0.48, weight), xytext=(1.6, min(weight + 12, 90)), arrowprops={"arrowstyle": "-", "color": c.ink})  # fmt: skip
+        axes[0].annotate(
+            "line: exact weight",
+            (0.48, weight),
+            xytext=(1.6, min(weight + 12, 90)),
+            arrowprops={"arrowstyle": "-", "color": c.ink},
+        )
         axes[0].set_ylabel("attention weight, %")
 
     return draw
@@ -137,31 +153,33 @@ slider([draw_softmax(f) for f in factors], [f"x {f:g}" for f in factors], "score
        "Attention weights of eight tokens, exact and after rounding with and without QJL", (8, 3.4))  # fmt: skip
 
 # %% [markdown]
-# One query may be luck. Here is the share of attention that goes to the wrong tokens, as a mean over many queries of all layers. The last
-# row makes all exact scores 1 % smaller, which is a pure bias.
+# One query may be luck. Here is the share of attention that goes to the wrong tokens, as a mean over many queries of
+# the whole model. The last row makes all exact scores 1 % smaller, which is a pure bias.
+
 
 # %%
 def moved(change, factor: float) -> float:
-    """Mean share of the attention that moves, over queries that see all tokens (the last quarter)."""
+    """Mean share of the attention that moves."""
     total = []
-    for q, k, _ in captured[:: 1 if lesson.QUICK else 3]:
-        late = q.unflatten(1, (-1, k.shape[1]))[:, :, -(k.shape[1] // 4) :: 8].flatten(1, 2) * (factor / math.sqrt(dim))
-        exact, other = late @ k.transpose(1, 2), change(late, k)
-        total.append((other.softmax(-1) - exact.softmax(-1)).abs().sum(-1).mean().item() / 2)
+    for layer in captured[:: 1 if lesson.QUICK else 3]:
+        q, seen = lesson.late_queries(layer, step=8)
+        exact, found = (lesson.attention(factor * q, k, seen) for k in (layer[1], change(layer[1])))
+        total.append((found - exact).abs().sum(-1).mean().item() / 2)
     return sum(total) / len(total)
 
 
-changes = {
-    name: lambda q, k, make=make: q @ round_trip(make(bits=4), k).transpose(1, 2) for name, make in METHODS.items()
-} | {"exact, all scores 1 % smaller": lambda q, k: 0.99 * (q @ k.transpose(1, 2))}  # fmt: skip
+changes = {name: lambda k, make=make: round_trip(make(bits=4), k) for name, make in METHODS.items()}
+changes["exact, all scores 1 % smaller"] = lambda k: 0.99 * k
 shares = {name: [moved(change, factor) for factor in (0.5, 1.0, 2.0)] for name, change in changes.items()}
 table(
     ["4-bit keys", "scores halved", "scores as they are", "scores doubled"],
     [(name, *(f"{100 * x:.1f} %" for x in found)) for name, found in shares.items()],
 )
 say(
-    f"QJL moves {shares['prod (with QJL)'][1] / shares['mse'][1]:.1f} times as much attention as the same bits without QJL. The pure bias "
-    f"of 1 % moves {100 * shares['exact, all scores 1 % smaller'][1]:.1f} %: that is the error which QJL was meant to repair."
+    f"QJL moves {shares['prod (with QJL)'][1] / shares['mse'][1]:.1f} times as much attention as the same bits "
+    "without QJL. The pure bias "
+    f"of 1 % moves {100 * shares['exact, all scores 1 % smaller'][1]:.1f} %: that is the error which QJL was meant "
+    "to repair."
 )
 claim(shares["prod (with QJL)"][1] > 1.5 * shares["mse"][1])
 claim(shares["exact, all scores 1 % smaller"][1] < 0.5 * shares["mse"][1])
@@ -185,6 +203,7 @@ table(
     ["keys", "real bits", "KL", "same top token"],
     [(name, r["key_bits"], r["kl"], f"{100 * r['top1']:.0f} %") for name, r in answers.items()],
 )
+
 
 # %% tags=["hide-input"]
 def draw_kl(figure, c):
@@ -219,8 +238,8 @@ claim(answers["prod 4, orthogonal sketch"]["kl"] > answers["mse 4"]["kl"], model
 # %% [markdown]
 # ## Others found out the same way: old `turbo4` and new `turbo4`
 #
-# `turbo4` is a cache type of llama.cpp forks. Its first version had QJL (3 bits and 1 bit), for keys and values. Its authors dropped it
-# later. Both are presets of this library, with everything else as it was.
+# `turbo4` is a cache type of llama.cpp forks. Its first version had QJL (3 bits and 1 bit), for keys and values. Its
+# authors dropped it later. Both are presets of this library, with everything else as it was.
 
 # %%
 turbo = lesson.answers([lesson.shipped("old-turbo4"), lesson.shipped("turbo4")])
@@ -228,21 +247,30 @@ table(
     ["cache", "real bits", "KL", "same top token"],
     [(n, (r["key_bits"] + r["value_bits"]) / 2, r["kl"], f"{100 * r['top1']:.0f} %") for n, r in turbo.items()],
 )
-say(f"Without QJL, and with fewer bits in all, the KL is {turbo['old-turbo4']['kl'] / turbo['turbo4']['kl']:.1f} times smaller.")
+say(
+    f"Without QJL, and with fewer bits in all, the KL is {turbo['old-turbo4']['kl'] / turbo['turbo4']['kl']:.1f} "
+    "times smaller."
+)
 claim(turbo["old-turbo4"]["kl"] > 2 * turbo["turbo4"]["kl"], model=True)
 
 # %% [markdown]
 # ## A story from the web: "QJL makes it lossless, with zero overhead"
 #
-# Lossless means that every bit comes back. The table above says how far that is from true. "Unbiased" was read as "without error", but it
-# only means that the errors point in no direction. And the overhead is not zero: the length of the residual is stored, too.
+# Lossless means that every bit comes back. The table above says how far that is from true. "Unbiased" was read as
+# "without error", but it only means that the errors point in no direction. And the overhead is not zero: the length
+# of the residual is stored, too.
 
 # %%
-bits = {name: quantizer.bits_per_channel(dim, 128) for name, quantizer in (("mse", MSE(bits=4)), ("prod", Prod(bits=4)))}
-say(f"Per number, `prod` takes {bits['prod']:.3f} bits where `mse` takes {bits['mse']:.3f}, for heads of {dim} channels.")
+bits = {
+    name: quantizer.bits_per_channel(dim, 128) for name, quantizer in (("mse", MSE(bits=4)), ("prod", Prod(bits=4)))
+}
+say(
+    f"Per number, `prod` takes {bits['prod']:.3f} bits where `mse` takes {bits['mse']:.3f}, for heads of {dim} "
+    "channels."
+)
 claim(bits["prod"] > bits["mse"])
 
 # %% [markdown]
-# **What to remember.** Softmax forgives a common shrinking of all scores and punishes noise. So a method with less variance wins over one
-# without bias. If you want unbiased scores, store another scale.
-# [Lesson 5](5_keys_and_values.py) turns to the other half of the cache.
+# **What to remember.** Softmax forgives a common shrinking of all scores and punishes noise. So a method with less
+# variance wins over one without bias. If you want unbiased scores, store another scale. [Lesson
+# 5](5_keys_and_values.py) turns to the other half of the cache.

@@ -102,6 +102,24 @@ def answers(presets: Sequence[CachePreset]) -> dict[str, dict[str, float]]:
     return {row["preset"]: row for row in rows}
 
 
+def late_queries(layer: Sequence[torch.Tensor], step: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every step-th query of the last half of the tokens, divided by sqrt(d), and which keys each of them may see.
+
+    Returns: float32 [3 KV heads, n, 64], bool [n, tokens].
+    """
+    queries, keys, _ = layer
+    tokens, dim = keys.shape[1:]
+    places = torch.arange(tokens // 2, tokens, step)
+    by_head = queries.unflatten(1, (-1, tokens))[:, :, places]  # [3, query heads, places, 64]
+    seen = (torch.arange(tokens) <= places[:, None]).repeat(by_head.shape[1], 1)
+    return by_head.flatten(1, 2) / dim**0.5, seen
+
+
+def attention(queries: torch.Tensor, keys: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Attention weights [heads, n, tokens] of queries from `late_queries`."""
+    return (queries @ keys.transpose(1, 2)).masked_fill(~seen, -torch.inf).softmax(-1)
+
+
 def round_trip(quantizer, vectors: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
     """Vectors [heads, tokens, channels] through a quantizer and back, in tiles of 128 tokens."""
     return distortion.round_trip(quantizer, vectors, queries)
