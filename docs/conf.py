@@ -58,7 +58,9 @@ linkcheck_anchors = False
 
 def plain_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings here are plain text: make reStructuredText of what it would misread."""
-    out = [""] if what == "property" else []  # else the words before a first colon are taken for a type
+    out = (
+        ["\\ "] if what in ("attribute", "data", "property") else []
+    )  # else the words before a first colon are taken for a type
     inside = False
     for line in lines:
         label = re.match(r"(Returns|Raises|Example|Equivalent to): ?(?=\S)", line)

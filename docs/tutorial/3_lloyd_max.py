@@ -163,7 +163,7 @@ off = max(abs(found / theory - 1) for found, theory in zip(on_keys + on_values, 
 say(
     f"Real keys and values differ from the theory by at most {100 * off:.0f} %, and no data was needed to make the "
     "slots. "
-    "The error does not depend on what the model wrote into the cache. This is the strength of the method."
+    "The error hardly depends on what the model wrote into the cache. This is the strength of the method."
 )
 claim(off < 0.25, model=True)
 
@@ -269,8 +269,8 @@ say(
     "channels are rotated apart, so each needs a length of its own, which takes 2 x 16 bits per vector. With them, "
     "the library counts "
     f"**{real[128]:g} bits** for heads of 128 channels and **{real[64]:g} bits** for heads of 64. So the name is right "
-    "for 128 channels only, and only with the lengths counted. Whoever compares it with codes alone of another method compares two "
-    "different things."
+    "for 128 channels only, and only with the lengths counted. Whoever compares it with codes alone of another "
+    "method compares two different things."
 )
 claim(share == 2.25 and real[128] == 2.5 and real[64] == 2.75)
 

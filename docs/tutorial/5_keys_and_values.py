@@ -94,8 +94,10 @@ def draw_grid(figure, c):
                 axis.add_patch(
                     lesson.Rectangle((v + 0.03, k + 0.03), 0.94, 0.94, facecolor="none", edgecolor=c.ink, lw=2)
                 )
-    axis.set(xlim=(2, 5), ylim=(2, 5), xticks=[w + 0.5 for w in widths], 
-             yticks=[w + 0.5 for w in widths], xticklabels=[f"{w}-bit values" for w in widths], yticklabels=[f"{w}-bit keys" for w in widths])  # fmt: skip
+    middles = [w + 0.5 for w in widths]
+    axis.set(xlim=(2, 5), ylim=(2, 5))
+    axis.set_xticks(middles, [f"{w}-bit values" for w in widths])
+    axis.set_yticks(middles, [f"{w}-bit keys" for w in widths])
     axis.set_title("KL (smaller is better); outlined: three caches of equal size")
     axis.tick_params(length=0)
     for spine in axis.spines.values():
@@ -203,7 +205,7 @@ table(
 )
 say(
     f"This text has only {captured[0][1].shape[1]:,} tokens, so most tiles are near. At a threshold of 0.001, "
-    f"{100 * rows[1][1]:.0f} % of the tiles can be left out for an error of {rows[1][2]:.1g}.."
+    f"{100 * rows[1][1]:.0f} % of the tiles can be left out for an error of {rows[1][2]:.1g}."
 )
 claim(rows[0][2] < 1e-3)
 

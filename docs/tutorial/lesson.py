@@ -33,6 +33,8 @@ from turboquant_hf.evaluation.models import load_model, packaged_text
 QUICK = bool(os.environ.get("TUTORIAL_QUICK"))
 TOKENS = 512 if QUICK else 1024
 """Tokens that the model reads: of the captured keys, and of the window that a cache is measured on."""
+START = 384
+"""Tokens that are read raw and packed then; the answers to what follows are scored."""
 QUICK_LAYERS = 6
 LAYER, HEAD = (2, 0) if QUICK else (10, 1)
 """The head that lessons look at: an ordinary one, with clear outliers."""
@@ -95,10 +97,10 @@ def answers(presets: Sequence[CachePreset]) -> dict[str, dict[str, float]]:
     """Name -> what the model answers through each cache, beside the uncompressed model.
 
     `kl` is the mean KL divergence per token in nats, `top1` the share of tokens with the same most likely successor.
-    The first 256 tokens are read raw and packed then; the rest is scored.
+    What follows the first `START` tokens is scored, while every token is packed before it is read.
     """
     model, _ = model_and_tokenizer()
-    _, rows = fidelity.measure(model, [tokens()], presets)
+    _, rows = fidelity.combine([fidelity.measure_window(model, tokens(), presets, START)])
     return {row["preset"]: row for row in rows}
 
 
