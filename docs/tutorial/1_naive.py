@@ -125,9 +125,7 @@ show(draw_slots, "1-slots", f"One outlier stretches the range, {16 - used} of 16
 # %%
 say(
     f"One number out of 64 decides where all slots lie. {crowd} numbers crowd into 4 slots, and {16 - used} of the "
-    "16 slots "
-    "hold nothing. We pay for 4 bits and get "
-    f"{entropy(nearest):.1f} bits of information."
+    f"16 slots hold nothing. We pay for 4 bits and get {entropy(nearest):.1f} bits of information."
 )
 claim(crowd > 32, model=True)
 
@@ -194,8 +192,7 @@ say(
     f"8 bits are nearly free. From 8 to 4 bits, the KL grows {ratio:,.0f} times. The last row is this library's "
     "preset `k3v3`. It takes "
     f"fewer bits than 4-bit min-max, and its KL is {answers['4-bit min-max']['kl'] / answers['k3v3']['kl']:.1f} "
-    "times smaller. "
-    "The next lessons build it up step by step."
+    "times smaller. The next lessons build it up step by step."
 )
 claim(answers["k3v3"]["kl"] < answers["4-bit min-max"]["kl"] < answers["3-bit min-max"]["kl"], model=True)
 

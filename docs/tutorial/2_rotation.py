@@ -90,8 +90,7 @@ say(
     f"The fast way takes {dim} x {int(math.log2(dim))} = {dim * int(math.log2(dim))} additions for {dim} channels. "
     "The matrix takes "
     f"{dim} x {dim} = {dim * dim:,} multiplications and additions. Both give the same: the largest difference over "
-    "the real keys is "
-    f"{difference:.0e}."
+    f"the real keys is {difference:.0e}."
 )
 claim(difference < 1e-4)
 
@@ -134,10 +133,8 @@ table(
 )  # fmt: skip
 say(
     "Nothing is lost. Attention only looks at products of queries and keys, and if both are rotated, the products "
-    "stay the same: "
-    f"the largest relative change over {scores.numel():,} products is "
-    f"{((turned - scores).abs().max() / scores.abs().max()).item():.0e}, "
-    "the noise of 32-bit arithmetic."
+    f"stay the same: the largest relative change over {scores.numel():,} products is "
+    f"{((turned - scores).abs().max() / scores.abs().max()).item():.0e}, the noise of 32-bit arithmetic."
 )
 claim(((turned - scores).abs().max() / scores.abs().max()) < 1e-5)
 
@@ -199,8 +196,7 @@ say(
     "The Walsh-Hadamard rotation is the cheap one, and it is not quite as random: what comes from a single strong "
     "channel has the same "
     f"size everywhere and only random signs. Its kurtosis is {kurtosis(walsh):.2f}, below that of the bell curve. "
-    "For rounding this does "
-    "no harm, because there are no outliers."
+    "For rounding this does no harm, because there are no outliers."
 )
 claim(kurtosis(unit) > 6, model=True)
 claim(abs(kurtosis(many) - 3) < 0.3 and kurtosis(walsh) < kurtosis(many))
@@ -264,12 +260,11 @@ say(
     f"In this head, the mean of a typical rotated coordinate is {shift:.1f} of its standard deviations away from 0. "
     "In the whole model, "
     f"{100 * sum(shared) / len(shared):.0f} % of the energy of the keys is one vector that all tokens of a head share. "
-    "A rotation turns this vector, but cannot remove it, and we spend bits on it for every token. "
-    "[Lesson 6](6_conditioning.py) takes it out first."
+    "A rotation turns this vector, but cannot remove it, and we spend bits on it for every token."
 )
 claim(sum(shared) / len(shared) > 0.3)
 
 # %% [markdown]
 # **What to remember.** A rotation loses nothing and spreads a spike over all channels. One min-max rounding then
-# serves all of them. Since we know the shape of the numbers now, we can do better than evenly spread slots: [lesson
-# 3](3_lloyd_max.py).
+# serves all of them. Since we know the shape of the numbers now, we can do better than evenly spread slots:
+# [lesson 3](3_lloyd_max.py). What all keys share is taken out in [lesson 6](6_conditioning.py).

@@ -82,8 +82,7 @@ for bits in range(1, 6):
 table(["bits", "slots", "error of Lloyd-Max", "error of the best evenly spaced slots", "more"], rows)
 say(
     "The slots for the known curve beat even the *best* evenly spaced slots, and by more with more bits. Each "
-    "further bit divides the error "
-    f"by about {rows[2][2] / rows[3][2]:.1f}."
+    f"further bit divides the error by about {rows[2][2] / rows[3][2]:.1f}."
 )
 claim(all(row[2] <= row[3] * 1.0001 for row in rows))
 
@@ -162,8 +161,7 @@ show(draw_theory, "3-theory", "The error of real keys and values lies on the lin
 off = max(abs(found / theory - 1) for found, theory in zip(on_keys + on_values, exact * 2, strict=True))
 say(
     f"Real keys and values differ from the theory by at most {100 * off:.0f} %, and no data was needed to make the "
-    "slots. "
-    "The error hardly depends on what the model wrote into the cache. This is the strength of the method."
+    "slots. The error hardly depends on what the model wrote into the cache. This is the strength of the method."
 )
 claim(off < 0.25, model=True)
 
@@ -248,8 +246,7 @@ say(
     f"The two are different methods with different results. PolarQuant takes {real['polar-4']:.2f} bits and leaves "
     "an error of "
     f"{errors['polar-4']:.4f}. TurboQuant_mse leaves {errors['paper-mse-3']:.4f} with {real['paper-mse-3']:.2f} bits "
-    "and "
-    f"{errors['paper-mse-4']:.4f} with {real['paper-mse-4']:.2f}. Whoever mixes up the names mixes up these rows."
+    f"and {errors['paper-mse-4']:.4f} with {real['paper-mse-4']:.2f}. Whoever mixes up the names mixes up these rows."
 )
 claim(errors["paper-mse-4"] < 0.5 * errors["polar-4"])
 claim(real["paper-mse-3"] < real["polar-4"] < real["paper-mse-4"])

@@ -101,8 +101,7 @@ say(
     f"{noise['prod (with QJL)', 4] / noise['mse', 4]:.1f}. Look at the second method, too: if the key is stored with "
     "another **scale** "
     "($|y|^2/\\langle y, c\\rangle$ in place of the length), the scores are unbiased **without any QJL bit**. A "
-    "random sketch is not needed "
-    "for that."
+    "random sketch is not needed for that."
 )
 claim(noise["prod (with QJL)", 4] > 2 * noise["mse", 4])
 

@@ -59,8 +59,7 @@ say(
     f"At 3 bits, a value itself has an error of {own:.3f}, and the output that is made of values has one of "
     f"{rows[1][2]:.3f}. Rounded "
     f"keys leave {rows[1][3]:.1f} times as much. On average, a query spreads its attention over as many tokens as "
-    f"{sum(reach) / len(reach):.0f} "
-    "equally strong ones."
+    f"{sum(reach) / len(reach):.0f} equally strong ones."
 )
 claim(rows[1][3] > 1, model=True)
 
@@ -110,10 +109,7 @@ show(draw_grid, "5-grid", "KL by bits of keys and of values: bits for keys help 
 more_keys, more_values = answers["K4 V2"]["kl"], answers["K2 V4"]["kl"]
 say(
     f"4-bit keys with 2-bit values have a KL of {more_keys:.3f}. The opposite, which takes the same memory, has "
-    f"{more_values:.3f}: "
-    f"{more_values / more_keys:.1f} times more. If a bit is to be saved, save it on the values. (With better keys, "
-    "the balance shifts: in "
-    "[lesson 6](6_conditioning.py) they get more precise at the same size.)"
+    f"{more_values:.3f}: {more_values / more_keys:.1f} times more. If a bit is to be saved, save it on the values."
 )
 claim(more_values > 1.5 * more_keys, model=True)
 
@@ -167,8 +163,7 @@ say(
     f"{boundary['boundary 2']['value_bits'] - boundary['boundary 0']['value_bits']:.2f} bits more per value number. "
     "One more bit for the values of "
     f"**all** layers takes 1 bit more and divides it by {boundary['boundary 0']['kl'] / flat['kl']:.2f}. So compare "
-    "boundary layers with caches "
-    "of their real size, not with the cache without them."
+    "boundary layers with caches of their real size, not with the cache without them."
 )
 claim(boundary["boundary 2"]["kl"] < boundary["boundary 0"]["kl"], model=True)
 
@@ -266,8 +261,7 @@ say(
     "After a rotation, all numbers of a vector have the same size, so small blocks have little to follow. Going "
     "from blocks of 64 to 16 costs "
     f"{rows[1][1] - rows[3][1]:.2f} bits and divides the error of values by {rows[3][3] / rows[1][3]:.2f}. One more "
-    "bit of codes costs 1 bit and "
-    f"divides it by {rows[3][3] / four[1]:.1f}."
+    f"bit of codes costs 1 bit and divides it by {rows[3][3] / four[1]:.1f}."
 )
 claim(four[1] < min(r[3] for r in rows))
 

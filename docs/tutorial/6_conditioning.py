@@ -74,8 +74,7 @@ say(
     f"On average over all layers, the centred keys have only {100 * sum(left) / len(left):.0f} % of the energy. The "
     "rounding error is "
     "proportional to the energy, so it falls by the same factor. The mean costs 16 bits per channel and 128 tokens, "
-    "that is "
-    f"{16 / 128:g} bits per number."
+    f"that is {16 / 128:g} bits per number."
 )
 claim(sum(left) / len(left) < 0.7)
 
@@ -249,8 +248,7 @@ table(
 )
 say(
     f"Together, the steps divide the KL by {answers['mse']['kl'] / answers['groups']['kl']:.1f}. One more bit for "
-    "every number, without these "
-    f"steps, divides it by {answers['mse']['kl'] / answers['mse 4']['kl']:.1f}."
+    f"every number, without these steps, divides it by {answers['mse']['kl'] / answers['mse 4']['kl']:.1f}."
 )
 claim(
     answers["groups"]["kl"] < answers["mse 4"]["kl"] and answers["groups"]["key_bits"] < answers["mse 4"]["key_bits"],
@@ -308,8 +306,7 @@ show(
 say(
     f"With the same bits, the trellis divides the error by {min(gains):.2f} to {max(gains):.2f}. At 3 bits it closes "
     f"{100 * (rows[2][3] - rows[2][2]) / (rows[2][3] - rows[2][1]):.0f} % of the gap between rounding and the limit. "
-    "Decoding takes a few instructions more. "
-    "Encoding needs the search, and is slower."
+    "Decoding takes a few instructions more. Encoding needs the search, and is slower."
 )
 claim(min(gains) > 1.1)
 
@@ -371,8 +368,7 @@ say(
     f"{means['another text (a profile)'] / means['the tokens themselves']:.2f} times as bad as the ideal. Without "
     "any statistics it is "
     f"{means['no statistics (random rotation, centred)'] / means['the tokens themselves']:.2f} times. So order and "
-    "balance belong to the "
-    "**model** more than to the text, and a profile can replace the wait for 256 tokens."
+    "balance belong to the **model** more than to the text, and a profile can replace the wait for 256 tokens."
 )
 claim(means["another text (a profile)"] < means["no statistics (random rotation, centred)"])
 
