@@ -16,9 +16,8 @@
 # %%
 import lesson
 import torch
-from lesson import claim, round_trip, say, show, slider, table
+from lesson import claim, errors, round_trip, say, show, slider, table
 
-from turboquant_hf.evaluation.distortion import errors
 from turboquant_hf.quantizers import MSE, Prod
 
 captured = lesson.captured()

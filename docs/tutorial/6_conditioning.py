@@ -18,9 +18,8 @@ import math
 
 import lesson
 import torch
-from lesson import claim, round_trip, say, show, table
+from lesson import claim, errors, round_trip, say, show, table
 
-from turboquant_hf.evaluation.distortion import errors
 from turboquant_hf.primitives import distortion, lloyd_max, rotation_matrix, trellis_code
 from turboquant_hf.quantizers import MSE, Conditioned
 
@@ -193,76 +192,12 @@ say(
 claim(share[15] > 40)
 
 # %% [markdown]
-# ## All steps on the model
-#
-# Keys have 3 bits on average, values are exact. The scales of conditioned keys take one byte, as in the presets. The
-# first 4 tokens of the text, the *sinks*, stay raw in all rows: they are unlike all other tokens.
-
-# %%
-three_bits = ((0.25, 5), (0.25, 3), (0.5, 2))
-presets = [
-    lesson.preset("mse", MSE(bits=3), sinks=4),
-    lesson.preset("centre", Conditioned(widths=((1.0, 3),), balance="none", scale_format="e3m5"), sinks=4),
-    lesson.preset("balance", Conditioned(widths=((1.0, 3),), scale_format="e3m5"), sinks=4),
-    lesson.preset("groups", Conditioned(widths=three_bits, scale_format="e3m5"), sinks=4),
-    lesson.preset("mse 4", MSE(bits=4), sinks=4),
-]
-answers = lesson.answers(presets)
-LABELS = {
-    "mse": "random rotation alone",
-    "centre": "+ centre",
-    "balance": "+ balance",
-    "groups": "+ groups",
-    "mse 4": "for comparison: random\nrotation alone, 4 bits",
-}
-
-
-# %% tags=["hide-input"]
-def draw_ladder(figure, c):
-    axis = figure.subplots()
-    for i, (name, label) in enumerate(LABELS.items()):
-        kl = answers[name]["kl"]
-        axis.barh(-i, kl, color=c.faint if name.startswith("mse") else c.blue, height=0.7)
-        axis.text(kl, -i, f"  {kl:.3f}", va="center", fontsize=12)
-        axis.text(0, -i, f"{label}  ", va="center", ha="right", fontsize=12)
-    axis.set(
-        yticks=[],
-        xlabel="KL with 3-bit keys (shorter is better)",
-        xlim=(0, 1.15 * max(r["kl"] for r in answers.values())),
-    )
-    axis.spines["left"].set_visible(False)
-
-
-show(
-    draw_ladder,
-    "6-ladder",
-    "Bars of the KL with 3-bit keys: centring, balance and groups each make it smaller",
-    (8, 3.0),
-)
-
-# %%
-named = {LABELS[name].replace("\n", " "): row for name, row in answers.items()}
-table(
-    ["keys", "real bits", "KL", "same top token"],
-    [(name, r["key_bits"], r["kl"], f"{100 * r['top1']:.0f} %") for name, r in named.items()],
-)
-say(
-    f"Together, the steps divide the KL by {answers['mse']['kl'] / answers['groups']['kl']:.1f}. One more bit for "
-    f"every number, without these steps, divides it by {answers['mse']['kl'] / answers['mse 4']['kl']:.1f}."
-)
-claim(
-    answers["groups"]["kl"] < answers["mse 4"]["kl"] and answers["groups"]["key_bits"] < answers["mse 4"]["key_bits"],
-    model=True,
-)
-claim(answers["mse"]["kl"] > 3 * answers["groups"]["kl"], model=True)
-claim(answers["mse"]["kl"] > answers["centre"]["kl"] > answers["balance"]["kl"], model=True)
-
-# %% [markdown]
 # ## Step 4: a trellis instead of rounding
 #
 # Lloyd-Max is the best way to round numbers **one by one**. Several numbers can be coded better together. A *trellis
 # code* has twice as many slots as its bits can name. Which half of them a number may use depends on the codes of its
-# neighbours, and a search finds the best path. `trellis_code` is in the primitives. No preset uses it yet.
+# neighbours, and a search finds the best path. The presets `k4v4-trellis` and
+# `k3v3-trellis` use it.
 
 # %%
 rows, gains = [], []
@@ -309,6 +244,73 @@ say(
     "Decoding takes a few instructions more. Encoding needs the search, and is slower."
 )
 claim(min(gains) > 1.1)
+
+# %% [markdown]
+# ## All steps on the model
+#
+# Keys have 3 bits on average, values are exact. The scales of conditioned keys take one byte, as in the presets. The
+# first 4 tokens of the text, the *sinks*, stay raw in all rows: they are unlike all other tokens.
+
+# %%
+three_bits = ((0.25, 5), (0.25, 3), (0.5, 2))
+presets = [
+    lesson.preset("mse", MSE(bits=3), sinks=4),
+    lesson.preset("centre", Conditioned(widths=((1.0, 3),), balance="none", scale_format="e3m5"), sinks=4),
+    lesson.preset("balance", Conditioned(widths=((1.0, 3),), scale_format="e3m5"), sinks=4),
+    lesson.preset("groups", Conditioned(widths=three_bits, scale_format="e3m5"), sinks=4),
+    lesson.preset("trellis", Conditioned(widths=three_bits, codebook="trellis", scale_format="e3m5"), sinks=4),
+    lesson.preset("mse 4", MSE(bits=4), sinks=4),
+]
+answers = lesson.answers(presets)
+LABELS = {
+    "mse": "random rotation alone",
+    "centre": "+ centre",
+    "balance": "+ balance",
+    "groups": "+ groups",
+    "trellis": "+ trellis",
+    "mse 4": "for comparison: random\nrotation alone, 4 bits",
+}
+
+
+# %% tags=["hide-input"]
+def draw_ladder(figure, c):
+    axis = figure.subplots()
+    for i, (name, label) in enumerate(LABELS.items()):
+        kl = answers[name]["kl"]
+        axis.barh(-i, kl, color=c.faint if name.startswith("mse") else c.blue, height=0.7)
+        axis.text(kl, -i, f"  {kl:.3f}", va="center", fontsize=12)
+        axis.text(0, -i, f"{label}  ", va="center", ha="right", fontsize=12)
+    axis.set(
+        yticks=[],
+        xlabel="KL with 3-bit keys (shorter is better)",
+        xlim=(0, 1.15 * max(r["kl"] for r in answers.values())),
+    )
+    axis.spines["left"].set_visible(False)
+
+
+show(
+    draw_ladder,
+    "6-ladder",
+    "Bars of the KL with 3-bit keys: centring, balance, groups and the trellis each make it smaller",
+    (8, 3.0),
+)
+
+# %%
+named = {LABELS[name].replace("\n", " "): row for name, row in answers.items()}
+table(
+    ["keys", "real bits", "KL", "same top token"],
+    [(name, r["key_bits"], r["kl"], f"{100 * r['top1']:.0f} %") for name, r in named.items()],
+)
+say(
+    f"Together, the steps divide the KL by {answers['mse']['kl'] / answers['trellis']['kl']:.1f}. One more bit for "
+    f"every number, without these steps, divides it by {answers['mse']['kl'] / answers['mse 4']['kl']:.1f}."
+)
+claim(
+    answers["groups"]["kl"] < answers["mse 4"]["kl"] and answers["groups"]["key_bits"] < answers["mse 4"]["key_bits"],
+    model=True,
+)
+claim(answers["mse"]["kl"] > 3 * answers["groups"]["kl"], model=True)
+claim(answers["mse"]["kl"] > answers["centre"]["kl"] > answers["balance"]["kl"], model=True)
 
 # %% [markdown]
 # ## Profiles: statistics from another text
@@ -379,7 +381,7 @@ claim(means["another text (a profile)"] < means["no statistics (random rotation,
 # vector**. Keys are not the worst case. The ladder above is the difference between a guarantee for every input and
 # the best for this one.
 #
-# **What to remember.** Take out what all keys share. Measure keys where queries look. Spend bits on important
-# channels. All three are cheap, need a few hundred tokens, and together matter more than one more bit. You now know
-# all parts of this library's default preset: [quantizers.md](../quantizers.md) describes them briefly, and
-# [usage.md](../usage.md) says how to choose a preset.
+# **What to remember.** Take out what all keys share. Measure keys where queries look. Spend bits on important channels.
+# These three are cheap, need a few hundred tokens, and together matter more than one more bit. You now know all parts
+# of this library's default preset: [quantizers.md](../quantizers.md) describes them briefly, and
+# [choosing.md](../choosing.md) says which preset to take.

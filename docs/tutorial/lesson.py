@@ -27,8 +27,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle  # noqa: F401  (lessons draw with it)
 
 from turboquant_hf import CachePreset, load_preset
-from turboquant_hf.evaluation import distortion, fidelity
-from turboquant_hf.evaluation.models import load_model, packaged_text
+from turboquant_hf.evaluation.harness import fidelity
+from turboquant_hf.evaluation.harness.models import load_model
+from turboquant_hf.evaluation.harness.texts import packaged_text
+from turboquant_hf.evaluation.harness.vectors import capture, errors, round_trip  # noqa: F401  (for lessons)
 
 QUICK = bool(os.environ.get("TUTORIAL_QUICK"))
 TOKENS = 512 if QUICK else 1024
@@ -78,7 +80,7 @@ def captured(part: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tens
     Keys are as attention sees them, position included. Three query heads read each KV head: their queries lie end to
     end, so that they have as many heads as the keys.
     """
-    return distortion.capture(model_and_tokenizer()[0], tokens(part))
+    return capture(model_and_tokenizer()[0], tokens(part))
 
 
 def preset(name: str, keys: Any = "lossless", values: Any = "lossless", **options: Any) -> CachePreset:
@@ -120,11 +122,6 @@ def late_queries(layer: Sequence[torch.Tensor], step: int = 4) -> tuple[torch.Te
 def attention(queries: torch.Tensor, keys: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Attention weights [heads, n, tokens] of queries from `late_queries`."""
     return (queries @ keys.transpose(1, 2)).masked_fill(~seen, -torch.inf).softmax(-1)
-
-
-def round_trip(quantizer, vectors: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
-    """Vectors [heads, tokens, channels] through a quantizer and back, in tiles of 128 tokens."""
-    return distortion.round_trip(quantizer, vectors, queries)
 
 
 def relative_error(vectors: torch.Tensor, decoded: torch.Tensor) -> float:
