@@ -24,7 +24,6 @@ exclude_patterns = ["_build", "conf.py", "figures", "tutorial/lesson.py"]
 
 # Pages
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath", "colon_fence"]
 
 # Lessons: Python files in jupytext's percent format. The cache runs a lesson again only when its cells have changed.
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
@@ -32,7 +31,7 @@ nb_execution_mode = os.environ.get("DOCS_EXECUTION", "cache")
 nb_execution_cache_path = str(HERE / "_build" / "cells")
 nb_execution_timeout = 1200
 nb_execution_raise_on_error = True
-nb_render_markdown_format = "myst"  # tables and formulas in what cells print
+nb_render_markdown_format = "myst"  # tables in what cells print
 nb_output_stderr = "remove"  # on a new machine, the packaged model says there that it is being converted
 
 # API reference. Single backticks in docstrings are code.

@@ -25,6 +25,8 @@ from turboquant_hf.quantizers import Uniform
 captured = lesson.captured()
 queries, keys, values = captured[lesson.LAYER]
 key = keys[lesson.HEAD]  # one head: [tokens, 64 channels]
+
+# %% tags=["remove-input"]
 say(
     f"The model has {len(captured)} layers with {keys.shape[0]} KV heads each. A key has {keys.shape[2]} numbers. "
     f"One token therefore takes {len(captured) * 2 * keys.shape[0] * keys.shape[2] * 2:,} bytes of cache in 16 bit, "
@@ -60,8 +62,8 @@ show(
 )
 
 # %% [markdown]
-# Eight exponent bits can say 256 sizes, from $10^{-38}$ to $10^{38}$. How many of them do keys use? *Entropy* answers
-# this: it is the number of bits that an ideal code would need.
+# Eight exponent bits can say 256 sizes, from 10⁻³⁸ to 10³⁸. How many of them do keys use? *Entropy* answers this: it
+# is the number of bits that an ideal code would need.
 
 
 # %%
@@ -77,6 +79,8 @@ table(
     ["part of the 16 bits", "bits stored", "bits of information"],
     [("sign", 1, entropy(every >> 15)), ("exponent", 8, entropy(exponent)), ("mantissa", 7, entropy(mantissa))],
 )
+
+# %% tags=["remove-input"]
 say(
     f"The exponent field stores 8 bits and holds {entropy(exponent):.1f} bits of information. So even a perfect "
     "**lossless** code that looks at one number at a time could shrink keys only from 16 bits to about "
@@ -87,9 +91,9 @@ claim(entropy(exponent) < 4 and entropy(mantissa) > 6.5)
 # %% [markdown]
 # ## Rounding to 16 slots
 #
-# With 4 bits we can name $2^4 = 16$ **slots**. The obvious way, used by most "int4" caches, is *min-max*: put the
-# first slot on the smallest number of a key, the last slot on the largest, and spread the others evenly. Each number
-# is replaced by the nearest slot. Here are the 64 numbers of one real key.
+# With 4 bits we can name 2⁴ = 16 **slots**. The obvious way, used by most "int4" caches, is *min-max*: put the first
+# slot on the smallest number of a key, the last slot on the largest, and spread the others evenly. Each number is
+# replaced by the nearest slot. Here are the 64 numbers of one real key.
 
 # %% tags=["hide-input"]
 token = int((key.abs().amax(1) / key.abs().median(1).values).argsort()[len(key) // 2])
@@ -122,7 +126,7 @@ def draw_slots(figure, c):
 
 show(draw_slots, "1-slots", f"One outlier stretches the range, {16 - used} of 16 slots stay empty", (8, 2.8))
 
-# %%
+# %% tags=["remove-input"]
 say(
     f"One number out of 64 decides where all slots lie. {crowd} numbers crowd into 4 slots, and {16 - used} of the "
     f"16 slots hold nothing. We pay for 4 bits and get {entropy(nearest):.1f} bits of information."
@@ -160,6 +164,8 @@ ratios = torch.cat(
     [(k.square().mean(1).sqrt().amax(1) / k.square().mean(1).sqrt().median(1).values) for _, k, _ in captured]
 )
 energy = rms.square().sort(descending=True).values
+
+# %% tags=["remove-input"]
 say(
     f"In this head, the strongest channel is {rms.max() / rms.median():.1f} times as large as a typical one, and the "
     "strongest "
@@ -188,6 +194,8 @@ table(
     [(name, (r["key_bits"] + r["value_bits"]) / 2, r["kl"], f"{100 * r['top1']:.0f} %") for name, r in answers.items()],
 )
 ratio = answers["4-bit min-max"]["kl"] / answers["8-bit min-max"]["kl"]
+
+# %% tags=["remove-input"]
 say(
     f"8 bits are nearly free. From 8 to 4 bits, the KL grows {ratio:,.0f} times. The last row is this library's "
     "preset `k3v3`. It takes "
@@ -212,6 +220,8 @@ table(
         for group in (64, 32, 16)
     ],
 )
+
+# %% tags=["remove-input"]
 claim(Uniform(bits=4, group=64).bits_per_channel(64, 128) == 4.5)
 
 # %% [markdown]

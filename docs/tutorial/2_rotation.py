@@ -86,6 +86,8 @@ def fast_transform(x: torch.Tensor) -> torch.Tensor:
 
 
 difference = (fast_transform(key) - key @ hadamard_matrix(dim).float() / math.sqrt(dim)).abs().max().item()
+
+# %% tags=["remove-input"]
 say(
     f"The fast way takes {dim} x {int(math.log2(dim))} = {dim * int(math.log2(dim))} additions for {dim} channels. "
     "The matrix takes "
@@ -131,6 +133,8 @@ table(
          (after.abs().max() / after.square().mean().sqrt()).item()),
     ],
 )  # fmt: skip
+
+# %% tags=["remove-input"]
 say(
     "Nothing is lost. Attention only looks at products of queries and keys, and if both are rotated, the products "
     f"stay the same: the largest relative change over {scores.numel():,} products is "
@@ -142,9 +146,9 @@ claim(((turned - scores).abs().max() / scores.abs().max()) < 1e-5)
 # ## Each number becomes nearly Gaussian
 #
 # Divide the key by its length, so that it is a point on a sphere. Rotate it at random. Then each coordinate is a sum
-# of many small random parts, and such sums follow the bell curve. With $d$ channels, the curve is close to
-# $N(0, 1/d)$: mean 0, variance $1/d$. The picture shows the numbers of all keys of this layer, under 32 rotations
-# that are drawn from *all* rotations (`kind="qr"`), and under 32 random Walsh-Hadamard rotations.
+# of many small random parts, and such sums follow the bell curve. With *d* channels, the curve is close to N(0, 1/d):
+# mean 0, variance 1/d. The picture shows the numbers of all keys of this layer, under 32 rotations that are drawn
+# from *all* rotations (`kind="qr"`), and under 32 random Walsh-Hadamard rotations.
 
 # %%
 unit = keys.flatten(0, 1)[::4]
@@ -192,6 +196,8 @@ table(
     ["", "variance, times d", "kurtosis (outliers make it large)"],
     [*((name, dim * x.square().mean().item(), kurtosis(x)) for name, x in rows), ("the bell curve", 1.0, 3.0)],
 )
+
+# %% tags=["remove-input"]
 say(
     "The Walsh-Hadamard rotation is the cheap one, and it is not quite as random: what comes from a single strong "
     "channel has the same "
@@ -205,7 +211,7 @@ claim(abs(kurtosis(many) - 3) < 0.3 and kurtosis(walsh) < kurtosis(many))
 # ## Does rounding get better?
 #
 # The same min-max rounding as in lesson 1, with and without the rotation before it. The error is
-# $|x - \hat x|^2 / |x|^2$ over all heads of all layers.
+# |x - x'|² / |x|², where x' is the rounded vector, over all heads of all layers.
 
 # %%
 whole = rotation_matrix(dim, seed=0)
@@ -217,6 +223,8 @@ for bits in (4, 3, 2):
     ) / len(captured)
     rows.append((bits, plain, turned, plain / turned))
 table(["bits", "error without rotation", "error with rotation", "times less"], rows)
+
+# %% tags=["remove-input"]
 claim(all(row[3] > 1.3 for row in rows))
 
 # %% [markdown]
@@ -256,6 +264,8 @@ show(
 # %%
 shift = (alone.mean(0).abs() / alone.std(0)).median().item()
 shared = [k.mean(1).square().sum().item() / k.square().sum(-1).mean(1).sum().item() for _, k, _ in captured]
+
+# %% tags=["remove-input"]
 say(
     f"In this head, the mean of a typical rotated coordinate is {shift:.1f} of its standard deviations away from 0. "
     "In the whole model, "
@@ -266,5 +276,5 @@ claim(sum(shared) / len(shared) > 0.3)
 
 # %% [markdown]
 # **What to remember.** A rotation loses nothing and spreads a spike over all channels. One min-max rounding then
-# serves all of them. Since we know the shape of the numbers now, we can do better than evenly spread slots:
-# [lesson 3](3_lloyd_max.py). What all keys share is taken out in [lesson 6](6_conditioning.py).
+# serves all of them. Since we know the shape of the numbers now, we can do better than evenly spread slots: [lesson
+# 3](3_lloyd_max.py). What all keys share is taken out in [lesson 6](6_conditioning.py).

@@ -80,6 +80,8 @@ for bits in range(1, 6):
     best, even = distortion(lloyd_max(bits, dim), dim), distortion(uniform(bits, dim), dim)
     rows.append((bits, 2**bits, best, even, f"{100 * (even / best - 1):.0f} %"))
 table(["bits", "slots", "error of Lloyd-Max", "error of the best evenly spaced slots", "more"], rows)
+
+# %% tags=["remove-input"]
 say(
     "The slots for the known curve beat even the *best* evenly spaced slots, and by more with more bits. Each "
     f"further bit divides the error by about {rows[2][2] / rows[3][2]:.1f}."
@@ -104,6 +106,8 @@ by_hand = book.decode(codes) * length / math.sqrt(dim) @ rotation
 
 by_library = round_trip(MSE(bits=4, scale="norm"), keys)[lesson.HEAD]
 difference = ((by_hand - by_library).norm() / key.norm()).item()
+
+# %% tags=["remove-input"]
 say(
     f"The relative difference between the two is {difference:.1e}. It comes from the length, which the library "
     "stores in 16 bits."
@@ -150,15 +154,15 @@ def draw_theory(figure, c):
     axis.annotate("large dots: real keys", (2, on_keys[1]), xytext=(2.35, 0.27), color=c.blue,
                   arrowprops={"arrowstyle": "-", "color": c.blue})  # fmt: skip
     axis.text(2.35, 0.18, "small dots: real values", color=c.orange)
-    axis.set(
-        yscale="log", xticks=widths, xlabel="bits per number", ylabel="error $|x-\\hat x|^2/|x|^2$", ylim=(0.0025, 1)
-    )
+    axis.set(yscale="log", xticks=widths, xlabel="bits per number", ylabel="error of the vectors", ylim=(0.0025, 1))
 
 
 show(draw_theory, "3-theory", "The error of real keys and values lies on the line that theory predicts", (8, 3.8))
 
 # %%
 off = max(abs(found / theory - 1) for found, theory in zip(on_keys + on_values, exact * 2, strict=True))
+
+# %% tags=["remove-input"]
 say(
     f"Real keys and values differ from the theory by at most {100 * off:.0f} %, and no data was needed to make the "
     "slots. The error hardly depends on what the model wrote into the cache. This is the strength of the method."
@@ -242,6 +246,8 @@ table(
     ],
 )
 real = {name: quantizer.bits_per_channel(dim, 128) for _, name, quantizer in rows}
+
+# %% tags=["remove-input"]
 say(
     f"The two are different methods with different results. PolarQuant takes {real['polar-4']:.2f} bits and leaves "
     "an error of "
@@ -260,6 +266,8 @@ claim(real["paper-mse-3"] < real["polar-4"] < real["paper-mse-4"])
 # %%
 share = (32 * 3 + 96 * 2) / 128
 real = {d: Outlier(bits=2, outlier_bits=3).bits_per_channel(d, 128) for d in (128, 64)}
+
+# %% tags=["remove-input"]
 say(
     f"32 channels of 3 bits and 96 channels of 2 bits are (32 x 3 + 96 x 2) / 128 = **{share:g} bits** of codes, not "
     "2.5. The two groups of "

@@ -27,10 +27,10 @@ dim = keys.shape[2]
 # %% [markdown]
 # ## The residual and its sketch
 #
-# Rounding turns a key $k$ into $\hat k$ and leaves the **residual** $r = k - \hat k$. Attention needs
-# $q \cdot k = q \cdot \hat k + q \cdot r$. QJL multiplies the residual by a random matrix $S$ and keeps only the
-# **signs**, one bit each, and the length of $r$. From the signs, it estimates $q \cdot r$. The estimate is right on
-# average over all random matrices. But only one matrix is drawn.
+# Rounding turns a key k into k' and leaves the **residual** r = k - k'. Attention needs q·k = q·k' + q·r. QJL
+# multiplies the residual by a random matrix S and keeps only the **signs**, one bit each, and the length of r. From
+# the signs, it estimates q·r. The estimate is right on average over all random matrices. But only one matrix is
+# drawn.
 
 
 # %%
@@ -95,11 +95,14 @@ for name, make in METHODS.items():
         noise[name, bits] = spread
         rows.append((name, bits, f"{100 * bias:+.1f} %", spread))
 table(["method", "bits", "bias of a score", "variance of a score (relative, times d)"], rows)
+
+# %% tags=["remove-input"]
 say(
     f"At 4 bits, QJL takes the bias from {rows[1][2]} to {rows[5][2]} and multiplies the variance by "
     f"{noise['prod (with QJL)', 4] / noise['mse', 4]:.1f}. Look at the second method, too: if the key is stored with "
     "another **scale** "
-    "($|y|^2/\\langle y, c\\rangle$ in place of the length), the scores are unbiased **without any QJL bit**. A "
+    "(|y|² / (y·c) instead of |y|, where y is the rotated key and c its slots), the scores are unbiased **without "
+    "any QJL bit**. A "
     "random sketch is not needed for that."
 )
 claim(noise["prod (with QJL)", 4] > 2 * noise["mse", 4])
@@ -107,15 +110,15 @@ claim(noise["prod (with QJL)", 4] > 2 * noise["mse", 4])
 # %% [markdown]
 # ## Softmax forgives bias and amplifies noise
 #
-# Attention does not use scores as they are. **Softmax** takes $e^{score}$ and divides by the sum.
+# Attention does not use scores as they are. **Softmax** takes e to the power of each score and divides by the sum.
 #
 # - If *all* scores are 1 % too small, softmax is a little flatter. That is all.
-# - If *one* score is too large by $n$, its weight is multiplied by $e^n$. Noise does not average out, because a sum
-#   of exponentials belongs to its luckiest members.
+# - If *one* score is too large by n, its weight is multiplied by eⁿ. Noise does not average out, because a sum of
+#   exponentials belongs to its luckiest members.
 #
-# The picture shows the strongest eight tokens for one real query, with 3-bit keys. (Of the queries that give one token
-# a quarter to two thirds of their attention, it is the one with the median damage by QJL.) Move the slider to make the
-# scores larger or smaller: models differ in that.
+# The picture shows the strongest eight tokens for one real query, with 3-bit keys. (Of the queries that give one
+# token a quarter to two thirds of their attention, it is the one with the median damage by QJL.) Move the slider to
+# make the scores larger or smaller: models differ in that.
 
 # %%
 three = score_pairs(3)
@@ -180,6 +183,8 @@ table(
     ["4-bit keys", "scores halved", "scores as they are", "scores doubled"],
     [(name, *(f"{100 * x:.1f} %" for x in found)) for name, found in shares.items()],
 )
+
+# %% tags=["remove-input"]
 say(
     f"QJL moves {shares['prod (with QJL)'][1] / shares['mse'][1]:.1f} times as much attention as the same bits "
     "without QJL. The pure bias "
@@ -227,7 +232,7 @@ def draw_kl(figure, c):
 
 show(draw_kl, "4-model", "KL of the model: one bit of QJL beside one more ordinary bit", (8, 2.2))
 
-# %%
+# %% tags=["remove-input"]
 say(
     "Compare the bars. Take keys with 3 ordinary bits and spend one more bit. As an ordinary bit, it divides the KL by "
     f"{answers['mse 3']['kl'] / answers['mse 4']['kl']:.1f}. As QJL, it "
@@ -252,6 +257,8 @@ table(
     ["cache", "real bits", "KL", "same top token"],
     [(n, (r["key_bits"] + r["value_bits"]) / 2, r["kl"], f"{100 * r['top1']:.0f} %") for n, r in turbo.items()],
 )
+
+# %% tags=["remove-input"]
 say(
     f"Without QJL, and with fewer bits in all, the KL is {turbo['old-turbo4']['kl'] / turbo['turbo4']['kl']:.1f} "
     "times smaller."
@@ -269,6 +276,8 @@ claim(turbo["old-turbo4"]["kl"] > 2 * turbo["turbo4"]["kl"], model=True)
 bits = {
     name: quantizer.bits_per_channel(dim, 128) for name, quantizer in (("mse", MSE(bits=4)), ("prod", Prod(bits=4)))
 }
+
+# %% tags=["remove-input"]
 say(
     f"Per number, `prod` takes {bits['prod']:.3f} bits where `mse` takes {bits['mse']:.3f}, for heads of {dim} "
     "channels."

@@ -27,11 +27,12 @@ dim = captured[0][1].shape[2]
 # %% [markdown]
 # ## Two different jobs
 #
-# One step of attention is: $\text{output} = \sum_i p_i\, v_i$ with $p = \text{softmax}(q \cdot k_i)$.
+# One step of attention is: output = p₁v₁ + p₂v₂ + ..., where the weights p are the softmax of the scores q·k₁, q·k₂,
+# ....
 #
 # - An error in a **key** changes a score. Softmax turns it into a factor on the weight, and other tokens get read.
-# - An error in a **value** is multiplied by $p_i$ and added to the errors of the other tokens. These are independent,
-#   so they partly **cancel**.
+# - An error in a **value** is multiplied by its weight and added to the errors of the other tokens. These are
+#   independent, so they partly **cancel**.
 #
 # The cell below rounds only the keys, or only the values, and looks at the error of the output, over every third
 # layer.
@@ -55,6 +56,8 @@ for bits in (2, 3, 4):
 table(["bits", "error of the output, keys rounded", "error of the output, values rounded", "keys / values"], rows)
 
 own = sum(relative_error(v, round_trip(MSE(bits=3, scale="norm-corrected"), v)) for _, _, v in captured) / len(captured)
+
+# %% tags=["remove-input"]
 say(
     f"At 3 bits, a value itself has an error of {own:.3f}, and the output that is made of values has one of "
     f"{rows[1][2]:.3f}. Rounded "
@@ -107,6 +110,8 @@ show(draw_grid, "5-grid", "KL by bits of keys and of values: bits for keys help 
 
 # %%
 more_keys, more_values = answers["K4 V2"]["kl"], answers["K2 V4"]["kl"]
+
+# %% tags=["remove-input"]
 say(
     f"4-bit keys with 2-bit values have a KL of {more_keys:.3f}. The opposite, which takes the same memory, has "
     f"{more_values:.3f}: {more_values / more_keys:.1f} times more. If a bit is to be saved, save it on the values."
@@ -140,6 +145,8 @@ table(
         )
     ],
 )
+
+# %% tags=["remove-input"]
 claim(sum(shared_part(k) for _, k, _ in captured) > 1.5 * sum(shared_part(v) for _, _, v in captured))
 
 # %% [markdown]
@@ -157,6 +164,8 @@ table(
     [(name.split()[1], r["value_bits"], r["kl"]) for name, r in boundary.items()],
 )
 flat = answers["K4 V3"]
+
+# %% tags=["remove-input"]
 say(
     f"Two layers at each end divide the KL by {boundary['boundary 0']['kl'] / boundary['boundary 2']['kl']:.2f} and "
     "take "
@@ -170,9 +179,9 @@ claim(boundary["boundary 2"]["kl"] < boundary["boundary 0"]["kl"], model=True)
 # %% [markdown]
 # ## Sparse V: values that need not be read
 #
-# A weight of $10^{-6}$ contributes nothing that one could notice. If all weights of a **tile** (here 128 tokens) are
-# so small, its values need not be read at all. This saves no memory. It saves time, because decoding a token is
-# mostly reading.
+# A weight of 10⁻⁶ contributes nothing that one could notice. If all weights of a **tile** (here 128 tokens) are so
+# small, its values need not be read at all. This saves no memory. It saves time, because decoding a token is mostly
+# reading.
 
 
 # %%
@@ -198,6 +207,8 @@ table(
     ["threshold (of the largest weight)", "tiles left out", "error of the output"],
     [(t, f"{100 * share:.0f} %", error) for t, share, error in rows],
 )
+
+# %% tags=["remove-input"]
 say(
     f"This text has only {captured[0][1].shape[1]:,} tokens, so most tiles are near. At a threshold of 0.001, "
     f"{100 * rows[1][1]:.0f} % of the tiles can be left out for an error of {rows[1][2]:.1g}."
@@ -257,6 +268,8 @@ table(
     ["block", "real bits", "error of keys", "error of values"],
     [*rows, ("64, 4-bit codes", flat4.bits_per_channel(dim, 128), *four)],
 )
+
+# %% tags=["remove-input"]
 say(
     "After a rotation, all numbers of a vector have the same size, so small blocks have little to follow. Going "
     "from blocks of 64 to 16 costs "
@@ -273,6 +286,8 @@ claim(four[1] < min(r[3] for r in rows))
 
 # %%
 same = {name: answers[name]["kl"] for name in ("K4 V2", "K3 V3", "K2 V4")}
+
+# %% tags=["remove-input"]
 say(
     "Their KLs are "
     + ", ".join(f"{kl:.3f} (`{name}`)" for name, kl in same.items())

@@ -69,6 +69,8 @@ left = [
     ).item()
     for _, k, _ in captured
 ]
+
+# %% tags=["remove-input"]
 say(
     f"On average over all layers, the centred keys have only {100 * sum(left) / len(left):.0f} % of the energy. The "
     "rounding error is "
@@ -100,15 +102,17 @@ table(
         for name, quantizer in (("random rotation alone (mse)", MSE(bits=4)), ("centred", flat))
     ],
 )
+
+# %% tags=["remove-input"]
 claim(attention_moved(key + 4 * constant, MSE(bits=4)) > 2 * attention_moved(key + 4 * constant, flat))
 
 # %% [markdown]
 # ## Step 2: balance
 #
-# What matters is the error of $q \cdot k$, not of $k$. If queries hardly look at a channel, precision there is
-# wasted. A rotation spreads the error evenly over all channels, strong queries or not. So multiply channel $i$ of the
-# keys by $s_i$ and divide the queries by it: the products stay the same. The error of the products is least when keys
-# and queries are **equally strong** in each channel: $s_i = \sqrt{\text{rms}(q_i) / \text{rms}(k_i)}$.
+# What matters is the error of q·k, not of k. If queries hardly look at a channel, precision there is wasted. A
+# rotation spreads the error evenly over all channels, strong queries or not. So multiply channel i of the keys by a
+# number sᵢ and divide the queries by it: the products stay the same. The error of the products is least when keys and
+# queries are **equally strong** in each channel: sᵢ = √(rms(qᵢ) / rms(kᵢ)).
 
 # %% tags=["hide-input"]
 rms_q, rms_k = query.square().mean(0).sqrt(), centred.square().mean(0).sqrt()
@@ -143,15 +147,17 @@ show(
 
 # %%
 gain = ((rms_q**2).sum() * (rms_k**2).sum() / (rms_q * rms_k).sum() ** 2).item()
+
+# %% tags=["remove-input"]
 say(f"For this head, theory says that the balance divides the squared error of the scores by {gain:.2f}.")
 claim(gain > 1)
 
 # %% [markdown]
 # ## Step 3: group
 #
-# After the balance, channels still differ in importance, $\text{rms}(q_i) \cdot \text{rms}(k_i)$. Sort them, give the
-# important ones more bits and the others fewer, and rotate each group for itself. The preset `k3v3` has 5 bits for
-# the first quarter, 3 for the second and 2 for the rest, which makes 3 bits on average.
+# After the balance, channels still differ in importance, rms(qᵢ) · rms(kᵢ). Sort them, give the important ones more
+# bits and the others fewer, and rotate each group for itself. The preset `k3v3` has 5 bits for the first quarter, 3
+# for the second and 2 for the rest, which makes 3 bits on average.
 
 # %% tags=["hide-input"]
 importance = (rms_q * rms_k).sort(descending=True).values
@@ -184,7 +190,7 @@ show(
     (8, 3.0),
 )
 
-# %%
+# %% tags=["remove-input"]
 say(
     f"In this head, the first quarter of the channels carries {share[15]:.0f} % of what scores are made of (energy), "
     f"the last half {100 - share[31]:.0f} %."
@@ -196,8 +202,7 @@ claim(share[15] > 40)
 #
 # Lloyd-Max is the best way to round numbers **one by one**. Several numbers can be coded better together. A *trellis
 # code* has twice as many slots as its bits can name. Which half of them a number may use depends on the codes of its
-# neighbours, and a search finds the best path. The presets `k4v4-trellis` and
-# `k3v3-trellis` use it.
+# neighbours, and a search finds the best path. The presets `k4v4-trellis` and `k3v3-trellis` use it.
 
 # %%
 rows, gains = [], []
@@ -237,7 +242,7 @@ show(
     (8, 3.2),
 )
 
-# %%
+# %% tags=["remove-input"]
 say(
     f"With the same bits, the trellis divides the error by {min(gains):.2f} to {max(gains):.2f}. At 3 bits it closes "
     f"{100 * (rows[2][3] - rows[2][2]) / (rows[2][3] - rows[2][1]):.0f} % of the gap between rounding and the limit. "
@@ -301,6 +306,8 @@ table(
     ["keys", "real bits", "KL", "same top token"],
     [(name, r["key_bits"], r["kl"], f"{100 * r['top1']:.0f} %") for name, r in named.items()],
 )
+
+# %% tags=["remove-input"]
 say(
     f"Together, the steps divide the KL by {answers['mse']['kl'] / answers['trellis']['kl']:.1f}. One more bit for "
     f"every number, without these steps, divides it by {answers['mse']['kl'] / answers['mse 4']['kl']:.1f}."
@@ -363,7 +370,7 @@ for (q, k, _), (other_q, other_k, _) in zip(captured, other, strict=True):
 means = {name: sum(x) / len(x) for name, x in found.items()}
 table(["order and balance from", "error of the scores"], list(means.items()))
 
-# %%
+# %% tags=["remove-input"]
 say(
     f"The first 256 tokens are {means['the first 256 tokens of this text'] / means['the tokens themselves']:.2f} "
     "times, and another text is "
@@ -381,7 +388,7 @@ claim(means["another text (a profile)"] < means["no statistics (random rotation,
 # vector**. Keys are not the worst case. The ladder above is the difference between a guarantee for every input and
 # the best for this one.
 #
-# **What to remember.** Take out what all keys share. Measure keys where queries look. Spend bits on important channels.
-# These three are cheap, need a few hundred tokens, and together matter more than one more bit. You now know all parts
-# of this library's default preset: [quantizers.md](../quantizers.md) describes them briefly, and
+# **What to remember.** Take out what all keys share. Measure keys where queries look. Spend bits on important
+# channels. These three are cheap, need a few hundred tokens, and together matter more than one more bit. You now know
+# all parts of this library's default preset: [quantizers.md](../quantizers.md) describes them briefly, and
 # [choosing.md](../choosing.md) says which preset to take.
