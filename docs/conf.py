@@ -47,6 +47,7 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"turboquant_hf {__version__}"
 html_copy_source = False
+html_show_copyright = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0969da", "color-brand-content": "#0969da"},
     "dark_css_variables": {"color-brand-primary": "#58a6ff", "color-brand-content": "#58a6ff"},
