@@ -146,8 +146,8 @@ class PackedCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Upstream's answer, spelled out: compilers that trace this cannot follow `super()` (torch 2.11)."""
-        return bool(self.layers) and not self.recorded and all(layer.is_compileable for layer in self.layers)
+        """Upstream's answer, spelled out: torch 2.11 can trace neither `super()` nor `bool` of a list here."""
+        return len(self.layers) > 0 and not self.recorded and all(layer.is_compileable for layer in self.layers)
 
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
