@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +221,8 @@ def quantizer_from(data: str | Mapping[str, Any] | Quantizer, role: str) -> Quan
     kind = QUANTIZERS[data["quantizer"]]
     allowed = {f.name for f in fields(kind)}
     check_keys(f"{role} ({kind.name})", options, allowed)
-    for option in fields(kind):
-        _check_option(f"{role} ({kind.name})", option, options.get(option.name, option.default))
-    if role == "values" and "channel_major" in allowed:
-        options.setdefault("channel_major", True)
-    return kind(**options)
+    kind.check_options(f"{role} ({kind.name})", options)
+    return kind(**{**kind.options_for(role), **options})
 
 
 def quantizer_data(quantizer: Quantizer) -> dict[str, Any]:
@@ -256,21 +253,6 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-OPTION_TYPES = {"bool": (bool, "true, false"), "int": (int, "whole numbers"), "str": (str, "text")}
-
-
-def _check_option(owner: str, option: Field, value: Any) -> None:
-    """Types of a quantizer's options; their ranges are its own business."""
-    if option.type in OPTION_TYPES:
-        kind, allowed = OPTION_TYPES[option.type]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ValueError(f"{owner}: {option.name}={shown(value)} is not supported; allowed: {allowed}")
-    elif option.name == "widths":
-        pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)
-        if not pairs or any(isinstance(x, bool) or not isinstance(x, (int, float)) for pair in value for x in pair):
-            raise ValueError(f"{owner}: widths={shown(value)} is not supported; allowed: pairs of [fraction, bits]")
-
-
 def _described(value: Any) -> str:
     """A field's value in a label: a quantizer by its name and the options that are not its defaults."""
     if isinstance(value, tuple):
@@ -280,6 +262,7 @@ def _described(value: Any) -> str:
         return ", ".join(f"{role}={_described(q)}" for role, q in vars(value).items() if q is not None)
     if not isinstance(value, Quantizer):
         return repr(value)
-    changed = (f for f in fields(value) if getattr(value, f.name) != f.default and f.name != "channel_major")
+    implied = {name for role in ("keys", "values") for name in type(value).options_for(role)}
+    changed = (f for f in fields(value) if getattr(value, f.name) != f.default and f.name not in implied)
     options = ", ".join(f"{f.name}={getattr(value, f.name)}" for f in changed)
     return f"{value.name}({options})" if options else value.name

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, ClassVar
 
 import torch
+
+from turboquant_hf.checks import shown
+
+OPTION_TYPES = {"bool": (bool, "true, false"), "int": (int, "whole numbers"), "str": (str, "text")}
 
 State = dict[str, torch.Tensor]
 Packed = dict[str, torch.Tensor]
@@ -40,6 +44,20 @@ class Quantizer(ABC):
 
     marks_infinity: ClassVar[bool] = False
     """Whether an infinity needs no care before `encode`: it counts as a NaN there, or is kept."""
+
+    @classmethod
+    def check_options(cls, owner: str, options: dict[str, Any]) -> None:
+        """Raise ValueError that begins with `owner` for an option of a wrong type; the constructor checks ranges."""
+        for option in fields(cls):
+            if option.name in options and option.type in OPTION_TYPES:
+                value, (kind, allowed) = options[option.name], OPTION_TYPES[option.type]
+                if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                    raise ValueError(f"{owner}: {option.name}={shown(value)} is not supported; allowed: {allowed}")
+
+    @classmethod
+    def options_for(cls, role: str) -> dict[str, Any]:
+        """Options that a preset need not name, since its side, "keys" or "values", implies them."""
+        return {}
 
     def validate(self, head_dim: int, tile: int) -> None:  # noqa: B027  (a hook with an empty default)
         """Raise ValueError where this quantizer cannot serve heads of `head_dim` channels in tiles of `tile`."""

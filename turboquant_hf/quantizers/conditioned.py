@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from turboquant_hf.checks import shown
 from turboquant_hf.kernels.codes import HALF_MAX
 from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.kernels.dispatch import balance_channels, tile_energy, tile_mean
@@ -46,6 +47,14 @@ class Conditioned(RotatedQuantizer):
     widths: tuple[tuple[float, int], ...] = ((1.0, 4),)
     center: bool = True
     balance: str = "query"
+
+    @classmethod
+    def check_options(cls, owner: str, options: dict[str, Any]) -> None:
+        super().check_options(owner, options)
+        value = options.get("widths", ())
+        pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)
+        if not pairs or any(isinstance(x, bool) or not isinstance(x, (int, float)) for pair in value for x in pair):
+            raise ValueError(f"{owner}: widths={shown(value)} is not supported; allowed: pairs of [fraction, bits]")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -71,6 +71,10 @@ class RotatedQuantizer(Quantizer):
     seed: int = 0
     per_head: bool = False
     channel_major: bool = False
+
+    @classmethod
+    def options_for(cls, role: str) -> dict[str, Any]:
+        return {"channel_major": True} if role == "values" else {}
 
     def __post_init__(self) -> None:
         check_choice(self.name, "scale", self.scale, SCALE_RULES)
