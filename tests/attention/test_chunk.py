@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
-from tests.generation.families import FAMILIES, available, build, prompt
+from tests.support.families import FAMILIES, available, build, prompt
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import chunk, dense, packed, turboquant_mask
 from turboquant_hf.attention.chunk import attend, chunk_attention, merge, plain_attend, tensor_parts

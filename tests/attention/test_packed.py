@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.generation.families import FAMILIES, build, prompt
+from tests.support.families import FAMILIES, build, prompt
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import packed
 from turboquant_hf.kernels.decode import reference

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from tests.cache.tagged import Lossless, Tagged
+from tests.support.tagged import Lossless, Tagged
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.cache.measuring import MeasuringLayer
 from turboquant_hf.cache.offload import Offloader

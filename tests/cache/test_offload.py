@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from tests.cache.test_serialization import feed
-from tests.generation.families import FAMILIES, available, build, prompt
+from tests.support.families import FAMILIES, available, build, prompt
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.cache.offload import HostTileStore, Offloader
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig, DynamicCache
 
-from tests.generation.families import FAMILIES, available, build, prompt
+from tests.support.families import FAMILIES, available, build, prompt
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 from turboquant_hf.config import BOUNDARY_VALUES, load_preset
 

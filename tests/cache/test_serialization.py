@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Gemma2Config, LlamaConfig
 
-from tests.generation.families import FAMILIES, available, build, prompt
+from tests.support.families import FAMILIES, available, build, prompt
 from turboquant_hf import CacheFileError, CachePreset, TurboQuantCache, load_preset, preset_names
 from turboquant_hf.cache import serialization
 

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.cache.tagged import Lossless, Tagged
+from tests.support.tagged import Lossless, Tagged
 from turboquant_hf.cache import TurboQuantLayer, serialization
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.config import CachePreset

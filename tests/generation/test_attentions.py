@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from tests.generation.families import FAMILIES, build
+from tests.support.families import FAMILIES, build
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, restore_attention
 from turboquant_hf.attention import dense, forward, packed
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from tests.conftest import make_llama
-from tests.generation.tensor_parallel import NEW, PROMPT, TILES
+from tests.support.tensor_parallel import NEW, PROMPT, TILES
 from turboquant_hf import TurboQuantCache
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from tests.generation.families import FAMILIES, VOCAB, available, build
+from tests.support.families import FAMILIES, VOCAB, available, build
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, load_preset, preset_names
 from turboquant_hf.cache.base import raw_nbytes
 from turboquant_hf.cache.estimate import MemoryPlan, longest_context

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.generation.families import FAMILIES, Family, available, build, own_attention, prompt
+from tests.support.families import FAMILIES, Family, available, build, own_attention, prompt
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.cache import TurboQuantLayer
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from transformers import DynamicCache, StaticCache
 
-from tests.generation.families import FAMILIES, MLA, Family, available, build, prompt
+from tests.support.families import FAMILIES, MLA, Family, available, build, prompt
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 from turboquant_hf.cache import messages
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
-from tests.generation.families import FAMILIES, build
+from tests.support.families import FAMILIES, build
 from turboquant_hf import TurboQuantCache
 
 TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.generation.families import FAMILIES, available, build, prompt
+from tests.support.families import FAMILIES, available, build, prompt
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 
 TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}

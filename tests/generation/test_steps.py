@@ -15,8 +15,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from tests.conftest import make_llama
-from tests.generation.families import FAMILIES, available
-from tests.generation.graphs_by_family import TILES, examine, watched
+from tests.support.families import FAMILIES, available
+from tests.support.graphs_by_family import TILES, examine, watched
 from turboquant_hf import TurboQuantCache
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

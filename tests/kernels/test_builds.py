@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.names import kernels_by_name
+
 from .conftest import INTERPRETED
-from .names import kernels_by_name
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not built")
 
@@ -42,7 +43,7 @@ def test_no_run_time_number_is_specialised():
 def test_no_length_builds_a_kernel_anew():
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.builds"],
+        [sys.executable, "-m", "tests.support.builds"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,

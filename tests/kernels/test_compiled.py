@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.names import kernels_by_name
 from turboquant_hf.kernels.decode.cuda import kernel, source, support
 
 from .conftest import INTERPRETED
-from .names import kernels_by_name
 from .test_cuda import KEYS, groups_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="a compiler's work")]
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="a compil
 def test_triton_kernels_compile(capability, tmp_path):
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiling", str(capability)],
+        [sys.executable, "-m", "tests.support.compiling", str(capability)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)},
         cwd=Path(__file__).parents[2],
         capture_output=True,

@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.support.cases import attend, attention_inputs, moved, starting_at
 from turboquant_hf.kernels.append import reference as append_reference
 from turboquant_hf.kernels.decode import reference
 from turboquant_hf.kernels.decode.inputs import RawTokens
-
-from .cases import attend, attention_inputs, moved, starting_at
 
 TILE, RING = 32, 96
 

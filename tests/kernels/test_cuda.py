@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.support.cases import attend_parts
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import load_preset, preset_names
 from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, tile_bytes
@@ -20,8 +21,6 @@ from turboquant_hf.kernels.decode.cuda.arguments import FIELDS, Arguments, decla
 from turboquant_hf.kernels.decode.reference import decode_attention
 from turboquant_hf.primitives import grid, rotation_matrix
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
-
-from .cases import attend_parts
 
 TILE = 128
 KEYS = {

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.support.cases import PLACES, attend, attention_inputs, groups_of, moved, starting_at, uniform, with_a_nan
 from turboquant_hf.kernels.decode import reference
-
-from .cases import PLACES, attend, attention_inputs, groups_of, moved, starting_at, uniform, with_a_nan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.support.cases import PLACES, attend, attention_inputs, groups_of, moved, starting_at, uniform, with_a_nan
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import cpu, reference
 from turboquant_hf.primitives import grid
 
-from .cases import PLACES, attend, attention_inputs, groups_of, moved, starting_at, uniform, with_a_nan
 from .test_counts import in_buffers
 from .test_decode_attention import CHANNEL_GROUPS, SHAPES
 

@@ -10,10 +10,10 @@ from importlib import import_module
 import pytest
 import torch
 
+from tests.support.cases import attend, attention_inputs
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import cpu, cuda, reference
 
-from .cases import attend, attention_inputs
 from .conftest import INTERPRETED
 
 

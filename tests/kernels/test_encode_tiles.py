@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.support.cases import groups_of
 from turboquant_hf.kernels.codes import TileCoding, tile_bytes
 from turboquant_hf.kernels.encode import reference
 from turboquant_hf.primitives import grid, polynomial, rotation_matrix, unpack
-
-from .cases import groups_of
 
 
 @pytest.fixture

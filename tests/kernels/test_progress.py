@@ -120,7 +120,7 @@ def test_every_triton_kernel_is_announced():
 REAL = """
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from tests.kernels.compiling import CompilerOnly
+from tests.support.compiling import CompilerOnly
 from turboquant_hf.kernels import progress
 from turboquant_hf.kernels.statistics.triton import _add_kernel
 import torch

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.cases import attention_inputs, groups_of
 from turboquant_hf.kernels.codes import TileCoding, from_words, group_places, load_scale, tile_bytes, to_words
 from turboquant_hf.kernels.encode import reference
 from turboquant_hf.kernels.encode.reference import decode_rotated
 from turboquant_hf.primitives import Trellis, grid, rotation_matrix, trellis_code, unpack_words
 
-from .cases import attention_inputs, groups_of
 from .conftest import INTERPRETED
 from .test_decode_attention import check
 

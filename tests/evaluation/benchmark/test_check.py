@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.evaluation.benchmark.toys import CPU, toy
+from tests.support.toys import CPU, toy
 from turboquant_hf.evaluation.benchmark import caches, check, model
 from turboquant_hf.evaluation.benchmark.steps import Stepper
 from turboquant_hf.evaluation.benchmark.timing import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from tests.evaluation.benchmark.toys import PRESET, TOY
+from tests.support.toys import PRESET, TOY
 from turboquant_hf import cli
 from turboquant_hf.evaluation.benchmark import settings, table
 from turboquant_hf.evaluation.benchmark.plot import plot_level

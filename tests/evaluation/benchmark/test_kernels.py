@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.evaluation.benchmark.toys import CPU, PRESET, toy
+from tests.support.toys import CPU, PRESET, toy
 from turboquant_hf.config import load_preset
 from turboquant_hf.evaluation.benchmark import encode, kernels
 from turboquant_hf.evaluation.benchmark.data import Source, packed_layer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.evaluation.benchmark.toys import CPU, PRESET, TOY, toy
+from tests.support.toys import CPU, PRESET, TOY, toy
 from turboquant_hf.evaluation.benchmark import caches, model, turns
 
 

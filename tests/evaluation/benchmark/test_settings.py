@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tests.evaluation.benchmark.toys import TOY, toy
+from tests.support.toys import TOY, toy
 from turboquant_hf.config import load_preset
 from turboquant_hf.evaluation.benchmark import caches, settings
 from turboquant_hf.evaluation.benchmark.calls import VARIANTS

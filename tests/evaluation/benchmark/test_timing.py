@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.evaluation.benchmark.toys import CPU
+from tests.support.toys import CPU
 from turboquant_hf.config import load_preset
 from turboquant_hf.evaluation.benchmark.data import Source, packed_layer, tile_nbytes
 from turboquant_hf.evaluation.benchmark.timing import (

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for a GPU that this machine need not have: `python -m tests.kernels.compiling CAPABILITY`.
+"""Compiles Triton kernels for a GPU that this machine need not have: `python -m tests.support.compiling CAPABILITY`.
 
 Layers of several presets run on CPU tensors with every launch replaced by a compilation, so that what they compute is
 nonsense: only what the compiler says counts. Prints each kernel's name and how often it was compiled, as JSON.

@@ -1,4 +1,4 @@
-"""Random use of one cache for a long time: `python -m tests.generation.soak [STEPS] [PRESET] [ATTENTION] [offload]`.
+"""Random use of one cache for a long time: `python -m tests.support.soak [STEPS] [PRESET] [ATTENTION] [offload]`.
 
 Decode steps, chat turns, rejected candidates, crops, beam reorders and resets with other batches, on a tiny model. At
 checkpoints the next logits are compared with those of a fresh cache that reads the same tokens in one piece; at every

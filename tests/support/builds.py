@@ -1,4 +1,4 @@
-"""What Triton would build in conversations of many lengths: `python -m tests.kernels.builds`, for a CPU alone.
+"""What Triton would build in conversations of many lengths: `python -m tests.support.builds`, for a CPU alone.
 
 Conversations run on CPU tensors. A launch computes the key of its build, as Triton does, and goes no further. The
 first conversations of a shape may build; the key of every later launch must be among theirs. Prints JSON:
@@ -64,13 +64,12 @@ class Builds:
 BUILDS = Builds()
 JITFunction._do_compile = lambda kernel, *build: BUILDS.note(kernel, *build)  # before the kernels wrap it
 
+from tests.support.compiling import CompilerOnly  # noqa: E402
 from turboquant_hf.cache import TurboQuantLayer  # noqa: E402
 from turboquant_hf.config import load_preset  # noqa: E402
 from turboquant_hf.kernels import dispatch  # noqa: E402
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring  # noqa: E402
 from turboquant_hf.kernels.encode import triton as encode_triton  # noqa: E402
-
-from .compiling import CompilerOnly  # noqa: E402
 
 
 class Conversation:

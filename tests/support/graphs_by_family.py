@@ -1,6 +1,6 @@
 """Which model families decode by recorded steps, and why the others do not.
 
-`python -m tests.generation.graphs_by_family`, on a GPU, prints the table of docs/graphs.md.
+`python -m tests.support.graphs_by_family`, on a GPU, prints the table of docs/graphs.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tests.generation.families import FAMILIES, Family, available, build, prompt
+from tests.support.families import FAMILIES, Family, available, build, prompt
 from turboquant_hf.cache import messages
 from turboquant_hf.generation import recorders
 
