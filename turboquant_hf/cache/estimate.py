@@ -281,7 +281,7 @@ def _fill_raw(layer: Any, keys: torch.Tensor, values: torch.Tensor, last: int) -
             layer.update(keys[:, :, part], values[:, :, part])
 
 
-@lru_cache
+@lru_cache(maxsize=256)
 def _learned(quantizer: Quantizer, head_dim: int, tile: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """What a quantizer learns per sequence and head: name -> shape and dtype."""
     state = quantizer.fit(torch.zeros(1, 1, 1, tile, head_dim), torch.ones(1, 1, tile), None)

@@ -56,7 +56,7 @@ def _run(config: PreTrainedConfig, dtype: torch.dtype) -> list[Any]:
     return cache.layers
 
 
-@lru_cache
+@lru_cache(maxsize=256)
 def cache_parameter(kind: type) -> str:
     """The first of `CACHE_ARGUMENTS` that the forward of a class of models takes: `cache` from transformers 5.24 on."""
     taken = inspect.signature(kind.forward).parameters

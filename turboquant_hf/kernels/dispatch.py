@@ -35,19 +35,16 @@ __all__ = [
     "on_device", "prepared_decode", "query_energy", "tile_energy", "tile_mean", "unavailable", "unread_tiles",
 ]  # fmt: skip
 
-FAST: dict[str, tuple[Callable[..., Any], str]] = {}
-"""name -> the reference, and the module whose function of this name is its Triton version."""
-
 
 def _by_backend(
     reference: Callable[..., Any], module: str, tensor: Callable[[Any], torch.Tensor] = lambda first: first
 ) -> Callable[..., Any]:
     """`reference`, or its Triton version in `module`, on the device of `tensor(first argument)`.
 
-    The CUDA C++ backend is for decode attention only and leaves these to Triton.
+    The result names that module, in full, as its attribute `fast`. The CUDA C++ backend is for decode attention only
+    and leaves these to Triton.
     """
     name, fast = reference.__name__, f"turboquant_hf.kernels.{module}"
-    FAST[name] = reference, fast
 
     @wraps(reference)
     def call(first: Any, *arguments: Any, **options: Any) -> Any:
@@ -56,6 +53,7 @@ def _by_backend(
         with on_device(device):
             return function(first, *arguments, **options)
 
+    call.fast = fast
     return call
 
 
