@@ -114,13 +114,13 @@ def to_words(x: torch.Tensor, channel_major: bool) -> torch.Tensor:
     """Values of one group, [..., T, C] with T a multiple of 32, as words in the order of the trellis: [..., W, 32]."""
     *lead, tile, size = x.shape
     if channel_major:
-        places = x.transpose(-1, -2).reshape(*lead, -1, 2, 2, 8)
+        places = x.transpose(-1, -2).reshape(*lead, tile * size // WORD, 2, 2, 8)
     else:
         x = x.reshape(*lead, tile // 32, 8, 2, 2, 4, size // 4)
         first = len(lead)
         order = (*range(first), first, first + 2, first + 4, first + 1, first + 3, first + 5)
         places = x.permute(order).reshape(*lead, tile // 4, size // 8, WORD).transpose(-2, -3)
-        places = places.reshape(*lead, -1, 2, 2, 8)
+        places = places.reshape(*lead, tile * size // WORD, 2, 2, 8)
     return places.permute(*range(places.dim() - 3), -1, -2, -3).flatten(-3)
 
 

@@ -161,10 +161,12 @@ def decode_rotated(
     row_bytes = sum(packed_size(group.size, group.bits) for group in groups if not group.in_words)
     for index, (group, (start, size)) in enumerate(zip(groups, group_places(groups, tile, channel_major), strict=True)):
         if group.in_words:
-            words = unpack_words(codes[..., start : start + size].unflatten(-1, (-1, 4 * group.bits)), group.bits)
+            words = unpack_words(
+                codes[..., start : start + size].unflatten(-1, (size // (4 * group.bits), 4 * group.bits)), group.bits
+            )
             level = from_words(group.codebook.decode(words), tile, group.size, channel_major)
         elif channel_major:
-            rows = codes[..., start : start + size].reshape(*lead, group.size, -1)
+            rows = codes[..., start : start + size].reshape(*lead, group.size, size // group.size)
             level = group.codebook.decode(unpack(rows, group.bits, tile).transpose(-1, -2))
         else:
             rows = codes[..., : tile * row_bytes].reshape(*lead, tile, row_bytes)[..., start : start + size]
