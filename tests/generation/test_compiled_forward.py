@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from turboquant_hf import TurboQuantStaticCache
+from turboquant_hf.cache import traced
 
 PROMPT, ANSWER = 40, 24
 PRESETS = {
@@ -91,3 +92,13 @@ def test_early_initialization_may_itself_be_compiled(model):
     cache = fresh(model)
     start(cache, torch.zeros(1))
     assert_same(greedy(model, cache), greedy(model, fresh(model)))
+
+
+def test_what_is_stored_outlives_the_tensors_of_compiled_code(model):
+    """A compiler uses their memory again as soon as the op is done; a long block must have been copied by then."""
+    layer = TurboQuantStaticCache(model.config, max_cache_len=1024).layers[0]
+    given = torch.randn(2, 2, 2, 900, 32)
+    new = given.clone()
+    traced.append(*new, layer.token)
+    new.zero_()
+    assert torch.equal(layer.keys[:, :, :900], given[0]) and torch.equal(layer.values[:, :, :900], given[1])

@@ -51,8 +51,11 @@ def length(token: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @host_op("append")
 def append(keys: torch.Tensor, values: torch.Tensor, token: torch.Tensor) -> None:
-    """Store new keys [B, H, q, D] and values [B, H, q, Dv]."""
-    layer_of(token).append(keys, values)
+    """Store new keys [B, H, q, D] and values [B, H, q, Dv].
+
+    Copies: a layer may keep a long block as it came, and compiled code uses the memory of its tensors again.
+    """
+    layer_of(token).append(keys.clone(), values.clone())
 
 
 @host_op("dense")
