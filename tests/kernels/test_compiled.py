@@ -74,6 +74,18 @@ CASES = {  # keys, bits of values, head dim, bytes that may spill
     "sparse-d128": ("k5/3", 4, 128, 64),
     "matrices-d64": ("k5/3", 4, 64, 0),
     "wide-d128": ("k5/3", 4, 128, 256),
+    "k4v4-trellis-d64": ("5/w3", "w4", 64, 0),
+    "k4v4-trellis-d96": ("5/w3", "w4", 96, 0),
+    "k4v4-trellis-d128": ("5/w3", "w4", 128, 0),
+    "k4v4-trellis-d256": ("5/w3", "w4", 256, 32),
+    "k3v3-trellis-d64": ("5/w3/w2", "w3", 64, 0),
+    "k3v3-trellis-d128": ("5/w3/w2", "w3", 128, 0),
+    "k3v3-trellis-d256": ("5/w3/w2", "w3", 256, 32),
+    "words-d256": ("w4/w2", "w2", 256, 32),
+    "words-and-rows-d64": ("w4/w1/3", "w1", 64, 0),
+    "wide-trellis-d128": ("5/w3", "w4", 128, 64),
+    "wide-trellis-d256": ("5/w3/w2", "w3", 256, 64),
+    "sparse-trellis-d128": ("5/w3/w2", "w3", 128, 0),
 }
 
 

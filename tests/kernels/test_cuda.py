@@ -19,7 +19,7 @@ from turboquant_hf.kernels.decode import History, PackedSide, RawTokens, Scoring
 from turboquant_hf.kernels.decode.cuda import driver, geometry, kernel, source, support, workspace
 from turboquant_hf.kernels.decode.cuda.arguments import FIELDS, Arguments, declaration
 from turboquant_hf.kernels.decode.reference import decode_attention
-from turboquant_hf.primitives import grid, rotation_matrix
+from turboquant_hf.primitives import grid, rotation_matrix, trellis_code
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 TILE = 128
@@ -30,12 +30,18 @@ KEYS = {
     "k4/2/1": ((0.125, 4), (0.625, 2), (0.25, 1)),
     "k8": ((1.0, 8),),
     "mixed": ((0.25, 5), (0.5, 3), (0.25, 2)),  # a group that does not begin at a multiple of its size
+    "5/w3": ((0.5, 5), (0.5, "w3")),  # "w": along a trellis, in words
+    "5/w3/w2": ((0.25, 5), (0.25, "w3"), (0.5, "w2")),
+    "w4/w2": ((0.5, "w4"), (0.5, "w2")),
+    "w4/w1/3": ((0.25, "w4"), (0.25, "w1"), (0.5, 3)),
+    "w3": ((1.0, "w3"),),
 }
 
 
 def groups_of(dim: int, widths) -> tuple[CodeGroup, ...]:
+    """Groups of (share of the channels, bits), where bits like "w3" are those of a trellis."""
     sizes = [(round(share * dim), bits) for share, bits in widths]
-    return tuple(CodeGroup(n, grid(bits, n)) for n, bits in sizes)
+    return tuple(CodeGroup(n, trellis_code(int(b[1:]), n) if isinstance(b, str) else grid(b, n)) for n, b in sizes)
 
 
 def side(
@@ -115,6 +121,9 @@ def check(given, **options):
     [
         ("k5/3", 4, 128), ("k5/3/2", 3, 128), ("k8", 8, 128), ("k4/2/1", 2, 128), ("k5/3", 2, 64), ("k5/3/2", 5, 64),
         ("k5/3", 4, 96), ("k8", 3, 96), ("k4", 4, 256), ("k4/2/1", 2, 256),
+        ("5/w3", "w4", 64), ("5/w3", "w4", 96), ("5/w3", "w4", 128), ("5/w3", "w4", 256), ("5/w3/w2", "w3", 64),
+        ("5/w3/w2", "w3", 128), ("5/w3/w2", "w3", 256), ("w4/w2", "w2", 128), ("w4/w1/3", "w1", 64), ("w3", "w1", 256),
+        ("k5/3", "w2", 64), ("k8", "w4", 128),
     ],
 )  # fmt: skip
 def test_cuda_decode_attention(keys, values, dim, extra, rows, dtype):
@@ -169,7 +178,10 @@ def test_softcap_is_exact_where_scores_are_large():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("keys", "values", "dim"), [("k8", 8, 64), ("k5/3", 4, 128), ("k8", 8, 128), ("k5/3", 4, 256)])
+@pytest.mark.parametrize(
+    ("keys", "values", "dim"),
+    [("k8", 8, 64), ("k5/3", 4, 128), ("k8", 8, 128), ("k5/3", 4, 256), ("5/w3", "w4", 128), ("5/w3/w2", "w3", 256)],
+)
 @pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
 def test_blocks_of_cards_with_less_shared_memory(keys, values, dim, rows, monkeypatch):
     """99 KB, as compute capability 8.6, 8.9 and 12.0 have: as few as two warps a block."""
@@ -234,9 +246,10 @@ def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
-def test_sparse_v_changes_little(rows):
+@pytest.mark.parametrize(("keys", "values"), [("k5/3", 4), ("5/w3/w2", "w3")])
+def test_sparse_v_changes_little(keys, values, rows):
     """Unlikely tiles among random ones: leaving them out does not show, at 1e-30 least of all."""
-    given = arguments("k5/3", 4, 128, rows, torch.float16, tiles=70)
+    given = arguments(keys, values, 128, rows, torch.float16, tiles=70)
     given[0][:] = given[0][:, :: rows[0]].repeat_interleave(rows[0], dim=1)
     given[1].mean.mul_(20)
     cuda.unread_tiles()
@@ -282,7 +295,17 @@ def test_a_token_that_holds_nan_says_so(which):
 def test_words_are_read_at_multiples_of_four(widths, dim, served):
     groups = groups_of(dim, widths)
     assert all(support.row_fits(group.size, group) for group in groups)
-    assert support.in_words(groups) == served
+    assert support.begin_at_words(groups) == served
+
+
+def test_words_that_no_lane_multiplies_are_refused():
+    """A table holds the levels of 4 bits of a trellis, and words of keys are for the tokens of words of values."""
+    (narrow,), (wide,) = groups_of(64, ((1.0, "w4"),)), groups_of(64, ((1.0, "w5"),))
+    assert support.row_fits(64, narrow) and not support.row_fits(64, wide)
+    assert support.values_fit(groups_of(64, ((1.0, "w1"),))[0]) and not support.values_fit(wide)
+    rows = groups_of(64, ((1.0, 4),))
+    assert support.owns_tokens(rows, rows[0]) and support.owns_tokens(rows, narrow)
+    assert support.owns_tokens((narrow,), narrow) and not support.owns_tokens((*rows, narrow), rows[0])
 
 
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
@@ -299,7 +322,8 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
     query, raw = torch.randn(1, 4, 1, dim), [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
     history = History(*sides, *raw, layer.sinks.starts)
     assert cuda.supports(query, history, Scoring(1.0)) == "the query is not on a CUDA device"
-    served = {16: "", 64: "k4v4 k4v3 k4v2 k3v3 k3v2 k8v4", 80: "", 96: "k4v4 k4v3 k4v2 k8v4"}
+    served = {16: "", 80: "", 96: "k4v4 k4v3 k4v2 k8v4 k4v4-trellis"}
+    served[64] = served[96] + " k3v3 k3v2 k3v3-trellis"
     served[128] = served[256] = served[64] + " k2v2"
     monkeypatch.setattr(support, "shape_of", lambda *given: None)
     monkeypatch.setattr(kernel, "failure", lambda shape, device: None)
@@ -310,7 +334,7 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
 
 @pytest.mark.parametrize("limit", [99, 163, 227])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
-@pytest.mark.parametrize(("keys", "values"), [("k5/3", 4), ("k5/3/2", 2), ("k8", 8)])
+@pytest.mark.parametrize(("keys", "values"), [("k5/3", 4), ("k5/3/2", 2), ("k8", 8), ("5/w3/w2", "w3"), ("w3", "w1")])
 @pytest.mark.parametrize("option", ["plain", "wide", "sparse"])
 def test_blocks_are_whole_teams(option, keys, values, dim, limit):
     keys, (values,) = (support.described(groups_of(dim, x)) for x in (KEYS[keys], ((1.0, values),)))
@@ -345,7 +369,7 @@ def test_levels_as_bytes(bits):
     """What levels.cuh makes of a code, permutation by permutation: the codebook's step, a constant away."""
     ((_, _, unit, steps),) = support.described((CodeGroup(128, grid(bits, 128)),))
     assert torch.allclose(unit * (torch.tensor(steps) + 0.5), grid(bits, 128).tensor())
-    table = source.level_bytes(bits, steps)
+    table = source.level_bytes(steps)
     for code, step in enumerate(steps):
         if bits == 8:
             byte = code

@@ -34,7 +34,9 @@ struct TileCopies {
         if (tile < w.tiles) {
             const i64 slot = (i64)w.bh * w.a.capacity + tile;
             const u8* codes = w.a.key_codes + slot * KEY_BLOCK;
-            copy_block<KEY_BLOCK, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, codes, w.member, policy);
+            constexpr int ROWS = 128 * KEY_ROW_BYTES;
+            if constexpr (ROWS > 0) copy_block<ROWS, OWN_TOKENS * KEY_ROW_BYTES, KEY_PAD>(key_room, codes, w.member, policy);
+            if constexpr (KEY_WORD_BYTES > 0) copy_block<KEY_WORD_BYTES>(key_room + KEY_ROWS, codes + ROWS, w.member, policy);
             copy_block<KEY_SCALES>(key_room + KEY_CODES, w.a.key_scales + slot * KEY_SCALES, w.member, policy);
             if (HAS_MEAN) copy_block<2 * D>(key_room + KEY_CODES + KEY_SCALES, w.a.key_means + slot * 2 * D, w.member, policy);
         }

@@ -28,7 +28,8 @@
 //     (left operand: the lane's part t of both rows of codes, as it was loaded; right operand: part t of column g)
 //
 // - Levels are bytes (codebooks with a unit), so both products run in the integer matrix units.
-// - No code is converted: one byte permutation looks four levels up.
+// - No code is converted: one byte permutation looks four levels up. Codes of a trellis become level numbers first, 32 at
+//   a time (words.cuh).
 // - Queries and probabilities are 15-bit fixed point. The high and low byte fill neighbouring columns of a product.
 // - Accumulators start at the bit pattern of 1.5 * 2^23, so that sums come back as floats.
 // - K (16 tokens x 32 channels) and V^T (16 channels x 32 tokens) are the left operands.
@@ -116,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
         copies.all_but_newest_arrived();
         u32 p[OWN_UNITS][NT];
         sums.code_probabilities(p, scores, fade, queries, own.value_scales);
-        sums.add(p, fade, queries, own.values, w.t);
+        sums.add(p, fade, queries, own.values, w);
         w.team_sync();
         if (!SPARSE) copies.values(tile + copies.stride);
     }

@@ -1,8 +1,15 @@
 // Sizes that follow from the constants of source.py, and the block's shared memory.
 
-template <int G> using KeyRow = Row<KEY_SIZE[G], KEY_BITS[G]>;
+// A group is one of a trellis where its levels have a bit more than its codes.
+__host__ __device__ constexpr bool key_words(int group) { return KEY_LEVEL_BITS[group] > KEY_BITS[group]; }
+constexpr bool VALUE_WORDS = VALUE_LEVEL_BITS > VALUE_BITS;
+
+template <bool WORDS, class IN_WORDS, class IN_ROWS> struct Chosen { typedef IN_WORDS Type; };
+template <class IN_WORDS, class IN_ROWS> struct Chosen<false, IN_WORDS, IN_ROWS> { typedef IN_ROWS Type; };
+template <int G> using KeyRow =
+    typename Chosen<key_words(G), TokenWords<KEY_SIZE[G], KEY_BITS[G]>, Row<KEY_SIZE[G], KEY_BITS[G]>>::Type;
 __host__ __device__ constexpr int group_start(int group) { return group ? group_start(group - 1) + KEY_SIZE[group - 1] : 0; }
-typedef Row<128, VALUE_BITS, TEAM> ValueRow;
+typedef Chosen<VALUE_WORDS, ChannelWords<VALUE_BITS, TEAM>, Row<128, VALUE_BITS, TEAM>>::Type ValueRow;
 
 __host__ __device__ constexpr int key_align(int offset, int bytes) {
     int x = KEY_ROW_BYTES | offset | bytes | 16;
@@ -17,7 +24,9 @@ constexpr int KEY_SCALE_BYTES = KEY_FORMAT ? 1 : 2, VALUE_SCALE_BYTES = VALUE_FO
 constexpr int OWN_TOKENS = ValueRow::BYTES;
 __host__ __device__ constexpr int key_place(int token) { return token * KEY_ROW_BYTES + token / OWN_TOKENS * KEY_PAD; }
 // Each team has room for the keys (codes, scales, mean) of one tile and for the values (codes, scales) of one tile.
-constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES, KEY_CODES = key_place(128), KEY_SCALES = 128 * KEY_GROUPS * KEY_SCALE_BYTES;
+// Keys in words stand behind the rows of the others.
+constexpr int KEY_ROWS = key_place(128), KEY_CODES = KEY_ROWS + KEY_WORD_BYTES;
+constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES + KEY_WORD_BYTES, KEY_SCALES = 128 * KEY_GROUPS * KEY_SCALE_BYTES;
 constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
 constexpr int KEY_ROOM = (KEY_CODES + KEY_SCALES + (HAS_MEAN ? 2 * D : 0) + 127) / 128 * 128;
 constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
@@ -28,7 +37,7 @@ constexpr int OWN_UNITS = 8 / TEAM, KEY_UNROLL = 4;  // S products of a warp's t
 constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, so that lanes meet different banks
 static_assert(OWN_UNITS % KEY_UNROLL == 0, "whole turns");
 // Sums over a tile's tokens, and over the channels of a key less its bias, stay in the mantissa of MAGIC.
-static_assert(128 * 128 * (twice_bias(VALUE_BITS) > 127 ? 255 : 127) < 1 << 22 && D * 128 * 128 <= 1 << 22, "15-bit operands");
+static_assert(128 * 128 * (twice_bias(VALUE_LEVEL_BITS) > 127 ? 255 : 127) < 1 << 22 && D * 128 * 128 <= 1 << 22, "15-bit operands");
 static_assert(TEAM * 4 * NR * OUTPUT_ROW <= ROOM, "the output of a team's warps takes the place of its tiles");
 
 struct Shared {

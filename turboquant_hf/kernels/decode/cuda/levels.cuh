@@ -38,6 +38,30 @@ struct Levels {
     }
 };
 
+// How many bytes a level is the sum of, of which all but one are zero.
+__host__ __device__ constexpr int addends(int bits) { return bits == 4 ? 2 : 1; }
+
+// Four levels of `bits` bits, or one addend of each, from the low half of the selectors in `code`, or from the high half.
+// `extra`: the fifth bit of each code, in the lowest bit of its field.
+template <int BITS, int ADDEND, bool HIGH>
+__device__ __forceinline__ u32 look_up(const Levels& book, u32 code, u32 extra) {
+    // A set top bit of a selector repeats the sign of the byte.
+    if constexpr (BITS < 4) {
+        return permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
+    } else if constexpr (BITS == 4) {
+        if (ADDEND) code ^= book.top_bits;
+        return permute(book.table[2 * ADDEND], book.table[2 * ADDEND + 1], HIGH ? high_half(code) : code);
+    } else {
+        // Levels of a 5-bit code are symmetric: the extra bit is the sign, and turns the others round where it is 0.
+        u32 turned = (extra & 0x11111111u) * 15u, sign = extra << 3;
+        u32 other = lop3<XNOR3>(code, turned, book.top_bits);
+        code = lop3<XNOR>(code, turned, 0);
+        u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
+        level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
+        return level ^ permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
+    }
+}
+
 // One packed row of N codes: what a lane owns of it, as UNITS words of four levels, or one of SHARES equal parts of that.
 template <int N, int BITS, int SHARES = 1>
 struct Row {
@@ -69,7 +93,7 @@ struct Row {
         }
     }
     // To be called once after `load`: then the extra bit of field f stands in bit WIDTH * f of its byte.
-    __device__ __forceinline__ void take_own_bits(int t) {
+    __device__ __forceinline__ void take_own_bits(int t, int = 0) {
         if constexpr (EXTRA)
 #pragma unroll
             for (int i = 0; i < WORDS; i++) {
@@ -78,8 +102,7 @@ struct Row {
             }
     }
 
-    // Levels are sums of this many bytes, of which all but one are zero.
-    static constexpr int ADDENDS = BITS == 4 ? 2 : 1;
+    static constexpr int ADDENDS = addends(BITS);
 
     template <int U, int ADDEND = 0>
     __device__ __forceinline__ u32 levels(const Levels& book) const {
@@ -88,20 +111,7 @@ struct Row {
         } else if constexpr (WIDTH == 4) {
             constexpr int I = PIECES ? U : U / 2;
             constexpr bool HIGH = !PIECES && U % 2;
-            u32 code = w[I];
-            // A set top bit of a selector repeats the sign of the byte.
-            if constexpr (!EXTRA) {
-                if (ADDEND) code ^= book.top_bits;
-                return permute(book.table[2 * ADDEND], book.table[2 * ADDEND + 1], HIGH ? high_half(code) : code);
-            } else {
-                // Levels of a 5-bit code are symmetric: the extra bit is the sign, and turns the others round where it is 0.
-                u32 turned = (e[I] & 0x11111111u) * 15u, sign = e[I] << 3;
-                u32 other = lop3<XNOR3>(code, turned, book.top_bits);
-                code = lop3<XNOR>(code, turned, 0);
-                u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
-                level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
-                return level ^ permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
-            }
+            return look_up<BITS, ADDEND, HIGH>(book, w[I], EXTRA ? e[I] : 0);
         } else if constexpr (WIDTH == 1) {
             u32 code = w[U / 2] >> 2 * (U % 2);
             return permute(book.table[0], book.table[1], (code & 0x11u) | (code << 7 & 0x1100u));
@@ -111,7 +121,7 @@ struct Row {
             u32 even = EXTRA ? lop3<SELECT>(FIELD, w[I], e[I] << 2) : w[I] & FIELD;
             u32 odd = EXTRA ? lop3<SELECT>(FIELD, w[I] >> 2, e[I]) : w[I] >> 2 & FIELD;
             u32 selector = PIECES ? even | odd << 8 : U % 2 ? odd : even;
-            return permute(book.table[0], book.table[1], !PIECES && U % 4 / 2 ? high_half(selector) : selector);
+            return look_up<BITS, 0, !PIECES && U % 4 / 2>(book, selector, 0);
         }
     }
 

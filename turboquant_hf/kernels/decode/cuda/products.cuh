@@ -23,11 +23,11 @@ __device__ __forceinline__ float join_bytes(int high, int low) {
 }
 
 // c = start + the first 2 PAIRS units of rows a and b (rows g and g + 8 of the left operand) times as many columns.
-template <int PAIRS, class R>
-__device__ __forceinline__ void multiply_levels(int (&c)[NT][4], const int (&start)[NT][4], const R& a, const R& b,
+template <int PAIRS, class A, class B>
+__device__ __forceinline__ void multiply_levels(int (&c)[NT][4], const int (&start)[NT][4], const A& a, const B& b,
                                                 const u32 (*columns)[NT], const Levels& book) {
-    unrolled<0, R::ADDENDS * PAIRS>([&]<int J>() {
-        constexpr int U = J / R::ADDENDS * 2, ADDEND = J % R::ADDENDS;
+    unrolled<0, A::ADDENDS * PAIRS>([&]<int J>() {
+        constexpr int U = J / A::ADDENDS * 2, ADDEND = J % A::ADDENDS;
         u32 a0 = a.template levels<U, ADDEND>(book), a1 = b.template levels<U, ADDEND>(book);
         u32 a2 = a.template levels<U + 1, ADDEND>(book), a3 = b.template levels<U + 1, ADDEND>(book);
 #pragma unroll
@@ -39,46 +39,76 @@ __device__ __forceinline__ void multiply_levels(int (&c)[NT][4], const int (&sta
     });
 }
 
+// c = start + all units of rows a and b, which have two tokens' keys, times as many columns.
+template <class A, class B>
+__device__ __forceinline__ void multiply_tokens(int (&c)[NT][4], const int (&start)[NT][4], const A& a, const B& b,
+                                                const u32 (*q)[NT], const Levels& book) {
+    multiply_levels<A::UNITS / 2>(c, start, a, b, q, book);
+    if constexpr (A::UNITS % 2)
+        unrolled<0, A::ADDENDS>([&]<int ADDEND>() {
+            constexpr int LAST = A::UNITS - 1;
+            u32 a0 = a.template levels<LAST, ADDEND>(book), a1 = b.template levels<LAST, ADDEND>(book);
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) {
+                if constexpr (A::UNITS == 1 && ADDEND == 0)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) c[nt][i] = start[nt][i];
+                mma16(c[nt], a0, a1, q[LAST][nt]);
+            }
+        });
+}
+
+// Where the lane's words of keys are: words of a group stand side by side for all lanes, one turn of four pairs of tokens
+// after the other. `room`: shared memory.
+struct KeyWords {
+    u32 room;
+    int lane, turn;
+};
+
+// Products of one group of keys that are in rows, for the two tokens that unit U of the values wants.
+template <int G, int U>
+__device__ __forceinline__ void multiply_rows(int (&c)[NT][4], u32 rows, const u32 (*q)[NT], const int (&start)[NT][4],
+                                              const Levels& book, int t) {
+    typedef KeyRow<G> R;
+    constexpr int ALIGN = key_align(KEY_OFFSET[G], R::BYTES);
+    constexpr bool JOINED = R::WIDTH == 2 && R::BYTES == 2 && !R::PIECES;  // the parts of two rows fill a word
+    R a, b;
+    a.template load<ALIGN, key_place(ValueRow::index(U, 0, 0)) + KEY_OFFSET[G]>(rows, t);
+    b.template load<ALIGN, key_place(ValueRow::index(U, 1, 0)) + KEY_OFFSET[G]>(rows, t);
+    if constexpr (JOINED) {
+        Row<2 * R::UNITS * 16, KEY_BITS[G]> both;
+        both.w[0] = a.w[0] + b.w[0] * 65536u;
+        if constexpr (R::EXTRA) both.e[0] = a.e[0] + b.e[0] * 65536u;
+        both.take_own_bits(t);
+        u32 a0 = both.template levels<0>(book), a1 = both.template levels<2>(book);
+        u32 a2 = both.template levels<1>(book), a3 = both.template levels<3>(book);
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) mma32(c[nt], start[nt], a0, a1, a2, a3, q[0][nt], q[1][nt]);
+    } else {
+        a.take_own_bits(t);
+        b.take_own_bits(t);
+        multiply_tokens(c, start, a, b, q, book);
+    }
+}
+
 // Scores of the two tokens that unit U of the values wants from this lane, without the query's unit and the mean: groups
 // of keys from G on. `rows` and `scales`: shared memory, where the lane's first token has its codes and scales.
 template <int G, int U>
-__device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, const u32 (*q)[NT],
+__device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, const KeyWords& words, u32 scales, const u32 (*q)[NT],
                                       const int (*start_at)[NT][4], const Levels* books, int t) {
     if constexpr (G < KEY_GROUPS) {
         typedef KeyRow<G> R;
-        constexpr int ALIGN = key_align(KEY_OFFSET[G], R::BYTES);
         constexpr int LOW = ValueRow::index(U, 0, 0), HIGH = ValueRow::index(U, 1, 0);
-        constexpr bool JOINED = R::WIDTH == 2 && R::BYTES == 2 && !R::PIECES;  // the parts of two rows fill a word
-        R a, b;
-        a.template load<ALIGN, key_place(LOW) + KEY_OFFSET[G]>(rows, t);
-        b.template load<ALIGN, key_place(HIGH) + KEY_OFFSET[G]>(rows, t);
         int c[NT][4];
-        if constexpr (JOINED) {
-            Row<2 * R::UNITS * 16, KEY_BITS[G]> both;
-            both.w[0] = a.w[0] + b.w[0] * 65536u;
-            if constexpr (R::EXTRA) both.e[0] = a.e[0] + b.e[0] * 65536u;
-            both.take_own_bits(t);
-            u32 a0 = both.template levels<0>(books[G]), a1 = both.template levels<2>(books[G]);
-            u32 a2 = both.template levels<1>(books[G]), a3 = both.template levels<3>(books[G]);
-#pragma unroll
-            for (int nt = 0; nt < NT; nt++) mma32(c[nt], start_at[G][nt], a0, a1, a2, a3, q[0][nt], q[1][nt]);
-        } else {
-            a.take_own_bits(t);
-            b.take_own_bits(t);
-            multiply_levels<R::UNITS / 2>(c, start_at[G], a, b, q, books[G]);
-            if constexpr (R::UNITS % 2)
-                unrolled<0, R::ADDENDS>([&]<int ADDEND>() {
-                    constexpr int LAST = R::UNITS - 1;
-                    u32 a0 = a.template levels<LAST, ADDEND>(books[G]), a1 = b.template levels<LAST, ADDEND>(books[G]);
-#pragma unroll
-                    for (int nt = 0; nt < NT; nt++) {
-                        if constexpr (R::UNITS == 1 && ADDEND == 0)
-#pragma unroll
-                            for (int i = 0; i < 4; i++) c[nt][i] = start_at[G][nt][i];
-                        mma16(c[nt], a0, a1, q[LAST][nt]);
-                    }
-                });
-        }
+        if constexpr (key_words(G)) {
+            static_assert(VALUE_WORDS, "words of keys are for the tokens that words of values have");
+            typename R::template Pair<U> pair;
+            pair.template load<KEY_OFFSET[G]>(words.room + words.lane * (4 * KEY_BITS[G]) + words.turn * R::TURN);
+            typename R::template Token<U, 0> a{pair};
+            typename R::template Token<U, 1> b{pair};
+            multiply_tokens(c, start_at[G], a, b, q, books[G]);
+        } else
+            multiply_rows<G, U>(c, rows, q, start_at[G], books[G], t);
         float first = load_scale<KEY_FORMAT, (128 * G + LOW) * KEY_SCALE_BYTES>(scales);
         float second = load_scale<KEY_FORMAT, (128 * G + HIGH) * KEY_SCALE_BYTES>(scales);
 #pragma unroll
@@ -87,6 +117,6 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, u32 scales, c
             s[nt][0] = G ? fmaf(x, first, s[nt][0]) : x * first;
             s[nt][1] = G ? fmaf(y, second, s[nt][1]) : y * second;
         }
-        score<G + 1, U>(s, rows, scales, q + R::UNITS, start_at, books, t);
+        score<G + 1, U>(s, rows, words, scales, q + R::UNITS, start_at, books, t);
     }
 }

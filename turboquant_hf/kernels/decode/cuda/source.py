@@ -16,6 +16,7 @@ from turboquant_hf.primitives import packed_size
 FILES = (
     "instructions.cuh",
     "levels.cuh",
+    "words.cuh",
     "layout.cuh",
     "warp.cuh",
     "rows.cuh",
@@ -32,14 +33,14 @@ TILE = 128
 LARGE_ROOM = 13 * 1024
 """Two warps share a tile of more bytes than this."""
 ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 63.5, 5: 191.5, 8: 127.5}
-"""What a level's byte is, less (its step + 1/2), by the width of its code."""
+"""What a level's byte is, less (its step + 1/2), by the width of its number."""
 ARRIVALS = 1 << 16
 """Words at the head of a workspace, one for every query row: how many of the blocks that share its tiles are done.
 Tiles are shared only where there are few heads (`geometry.splits`). The last word is for `unread_tiles`."""
 
 
 def row_layout(groups: Iterable[tuple[int, int]]) -> tuple[list[int], int]:
-    """Where groups of (channels, bits) begin in a token's row of keys, and the row's size: bytes."""
+    """Where groups of (channels, bits), none in words, begin in a token's row of keys, and the row's size: bytes."""
     ends = list(itertools.accumulate((packed_size(size, bits) for size, bits in groups), initial=0))
     return ends[:-1], ends[-1]
 
@@ -63,7 +64,10 @@ def block_rows(wide: bool) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the kernel is compiled for. Groups are (channels, bits, levels' unit, levels' steps)."""
+    """What the kernel is compiled for. Groups are (channels, bits, levels' unit, levels' steps).
+
+    A group of 2**(bits + 1) levels is one of a trellis, in words (`primitives.trellis`).
+    """
 
     dim: int
     keys: tuple[tuple[int, int, float, tuple[int, ...]], ...]
@@ -80,8 +84,21 @@ class Shape:
 
     @property
     def key_rows(self) -> tuple[list[int], int]:
-        """`row_layout` of the keys."""
-        return row_layout((size, bits) for size, bits, _, _ in self.keys)
+        """`row_layout` of the keys in rows."""
+        return row_layout((size, bits) for size, bits, _, steps in self.keys if level_bits(steps) == bits)
+
+    @property
+    def key_words(self) -> tuple[list[int], int]:
+        """Where the keys in words begin behind all rows of a tile, and their size: bytes."""
+        words = (TILE * packed_size(size, bits) for size, bits, _, steps in self.keys if level_bits(steps) > bits)
+        ends = list(itertools.accumulate(words, initial=0))
+        return ends[:-1], ends[-1]
+
+    @property
+    def own_tokens(self) -> int:
+        """Neighbouring tokens of a tile that one lane part has: layout.cuh's `OWN_TOKENS`."""
+        _, bits, _, steps = self.values
+        return 32 if level_bits(steps) > bits else TILE * main_width(bits) // 32
 
     @property
     def rows(self) -> int:
@@ -92,8 +109,8 @@ class Shape:
         """Bytes of shared memory for one tile: layout.cuh's `ROOM`."""
         _, row = self.key_rows
         key_scale, value_scale = (1 if SCALE_FORMATS[x][0] else 2 for x in (self.key_format, self.value_format))
-        pads = TILE // (TILE * main_width(self.values[1]) // 32) * key_pad(self)
-        keys = TILE * row + pads + TILE * len(self.keys) * key_scale + (2 * self.dim if self.mean else 0)
+        pads = TILE // self.own_tokens * key_pad(self)
+        keys = TILE * row + pads + self.key_words[1] + TILE * len(self.keys) * key_scale + (2 * self.dim if self.mean else 0)
         values = self.dim * packed_size(TILE, self.values[1]) + TILE * value_scale
         return -(-keys // 128) * 128 + -(-values // 128) * 128
 
@@ -116,11 +133,17 @@ def most_warps(shape: Shape, limit: int) -> int:
     return next((n for n in counts if shared_bytes(shape, n) <= limit), 0)
 
 
-def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
+def level_bits(steps: tuple[int, ...]) -> int:
+    """Width of a level's number: that of its code, and one more for a trellis."""
+    return len(steps).bit_length() - 1
+
+
+def level_bytes(steps: tuple[int, ...]) -> list[int]:
     """The 16 bytes that levels.cuh looks levels up in: byte = step + 1/2 + ROW_CENTRE.
 
-    1 to 4 bits: all levels, below 128; 5 bits: those of the positive half, with the top bit set.
+    Numbers of 1 to 4 bits: all levels, below 128; of 5 bits: those of the positive half, with the top bit set.
     """
+    bits = level_bits(steps)
     if bits == 8:
         return [0] * 16
     kept = steps[16:] if bits == 5 else steps
@@ -130,15 +153,17 @@ def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
 
 def source_text(shape: Shape, warps: int) -> str:
     """Constants of one layer shape, then `FILES`. The first file names the types of the arguments, which follow it."""
-    offsets, row = shape.key_rows
+    (in_rows, row), (in_words, words) = shape.key_rows, shape.key_words
+    starts = iter(in_rows), iter(in_words)
+    offsets = [next(starts[level_bits(steps) > bits]) for _, bits, _, steps in shape.keys]
     key_shift, key_unit = SCALE_FORMATS[shape.key_format]
     value_shift, value_unit = SCALE_FORMATS[shape.value_format]
 
     def array(kind: str, name: str, items) -> str:
         return f"__device__ constexpr {kind} {name}[] = {{{', '.join(map(str, items))}}};"
 
-    def table(bits: int, steps: tuple[int, ...]) -> str:
-        words = struct.unpack("<4I", bytes(level_bytes(bits, steps)))
+    def table(steps: tuple[int, ...]) -> str:
+        words = struct.unpack("<4I", bytes(level_bytes(steps)))
         return "{" + ", ".join(f"0x{word:08X}u" for word in words) + "}"
 
     lines = [
@@ -150,16 +175,17 @@ def source_text(shape: Shape, warps: int) -> str:
         f"#define HADAMARD {int(shape.hadamard)}",
         f"#define WAIT_IN_SHARED {int(wait_in_shared(shape))}",
         f"constexpr int D = {shape.dim}, WARPS = {warps}, TEAM = {shape.team}, NT = {shape.rows // 4};",
-        f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {row};",
+        f"constexpr int KEY_GROUPS = {len(shape.keys)}, KEY_ROW_BYTES = {row}, KEY_WORD_BYTES = {words};",
         f"constexpr int KEY_FORMAT = {key_shift}, VALUE_FORMAT = {value_shift};",
         f"constexpr int KEY_PAD = {key_pad(shape)}, ARRIVALS = {ARRIVALS};",
         array("int", "KEY_SIZE", [group[0] for group in shape.keys]),
         array("int", "KEY_BITS", [group[1] for group in shape.keys]),
+        array("int", "KEY_LEVEL_BITS", [level_bits(group[3]) for group in shape.keys]),
         array("int", "KEY_OFFSET", offsets),
         array("float", "KEY_UNIT", [f"{group[2] * key_unit!r}f" for group in shape.keys]),
-        f"constexpr int VALUE_BITS = {shape.values[1]};",
+        f"constexpr int VALUE_BITS = {shape.values[1]}, VALUE_LEVEL_BITS = {level_bits(shape.values[3])};",
         "__device__ constexpr unsigned int LEVELS[][4] = {"
-        + ", ".join(table(bits, steps) for _, bits, _, steps in (*shape.keys, shape.values))
+        + ", ".join(table(group[3]) for group in (*shape.keys, shape.values))
         + "};",
         f"constexpr float VALUE_UNIT = {shape.values[2] * value_unit!r}f;",
         f"constexpr int SHARED_BYTES = {shared_bytes(shape, warps)};",
@@ -186,13 +212,14 @@ def wait_in_shared(shape: Shape) -> bool:
 def key_pad(shape: Shape) -> int:
     """Bytes behind the rows of keys of one lane part: the fewest passes through shared memory, by counting banks."""
     offsets, row = shape.key_rows
-    value_width = main_width(shape.values[1])
-    own, step = TILE * value_width // 32, 2 if value_width == 8 else 1  # tokens of a lane part; of one lane to the next
+    own = shape.own_tokens
+    step = 2 if own == 32 else 1  # tokens from one lane to the next
+    groups = [(size, bits) for size, bits, _, steps in shape.keys if level_bits(steps) == bits]
 
     def passes(pad: int) -> int:
         rows = [((g >> 1) * own + (g & 1) * step) * row + (g >> 1) * pad for g in range(8)]
         total = 0
-        for offset, (size, bits, _, _) in zip(offsets, shape.keys, strict=True):
+        for offset, (size, bits) in zip(offsets, groups, strict=True):
             align = row | offset | 16
             for width, addresses in _pieces(size, bits, [start + offset for start in rows], align & -align):
                 lanes = 32 if width <= 4 else 128 // width

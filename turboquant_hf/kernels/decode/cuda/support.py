@@ -14,7 +14,9 @@ from turboquant_hf.kernels.decode.inputs import History, PackedSide, Scoring
 
 HEAD_DIMS = (64, 96, 128, 256)
 BITS = (1, 2, 3, 4, 5, 8)
-"""Widths of key codes. Value codes have at least 2 bits."""
+"""Widths of key codes in rows. Value codes in rows have at least 2 bits."""
+WORD_BITS = (1, 2, 3, 4)
+"""Widths of codes in words: a trellis has levels of one bit more, and a table holds those of 5 bits."""
 
 
 def available() -> str | None:
@@ -50,10 +52,11 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
         (max(geometry.grid(query, keys)) <= geometry.MAX_GRID, "more blocks than a launch can have"),
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
-        (all(row_fits(x.size, x) for x in keys.groups), "key groups of broken units, or levels off a grid"),
+        (all(row_fits(x.size, x) for x in keys.groups), "key groups of broken units, levels off a grid, or a trellis of 5 bits"),
         (all(group.size * 32 % dim == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
-        (in_words(keys.groups), "key groups that do not begin at whole words"),
-        (row_fits(TILE, values.groups[0]) and values.groups[0].bits > 1, "value levels off a grid, or of 1 bit"),
+        (begin_at_words(keys.groups), "key groups that do not begin at whole words"),
+        (owns_tokens(keys.groups, values.groups[0]), "keys of a trellis beside values of none"),
+        (values_fit(values.groups[0]), "value levels off a grid, rows of 1 bit, or a trellis of 5"),
         (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
         (keys.mean is None or keys.mean.dtype == torch.float16, "means that float16 does not hold"),
     )
@@ -62,16 +65,29 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
 
 
 def row_fits(size: int, group: CodeGroup) -> bool:
-    """Whether the kernel can read rows of `size` codes of a group: whole units of 16, and levels that are bytes."""
-    if size % 16 or group.bits not in BITS or not group.codebook.unit or group.in_words:
+    """Whether the kernel can read rows of `size` codes of a group: whole units of 16, and levels that are bytes.
+
+    In a group of a trellis, `size` codes are what words are made of.
+    """
+    if size % 16 or group.bits not in (WORD_BITS if group.in_words else BITS) or not group.codebook.unit:
         return False
     steps = group.codebook.steps
     fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
-    return fits and size * main_width(group.bits) % 32 == 0
+    return fits and (group.in_words or size * main_width(group.bits) % 32 == 0)
 
 
-def in_words(groups: tuple[CodeGroup, ...]) -> bool:
-    """Whether lane parts that are whole words lie at multiples of 4 in every row."""
+def values_fit(group: CodeGroup) -> bool:
+    return row_fits(TILE, group) and (group.bits > 1 or group.in_words)
+
+
+def owns_tokens(keys: tuple[CodeGroup, ...], values: CodeGroup) -> bool:
+    """Whether a lane multiplies the tokens that its words of keys hold: those that words of values give it."""
+    return values.in_words or not any(group.in_words for group in keys)
+
+
+def begin_at_words(groups: tuple[CodeGroup, ...]) -> bool:
+    """Whether lane parts that are whole 32-bit words lie at multiples of 4 in every row."""
+    groups = tuple(group for group in groups if not group.in_words)
     offsets, row = row_layout((group.size, group.bits) for group in groups)
     whole = [piece_size(group.size, group.bits) % 4 == 0 for group in groups]
     return not any(words and (offset % 4 or row % 4) for words, offset in zip(whole, offsets, strict=True))

@@ -36,7 +36,7 @@ struct CodedQueries {
                 int c[4] = {0, 0, 0, 0};
 #pragma unroll
                 for (int i = 0; i < KEY_SIZE[group] / 16; i++) mma16(c, ONES, ONES, q[u + i][nt]);
-                debias(start_at[group][nt], c, twice_bias(KEY_BITS[group]));
+                debias(start_at[group][nt], c, twice_bias(KEY_LEVEL_BITS[group]));
             }
         }
 #pragma unroll
@@ -74,11 +74,13 @@ struct CodedQueries {
 struct OwnTokens {
     int token;
     u32 keys, key_scales, values, value_scales;  // shared memory: the token's codes and scales, and the lane's rows of values
+    KeyWords key_words;
 
     __device__ __forceinline__ OwnTokens(const Warp& w, const TileCopies& copies) {
         const int within = (w.g & 1) * ValueRow::index(0, 2, 0) + w.share * ValueRow::index(OWN_UNITS, 0, 0);
         token = (w.g >> 1) * OWN_TOKENS + within;
         keys = copies.key_room + key_place((w.g >> 1) * OWN_TOKENS) + within * KEY_ROW_BYTES;
+        key_words = {copies.key_room + KEY_ROWS, w.lane, w.share};
         key_scales = copies.key_room + KEY_CODES + token * KEY_SCALE_BYTES;
         values = copies.value_room + w.g * VALUE_ROW_BYTES + w.share * ValueRow::LOADED;
         value_scales = copies.value_room + VALUE_CODES + token * VALUE_SCALE_BYTES;
@@ -94,12 +96,13 @@ struct Scores {
         for (int nt = 0; nt < NT; nt++) base[nt] = 0.f;
         queries.meet_mean(base, key_room, w);
         u32 key_rows = own.keys, scales = own.key_scales;
+        KeyWords words = own.key_words;
         // Not unrolled whole: short contexts wait for code that runs for the first time.
 #pragma unroll 1
         for (int turn = 0; turn < OWN_UNITS / KEY_UNROLL; turn++) {
             float x[KEY_UNROLL][NT][2];
             unrolled<0, KEY_UNROLL>([&]<int U>() {
-                score<0, U>(x[U], key_rows, scales, queries.q, queries.start_at, queries.key_levels, w.t);
+                score<0, U>(x[U], key_rows, words, scales, queries.q, queries.start_at, queries.key_levels, w.t);
             });
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
@@ -114,6 +117,7 @@ struct Scores {
             static_assert(KEY_UNROLL == OWN_UNITS || NEXT < OWN_TOKENS, "turns differ by whole rows of the lane's own tokens");
             key_rows += NEXT * KEY_ROW_BYTES;
             scales += NEXT * KEY_SCALE_BYTES;
+            words.turn++;
         }
     }
 
@@ -248,7 +252,7 @@ struct TileSums {
 
     // Fade the sums and add P and P times the values.
     __device__ __forceinline__ void add(const u32 (&p)[OWN_UNITS][NT], const float (&fade)[NT],
-                                        const CodedQueries& queries, u32 value_rows, int t) {
+                                        const CodedQueries& queries, u32 value_rows, const Warp& w) {
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {  // every row of this product: the sum of the column's bytes
             int c[4];
@@ -259,10 +263,10 @@ struct TileSums {
         }
         unrolled<0, CHANNEL_TILES>([&]<int M>() {
             ValueRow x, y;
-            x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, t);
-            y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, t);
-            x.take_own_bits(t);
-            y.take_own_bits(t);
+            x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, w.t);
+            y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, w.t);
+            x.take_own_bits(w.t, w.share);
+            y.take_own_bits(w.t, w.share);
             int c[NT][4];
             multiply_levels<OWN_UNITS / 2>(c, zeros, x, y, p, queries.value_levels);
 #pragma unroll
@@ -290,7 +294,7 @@ struct TileSums {
 #pragma unroll
                 for (int r = 0; r < 2; r++)
                     output[(4 * nt + t) * OUTPUT_ROW + 16 * m + g + 8 * r] =
-                        fmaf(p_sum[nt], -.5f * twice_bias(VALUE_BITS), o[m][nt][r]) * p_unit;
+                        fmaf(p_sum[nt], -.5f * twice_bias(VALUE_LEVEL_BITS), o[m][nt][r]) * p_unit;
         }
     }
 };

@@ -1,0 +1,134 @@
+"""words.cuh step by step in plain Python: the levels that a lane of decode.cu makes of its words of a trellis."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turboquant_hf.kernels.codes import tile_bytes
+from turboquant_hf.kernels.decode.cuda.source import level_bytes
+from turboquant_hf.kernels.encode.reference import decode_rotated
+from turboquant_hf.primitives import Trellis, pack_words, trellis_code
+
+from .cases import groups_of
+
+EVEN, FIELD, TILE = 0x55555555, 0x33333333, 128
+
+
+def select(mask: int, x: int, y: int) -> int:
+    return (x & mask) | (y & ~mask & 0xFFFFFFFF)
+
+
+def rotate_left(x: int, count: int) -> int:
+    return (x << count | x >> (32 - count) % 32) & 0xFFFFFFFF if count % 32 else x
+
+
+class Word:
+    """`Word<BITS, SHARES>` after `take_parities(share)`."""
+
+    def __init__(self, words: list[int], shares: int = 1, share: int = 0) -> None:
+        bits, w = len(words), list(words)
+        path = rotate_left(w[-1], 32 - share)
+        if shares > 1:
+            if bits > 2:
+                w[0] = w[share]
+            if bits % 2 == 0:
+                w[bits - 2] >>= share
+        z1, z0 = path ^ rotate_left(path, 1) ^ rotate_left(path, 4), rotate_left(path, 2)
+        self.parities = [select(EVEN, z0, z1 << 1 & 0xFFFFFFFF), select(EVEN, z0 >> 1, z1)]
+        self.plain = [w[i] if bits > 2 else w[0] >> i & EVEN if bits == 2 else 0 for i in (0, 1)]
+        self.sign, self.units = w[2] if bits == 4 else None, 8 // shares
+
+    def numbers(self, unit: int) -> list[int]:
+        """Of the bytes of a unit, what selectors say; a fifth bit is their sign."""
+        half = unit // 4
+        phase = 2 * (unit // 2 % 2) + half
+        if phase < 2:
+            code = select(FIELD, self.parities[half], self.plain[half] << 2)
+        else:
+            code = select(FIELD, self.parities[half] >> 2, self.plain[half])
+        fields = [code >> 16 * (unit % 2) + 4 * j & 15 for j in range(4)]
+        if self.sign is None:
+            return fields
+        sign = self.sign >> phase
+        return [field | (sign >> 16 * (unit % 2) + 4 * j & 1) << 4 for j, field in enumerate(fields)]
+
+
+def looked_up(number: int, code: Trellis) -> float:
+    """`look_up` of one selector, less the bias; levels are odd multiples of half a unit."""
+    table = level_bytes(code.steps)
+    if code.bits <= 3:  # below 16 levels; tables of 16 are two addends
+        return (table[number] - 63.5) * code.unit
+    low = number & 15 if number & 16 else ~number & 15
+    byte = table[low] if low < 8 else table[8 + (low & 7)]
+    return ((byte ^ (0 if number & 16 else 0x7F)) - 191.5) * code.unit
+
+
+def as_words(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes of the last axis as 32-bit words."""
+    return packed.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_lane_decodes_a_word(bits, shares):
+    """Unit u, byte j of a word is its value 4 u + j, at any path; every level comes out of the table."""
+    code, generator = trellis_code(bits, 64), torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (40, 32), generator=generator).to(torch.uint8)
+    wanted, levels = code.numbers(codes), code.decode(codes)
+    for words, numbers, exact in zip(as_words(pack_words(codes, bits)).tolist(), wanted, levels, strict=True):
+        found = []
+        for share in range(shares):
+            word = Word(words, shares, share)
+            found += [number for unit in range(word.units) for number in word.numbers(unit)]
+        order = [4 * (place % 8) + 2 * (place // 8 % 2) + place // 16 for place in range(32)]  # kernels/codes.py
+        assert found == numbers[order].tolist()
+        decoded = torch.tensor([looked_up(number, code) for number in found])
+        torch.testing.assert_close(decoded, exact[order], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_lane_finds_its_values(bits, shares):
+    """`ChannelWords`: unit u, byte j of lane part t is token 32 t + 4 u + j of the row's channel."""
+    groups, channels = groups_of((16, bits), make=trellis_code), 16
+    codes = torch.randint(0, 256, (tile_bytes(groups, TILE, True),), dtype=torch.uint8)
+    exact = decode_rotated(codes[None], torch.ones(1, 1, TILE), groups, channel_major=True)[0]
+    rows = as_words(codes).view(channels, 4, bits)
+    found = torch.zeros(TILE, channels)
+    for channel in range(channels):
+        for t in range(4):
+            for share in range(shares):
+                word = Word(rows[channel, t].tolist(), shares, share)
+                for u in range(word.units):
+                    for j, number in enumerate(word.numbers(u)):
+                        token = 32 * t + 4 * (u + share * word.units) + j
+                        found[token, channel] = looked_up(number, groups[0].codebook)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 128])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_lane_finds_its_keys(bits, size):
+    """`TokenWords`: what `Pair<I>` and `Token<I, R>` read for a lane are the tokens that `OwnTokens` counts."""
+    groups = groups_of((size, bits), make=trellis_code)
+    codes = torch.randint(0, 256, (tile_bytes(groups, TILE, False),), dtype=torch.uint8)
+    exact = decode_rotated(codes[None], torch.ones(1, 1, TILE), groups, channel_major=False)[0]
+    memory, units = as_words(codes), size // 16
+    found = torch.full((TILE, size), torch.nan)
+    for lane in range(32):
+        g, t = lane // 4, lane % 4
+        for turn in range(2):
+            at = lane * bits + turn * 32 * units * bits
+            for i in range(4):
+                first, begin = 2 * units * i, 2 * units * i // 8
+                count = (first + 2 * units + 7) // 8 - begin
+                starts = [at + 32 * (begin + j) * bits for j in range(count)]
+                pair = [Word(memory[start : start + bits].tolist()) for start in starts]
+                for r in range(2):
+                    token = g // 2 * 32 + g % 2 * 2 + 4 * (4 * turn + i) + r
+                    for u in range(units):
+                        place = first + r * units + u
+                        for j, number in enumerate(pair[place // 8 - begin].numbers(place % 8)):
+                            found[token, t * size // 4 + 4 * u + j] = looked_up(number, groups[0].codebook)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)

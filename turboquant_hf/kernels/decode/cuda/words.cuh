@@ -1,0 +1,132 @@
+// Groups of a trellis (primitives/trellis.py): words of 32 codes, and which lane owns what of them (kernels/codes.py).
+//
+// The level number of a value is (BITS - 1 plain bits, z1, z0). Bit i of the path p, rotated, gives
+//
+//     z1 = p ^ rot(p, 1) ^ rot(p, 4)        z0 = rot(p, 2)                     of all 32 values at once
+//
+// A word is 8 units of four values, whose levels are the bytes of a register. Bit 16 (u % 2) + 4 j + PHASE belongs to
+// byte j of unit u, with PHASE = 2 (u / 2 % 2) + u / 4. Planes of two bits have the fields of u / 4 = 0 in their first word
+// and those of 1 in their second. So neighbouring fours of bits are the selectors of a byte permutation:
+//
+//     PHASE 0, 2    both pairs of bits (z1, z0) of a four of `parities[0]`; plain[0]
+//     PHASE 1, 3    of `parities[1]`; plain[1]
+
+__device__ __forceinline__ u32 rotate_left(u32 x, int count) {
+    u32 y;
+    asm("shf.l.wrap.b32 %0, %1, %1, %2;" : "=r"(y) : "r"(x), "r"(count));
+    return y;
+}
+
+// One word. With SHARES = 2 a lane wants half of it, the units from 4 `share` on, which then are units 0 to 3.
+template <int BITS, int SHARES = 1>
+struct Word {
+    static constexpr int BYTES = 4 * BITS, PATH = BITS - 1, LEVEL_BITS = BITS + 1, UNITS = 8 / SHARES;
+    static constexpr u32 EVEN = 0x55555555u;
+    static_assert(BITS <= 4, "levels of 5 bits are the widest that are looked up");
+    u32 w[BITS], parities[2 / SHARES], plain[2 / SHARES];
+
+    // What the units wanted have bits in; the others would be loaded for nothing.
+    template <bool FIRST_HALF, bool SECOND_HALF, int OFFSET>
+    __device__ __forceinline__ void load(u32 at) {
+        if constexpr (BITS == 3 && !(FIRST_HALF && SECOND_HALF)) {
+            load_piece<4, 4, OFFSET + (FIRST_HALF ? 0 : 4)>(w + (FIRST_HALF ? 0 : 1), at);
+            load_piece<4, 4, OFFSET + 4 * PATH>(w + PATH, at);
+        } else
+            load_piece<BYTES, BYTES, OFFSET>(w, at);
+    }
+    // To be called once after `load`.
+    __device__ __forceinline__ void take_parities(int share) {
+        u32 path = w[PATH];
+        if constexpr (SHARES > 1) {  // the second half's bits take the place of the first's
+            path = rotate_left(path, 32 - share);
+            if constexpr (BITS > 2) w[0] = share ? w[1] : w[0];
+            if constexpr (BITS % 2 == 0) w[PATH - 1] >>= share;
+        }
+        const u32 z1 = lop3<XOR3>(path, rotate_left(path, 1), rotate_left(path, 4)), z0 = rotate_left(path, 2);
+        parities[0] = lop3<SELECT>(EVEN, z0, z1 << 1);
+        if constexpr (SHARES == 1) parities[1] = lop3<SELECT>(EVEN, z0 >> 1, z1);
+#pragma unroll
+        for (int i = 0; i < 2 / SHARES; i++) plain[i] = BITS > 2 ? w[i] : BITS == 2 ? w[0] >> i & EVEN : 0;
+    }
+
+    template <int U, int ADDEND>
+    __device__ __forceinline__ u32 levels(const Levels& book) const {
+        constexpr u32 FIELD = 0x33333333u;
+        constexpr int HALF = U / 4, PHASE = 2 * (U / 2 % 2) + HALF;
+        const u32 code = PHASE < 2 ? lop3<SELECT>(FIELD, parities[HALF], plain[HALF] << 2)
+                                   : lop3<SELECT>(FIELD, parities[HALF] >> 2, plain[HALF]);
+        return look_up<LEVEL_BITS, ADDEND, U % 2>(book, code, BITS == 4 ? w[2] >> PHASE : 0);
+    }
+};
+
+// The 128 codes of one channel of values: a word for each lane part.
+template <int BITS, int SHARES>
+struct ChannelWords {
+    typedef Word<BITS, SHARES> W;
+    static constexpr int BYTES = 32, UNITS = 8, ADDENDS = addends(W::LEVEL_BITS);  // BYTES: tokens of a lane part
+    static constexpr int LOADED = 0;                                              // every share begins where the word does
+    W word;
+
+    template <int ALIGN, int OFFSET>
+    __device__ __forceinline__ void load(u32 row, int t) {
+        word.template load<true, true, OFFSET>(row + t * W::BYTES);
+    }
+    __device__ __forceinline__ void take_own_bits(int, int share) { word.take_parities(share); }
+    template <int U, int ADDEND = 0>
+    __device__ __forceinline__ u32 levels(const Levels& book) const { return word.template levels<U, ADDEND>(book); }
+    // Index in the row of byte j of unit u in lane part t.
+    static __host__ __device__ __forceinline__ constexpr int index(int u, int j, int t) { return 32 * t + 4 * u + j; }
+};
+
+// The codes of a group of N channels of keys that a lane multiplies for two tokens, rows 0 and 1: units 2 UNITS I on of
+// its words, where I numbers such pairs of tokens in one turn of a loop.
+template <int N, int BITS>
+struct TokenWords {
+    static constexpr int UNITS = N / 16, LEVEL_BITS = BITS + 1, ADDENDS = addends(LEVEL_BITS);
+    static constexpr int TURN = 32 * UNITS * Word<BITS>::BYTES;  // of all lanes, for four pairs of tokens
+    static_assert(N % 16 == 0, "whole units");
+
+    // Channel of byte j of unit u in lane part t, and back.
+    static __host__ __device__ __forceinline__ constexpr int index(int u, int j, int t) { return t * N / 4 + 4 * u + j; }
+    static __host__ __device__ __forceinline__ constexpr void find(int index, int& u, int& j, int& t) {
+        t = index / (N / 4), u = index % (N / 4) / 4, j = index % 4;
+    }
+    static constexpr bool found() {
+        for (int index = 0; index < N; index++) {
+            int u = 0, j = 0, t = 0;
+            find(index, u, j, t);
+            if (TokenWords::index(u, j, t) != index || u >= UNITS || j >= 4 || t >= 4) return false;
+        }
+        return true;
+    }
+
+    template <int I>
+    struct Pair {
+        static constexpr int FIRST = 2 * UNITS * I, END = FIRST + 2 * UNITS;
+        static constexpr int BEGIN = FIRST / 8, WORDS = (END + 7) / 8 - BEGIN;
+        Word<BITS> words[WORDS];
+
+        // The lane's first word of the turn is at `at` + OFFSET.
+        template <int OFFSET>
+        __device__ __forceinline__ void load(u32 at) {
+            unrolled<0, WORDS>([&]<int J>() {
+                constexpr int UNIT = 8 * (BEGIN + J);
+                constexpr bool FIRST_HALF = FIRST < UNIT + 4 && END > UNIT, SECOND_HALF = FIRST < UNIT + 8 && END > UNIT + 4;
+                words[J].template load<FIRST_HALF, SECOND_HALF, OFFSET + 32 * (BEGIN + J) * Word<BITS>::BYTES>(at);
+            });
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) words[i].take_parities(0);
+        }
+    };
+    // One row of a pair, as `Row` gives levels.
+    template <int I, int R>
+    struct Token {
+        static constexpr int UNITS = TokenWords::UNITS, ADDENDS = TokenWords::ADDENDS;
+        const Pair<I>& pair;
+        template <int U, int ADDEND = 0>
+        __device__ __forceinline__ u32 levels(const Levels& book) const {
+            constexpr int AT = Pair<I>::FIRST + R * UNITS + U;
+            return pair.words[AT / 8 - Pair<I>::BEGIN].template levels<AT % 8, ADDEND>(book);
+        }
+    };
+};
