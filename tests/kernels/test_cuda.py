@@ -301,8 +301,10 @@ def test_words_are_read_at_multiples_of_four(widths, dim, served):
 def test_words_that_no_lane_multiplies_are_refused():
     """A table holds the levels of 4 bits of a trellis, and words of keys are for the tokens of words of values."""
     (narrow,), (wide,) = groups_of(64, ((1.0, "w4"),)), groups_of(64, ((1.0, "w5"),))
-    assert support.row_fits(64, narrow) and not support.row_fits(64, wide)
-    assert support.values_fit(groups_of(64, ((1.0, "w1"),))[0]) and not support.values_fit(wide)
+    assert support.narrow(narrow) and not support.narrow(wide) and support.narrow(groups_of(64, ((1.0, 5),))[0])
+    assert support.row_fits(64, narrow)
+    assert support.values_fit(groups_of(64, ((1.0, "w1"),))[0])
+    assert not support.values_fit(groups_of(64, ((1.0, 1),))[0])
     rows = groups_of(64, ((1.0, 4),))
     assert support.owns_tokens(rows, rows[0]) and support.owns_tokens(rows, narrow)
     assert support.owns_tokens((narrow,), narrow) and not support.owns_tokens((*rows, narrow), rows[0])

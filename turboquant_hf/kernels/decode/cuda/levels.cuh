@@ -86,7 +86,7 @@ struct Row {
     }
     // The row begins at `row` + OFFSET.
     template <int ALIGN, int OFFSET>
-    __device__ __forceinline__ void load(u32 row, int t) {
+    __device__ __forceinline__ void load(u32 row, int t, int = 0) {
         load_part<ALIGN, OFFSET>(w, row + t * BYTES);
         if constexpr (EXTRA) {
             load_part<ALIGN, OFFSET + PLANE>(e, row + t % PARTS * BYTES);

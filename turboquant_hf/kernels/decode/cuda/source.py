@@ -110,7 +110,8 @@ class Shape:
         _, row = self.key_rows
         key_scale, value_scale = (1 if SCALE_FORMATS[x][0] else 2 for x in (self.key_format, self.value_format))
         pads = TILE // self.own_tokens * key_pad(self)
-        keys = TILE * row + pads + self.key_words[1] + TILE * len(self.keys) * key_scale + (2 * self.dim if self.mean else 0)
+        codes, mean = TILE * row + pads + self.key_words[1], 2 * self.dim if self.mean else 0
+        keys = codes + TILE * len(self.keys) * key_scale + mean
         values = self.dim * packed_size(TILE, self.values[1]) + TILE * value_scale
         return -(-keys // 128) * 128 + -(-values // 128) * 128
 

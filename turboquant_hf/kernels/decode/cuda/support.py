@@ -15,8 +15,8 @@ from turboquant_hf.kernels.decode.inputs import History, PackedSide, Scoring
 HEAD_DIMS = (64, 96, 128, 256)
 BITS = (1, 2, 3, 4, 5, 8)
 """Widths of key codes in rows. Value codes in rows have at least 2 bits."""
-WORD_BITS = (1, 2, 3, 4)
-"""Widths of codes in words: a trellis has levels of one bit more, and a table holds those of 5 bits."""
+WORD_BITS = 4
+"""The widest codes in words."""
 
 
 def available() -> str | None:
@@ -52,11 +52,12 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
         (max(geometry.grid(query, keys)) <= geometry.MAX_GRID, "more blocks than a launch can have"),
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
-        (all(row_fits(x.size, x) for x in keys.groups), "key groups of broken units, levels off a grid, or a trellis of 5 bits"),
+        (all(row_fits(x.size, x) for x in keys.groups), "key groups of broken units, or levels off a grid"),
         (all(group.size * 32 % dim == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
+        (all(narrow(x) for x in (*keys.groups, *values.groups)), "a trellis of more than 4 bits"),
         (begin_at_words(keys.groups), "key groups that do not begin at whole words"),
         (owns_tokens(keys.groups, values.groups[0]), "keys of a trellis beside values of none"),
-        (values_fit(values.groups[0]), "value levels off a grid, rows of 1 bit, or a trellis of 5"),
+        (values_fit(values.groups[0]), "value levels off a grid, or of 1 bit in rows"),
         (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
         (keys.mean is None or keys.mean.dtype == torch.float16, "means that float16 does not hold"),
     )
@@ -69,11 +70,16 @@ def row_fits(size: int, group: CodeGroup) -> bool:
 
     In a group of a trellis, `size` codes are what words are made of.
     """
-    if size % 16 or group.bits not in (WORD_BITS if group.in_words else BITS) or not group.codebook.unit:
+    if size % 16 or group.bits not in BITS or not group.codebook.unit:
         return False
     steps = group.codebook.steps
     fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
     return fits and (group.in_words or size * main_width(group.bits) % 32 == 0)
+
+
+def narrow(group: CodeGroup) -> bool:
+    """Whether levels have at most 5 bits, which is what a table holds, if they are those of a trellis."""
+    return group.bits <= WORD_BITS or not group.in_words
 
 
 def values_fit(group: CodeGroup) -> bool:

@@ -263,8 +263,8 @@ struct TileSums {
         }
         unrolled<0, CHANNEL_TILES>([&]<int M>() {
             ValueRow x, y;
-            x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, w.t);
-            y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, w.t);
+            x.template load<16, 16 * M * VALUE_ROW_BYTES>(value_rows, w.t, w.share);
+            y.template load<16, (16 * M + 8) * VALUE_ROW_BYTES>(value_rows, w.t, w.share);
             x.take_own_bits(w.t, w.share);
             y.take_own_bits(w.t, w.share);
             int c[NT][4];

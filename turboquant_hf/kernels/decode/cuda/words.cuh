@@ -34,12 +34,20 @@ struct Word {
         } else
             load_piece<BYTES, BYTES, OFFSET>(w, at);
     }
-    // To be called once after `load`.
+    template <int OFFSET>
+    __device__ __forceinline__ void load_share(u32 at, int share) {
+        if constexpr (BITS == 3 && SHARES > 1) {
+            load_piece<4, 4, OFFSET>(w, at + 4 * share);
+            load_piece<4, 4, OFFSET + 4 * PATH>(w + PATH, at);
+        } else
+            load<true, true, OFFSET>(at);
+    }
+    // To be called once after a load.
     __device__ __forceinline__ void take_parities(int share) {
         u32 path = w[PATH];
         if constexpr (SHARES > 1) {  // the second half's bits take the place of the first's
             path = rotate_left(path, 32 - share);
-            if constexpr (BITS > 2) w[0] = share ? w[1] : w[0];
+            if constexpr (BITS == 4) w[0] = share ? w[1] : w[0];
             if constexpr (BITS % 2 == 0) w[PATH - 1] >>= share;
         }
         const u32 z1 = lop3<XOR3>(path, rotate_left(path, 1), rotate_left(path, 4)), z0 = rotate_left(path, 2);
@@ -68,8 +76,8 @@ struct ChannelWords {
     W word;
 
     template <int ALIGN, int OFFSET>
-    __device__ __forceinline__ void load(u32 row, int t) {
-        word.template load<true, true, OFFSET>(row + t * W::BYTES);
+    __device__ __forceinline__ void load(u32 row, int t, int share) {
+        word.template load_share<OFFSET>(row + t * W::BYTES, share);
     }
     __device__ __forceinline__ void take_own_bits(int, int share) { word.take_parities(share); }
     template <int U, int ADDEND = 0>
