@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.cases import groups_of
 from turboquant_hf.kernels.codes import tile_bytes
 from turboquant_hf.kernels.decode.cuda.source import level_bytes
 from turboquant_hf.kernels.encode.reference import decode_rotated
 from turboquant_hf.primitives import Trellis, pack_words, trellis_code
-
-from .cases import groups_of
 
 EVEN, FIELD, TILE = 0x55555555, 0x33333333, 128
 
