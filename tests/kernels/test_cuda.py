@@ -38,6 +38,12 @@ KEYS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def words(monkeypatch):
+    """The reader of a trellis is switched off until these tests have passed on a GPU."""
+    monkeypatch.setattr(support, "WORDS", True)
+
+
 def groups_of(dim: int, widths) -> tuple[CodeGroup, ...]:
     """Groups of (share of the channels, bits), where bits like "w3" are those of a trellis."""
     sizes = [(round(share * dim), bits) for share, bits in widths]
@@ -296,6 +302,11 @@ def test_words_are_read_at_multiples_of_four(widths, dim, served):
     groups = groups_of(dim, widths)
     assert all(support.row_fits(group.size, group) for group in groups)
     assert support.begin_at_words(groups) == served
+
+
+def test_no_words_are_served_before_their_reader_was_tried(monkeypatch):
+    monkeypatch.undo()
+    assert not support.WORDS
 
 
 def test_words_that_no_lane_multiplies_are_refused():

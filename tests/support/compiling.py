@@ -41,7 +41,7 @@ class CompilerOnly:
 
 
 def growing(preset: str, dim: int, dtype: torch.dtype) -> None:
-    """Prefill, statistics, encoding, decoding to dense, attention: as the growing cache does."""
+    """Prefill, statistics, encoding, decoding to dense, attention, and a recorded step: as the growing cache does."""
     preset = load_preset(preset, min_statistics=128, recent_window=0)
     layer = TurboQuantLayer(preset, *preset.layer_quantizers(0, 1), returns_handles=lambda: True)
     x = torch.randn(2, 2, 300, dim, dtype=dtype)
@@ -54,6 +54,11 @@ def growing(preset: str, dim: int, dtype: torch.dtype) -> None:
         query = torch.randn(2, 4, queries, dim, dtype=dtype)
         history = History(*layer.packed_sides(), *raw, layer.sinks.starts)
         dispatch.decode_attention(query, history, Scoring(0.125))
+    young = TurboQuantLayer(preset, *preset.layer_quantizers(0, 1), returns_handles=lambda: True)
+    young.update(x[:, :, :40], x[:, :, :40])
+    young.fix(1, 1, {})
+    young.fixed.append(x[:, :, :1], x[:, :, :1])
+    young.fixed.observe(query[:, :, :1])
 
 
 def main(capability: int) -> None:
