@@ -74,7 +74,7 @@ def free_port() -> str:
 def tensor_parallel(folder: Path, output: Path, processes: int = 2) -> list[dict]:
     """What each process of `tensor_parallel.py` found."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command += [f"--master-port={free_port()}", str(Path(__file__).with_name("tensor_parallel.py"))]
+    command += [f"--master-port={free_port()}", str(Path(__file__).parents[1] / "support" / "tensor_parallel.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [*command, str(folder), str(output)], env=environment, capture_output=True, text=True, timeout=240
