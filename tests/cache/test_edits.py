@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,19 @@ def test_assigning_says_what_to_do(kind, tokens):
             setattr(layer, name, torch.zeros(1))
     with pytest.raises(RuntimeError, match="decoded copy"):
         layer.keys += 1
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize(
+    "read", [lambda x: x.numpy(), lambda x: x[0].numpy(force=True), np.asarray], ids=["all", "view", "as"]
+)
+def test_arrays_of_numpy_are_read_only(tokens, read):
+    layer = make_layer("growing", tokens)
+    before, array = layer.keys.clone(), read(layer.keys)
+    assert np.array_equal(array.reshape(-1, 32), before.flatten(0, -2).numpy())
+    with pytest.raises(ValueError, match="read-only"):
+        array[...] = 0
+    assert torch.equal(layer.keys, before)
 
 
 @pytest.mark.parametrize("inference", [False, True])

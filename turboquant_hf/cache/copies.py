@@ -30,6 +30,12 @@ class DecodedCopy(torch.Tensor):
             read = {_memory(x) for x in _tensors((args, tuple(kwargs.values()))) if isinstance(x, DecodedCopy)}
             return _guarded(func(*args, **kwargs), read)
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """An array that cannot be written to."""
+        array = self.as_subclass(torch.Tensor).numpy(force=force)
+        array.flags.writeable = False
+        return array
+
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
         return self.clone()
 
