@@ -335,8 +335,8 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
     query, raw = torch.randn(1, 4, 1, dim), [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
     history = History(*sides, *raw, layer.sinks.starts)
     assert cuda.supports(query, history, Scoring(1.0)) == "the query is not on a CUDA device"
-    served = {16: "", 80: "", 96: "k4v4 k4v3 k4v2 k8v4 k4v4-trellis"}
-    served[64] = served[96] + " k3v3 k3v2 k3v3-trellis"
+    served = {16: "", 80: "", 96: "k4v4 k4v3 k4v2 k8v4"}
+    served[64] = served[96] + " k3v3 k3v2"
     served[128] = served[256] = served[64] + " k2v2"
     monkeypatch.setattr(support, "shape_of", lambda *given: None)
     monkeypatch.setattr(kernel, "failure", lambda shape, device: None)
