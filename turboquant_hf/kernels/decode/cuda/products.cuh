@@ -101,7 +101,7 @@ __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, const KeyWord
         constexpr int LOW = ValueRow::index(U, 0, 0), HIGH = ValueRow::index(U, 1, 0);
         int c[NT][4];
         if constexpr (key_words(G)) {
-            static_assert(VALUE_WORDS, "words of keys are for the tokens that words of values have");
+            static_assert(!key_words(G) || VALUE_WORDS, "words of keys are for the tokens that words of values have");
             typename R::template Pair<U> pair;
             pair.template load<KEY_OFFSET[G]>(words.room + words.lane * (4 * KEY_BITS[G]) + words.turn * R::TURN);
             typename R::template Token<U, 0> a{pair};
