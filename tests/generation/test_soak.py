@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.soak import soak
+from turboquant_hf.generation.recorders import RECORDERS, Repeat
 
 STEPS = 500
 
@@ -16,6 +17,14 @@ def test_random_use_equals_a_fresh_cache(attention, offloading):
     assert len(report.errors) >= STEPS // 97 and max(report.errors) < 1e-3
     dense = 2 * 2 * 2 * 16 * 4  # two layers, K and V, two heads of 16 channels in float32
     assert report.bytes_per_token <= (3 if offloading else 1.5) * dense, "two layers are staged beside what is held"
+
+
+def test_random_use_between_recorded_steps_equals_a_fresh_cache(monkeypatch):
+    """Captures, crops, reorders, growth, resets: `python -m tests.support.soak 100000 lossless turboquant graphs`."""
+    monkeypatch.setitem(RECORDERS, "cpu", Repeat)
+    report = soak(STEPS, "lossless", graphs=True)
+    assert {"crop", "candidates", "reorder", "restart", "turn"} <= report.operations.keys()
+    assert report.recorded > 3 and not report.refused and max(report.errors) < 1e-3
 
 
 def test_random_use_of_a_preset_stays_near_a_fresh_cache():

@@ -1,8 +1,9 @@
-"""Random use of one cache for a long time: `python -m tests.support.soak [STEPS] [PRESET] [ATTENTION] [offload]`.
+"""Random use of one cache for a long time: `python -m tests.support.soak STEPS PRESET ATTENTION [offload | graphs]`.
 
 Decode steps, chat turns, rejected candidates, crops, beam reorders and resets with other batches, on a tiny model. At
 checkpoints the next logits are compared with those of a fresh cache that reads the same tokens in one piece; at every
-reset the process's memory and its number of Python objects are noted.
+reset the process's memory and its number of Python objects are noted. With `graphs`, steps of a few tokens are recorded
+and replayed, on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 
 from tests.conftest import make_llama
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.generation.recorders import RECORDERS, Repeat
+from turboquant_hf.generation.steps import DecodeSteps
 
 TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 MAX_TOKENS = 400
@@ -38,6 +41,8 @@ class Report:
     objects: list[int] = field(default_factory=list)
     bytes_per_token: float = 0.0
     seconds: float = 0.0
+    recorded: int = 0
+    refused: int = 0
 
     def growth(self, values: list[int]) -> int:
         """From the mean of the second fifth to that of the last; the first is warming up."""
@@ -55,6 +60,8 @@ class Report:
             "memory growth, MB": self.growth(self.resident) / 2**20,
             "growth in Python objects": self.growth(self.objects),
             "bytes a token, at most": round(self.bytes_per_token),
+            "recorded steps": self.recorded,
+            "loops that refused to record": self.refused,
             "seconds": round(self.seconds, 1),
         }
 
@@ -62,32 +69,40 @@ class Report:
 class Soak:
     """One model, one cache, the tokens [B, T] that went in, and where each sequence begins."""
 
-    def __init__(self, preset: str, attention: str, offloading: bool, seed: int) -> None:
+    def __init__(self, preset: str, attention: str, offloading: bool, seed: int, graphs: bool = False) -> None:
         self.random = random.Random(seed)
-        self.model = make_llama(head_dim=16)
+        self.device = torch.device("cuda" if graphs and torch.cuda.is_available() else "cpu")
+        self.model = make_llama(head_dim=16).to(self.device)
         self.model.set_attn_implementation(attention)
         self.preset, self.report = preset, Report()
         self.cache = TurboQuantCache(self.model.config, preset, offloading=offloading, **TILES)
+        self.graphs, self.steps = graphs, None
         self.begin()
 
     def begin(self) -> None:
         batch, length = self.random.randint(1, 3), self.random.randint(1, 60)
         self.starts = [self.random.choice([0, 0, self.random.randrange(length)]) for _ in range(batch)]
         self.starts[self.random.randrange(batch)] = 0
-        self.ids = torch.empty(batch, 0, dtype=torch.long)
+        self.ids = torch.empty(batch, 0, dtype=torch.long, device=self.device)
         self.feed(length)
+        if self.graphs:
+            self.steps = DecodeSteps(self.model, self.cache, MAX_TOKENS)
 
     def mask(self, length: int) -> torch.Tensor:
-        return (torch.arange(length) >= torch.tensor(self.starts)[:, None]).long()
+        return (torch.arange(length) >= torch.tensor(self.starts)[:, None]).long().to(self.device)
 
     def run(self, ids: torch.Tensor, cache: TurboQuantCache) -> torch.Tensor:
         mask = self.mask(cache.tokens + ids.shape[1])
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if not cache.tokens:
             cache.note_padding(mask)
-        return self.model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
+        forward = self.steps if self.steps is not None and cache is self.cache else self.model
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return forward(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
 
     def feed(self, tokens: int) -> None:
         new = torch.tensor([[self.random.randrange(3, 199) for _ in range(tokens)] for _ in self.starts])
+        new = new.to(self.device)
         self.logits = self.run(new, self.cache)
         self.ids = torch.cat([self.ids, new], dim=1)
         assert self.cache.tokens == self.ids.shape[1] and self.logits.isfinite().all()
@@ -110,10 +125,15 @@ class Soak:
 
     def reorder(self) -> None:
         order = [self.random.randrange(len(self.starts)) for _ in self.starts]
-        self.cache.reorder_cache(torch.tensor(order))
+        self.cache.reorder_cache(torch.tensor(order, device=self.device))
         self.ids, self.starts = self.ids[order], [self.starts[row] for row in order]
 
     def restart(self) -> None:
+        if self.steps is not None:
+            self.report.recorded += len(self.steps._graphs)
+            self.report.refused += self.steps.refused
+            self.steps.close()
+            self.steps = None
         self.cache.reset()
         assert self.cache.nbytes == self.cache.spare_nbytes == 0
         gc.collect()
@@ -160,13 +180,22 @@ class Soak:
         self.feed(self.random.randint(5, 60))
 
 
-def soak(steps: int, preset: str = "lossless", attention: str = "turboquant", offloading: bool = False, seed: int = 0):
+def soak(
+    steps: int,
+    preset: str = "lossless",
+    attention: str = "turboquant",
+    offloading: bool = False,
+    seed: int = 0,
+    graphs: bool = False,
+):
     """The `Report` of `steps` decode steps among random operations."""
-    return Soak(preset, attention, offloading, seed).soak(steps)
+    return Soak(preset, attention, offloading, seed, graphs).soak(steps)
 
 
 if __name__ == "__main__":
     given = sys.argv[1:]
     torch.set_num_threads(1)
-    report = soak(int(given[0]) if given else 100_000, *given[1:3], offloading="offload" in given[3:])
+    RECORDERS.setdefault("cpu", Repeat)
+    options = {"offloading": "offload" in given[3:], "graphs": "graphs" in given[3:]}
+    report = soak(int(given[0]) if given else 100_000, *given[1:3], **options)
     print(json.dumps(report.summary(), indent=1))
