@@ -1,4 +1,8 @@
-"""The rule by which tiles are encoded: observe -> wait -> fit -> weigh -> encode -> mark bad heads."""
+"""The rule by which tiles are encoded: observe -> wait -> fit -> weigh -> encode -> mark bad heads.
+
+A sequence that begins with copies of one token teaches nothing of the tokens to come. Its statistics are taken again
+once other tokens have come, and what is stored of it is encoded anew.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,12 @@ import torch
 from turboquant_hf.cache.sides import Sides
 from turboquant_hf.cache.word import warn_of_nan
 from turboquant_hf.kernels.dispatch import bad_heads, query_energy
+from turboquant_hf.kernels.statistics import effective_rank
 from turboquant_hf.quantizers import Quantizer
+from turboquant_hf.quantizers.base import State
+
+REPEATS = 2.0
+"""Largest effective rank of values that counts as repeats of one or two tokens; ordinary text has 4 to 30."""
 
 
 class Encoder:
@@ -25,6 +34,7 @@ class Encoder:
         energy: sums of squares of the queries, float32 [B, H, D], and `count`, how many, [B, 1 or H, 1]; None where
             none is known.
         queried: tokens per sequence whose queries were counted.
+        unsettled: which sequences have shown nothing but repeats, bool [B]; None where all have learned for good.
     """
 
     def __init__(self, quantizers: Sides, min_statistics: int) -> None:
@@ -33,16 +43,17 @@ class Encoder:
         self.energy: torch.Tensor | None = None
         self.count: torch.Tensor | None = None
         self.queried = 0
+        self.unsettled: torch.Tensor | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether the statistics are frozen, or there are none to wait for."""
+        """Whether tiles can be encoded: there are statistics, or there are none to wait for."""
         return self.fitted or not any(quantizer.needs_statistics for quantizer in self.quantizers)
 
     @property
     def observes(self) -> bool:
         """Whether queries still count."""
-        return not self.fitted and self.quantizers.keys.needs_statistics
+        return (not self.fitted or self.unsettled is not None) and self.quantizers.keys.needs_statistics
 
     def observe(self, query: torch.Tensor, heads: int, starts: torch.Tensor, position: int) -> None:
         """Count queries [B, Hq, q, D] of the tokens from `position` on; `starts` [B] is each sequence's first."""
@@ -71,9 +82,44 @@ class Encoder:
 
         Queries count if they are known of at least half of the tokens.
         """
-        rms = self._query_rms() if self.energy is not None and 2 * self.queried >= length else None
+        rms = self._query_rms(length)
         self.states = self.quantizers.map(lambda quantizer, x: quantizer.fit(x, weight, rms), tiles)
-        self.fitted, self.energy, self.count = True, None, None
+        self.fitted = True
+        learned = any(quantizer.needs_statistics for quantizer in self.quantizers)
+        self._settle(_repeats(tiles.values, weight) if learned else None)
+
+    def fit_again(self, tiles: Sides, weight: torch.Tensor, length: int, stores: Sides, stored: torch.Tensor) -> None:
+        """Take the statistics again, as in `fit`, for unsettled sequences whose tiles are no repeats.
+
+        Args:
+            tiles, weight: what follows the stores.
+            length: how many tokens have come since the last time.
+            stores: whose tiles, with weight `stored` [B, N, T], are encoded anew.
+        """
+        due = self.unsettled & ~_repeats(tiles.values, weight)
+        if due.any():
+            rows, rms, states = due.nonzero()[:, 0], self._query_rms(length), []
+            for store, quantizer, x, state in zip(stores, self.quantizers, tiles, self.states, strict=True):
+                if quantizer.needs_statistics:
+                    old = {name: array[rows] for name, array in state.items()}
+                    new = quantizer.fit(x[rows], weight[rows], None if rms is None else rms[rows])
+                    new = store.encode_again(quantizer, old, new, rows, stored[rows], x)
+                    state = _with_rows(state, rows, new)
+                states.append(state)
+            self.states = Sides(*states)
+            self._settle(self.unsettled & ~due)
+        else:
+            self._settle(self.unsettled)
+
+    def _settle(self, unsettled: torch.Tensor | None) -> None:
+        """Count queries from here on where something has yet to be learned, and else no more. Waits for the device."""
+        if unsettled is None or not unsettled.any():
+            self.unsettled = self.energy = self.count = None
+            return
+        self.unsettled, self.queried = unsettled, 0
+        if self.energy is not None:  # in place: steps on the device add to them
+            self.energy.zero_()
+            self.count.zero_()
 
     def encode(self, tiles: Sides, weight: torch.Tensor, stores: Sides) -> None:
         """Append tiles [B, H, N, T, D] with weight [B, N, T] to the stores."""
@@ -91,10 +137,16 @@ class Encoder:
         warn_of_nan(written, self.quantizers)
 
     def restore(
-        self, states: Sides, fitted: bool, energy: torch.Tensor | None, count: torch.Tensor | None, queried: int
+        self,
+        states: Sides,
+        fitted: bool,
+        energy: torch.Tensor | None,
+        count: torch.Tensor | None,
+        queried: int,
+        unsettled: torch.Tensor | None,
     ) -> None:
         """Go on from what another encoder knew."""
-        self.states, self.fitted = states, fitted
+        self.states, self.fitted, self.unsettled = states, fitted, unsettled
         self.energy, self.count, self.queried = energy, count, queried
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -102,15 +154,38 @@ class Encoder:
         self.states = self.states.map(lambda state: {name: fn(x) for name, x in state.items()})
         if self.energy is not None:
             self.energy, self.count = fn(self.energy), fn(self.count)
+        if self.unsettled is not None:
+            self.unsettled = fn(self.unsettled)
 
     @property
     def nbytes(self) -> int:
-        queries = [] if self.energy is None else [self.energy, self.count]
-        return sum(x.nbytes for x in (*queries, *(x for state in self.states for x in state.values())))
+        kept = [x for x in (self.energy, self.count, self.unsettled) if x is not None]
+        return sum(x.nbytes for x in (*kept, *(x for state in self.states for x in state.values())))
 
-    def _query_rms(self) -> torch.Tensor:
+    def _query_rms(self, length: int) -> torch.Tensor | None:
+        if self.energy is None or 2 * self.queried < length:
+            return None
         pooled = self.energy.sum(0, keepdim=True) / self.count.sum(0, keepdim=True).clamp(min=1)
         return torch.where(self.count > 0, self.energy / self.count.clamp(min=1), pooled).sqrt()
+
+
+def _repeats(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Which sequences of values [B, H, N, T, D] are copies of one or two tokens, bool [B]."""
+    return effective_rank(values, weight) < REPEATS
+
+
+def _with_rows(state: State, rows: torch.Tensor, new: State) -> State:
+    """`state` with sequences `rows` as in `new`. What only one of them has is neutral in the other: an offset of 0, a
+    unit or gain of 1. Heads whose gain is NaN keep it.
+    """
+    merged = {}
+    for name in {**state, **new}:
+        like, neutral = state.get(name, new.get(name)), 0 if name == "offset" else 1
+        batch = next(iter(state.values())).shape[0]
+        array = state[name].clone() if name in state else like.new_full((batch, *like.shape[1:]), neutral)
+        fresh = new[name] if name in new else torch.full_like(array[rows], neutral)
+        merged[name] = array.index_copy(0, rows, torch.where(array[rows].isnan(), array[rows], fresh))
+    return merged
 
 
 def nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:

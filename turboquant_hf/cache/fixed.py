@@ -129,7 +129,7 @@ class FixedLayer:
             workspaces[where] = decode_workspace(where[1], WORKSPACE_ROWS, where[2], layer.device)
         self.workspace = workspaces[where]
         self._warm(layer)
-        self.statistics = None
+        self.statistics, self.unsettled = None, layer.encoder.unsettled
         if layer.encoder.observes:
             self.statistics = layer.encoder.buffers((*shape[:2], self.head_dims.keys), layer.device)
 
@@ -201,6 +201,7 @@ class FixedLayer:
         """Pick the sequences `index` [B] in place: beams change between two replays."""
         arrays = [x for part in (*self.tiles, *self.states) for x in part.values()]
         arrays += [*self.ring, *self.sinks, self.starts, *(self.statistics or ())]
+        arrays += [] if self.unsettled is None else [self.unsettled]
         for x in arrays:
             x.copy_(x.index_select(0, index))
 

@@ -48,6 +48,10 @@ class HostTileStore(TileStore):
         self.append(packed)
         return packed, widened
 
+    def write(self, rows: torch.Tensor, packed: dict[str, torch.Tensor]) -> None:
+        self.owner.forget(self)
+        super().write(rows, packed)
+
     def append(self, packed: dict[str, torch.Tensor]) -> None:
         first, capacity = self.count, self.capacity
         self.reserve(first + next(iter(packed.values())).shape[2])

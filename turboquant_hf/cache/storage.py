@@ -151,9 +151,13 @@ class Storage:
             self.tail.own()
             return
         self.step = None  # it would keep the arrays that are replaced here
-        if not encoder.fitted:
+        if not encoder.fitted or encoder.unsettled is not None:
             whole = self.tail.count // tile  # the recent window is measured too
-            encoder.fit(self._tail_tiles(whole), self.weight(stored, whole), self.tokens)
+            seen = self._tail_tiles(whole), self.weight(stored, whole)
+            if not encoder.fitted:
+                encoder.fit(*seen, self.tokens)
+            else:
+                encoder.fit_again(*seen, ready * tile, self.tiles, self.weight(0, stored // tile))
         encoder.encode(self._tail_tiles(ready), self.weight(stored, ready), self.tiles)
         self.tail.drop_front(ready * tile)
 
@@ -235,6 +239,8 @@ class Storage:
             arrays |= {f"state.{number}.{name}": x for name, x in self.states.of(side).items()}
         if encoder.energy is not None:
             arrays |= {"query.energy": encoder.energy, "query.count": encoder.count}
+        if encoder.unsettled is not None:
+            arrays |= {"unsettled": encoder.unsettled}
         return {
             "noted": self.noted_starts,
             "filled": True,
@@ -248,6 +254,7 @@ class Storage:
             "states": [sorted(state) for state in self.states],
             "query_tokens": encoder.queried,
             "query": encoder.energy is not None,
+            "unsettled": encoder.unsettled is not None,
         }, arrays
 
     def restore(self, described: dict[str, Any], take: Callable[..., torch.Tensor], device: torch.device) -> None:
@@ -273,7 +280,8 @@ class Storage:
             raise ValueError(f"state: not of {batch} sequences")
         self.tail.append(*tail)
         queries = (take("query.energy"), take("query.count")) if described["query"] else (None, None)
-        self.encoder.restore(Sides(*states), described["fitted"], *queries, described["query_tokens"])
+        unsettled = take("unsettled", (batch,), torch.bool) if described.get("unsettled") else None
+        self.encoder.restore(Sides(*states), described["fitted"], *queries, described["query_tokens"], unsettled)
 
 
 def check_pair(keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -54,6 +54,27 @@ class TileStore:
         quantizer.encode_into(tiles, state, weight, packed)
         return packed, quantizer.make_room(tiles, state, weight, packed, self.view(0, self.count - tiles.shape[2]))
 
+    def encode_again(
+        self, quantizer: Quantizer, old: dict, new: dict, rows: torch.Tensor, weight: torch.Tensor, like: torch.Tensor
+    ) -> dict:
+        """Read sequences `rows` of all tiles by state `old` and write them by `new`, both of these sequences alone.
+
+        weight: [rows, count, T]. like: gives head dim and dtype. Returns the state by which they are to be read.
+        """
+        if self.count == 0:
+            return new
+        packed = {name: array[rows] for name, array in self.view().items()}
+        tiles = quantizer.decode(packed, old, like.shape[-1], like.dtype)
+        packed = quantizer.encode(tiles, new, weight)
+        new = quantizer.make_room(tiles, new, weight, packed, {name: array[:, :, :0] for name, array in packed.items()})
+        self.write(rows, packed)
+        return new
+
+    def write(self, rows: torch.Tensor, packed: dict[str, torch.Tensor]) -> None:
+        """Replace all tiles of sequences `rows`."""
+        for name, array in self.arrays.items():
+            array[rows.to(array.device), :, : self.count] = packed[name].to(array.device)
+
     def append(self, packed: dict[str, torch.Tensor]) -> None:
         """Copy new tiles behind the stored ones."""
         for name, array in self.extend(next(iter(packed.values())).shape[2]).items():

@@ -9,6 +9,9 @@ from turboquant_hf.kernels.encode.reference import tile_mean
 PRIOR_TOKENS = 256
 """A sequence with fewer tokens borrows the rest of its statistics from the batch."""
 
+SAMPLED_TILES = 8
+"""`effective_rank` reads at least that many tiles where there are more, and less than twice as many."""
+
 TINY = 1e-30
 """A mean square below it counts as zero: its root says nothing of the numbers to come."""
 
@@ -100,6 +103,25 @@ def typical_scale(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """
     rms = (borrow(energy.sum(dim=-1), count[:, None]) / energy.shape[-1]).sqrt()
     return torch.where(rms == 0.0, 1.0, rms)
+
+
+def effective_rank(tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """How many directions the tokens of each sequence take, averaged over heads: float32 [B]; NaN where nothing counts.
+
+    tr(S)^2 / tr(S^2) of a head's S = sum of x x': 1 for copies of one token, at most n for n different ones, and D
+    for white noise. Heads of zeros, and those that are not finite, do not count. At most 15 tiles are read, evenly
+    spread, so that a long prompt costs no more than a short one.
+
+    Args:
+        tiles: [B, H, N, T, D], without rotary positions, which make one token look like many: values.
+        weight: [B, N, T], 1 for a token that counts and 0 for padding and sinks.
+    """
+    step = max(1, tiles.shape[2] // SAMPLED_TILES)
+    x = tiles[:, :, ::step].float() * weight[:, None, ::step, :, None]
+    x = (x / x.abs().amax(dim=(2, 3, 4), keepdim=True)).flatten(2, 3)
+    moments = x.transpose(-1, -2) @ x
+    trace = moments.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return (trace.square() / moments.square().sum(dim=(-2, -1))).nanmean(dim=-1)
 
 
 def power_of_two(x: torch.Tensor) -> torch.Tensor:
