@@ -280,7 +280,7 @@ class Storage:
             raise ValueError(f"state: not of {batch} sequences")
         self.tail.append(*tail)
         queries = (take("query.energy"), take("query.count")) if described["query"] else (None, None)
-        unsettled = take("unsettled", (batch,), torch.bool) if described.get("unsettled") else None
+        unsettled = take("unsettled", (batch,), torch.int8) if described.get("unsettled") else None
         self.encoder.restore(Sides(*states), described["fitted"], *queries, described["query_tokens"], unsettled)
 
 

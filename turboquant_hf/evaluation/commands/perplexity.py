@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
+
 from turboquant_hf.cache import ATTENTION_NAME
 from turboquant_hf.config import DEFAULT_PRESET
 from turboquant_hf.evaluation.harness import fidelity, flags
+from turboquant_hf.evaluation.harness.models import load_tokenizer
 from turboquant_hf.evaluation.harness.run import Run
 from turboquant_hf.evaluation.presets.named import resolve_presets
 
@@ -26,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recent-window", type=int, default=None, metavar="TOKENS", help="override the presets' recent window"
     )
     parser.add_argument("--raw-chunk", action="store_true", help="attend to a chunk before it is rounded")
+    parser.add_argument("--repeat", metavar="TEXT", help="put a run of copies of TEXT's tokens into every window")
+    parser.add_argument("--repeat-tokens", type=flags.whole(1), default=384, help="tokens of the run (%(default)s)")
+    parser.add_argument(
+        "--repeat-at", type=flags.whole(0), default=0, help="tokens before the run; what follows it is scored (0)"
+    )
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
     flags.add_settings(parser)
 
@@ -41,5 +49,23 @@ def run(args: argparse.Namespace) -> int:
     def finish(metrics: dict[str, Any], _) -> None:
         print(fidelity.table(metrics))
 
-    fidelity.run_fidelity(asked, presets, summarize, finish)
+    if asked.repeat is None:
+        fidelity.run_fidelity(asked, presets, summarize, finish)
+        return 0
+
+    def cut(tokens: torch.Tensor) -> list[torch.Tensor]:
+        run = load_tokenizer(asked.model)(asked.repeat, add_special_tokens=False, return_tensors="pt").input_ids
+        windows = fidelity.cut_windows(tokens, asked.context, asked.windows)
+        return [with_repeats(window, run, asked.repeat_tokens, asked.repeat_at) for window in windows]
+
+    scored = asked.repeat_at + asked.repeat_tokens
+    fidelity.run_fidelity(asked, presets, summarize, finish, cut=cut, scored=scored)
     return 0
+
+
+def with_repeats(window: torch.Tensor, run: torch.Tensor, tokens: int, at: int) -> torch.Tensor:
+    """Window [1, T] with `tokens` tokens, copies of run [1, n], put in at position `at`; it stays T tokens long."""
+    if run.shape[1] == 0:
+        raise ValueError("repeat='' is not supported; allowed: text of at least one token")
+    copies = run.repeat(1, -(-tokens // run.shape[1]))[:, :tokens]
+    return torch.cat([window[:, :at], copies, window[:, at:]], dim=1)[:, : window.shape[1]]

@@ -100,8 +100,11 @@ def measure_window(
     chunk: int = 128,
     cache_class=TurboQuantCache,
     gradual: Sequence[bool] = (),
+    scored: int = 0,
 ) -> Record:
     """Sums over the tokens of window [1, T] from position `start` on, in nats, as plain data.
+
+    Tokens before position `scored` are read like the others and do not count.
 
     What lies before `start` is read raw, in one piece, and packed then, whatever the preset: one that waits for its
     statistics would otherwise be flattered by a longer history that was computed from raw tokens. `gradual` says which
@@ -120,12 +123,14 @@ def measure_window(
     sums = [{"preset": preset.name, "nll": 0.0, "kl": 0.0, "top1": 0} for preset in presets]
     for position in range(start, tokens.shape[1], chunk):
         piece = tokens[:, position : position + chunk]
-        targets = tokens[0, position + 1 : position + chunk + 1]
-        reference = _log_probabilities(model, piece, dense, len(targets))
+        first = max(position, scored)
+        targets = tokens[0, first + 1 : position + chunk + 1]
+        scores = slice(first - position, first - position + len(targets))
+        reference = _log_probabilities(model, piece, dense, scores)
         base["tokens"] += len(targets)
         base["nll"] += _nll(reference, targets)
         for cache, total in zip(caches, sums, strict=True):
-            logits = _log_probabilities(model, piece, cache, len(targets))
+            logits = _log_probabilities(model, piece, cache, scores)
             total["nll"] += _nll(logits, targets)
             total["kl"] += divergences(reference, logits).double().sum().item()
             total["top1"] += (logits.argmax(dim=1) == reference.argmax(dim=1)).sum().item()
@@ -176,6 +181,7 @@ def run_fidelity(
     cut: Callable[[torch.Tensor], Windows] | None = None,
     cache_class=TurboQuantCache,
     gradual: Sequence[bool] = (),
+    scored: int = 0,
 ) -> dict[str, Any]:
     """`measure` as a resumable run of several processes (see `run_units`): one unit per window and group of presets.
 
@@ -184,19 +190,21 @@ def run_fidelity(
         summarize: (baseline perplexity, results) -> what metrics.json holds beside model, text and windows.
         finish: shows the metrics and writes what else belongs into the folder.
         cut: tokens [T] of the text -> windows.
-        gradual: as `measure_window` has it.
+        gradual, scored: as `measure_window` has them.
     """
     name, text = read_text(run)
     run = run.with_settings(contents=fingerprint(text, *presets))
     tokens = load_tokenizer(run.model)(text, return_tensors="pt", verbose=False).input_ids[0]
     windows = cut(tokens) if cut else cut_windows(tokens, run.context, run.windows)
     start = check_windows(windows, presets, run.chunk)
+    if scored + 1 >= windows[0].shape[1]:
+        raise ValueError(f"context={run.context} is not supported; allowed: more than {scored + 1}, the first scored")
     groups = [(presets[i : i + GROUP], gradual[i : i + GROUP]) for i in range(0, len(presets), GROUP)]
 
     def load(device: str):
         attention = run.values.get("attention", ATTENTION_NAME)
         model, _ = load_model(run.model, dtype=run.dtype, device=device, attn_implementation=attention)
-        how = {"chunk": run.chunk, "cache_class": cache_class}
+        how = {"chunk": run.chunk, "cache_class": cache_class, "scored": scored}
 
         def predict(unit: dict[str, Any]) -> Record:
             own, slowly = groups[unit["group"]]
@@ -240,8 +248,8 @@ def divergences(reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return (reference.exp() * (reference - found)).sum(dim=-1)
 
 
-def _log_probabilities(model, piece: torch.Tensor, cache, count: int) -> torch.Tensor:
-    return forward(model, piece, cache).logits[0, :count].float().log_softmax(dim=-1)
+def _log_probabilities(model, piece: torch.Tensor, cache, scores: slice) -> torch.Tensor:
+    return forward(model, piece, cache).logits[0, scores].float().log_softmax(dim=-1)
 
 
 def _nll(log_probabilities: torch.Tensor, targets: torch.Tensor) -> float:

@@ -10,4 +10,6 @@ from turboquant_hf.kernels.statistics.reference import (
     typical_scale,
 )
 
-__all__ = ["balance_channels", "borrow", "effective_rank", "power_of_two", "query_energy", "tile_energy", "typical_scale"]
+__all__ = [
+    "balance_channels", "borrow", "effective_rank", "power_of_two", "query_energy", "tile_energy", "typical_scale",
+]  # fmt: skip
