@@ -17,11 +17,11 @@ from turboquant_hf.kernels.statistics import effective_rank
 from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.quantizers.base import State
 
-AGAIN = 2
-"""The first tokens behind repeats may be few in their tile: a sequence learns once more from the tokens after them."""
-
 REPEATS = 2.0
-"""Largest effective rank of values that counts as repeats of one or two tokens; ordinary text has 4 to 30."""
+"""Values of a smaller effective rank are repeats of one or two tokens; ordinary text has 4 to 30."""
+FEW = 8.0
+"""Values of a smaller effective rank, behind repeats, may be few tokens beside many repeats."""
+AGAIN = 2
 
 
 class Encoder:
@@ -37,8 +37,8 @@ class Encoder:
         energy: sums of squares of the queries, float32 [B, H, D], and `count`, how many, [B, 1 or H, 1]; None where
             none is known.
         queried: tokens per sequence whose queries were counted.
-        unsettled: int8 [B], how often a sequence has yet to learn again: `AGAIN` times where it has shown nothing but
-            repeats; None where all have learned for good.
+        unsettled: int8 [B], how often a sequence may have to learn again: `AGAIN` times where it has shown nothing but
+            repeats, once where it has learned from few other tokens. None where all have learned for good.
     """
 
     def __init__(self, quantizers: Sides, min_statistics: int) -> None:
@@ -90,7 +90,7 @@ class Encoder:
         self.states = self.quantizers.map(lambda quantizer, x: quantizer.fit(x, weight, rms), tiles)
         self.fitted = True
         learned = any(quantizer.needs_statistics for quantizer in self.quantizers)
-        self._settle(AGAIN * _repeats(tiles.values, weight).to(torch.int8) if learned else None)
+        self._settle(AGAIN * (effective_rank(tiles.values, weight) < REPEATS).to(torch.int8) if learned else None)
 
     def fit_again(self, tiles: Sides, weight: torch.Tensor, length: int, stores: Sides, stored: torch.Tensor) -> None:
         """Take the statistics again, as in `fit`, for unsettled sequences whose tiles are no repeats.
@@ -100,7 +100,8 @@ class Encoder:
             length: how many tokens have come since the last time.
             stores: whose tiles, with weight `stored` [B, N, T], are encoded anew.
         """
-        due = (self.unsettled > 0) & ~_repeats(tiles.values, weight)
+        rank = effective_rank(tiles.values, weight)
+        due = (self.unsettled > 0) & ~(rank < REPEATS)
         if due.any():
             rows, rms, states = due.nonzero()[:, 0], self._query_rms(length), []
             for store, quantizer, x, state in zip(stores, self.quantizers, tiles, self.states, strict=True):
@@ -111,7 +112,8 @@ class Encoder:
                     state = _with_rows(state, rows, new)
                 states.append(state)
             self.states = Sides(*states)
-            self._settle(self.unsettled - due.to(torch.int8))
+            more = (self.unsettled == AGAIN) & (rank < FEW)
+            self._settle(torch.where(due, more.to(torch.int8), self.unsettled))
         else:
             self._settle(self.unsettled)
 
@@ -171,11 +173,6 @@ class Encoder:
             return None
         pooled = self.energy.sum(0, keepdim=True) / self.count.sum(0, keepdim=True).clamp(min=1)
         return torch.where(self.count > 0, self.energy / self.count.clamp(min=1), pooled).sqrt()
-
-
-def _repeats(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Which sequences of values [B, H, N, T, D] are copies of one or two tokens, bool [B]."""
-    return effective_rank(values, weight) < REPEATS
 
 
 def _with_rows(state: State, rows: torch.Tensor, new: State) -> State:
