@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from turboquant_hf import TurboQuantCache, load_preset
 from turboquant_hf.cli import main
+from turboquant_hf.evaluation.commands.perplexity import with_repeats
 from turboquant_hf.evaluation.harness.fidelity import cut_windows, first_scored, measure, measure_window
 
 SMALL = {"tile": 16, "recent_window": 0, "sinks": 2}
@@ -100,6 +101,22 @@ def test_windows_are_spread_and_too_short_a_text_is_named():
     assert [int(piece[0, 0]) for piece in pieces] == [0, 35, 70]
     with pytest.raises(ValueError, match="context=200"):
         cut_windows(torch.arange(100), 200, 1)
+
+
+def test_a_run_of_copies_is_put_in():
+    window = with_repeats(torch.arange(10)[None], torch.tensor([[70, 71]]), 5, 3)
+    assert window.tolist() == [[0, 1, 2, 70, 71, 70, 71, 70, 3, 4]]
+    with pytest.raises(ValueError, match="repeat=''"):
+        with_repeats(window, torch.empty(1, 0, dtype=torch.int64), 5, 3)
+
+
+def test_what_is_scored_later_is_a_part_of_the_sums(model):
+    model.set_attn_implementation("turboquant")
+    preset = load_preset("k4v4", encode_first=True, min_statistics=32, **SMALL)
+    whole, half, last = (measure_window(model, windows()[0], [preset], 32, chunk=16, scored=n) for n in (0, 70, 150))
+    assert [record["baseline"]["tokens"] for record in (whole, half, last)] == [127, 89, 9]
+    kl = [record["presets"][0]["kl"] for record in (whole, half, last)]
+    assert kl[0] > kl[1] > kl[2] > 0
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 A chunk is stored before it is attended to: outside the recent window nothing is read raw, not even a token's own
 neighbours, which in generation wait raw in the tail until their tile is full. So these figures are what the
-quantizers cost at their worst; `--raw-chunk` gives generation's own order.
+quantizers cost at their worst; `--raw-chunk` gives generation's own order. `--repeat` puts a run of one token, or of a
+few, into the text: statistics that were taken of it must not spoil what follows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", metavar="TEXT", help="put a run of copies of TEXT's tokens into every window")
     parser.add_argument("--repeat-tokens", type=flags.whole(1), default=384, help="tokens of the run (%(default)s)")
     parser.add_argument(
-        "--repeat-at", type=flags.whole(0), default=0, help="tokens before the run; what follows it is scored (0)"
+        "--repeat-at", type=flags.whole(0), default=0, help="tokens before the run; only what follows is scored (%(default)s)"
     )
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
     flags.add_settings(parser)
