@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", metavar="TEXT", help="put a run of copies of TEXT's tokens into every window")
     parser.add_argument("--repeat-tokens", type=flags.whole(1), default=384, help="tokens of the run (%(default)s)")
     parser.add_argument(
-        "--repeat-at", type=flags.whole(0), default=0, help="tokens before the run; only what follows is scored (%(default)s)"
+        "--repeat-at", type=flags.whole(0), default=0, help="tokens before it; only what follows counts (%(default)s)"
     )
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
     flags.add_settings(parser)
