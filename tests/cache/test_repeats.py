@@ -95,7 +95,7 @@ def test_effective_rank_leaves_out_what_does_not_count():
     values, weight = torch.randn(2, HEADS, 40, 16, DIM), torch.ones(2, 40, 16)
     values[0, :, 1:] = values[0, :, :1, :1]
     weight[0, 0], weight[1] = 0.0, 0.0
-    values[0, 0] = torch.nan
+    values[0, :, 0], values[0, 0] = torch.nan, torch.nan  # padding, and a head
     rank = effective_rank(values, weight)
     assert rank[0] == pytest.approx(1.0, abs=1e-4) and rank[1].isnan()
 

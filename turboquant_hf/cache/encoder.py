@@ -22,6 +22,7 @@ REPEATS = 2.0
 FEW = 8.0
 """Values of a smaller effective rank, behind repeats, may be few tokens beside many repeats."""
 AGAIN = 2
+"""How often, at most, a sequence learns again."""
 
 
 class Encoder:
@@ -101,7 +102,7 @@ class Encoder:
             stores: whose tiles, with weight `stored` [B, N, T], are encoded anew.
         """
         rank = effective_rank(tiles.values, weight)
-        due = (self.unsettled > 0) & ~(rank < REPEATS)
+        due = (self.unsettled > 0) & (rank >= REPEATS)
         if due.any():
             rows, rms, states = due.nonzero()[:, 0], self._query_rms(length), []
             for store, quantizer, x, state in zip(stores, self.quantizers, tiles, self.states, strict=True):

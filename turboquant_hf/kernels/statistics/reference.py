@@ -117,7 +117,7 @@ def effective_rank(tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         weight: [B, N, T], 1 for a token that counts and 0 for padding and sinks.
     """
     step = max(1, tiles.shape[2] // SAMPLED_TILES)
-    x = tiles[:, :, ::step].float() * weight[:, None, ::step, :, None]
+    x = torch.where(weight[:, None, ::step, :, None] > 0, tiles[:, :, ::step].float(), 0.0)  # padding may be NaN
     x = (x / x.abs().amax(dim=(2, 3, 4), keepdim=True)).flatten(2, 3)
     moments = x.transpose(-1, -2) @ x
     trace = moments.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
