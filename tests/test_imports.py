@@ -72,7 +72,7 @@ def test_rooms_of_evaluation_import_what_they_may(path):
     inside = path.relative_to(ROOT / "turboquant_hf" / "evaluation").with_suffix("").parts
     names = imports_of(ast.parse(path.read_text()), path)
     if inside == ("__init__",):
-        assert not names
+        assert names == ["importlib.import_module", "typing.Any"]  # its public names are imported when they are used
         return
     rooms = {name.split(".")[2] for name in names if name.startswith("turboquant_hf.evaluation.")}
     assert rooms <= {inside[0], *ROOMS[inside[0]]}

@@ -27,10 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle  # noqa: F401  (lessons draw with it)
 
 from turboquant_hf import CachePreset, load_preset
-from turboquant_hf.evaluation.harness import fidelity
-from turboquant_hf.evaluation.harness.models import load_model
-from turboquant_hf.evaluation.harness.texts import packaged_text
-from turboquant_hf.evaluation.harness.vectors import capture, errors, round_trip  # noqa: F401  (for lessons)
+from turboquant_hf.evaluation import capture, errors, load_model, measure, packaged_text, round_trip  # noqa: F401
 
 QUICK = bool(os.environ.get("TUTORIAL_QUICK"))
 TOKENS = 512 if QUICK else 1024
@@ -102,7 +99,7 @@ def answers(presets: Sequence[CachePreset]) -> dict[str, dict[str, float]]:
     What follows the first `START` tokens is scored, while every token is packed before it is read.
     """
     model, _ = model_and_tokenizer()
-    _, rows = fidelity.combine([fidelity.measure_window(model, tokens(), presets, START)])
+    _, rows = measure(model, [tokens()], presets, start=START)
     return {row["preset"]: row for row in rows}
 
 

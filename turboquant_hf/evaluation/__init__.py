@@ -11,4 +11,34 @@
 - `labels.py`: words that every table and picture spells alike.
 
 A room imports only what tests/test_imports.py allows it; reports import no experiment.
+
+The names below are public: tutorial and recipes use them, and `docs/api.md` describes them. Each is imported when it is
+first used.
 """
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "capture": "vectors",
+    "errors": "vectors",
+    "load_model": "models",
+    "measure": "fidelity",
+    "packaged_text": "texts",
+    "round_trip": "vectors",
+}
+"""Public name -> the file of `harness` that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.harness.{_EXPORTS[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
+
+
+__all__ = ["capture", "errors", "load_model", "measure", "packaged_text", "round_trip"]

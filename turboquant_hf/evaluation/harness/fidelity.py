@@ -64,15 +64,25 @@ def measure(
     windows: Windows,
     presets: Sequence[CachePreset],
     *,
+    start: int | None = None,
     chunk: int = 128,
     cache_class=TurboQuantCache,
 ) -> tuple[float, list[dict]]:
     """(baseline perplexity, one result per preset) over windows [1, T] of token ids; see `combine`.
 
+    Args:
+        model: its attention implementation is "turboquant".
+        windows: read one after another, each with new caches.
+        presets: measured side by side.
+        start: the first scored position; None is the first from which every preset has packed history.
+        chunk: tokens read at a time.
+        cache_class: of the caches.
+
     Raises:
         ValueError: when no token of a window would be scored.
     """
-    start = check_windows(windows, presets, chunk)
+    first = check_windows(windows, presets, chunk)
+    start = first if start is None else start
     options = {"chunk": chunk, "cache_class": cache_class}
     return combine([measure_window(model, window, presets, start, **options) for window in windows])
 
