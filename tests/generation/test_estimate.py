@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from tests.support.families import FAMILIES, VOCAB, available, build
+from tests.support.families import FAMILIES, VOCAB, available, build, prompt
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, load_preset, preset_names
 from turboquant_hf.cache.base import raw_nbytes
 from turboquant_hf.cache.estimate import MemoryPlan, longest_context
@@ -69,6 +69,37 @@ def test_estimates_are_what_caches_of_models_hold(name):
     assert packed == (DECODERS[name].packed or 0) or name == "mpt", "mpt's cache packs, but its model does not use it"
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_encoder_decoders(name):
+    """Self-attention as estimated; cross-attention is transformers' own, and grows with the encoder's tokens."""
+    family = next(family for family in FAMILIES if family.name == name)
+    model = build(family).to(torch.bfloat16)
+    inputs = {key: x.to(torch.bfloat16) if x.is_floating_point() else x for key, x in prompt(family).items()}
+    config, plan = model.config, MemoryPlan(model.config, torch.bfloat16)
+    for tokens in (23, 41, 200):
+        cache = TurboQuantCache(config, "k4v4", **SMALL)
+        both = EncoderDecoderCache(cache, DynamicCache(config=config.get_text_config(decoder=True)))
+        ids = torch.randint(3, VOCAB, (2, tokens), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            model(**inputs, decoder_input_ids=ids, use_cache=True, **{cache_parameter(type(model)): both})
+        estimate = plan.estimate(tokens, load_preset("k4v4", **SMALL), 2, observed=False)
+        same(estimate, cache)
+        cross = both.cross_attention_cache.layers
+        assert sum(kind.layers for kind in estimate.layers) == len(cross) == 2
+        assert raw_nbytes(cross) == estimate.cross_token_nbytes * 2 * cross[0].keys.shape[2] > 0
+
+
+def test_layers_with_an_indexer_grow_uncompressed():
+    if "deepseek_v32" not in DECODERS:
+        pytest.skip("this transformers has no deepseek_v32")
+    config = made("deepseek_v32").config
+    short, long = (TurboQuantCache.estimate(config, tokens, "k4v4") for tokens in (100, 1100))
+    assert [kind.kind for kind in long.layers] == ["indexed"] and long.layers[0].layers == 2
+    assert long.nbytes - short.nbytes == 1000 * long.token_nbytes == 1000 * long.dense_token_nbytes
+    assert long.dense_token_nbytes == 2 * 2 * (16 + 8 + 16), "bytes and layers: the latent, its positions, the indexer"
+    assert long.cross_token_nbytes == 0 and long.compression_ratio == 1
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss", "phi3", "mixtral", "qwen3_next"])
 def test_estimates_of_preallocated_caches(name):
     model = made(name)
@@ -116,6 +147,13 @@ def test_a_prompt_in_pieces_and_what_sliding_layers_let_go_of():
         "sliding window": (2, 12),
         "packed": (2, None),
     }
+
+
+def test_a_layer_with_a_recurrent_state_grows_by_its_packed_tokens_alone():
+    plan, preset = MemoryPlan(made("falcon_h1").config, torch.bfloat16), load_preset("k4v4", **SMALL)
+    short, long = (plan.estimate(tokens, preset) for tokens in (8 * 100 + 15, 8 * 300 + 15))
+    assert long.nbytes - short.nbytes == 8 * 200 * short.token_nbytes
+    assert long.dense_nbytes - short.dense_nbytes == 8 * 200 * short.dense_token_nbytes
 
 
 def test_the_growth_per_token_and_the_longest_context():

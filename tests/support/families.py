@@ -175,6 +175,11 @@ FAMILIES = [
     Family("xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 32}),
     Family("deepseek_v2", {**MLA, "topk_method": "greedy"}, label="deepseek_v2"),
     Family("deepseek_v3", MLA),
+    Family(
+        "deepseek_v32",
+        {**MLA, "index_topk": 12, "index_head_dim": 16, "index_n_heads": 2, "mlp_layer_types": ["dense", "sparse"]},
+        packed=None,
+    ),
     Family("qwen3_next", {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16}),
     Family(
         "jamba",

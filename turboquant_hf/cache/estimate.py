@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from turboquant_hf.cache.base import check_config, is_latent, raw_nbytes
 from turboquant_hf.cache.cache import TurboQuantCache
 from turboquant_hf.cache.encoder import Encoder
+from turboquant_hf.cache.growing import fill_indexers, is_indexed, token_nbytes, unpacked
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.probe import probed_layers
 from turboquant_hf.cache.sides import Sides
@@ -37,8 +38,8 @@ class LayerMemory:
     """Layers that keep the same things, and their bytes together.
 
     Attributes:
-        kind: "packed", "packed + recurrent", "sliding window", "recurrent", "sliding window + recurrent", "raw"
-            (another kind of transformers', left as it is) or "none" (nothing of its own).
+        kind: "packed", "packed + recurrent", "sliding window", "recurrent", "sliding window + recurrent", "indexed"
+            (sparse attention), "raw" (another kind of transformers', left as it is) or "none" (nothing of its own).
         layers: how many.
         kv_heads, head_dims: of keys and values; 0 and (0, 0) without any.
         window: of a sliding-window layer.
@@ -70,7 +71,10 @@ class MemoryEstimate:
         released_nbytes: the part of all three that sliding-window layers hold only until the next token: transformers
             keeps a slice of what it read last, and with it all of that in memory.
         shared_nbytes: the part of `nbytes` that layers share (rotations).
-        token_nbytes, dense_token_nbytes: what one more token of one sequence takes in packed tiles, and in 16 bit.
+        token_nbytes, dense_token_nbytes: what one more token of one sequence takes in packed tiles, and in 16 bit; and
+            in layers that grow and are not packed.
+        cross_token_nbytes: of encoder-decoders, what cross-attention keeps per token of the encoder, uncompressed. None
+            of the other figures counts it.
         layers: the same by kind of layer.
     """
 
@@ -84,6 +88,7 @@ class MemoryEstimate:
     shared_nbytes: int
     token_nbytes: float
     dense_token_nbytes: int
+    cross_token_nbytes: int
     layers: tuple[LayerMemory, ...]
 
     @property
@@ -116,7 +121,7 @@ class MemoryPlan:
         check_config(config)
         own = dtype or config.dtype or config.get_text_config(decoder=True).dtype
         self.config, self.dtype = config, own if own in DTYPES else torch.bfloat16
-        self.probed = probed_layers(config, self.dtype)
+        self.probed, self.cross = probed_layers(config, self.dtype)
 
     def estimate(self, tokens: int, preset: CachePreset, batch: int = 1, **options: Any) -> MemoryEstimate:
         """See `TurboQuantCache.estimate`; `options` as for `cache_behind`."""
@@ -152,6 +157,7 @@ class MemoryPlan:
             check_whole("chunk", chunk, 1)
         last = tokens if chunk is None else (tokens - 1) % chunk + 1
         observed = observed and not is_latent(self.config)
+        fill_indexers(cache.layers, self.probed, batch, tokens)
         filled: dict[tuple, Any] = {}
         for index, seen in enumerate(self.probed[: len(cache.layers)]):
             layer, pair = cache.layers[index], _pair(seen, batch, tokens)
@@ -174,6 +180,7 @@ class MemoryPlan:
 
     def _read(self, cache: TurboQuantCache | TurboQuantStaticCache, tokens: int, batch: int) -> MemoryEstimate:
         packed = [layer for layer in cache.packed_layers if layer.is_initialized]
+        growth = sum(token_nbytes(seen) for seen in unpacked(cache.layers, self.probed))
         total = {
             "nbytes": cache.nbytes,
             "resident_nbytes": cache.resident_nbytes,
@@ -185,8 +192,9 @@ class MemoryPlan:
             tokens=tokens,
             batch=batch,
             layers=self._by_kind(cache),
-            token_nbytes=sum(_token_nbytes(layer) for layer in packed),
-            dense_token_nbytes=sum(2 * layer.num_heads * sum(layer.head_dims) for layer in packed),
+            token_nbytes=sum(_token_nbytes(layer) for layer in packed) + growth,
+            dense_token_nbytes=sum(2 * layer.num_heads * sum(layer.head_dims) for layer in packed) + growth,
+            cross_token_nbytes=sum(map(token_nbytes, self.cross)),
             released_nbytes=_released_nbytes(cache),
             **total,
         )
@@ -222,7 +230,8 @@ def longest_context(nbytes: int, held: Callable[[int], int]) -> int:
 
 def _kind(held: bool, pair: Any, window: int | None, seen: Any) -> str:
     recurrent = any(hasattr(seen, name) for name in RECURRENT)
-    keeps = "" if pair is None else "packed" if held else "sliding window" if window else "raw"
+    own = "sliding window" if window else "indexed" if is_indexed(seen) else "raw"
+    keeps = "" if pair is None else "packed" if held else own
     return " + ".join([*([keeps] if keeps else []), *(["recurrent"] if recurrent else [])]) or "none"
 
 

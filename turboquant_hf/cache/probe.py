@@ -22,10 +22,13 @@ TOKENS = 2
 """Of the prompt that is read: some models have a way of their own for a single token."""
 
 
-def probed_layers(config: PreTrainedConfig, dtype: torch.dtype) -> list[Any]:
+def probed_layers(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
     """transformers' cache layers of one sequence after `TOKENS` tokens, their tensors on the meta device.
 
     Layers that keep nothing of their own are left as they were made.
+
+    Returns: those of self-attention, and those of an encoder-decoder's cross-attention, after `TOKENS` tokens of the
+        encoder.
 
     Args:
         config: the model's configuration.
@@ -43,17 +46,17 @@ def probed_layers(config: PreTrainedConfig, dtype: torch.dtype) -> list[Any]:
         ) from error
 
 
-def _run(config: PreTrainedConfig, dtype: torch.dtype) -> list[Any]:
+def _run(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
     decoder = _decoder(config, dtype)
-    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    cache, cross = (DynamicCache(config=config.get_text_config(decoder=True)) for _ in range(2))
     given, inputs = cache, {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long, device="meta")}
     if config.is_encoder_decoder:
-        given = EncoderDecoderCache(cache, DynamicCache(config=config.get_text_config(decoder=True)))
+        given = EncoderDecoderCache(cache, cross)
         width = decoder.get_input_embeddings().weight.shape[1]
         inputs["encoder_hidden_states"] = torch.zeros(1, TOKENS, width, dtype=dtype, device="meta")
     with torch.no_grad():
         decoder(**inputs, use_cache=True, **{cache_parameter(type(decoder)): given})
-    return cache.layers
+    return cache.layers, cross.layers if config.is_encoder_decoder else []
 
 
 @lru_cache(maxsize=256)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
+from tests.support.families import FAMILIES, available, build
 from turboquant_hf import TurboQuantCache, preset_names
 from turboquant_hf.cli import main
 
@@ -101,3 +102,21 @@ def test_a_gguf_file_is_read_by_its_metadata(tmp_path, capsys):
     data = json.loads(told(capsys, path, "--json", "--preset", "k4v4", "--tokens", 3000, "--dtype", "bfloat16"))
     assert data["model_type"] == "llama" and data["max_position_embeddings"] == 4096
     assert data["presets"]["k4v4"]["resident_nbytes"] == TurboQuantCache.estimate(CONFIG, 3000).resident_nbytes
+
+
+def test_an_encoder_decoder_says_what_its_cross_attention_keeps(tmp_path, capsys):
+    sizes = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 3, "num_heads": 2, "vocab_size": 99}
+    T5Config(**sizes, dtype="bfloat16").save_pretrained(tmp_path)
+    page = " ".join(told(capsys, tmp_path, "--tokens", 500, "--preset", "k4v4").split())
+    assert "t5, 3 layers, bfloat16" in page and " 3 full attention 2 32 packed " in page
+    assert f"Cross-attention keeps {3 * 2 * 2 * 32 * 2} B per token of the encoder" in page
+
+
+def test_sparse_attention_is_listed_and_grows(tmp_path, capsys):
+    family = next(family for family in FAMILIES if family.name == "deepseek_v32")
+    if not available(family):
+        pytest.skip("this transformers has no deepseek_v32")
+    build(family).config.save_pretrained(tmp_path)
+    page = " ".join(told(capsys, tmp_path, "--tokens", 500, "--preset", "k4v4", "--weights", "no").split())
+    assert " 2 indexed 1 16/8 left as they are: sparse attention" in page
+    assert page.count(" 1.00x 160") == 2, "bytes per token, in 16 bit and here"

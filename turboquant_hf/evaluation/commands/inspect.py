@@ -35,6 +35,7 @@ REASONS = {
     "sliding window": "left as they are: at most the window",
     "recurrent": "left as they are: a state that does not grow",
     "sliding window + recurrent": "left as they are: at most the window, and a state that does not grow",
+    "indexed": "left as they are: sparse attention chooses tokens by keys of its own, and reads dense ones",
     "raw": "left as they are: a kind of layer that this package does not know",
     "none": "keep nothing of their own",
 }
@@ -203,6 +204,11 @@ def _notes(found: dict[str, Any], args: argparse.Namespace) -> list[str]:
     if data["weights_nbytes"] is not None:
         kind = f"{data['parameters']:,} parameters in {data['dtype']}" if args.weights == "yes" else "as given"
         notes.append(f"Weights: {_size(data['weights_nbytes'])} ({kind}).")
+    if first.cross_token_nbytes:
+        notes.append(
+            f"Cross-attention keeps {_size(first.cross_token_nbytes)} per token of the encoder and sequence beside "
+            "this, uncompressed."
+        )
     if args.memory is not None:
         without = f" less the weights leaves {_size(data['cache_memory_nbytes'])}" if data["weights_nbytes"] else ""
         notes.append(

