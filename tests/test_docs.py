@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import compatibility
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 TUTORIAL = DOCS / "tutorial"
@@ -27,6 +29,10 @@ def test_the_navigation_names_every_page_once():
     pages = [page.with_suffix("") for page in (*DOCS.glob("*.md"), *TUTORIAL.glob("*.md"), *LESSONS)]
     assert sorted([*listed, DOCS / "index"]) == sorted(pages)
     assert len(LESSONS) == 6
+
+
+def test_the_compatibility_page_is_what_its_command_writes():
+    assert (DOCS / "compatibility.md").read_text(encoding="utf-8") == compatibility.page(ROOT)
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)

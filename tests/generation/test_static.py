@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from tests.support.compatibility import COMPILED
 from tests.support.families import FAMILIES, available, build, prompt
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 
@@ -176,8 +177,7 @@ def teacher_forced(model, forward, tokens, cache, steps):
     "kind, backend, preset",
     [
         ("llama", "eager", "lossless"),
-        ("llama", "aot_eager", "k4v4"),
-        ("gpt_oss", "aot_eager", "k4v4"),
+        *((kind, "aot_eager", "k4v4") for kind in COMPILED),
         pytest.param("llama", "inductor", "k4v4", marks=pytest.mark.slow),
     ],
 )
