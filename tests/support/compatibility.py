@@ -163,23 +163,23 @@ def read_steps(path: Path) -> dict[str, str]:
 TEXT = """\
 # Compatibility
 
-Which model families work with which ways of generating. This page is written by `python -m tests.support.compatibility`, from the lists
-that the tests run. Each "yes" is a test: a tiny random model of the family gives exactly DynamicCache's tokens with the `lossless`
-preset, and several tiles are packed on the way. The versions are transformers 5.24 and torch 2.13.
+Which model families work with which ways of generating. `python -m tests.support.compatibility` writes this page from
+the lists that the tests run. Each "yes" is a test: a tiny random model of the family gives exactly DynamicCache's
+tokens with the `lossless` preset, and several tiles are packed on the way. The versions are transformers 5.24 and torch
+2.13.
 
 {table}
 
 {notes}
 
-- **packed, left as it is**: layers of the tiny model, by kind. Where nothing is packed, the model generates as without this package,
-  and the log says so.
+- **packed, left as it is**: layers of the tiny model, by kind. Where nothing is packed, the model generates as without
+  this package, and the log says so.
 - **growing** is `cache_implementation="turboquant"`, **preallocated** is `"turboquant_static"`.
-- **decode steps on a GPU** are those of [graphs.md](graphs.md#which-models). A family that is not in that table was not run on a GPU.
+- **decode steps on a GPU** are those of [graphs.md](graphs.md#which-models).
 - **torch.compile** of the forward pass with `fullgraph=True`, over a preallocated cache: {compiled} are tested.
-- Sampling, chunked prefill, assisted decoding with a draft model and further turns do not depend on the family: they are tested with
-  llama.
-- Not supported with any family: continuous batching, training through the cache, offloading or saving a preallocated cache
-  ([what is refused](usage.md#what-is-refused)).
+- Sampling, chunked prefill, assisted decoding with a draft model and further turns are tested with llama alone.
+- Not supported with any family: continuous batching, training through the cache, offloading or saving a preallocated
+  cache ([what is refused](usage.md#what-is-refused)).
 """
 
 
