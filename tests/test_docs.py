@@ -6,18 +6,23 @@ import importlib.util
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.support import compatibility
+from turboquant_hf import TurboQuantCache, cli
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 TUTORIAL = DOCS / "tutorial"
 LESSONS = sorted(TUTORIAL.glob("[0-9]_*.py"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 INDEXES = (DOCS / "index.md", TUTORIAL / "index.md")
 
 
@@ -70,3 +75,48 @@ def test_the_strict_build_passes(tmp_path):
     assert done.returncode == 0, done.stderr
     for page in ("index", "api", "tutorial/4_qjl"):
         assert (tmp_path / "html" / f"{page}.html").is_file()
+
+
+RUN = {"README.md", "usage.md", "contributing.md", "recipes.md", "choosing.md", "graphs.md", "index.md"}
+"""Pages with Python blocks: the first by tests/test_readme.py, the next ones by tests/test_contributing.py and
+tests/test_recipes.py, the last three below."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_every_page_with_python_is_run():
+    assert {page.name for page in PAGES if blocks(page, "python")} == RUN
+
+
+@pytest.mark.parametrize("name", ["choosing.md", "graphs.md", "index.md"])
+def test_short_blocks_run_on_a_model(name, small_llama):
+    ids = torch.randint(3, 199, (1, 300), generator=torch.Generator().manual_seed(0))
+    found = {"inputs": {"input_ids": ids}, "model": small_llama(head_dim=64), "TurboQuantCache": TurboQuantCache}
+    for block in blocks(DOCS / name, "python"):
+        exec(compile(block, name, "exec"), found)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, arguments) of every `turboquant-hf` command in a block for a shell."""
+    found = []
+    for page in PAGES:
+        for block in (*blocks(page, "bash"), *blocks(page, "console")):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if words[:1] == ["turboquant-hf"]:
+                    found.append((page.name, words[1:]))
+    return found
+
+
+def test_every_command_shown_has_its_flags(monkeypatch):
+    """Not run, for they take hours or a GPU: each is read by its own parser."""
+    shown = commands()
+    assert len(shown) > 20
+    load = cli.import_module
+    monkeypatch.setattr(
+        cli, "import_module", lambda name: SimpleNamespace(add_arguments=load(name).add_arguments, run=lambda args: 0)
+    )
+    for page, words in shown:
+        assert cli.main(words) == 0, (page, words)
