@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cuda_cases import described
 from tests.support.names import kernels_by_name
-from turboquant_hf.kernels.decode.cuda import kernel, source, support
+from turboquant_hf.kernels.decode.cuda import kernel, source
 
 from .conftest import INTERPRETED
-from .test_cuda import KEYS, groups_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="a compiler's work")]
 
@@ -100,7 +100,7 @@ def test_cuda_source_compiles(case, architecture):
     """For the cards of these architectures, without a header and with registers for nearly all of it."""
     nvrtc = Nvrtc()
     widths, bits, dim, allowed = CASES[case]
-    keys, (values,) = (support.described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
+    keys, values = described(widths, bits, dim)
     key_format, hadamard = "fp16" if widths == "k8" else "e3m5", not case.startswith(("matrices", "k2v2"))
     options = {"hadamard": hadamard, "wide": case.startswith("wide"), "sparse": case.startswith("sparse")}
     shape = source.Shape(dim, keys, values, key_format, "e4m4", bf16=True, **options)

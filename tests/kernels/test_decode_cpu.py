@@ -7,16 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.cases import PLACES, attend, attention_inputs, groups_of, moved, starting_at, uniform, with_a_nan
+from tests.support.accuracy import DTYPES
+from tests.support.cases import (
+    CHANNEL_GROUPS,
+    PLACES,
+    SHAPES,
+    attend,
+    attention_inputs,
+    groups_of,
+    in_buffers,
+    moved,
+    starting_at,
+    uniform,
+    with_a_nan,
+)
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import cpu, reference
 from turboquant_hf.primitives import grid
 
-from .test_counts import in_buffers
-from .test_decode_attention import CHANNEL_GROUPS, SHAPES
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRESETS = ["k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2", "paper-mse-4", "paper-3.5"]
 
 

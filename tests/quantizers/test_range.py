@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.quantizers import CASES, fit, id_of, make, round_trip, tiles_of
 from turboquant_hf.kernels.codes import load_scale
 from turboquant_hf.quantizers import QUANTIZERS
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
-
-from .test_contract import CASES, fit, id_of, make, round_trip, tiles_of
 
 DIM = 64
 CODED = [case for case in CASES if case[0] != "lossless"] + [("mse", {"scale_format": "e4m4"})]
