@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from turboquant_hf.kernels.codes import TileCoding
 from turboquant_hf.kernels.encode.reference import decode_rotated
 from turboquant_hf.primitives import packed_size
 from turboquant_hf.quantizers.base import Field, Packed, check_bits, check_choice
@@ -78,8 +79,8 @@ class Prod(ScaledQuantizer):
     def encode_scaled(self, tiles: torch.Tensor, weight: torch.Tensor | None) -> Packed:
         head_dim, device = tiles.shape[-1], tiles.device
         packed = self.stage.encode(tiles, {}, weight)
-        rotated = tiles @ self.stage.rotation_of(head_dim, 0, device).T
-        left = rotated - decode_rotated(packed["codes"], packed["scale"], self.stage.groups(head_dim))
+        rotation = self.stage.rotation_of(head_dim, 0, device)
+        left = tiles @ rotation.T - decode_rotated(packed, TileCoding(rotation, self.stage.groups(head_dim)))
         sizes = [size for size, _ in self.sketch_sizes(head_dim)]
         pairs = [
             sketch_encode(part, sketch)
@@ -94,8 +95,8 @@ class Prod(ScaledQuantizer):
         signs, norms = packed["signs"].split(rows, dim=-1), packed["residual"].unbind(dim=-2)
         triples = zip(signs, norms, self.sketches(head_dim, device), strict=True)
         left = torch.cat([sketch_decode(*triple) for triple in triples], dim=-1)
-        rotated = decode_rotated(packed["codes"], packed["scale"], self.stage.groups(head_dim)) + left
-        return rotated @ self.stage.rotation_of(head_dim, 0, device)
+        rotation = self.stage.rotation_of(head_dim, 0, device)
+        return (decode_rotated(packed, TileCoding(rotation, self.stage.groups(head_dim))) + left) @ rotation
 
 
 class _FirstStage(MSE):

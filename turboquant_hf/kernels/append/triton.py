@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from turboquant_hf.kernels.append.reference import FixedTokens
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous
 from turboquant_hf.kernels.common.kernel import kernel
-from turboquant_hf.kernels.decode.inputs import RawTokens
 
 
 @triton.jit
@@ -52,23 +52,14 @@ def _append_kernel(
         tl.store(p_counts + 1, tl.minimum(length + Q, max_len))
 
 
-def append_tokens(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    ring: RawTokens,
-    sinks: RawTokens,
-    starts: torch.Tensor,
-    counts: torch.Tensor,
-    ticket: torch.Tensor,
-    max_len: int,
-) -> None:
+def append_tokens(keys: torch.Tensor, values: torch.Tensor, held: FixedTokens) -> None:
     """Equivalent to `reference.append_tokens`. Ring and sinks must be contiguous."""
     batch, heads, count, dim = keys.shape
-    value_dim = values.shape[3]
+    value_dim, ring, sinks = values.shape[3], held.ring, held.sinks
     keys, values = rows_contiguous(keys), rows_contiguous(values)
     _append_kernel[(batch * heads,)](
-        keys, values, ring.keys, ring.values, sinks.keys, sinks.values, starts, counts, ticket,
-        *keys.stride()[:3], *values.stride()[:3], max_len, count, ring.keys.shape[2],
+        keys, values, ring.keys, ring.values, sinks.keys, sinks.values, held.starts, held.counts, held.ticket,
+        *keys.stride()[:3], *values.stride()[:3], held.max_len, count, ring.keys.shape[2],
         H=heads, D=dim, DV=value_dim, S=sinks.keys.shape[2],
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=triton.next_power_of_2(value_dim), num_warps=1,
     )  # fmt: skip

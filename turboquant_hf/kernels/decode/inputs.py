@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turboquant_hf.kernels.codes import CodeGroup
+from turboquant_hf.kernels.codes import CodeGroup, TileCoding
 from turboquant_hf.kernels.encode.reference import decode_rotated
 
 
@@ -60,15 +60,9 @@ class PackedSide:
 
     def rotated(self, channel_major: bool) -> torch.Tensor:
         """y of every token, float32 [B, H, N * T, D]."""
-        y = decode_rotated(
-            self.codes,
-            self.scale,
-            self.groups,
-            scale_format=self.scale_format,
-            gain=self.gain,
-            channel_major=channel_major,
-        )
-        return y.flatten(2, 3)
+        how = {"scale_format": self.scale_format, "gain": self.gain, "channel_major": channel_major}
+        packed = {"codes": self.codes, "scale": self.scale}
+        return decode_rotated(packed, TileCoding(self.rotation, self.groups, **how)).flatten(2, 3)
 
 
 @dataclass(frozen=True)

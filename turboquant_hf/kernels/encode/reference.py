@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from turboquant_hf.kernels.codes import (
-    CodeGroup,
     TileCoding,
     from_words,
     group_places,
@@ -142,20 +141,17 @@ def _scale(y: torch.Tensor, code: torch.Tensor, rule: str) -> torch.Tensor:
     return norm.square() / inner.clamp(min=1e-30)
 
 
-def decode_rotated(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    groups: tuple[CodeGroup, ...],
-    *,
-    scale_format: str = "fp16",
-    gain: torch.Tensor | None = None,
-    channel_major: bool = False,
-) -> torch.Tensor:
-    """The scaled codebook vectors, still rotated: float32 [B, H, N, T, D]. Arguments as in `TileCoding`."""
-    tile = scale.shape[-1]
-    factor = load_scale(scale, scale_format)
-    if gain is not None:
-        factor = factor * gain[:, :, None, None, None]
+def decode_rotated(packed: dict[str, torch.Tensor], coding: TileCoding) -> torch.Tensor:
+    """The scaled codebook vectors, still rotated: float32 [B, H, N, T, D].
+
+    Of `packed`, "codes" and "scale" are read. Of `coding`, the groups, the format and gain of scales, and
+    `channel_major` are read: nothing of the transform.
+    """
+    codes, scale = packed["codes"], packed["scale"]
+    groups, channel_major, tile = coding.groups, coding.channel_major, scale.shape[-1]
+    factor = load_scale(scale, coding.scale_format)
+    if coding.gain is not None:
+        factor = factor * coding.gain[:, :, None, None, None]
     parts = []
     lead = codes.shape[:-1]
     row_bytes = sum(packed_size(group.size, group.bits) for group in groups if not group.in_words)
@@ -182,10 +178,7 @@ def decode_tiles(packed: dict[str, torch.Tensor], inverse: torch.Tensor, coding:
         inverse: [D, D] or [B or 1, H, D, D], of all that `coding` does to a vector: its transform, order and balance
             are not looked at.
     """
-    y = decode_rotated(
-        packed["codes"], packed["scale"], coding.groups, scale_format=coding.scale_format, gain=coding.gain,
-        channel_major=coding.channel_major,
-    )  # fmt: skip
+    y = decode_rotated(packed, coding)
     matrix = inverse if inverse.dim() == 2 else inverse.unsqueeze(2)
     x = y @ matrix.float().transpose(-1, -2)
     if "mean" in packed:
