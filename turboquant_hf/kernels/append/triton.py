@@ -1,4 +1,14 @@
-"""Triton: one launch that stores a step's tokens and counts them, whatever the cache holds."""
+"""Triton: one launch stores the tokens of a step and counts them on the device.
+
+    position p                     length, length + 1, ..., length + q - 1
+    ring[p % R]      = new row     where p < max_len
+    sinks[p - start] = new row     where 0 <= p - start < S
+    length           = min(length + q, max_len)
+
+- One program writes the rows of one KV head, token by token.
+- The host does not know `length`, so a recorded step can be replayed.
+- The last program to draw the ticket changes `length`, because all others have read it by then.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +55,7 @@ def _append_kernel(
             p_values + head_offset(b, h, value_b, value_h, DV), p_ring_values + head * R * DV,
             p_sink_values + head * S * DV, dv, dv < DV, slot, sink, position < max_len, m_sink, q, value_q, DV,
         )  # fmt: skip
-    # Whoever comes last counts the tokens: all others have read the length by then.
+    # The last program counts the tokens: all others have read the length by then.
     tl.debug_barrier()
     if tl.atomic_add(p_ticket, 1) == tl.num_programs(0) - 1:
         tl.store(p_ticket, 0)
