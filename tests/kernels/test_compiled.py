@@ -1,4 +1,4 @@
-"""All kernels compiled for GPUs that this machine need not have: what an interpreter accepts, a compiler may not."""
+"""All kernels are compiled for GPUs that this machine need not have: compilers refuse what the interpreter accepts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Nvrtc:
 
 
 SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
-"""Bytes of shared memory a block can have, by architecture (CUDA C++ programming guide, technical specifications)."""
+"""Architecture -> bytes of shared memory per block (CUDA C++ programming guide, technical specifications)."""
 CASES = {  # keys, bits of values, head dim, bytes that may spill
     "k4v4-d128": ("k5/3", 4, 128, 64),
     "k4v4-d64": ("k5/3", 4, 64, 0),
@@ -97,7 +97,7 @@ CASES = {  # keys, bits of values, head dim, bytes that may spill
 @pytest.mark.parametrize("architecture", SHARED)
 @pytest.mark.parametrize("case", CASES)
 def test_cuda_source_compiles(case, architecture):
-    """For the cards of these architectures, without a header and with registers for nearly all of it."""
+    """The source compiles for these architectures without any header, and spills few registers."""
     nvrtc = Nvrtc()
     widths, bits, dim, allowed = CASES[case]
     keys, values = described(widths, bits, dim)

@@ -1,4 +1,4 @@
-"""Kernels that read on the device how much a buffer of fixed size holds."""
+"""Kernels over arrays of fixed size, which read on the device how many tiles and tokens are filled."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from turboquant_hf.kernels.decode.reference import decode_attention
 
 @pytest.fixture(autouse=True)
 def words(monkeypatch):
-    """The reader of a trellis is switched off until these tests have passed on a GPU."""
+    """Switch on the reader of a trellis, which is off until these tests have passed on a GPU."""
     monkeypatch.setattr(support, "WORDS", True)
 
 
@@ -78,8 +78,8 @@ def test_queries_of_any_size_meet_the_mean(dim, exponent):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
-def test_sums_outlast_tiles_that_are_not_seen(rows, dim):
-    """They are kept in units of a tile's largest probability, of which there is none here."""
+def test_sums_survive_tiles_that_are_masked_out(rows, dim):
+    """Sums are kept in units of a tile's largest probability, and a tile that is masked out has none."""
     given = arguments("k5/3", 4, dim, rows, torch.float16, tiles=60)
     given[2].scale.fill_(250)  # 1.6
     mask = torch.zeros(2, 60 * TILE + 77, dtype=torch.bool, device="cuda")
@@ -89,7 +89,7 @@ def test_sums_outlast_tiles_that_are_not_seen(rows, dim):
 
 @pytest.mark.gpu
 def test_softcap_is_exact_where_scores_are_large():
-    """A cap of 50, as Gemma 2 has, on scores of that size."""
+    """A cap of 50, as in Gemma 2, on scores of that size."""
     check(arguments("k5/3", 4, 128, (4, 1), torch.float16), scaling=0.5, softcap=50.0)
 
 
@@ -100,7 +100,7 @@ def test_softcap_is_exact_where_scores_are_large():
 )
 @pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
 def test_blocks_of_cards_with_less_shared_memory(keys, values, dim, rows, monkeypatch):
-    """99 KB, as compute capability 8.6, 8.9 and 12.0 have: as few as two warps a block."""
+    """99 KB, as with compute capability 8.6, 8.9 and 12.0. Some shapes then have only two warps per block."""
     monkeypatch.setattr(geometry, "warps", lambda shape, device: source.most_warps(shape, 99 * 1024))
     kernel.load.cache_clear()
     try:
@@ -110,7 +110,7 @@ def test_blocks_of_cards_with_less_shared_memory(keys, values, dim, rows, monkey
 
 
 @pytest.mark.gpu
-def test_more_parts_than_can_be_added_up_are_refused():
+def test_more_splits_than_the_merge_can_add_up_are_refused():
     with pytest.raises(ValueError, match="allowed are 0 to 64"):
         check(arguments("k5/3", 4, 128, (4, 1), torch.float16), scaling=0.05, splits=65)
 
@@ -119,7 +119,7 @@ def test_more_parts_than_can_be_added_up_are_refused():
 @pytest.mark.parametrize("splits", [1, 2, 9, 33, 64])
 @pytest.mark.parametrize("sizes", [(1, 1, 0), (3, 130, 4), (70, 33, 128)], ids=str)
 def test_any_number_of_blocks_shares_a_head(sizes, splits):
-    """Fewer tiles than blocks, a tail longer than the warps of a block take at once, no sinks."""
+    """Fewer tiles than blocks, a tail longer than all warps of a block read at once, and no sinks."""
     tiles, tail, sinks = sizes
     given = arguments("k5/3", 4, 128, (4, 1), torch.float16, tiles=tiles, tail=tail, sinks=sinks)
     check(given, scaling=0.05, splits=splits)
@@ -130,7 +130,7 @@ def test_any_number_of_blocks_shares_a_head(sizes, splits):
 @pytest.mark.parametrize("rows", [(1, 1), (4, 1), (8, 1), (3, 5)], ids=str)
 @pytest.mark.parametrize("extra", ["plain", "padded", "masked", "softcap", "counts"])
 def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
-    """Every third tile has keys far from the queries, and NaN for the scales of its values."""
+    """Every third tile has keys far from the queries, and NaN scales for its values, which must not be read."""
     tail = 100 if extra == "counts" else 77
     given = arguments("k5/3", 4, dim, rows, torch.float16, tiles=30, tail=tail, formats=("e3m5", "fp16"))
     query, keys, values, _, _, starts = given
@@ -145,7 +145,7 @@ def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
         options["mask"] = torch.rand(2, 30 * TILE + 77, device="cuda") > 0.3
     if extra == "softcap":
         options |= {"softcap": 30.0, "s_aux": torch.randn(query.shape[1], device="cuda")}
-    if extra == "counts":  # three tiles are spare, and the tail is a ring that wraps round
+    if extra == "counts":  # three tiles are spare, and the tail is a ring that has wrapped
         options["counts"] = torch.tensor([27, 27 * TILE + 77], dtype=torch.int32, device="cuda")
     cuda.unread_tiles()
     output = attend_parts(cuda.decode_attention, *given, **options)
@@ -164,7 +164,7 @@ def test_sparse_v_reads_no_values_of_unlikely_tiles(dim, rows, extra):
 @pytest.mark.parametrize("rows", [(4, 1), (8, 1)], ids=str)
 @pytest.mark.parametrize(("keys", "values"), [("k5/3", 4), ("5/w3/w2", "w3")])
 def test_sparse_v_changes_little(keys, values, rows):
-    """Unlikely tiles among random ones: leaving them out does not show, at 1e-30 least of all."""
+    """Leaving out unlikely tiles among random ones hardly changes the result, least of all with the threshold 1e-30."""
     given = arguments(keys, values, 128, rows, torch.float16, tiles=70)
     given[0][:] = given[0][:, :: rows[0]].repeat_interleave(rows[0], dim=1)
     given[1].mean.mul_(20)
@@ -176,8 +176,8 @@ def test_sparse_v_changes_little(keys, values, rows):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("which", ["keys", "values"])
-def test_a_head_that_holds_nan_says_so(which):
-    """A head's NaN gain marks what was not finite: all of its results are NaN, and nobody else's."""
+def test_a_nan_gain_makes_the_results_of_its_head_nan(which):
+    """A NaN gain marks a head that was not finite. All of its results are NaN, and no other head's."""
     query, *sides, sink, raw, starts = arguments("k5/3", 4, 128, (4, 1), torch.float16)
     sides[which == "values"].gain[1, 0] = torch.nan
     output = attend_parts(cuda.decode_attention, query, *sides, sink, raw, starts, scaling=0.05).view(2, 2, 4, 128)
@@ -188,8 +188,8 @@ def test_a_head_that_holds_nan_says_so(which):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("which", ["keys", "values"])
-def test_a_token_that_holds_nan_says_so(which):
-    """Two-byte scales have no gain: a NaN scale is the mark."""
+def test_a_nan_scale_makes_the_results_of_its_head_nan(which):
+    """Two-byte scales have no gain: the NaN scale of one token is the mark."""
     query, *sides, sink, raw, starts = arguments("k8", 8, 128, (4, 1), torch.float16, formats=("fp16", "fp16"))
     sides[which == "values"].scale[1, 0, 5, 0, 77] = torch.nan
     output = attend_parts(cuda.decode_attention, query, *sides, sink, raw, starts, scaling=0.05).view(2, 2, 4, 128)

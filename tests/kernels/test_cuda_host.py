@@ -25,7 +25,7 @@ from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 @pytest.fixture(autouse=True)
 def words(monkeypatch):
-    """The reader of a trellis is switched off until these tests have passed on a GPU."""
+    """Switch on the reader of a trellis, which is off until `test_cuda.py` has passed on a GPU."""
     monkeypatch.setattr(support, "WORDS", True)
 
 
@@ -45,13 +45,13 @@ def test_words_are_read_at_multiples_of_four(widths, dim, served):
     assert support.begin_at_words(groups) == served
 
 
-def test_no_words_are_served_before_their_reader_was_tried(monkeypatch):
+def test_words_are_not_served_before_their_reader_ran_on_a_gpu(monkeypatch):
     monkeypatch.undo()
     assert not support.WORDS
 
 
-def test_words_that_no_lane_multiplies_are_refused():
-    """A table holds the levels of 4 bits of a trellis, and words of keys are for the tokens of words of values."""
+def test_words_that_the_kernel_cannot_read_are_refused():
+    """A table holds the levels of codes of up to 4 bits, and words of keys need values in words."""
     (narrow,), (wide,) = groups_by_share(64, ((1.0, "w4"),)), groups_by_share(64, ((1.0, "w5"),))
     assert support.narrow(narrow) and not support.narrow(wide) and support.narrow(groups_by_share(64, ((1.0, 5),))[0])
     assert support.row_fits(64, narrow)
@@ -65,7 +65,7 @@ def test_words_that_no_lane_multiplies_are_refused():
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("name", preset_names())
 def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
-    """Here the device is the reason; a query that says it is elsewhere shows what a CUDA device would serve."""
+    """Here the device is the reason. A query that claims to be on a GPU shows what a GPU would serve."""
     preset = load_preset(name, min_statistics=0, boundary_layers=0)
     if not isinstance(preset.keys, RotatedQuantizer) or not isinstance(preset.values, RotatedQuantizer):
         pytest.skip("not for the packed kernels")
@@ -107,7 +107,7 @@ def test_blocks_are_whole_teams(option, keys, values, dim, limit):
     [(8, 1024, 4, 16), (8, 256, 6, 16), (64, 128, 4, 2), (6, 6, 4, 6), (8, 0, 4, 1), (1000, 64, 8, 1)],
 )
 def test_blocks_fill_the_card(heads, tiles, teams, splits):
-    """132 multiprocessors: one wave of blocks where there are few heads, and never more blocks than tiles."""
+    """132 multiprocessors: few heads get one full wave of blocks, and there are never more blocks than tiles."""
     assert geometry.splits(heads, tiles, teams, 132) == splits
 
 
@@ -119,8 +119,8 @@ def test_chunks_of_rows_count_as_blocks():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
-def test_levels_as_bytes(bits):
-    """What levels.cuh makes of a code, permutation by permutation: the codebook's step, a constant away."""
+def test_permutations_of_bytes_find_the_levels(bits):
+    """The permutations of levels.cuh turn a code into the codebook's step plus a constant."""
     ((_, _, unit, steps),) = support.described((CodeGroup(128, grid(bits, 128)),))
     assert torch.allclose(unit * (torch.tensor(steps) + 0.5), grid(bits, 128).tensor())
     table = source.level_bytes(steps)
@@ -138,8 +138,8 @@ def test_levels_as_bytes(bits):
         assert byte == step + 0.5 + source.ROW_CENTRE[bits]
 
 
-def test_a_torch_that_cannot_launch_is_refused(monkeypatch):
-    """torch.cuda._compile_kernel alone is not enough: 2.8 and 2.9 have it without what launches its kernels."""
+def test_a_torch_that_cannot_launch_kernels_is_refused(monkeypatch):
+    """torch 2.8 and 2.9 have torch.cuda._compile_kernel, but cannot launch its kernels."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -150,8 +150,8 @@ def test_a_torch_that_cannot_launch_is_refused(monkeypatch):
     assert "below 8.0" in cuda.available()
 
 
-def test_what_does_not_compile_is_left_to_others(monkeypatch):
-    """A compiler that is missing ends nothing: the call goes to Triton, and the reason is kept."""
+def test_a_kernel_that_does_not_compile_is_left_to_triton(monkeypatch):
+    """Without a compiler, the call goes to Triton. The reason is kept, and the compiler is not asked again."""
     asked = []
 
     def compile_kernel(shape, device):
@@ -170,8 +170,8 @@ def test_what_does_not_compile_is_left_to_others(monkeypatch):
     assert "shared memory" in kernel.failure(shape, torch.device("cuda", 6))
 
 
-def test_launches_are_what_the_driver_reads(monkeypatch):
-    """CUlaunchConfig and CUlaunchAttribute as cuda.h lays them out; one for each caller."""
+def test_launch_options_have_the_layout_that_the_driver_reads(monkeypatch):
+    """CUlaunchConfig and CUlaunchAttribute are laid out as in cuda.h, and each caller has its own."""
     seen, given = [], []
 
     class Driver:
@@ -197,7 +197,7 @@ def test_launches_are_what_the_driver_reads(monkeypatch):
 
 
 def test_every_source_file_is_compiled():
-    """The key of a binary on disk is made from the whole text, so it covers every file and the arguments."""
+    """The whole text is hashed for the name of a binary on disk, so it must contain every file and the arguments."""
     keys, values = described("k5/3", 4, 128)
     text = source.source_text(source.Shape(128, keys, values), 8)
     files = [path for path in Path(source.__file__).parent.iterdir() if path.suffix in (".cu", ".cuh")]
@@ -212,8 +212,8 @@ def test_the_declared_arguments_have_the_names_and_order_of_the_structure():
 
 
 @pytest.mark.parametrize(("name", "options"), [("k4v4", {}), ("k4v4", {"keys": {"per_head": True}}), ("k2v2", {})])
-def test_a_step_hands_over_what_the_kernel_takes(monkeypatch, name, options):
-    """Everything but the launch, on CPU tensors: each field of the argument structure."""
+def test_a_step_fills_every_field_of_the_arguments(monkeypatch, name, options):
+    """On CPU tensors, with everything but the launch itself."""
     launches = []
 
     class Launcher:

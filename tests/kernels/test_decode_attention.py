@@ -66,7 +66,7 @@ def test_padding_and_holes(kernel, device, queries):
     check(kernel, device, torch.float32, arguments, options={"mask": mask})
 
 
-def test_rows_that_see_nothing_are_zero(kernel, device):
+def test_rows_that_see_no_token_are_zero(kernel, device):
     arguments = attention_inputs(batch=2, heads=1)
     mask = torch.ones(2, 3 * 32 + 21, dtype=torch.bool)
     mask[1] = False
@@ -75,8 +75,8 @@ def test_rows_that_see_nothing_are_zero(kernel, device):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_no_number_comes_out_of_what_is_none(kernel, device, place):
-    """A NaN stored for a head, wherever it stands, is seen in all that the head's queries read."""
+def test_a_stored_nan_shows_in_the_result(kernel, device, place):
+    """A NaN that is stored anywhere for a head shows in everything that the head's queries read."""
     given = with_a_nan(place)
     for decode, where in ((reference.decode_attention, "cpu"), (kernel, device)):
         out = attend(decode, moved(given, where, torch.float32))
@@ -108,7 +108,7 @@ def test_sparse_values_skip_only_below_the_threshold(kernel, device):
 
 
 def test_the_reference_leaves_out_the_values_of_unlikely_tiles():
-    """One tile of three, far from the queries of one head: its values do not count, and everything else does."""
+    """One of three tiles is far from the queries of one head: its values do not count, and all others do."""
     query, history = attention_inputs(heads=2, group=2, conditioned=False)
     one = query[:, 2:3].clone()  # both query heads of head 1
     query[:, 2:] = one

@@ -1,4 +1,4 @@
-"""words.cuh step by step in plain Python: the levels that a lane of decode.cu makes of its words of a trellis."""
+"""words.cuh step by step in plain Python: how a lane of decode.cu turns its words of a trellis into levels."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def as_words(packed: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shares", [1, 2])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_lane_decodes_a_word(bits, shares):
-    """Unit u, byte j of a word is its value 4 u + j, at any path; every level comes out of the table."""
+    """Byte j of unit u of a word is value 4 u + j for any path, and every level comes from the table."""
     code, generator = trellis_code(bits, 64), torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (40, 32), generator=generator).to(torch.uint8)
     wanted, levels = code.numbers(codes), code.decode(codes)
@@ -115,7 +115,7 @@ def test_a_lane_finds_its_values(bits, shares):
 @pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 128])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_lane_finds_its_keys(bits, size):
-    """`TokenWords`: what `Pair<I>` and `Token<I, R>` read for a lane are the tokens that `OwnTokens` counts."""
+    """`TokenWords`: `Pair<I>` and `Token<I, R>` read the tokens that `OwnTokens` counts for a lane."""
     groups = groups_of((size, bits), make=trellis_code)
     codes = torch.randint(0, 256, (tile_bytes(groups, TILE, False),), dtype=torch.uint8)
     exact = exact_values(codes, groups, False)

@@ -1,4 +1,4 @@
-"""Groups of a trellis: which values make a word, where the words lie in a tile, and what encoding promises of them."""
+"""Groups of a trellis: which values make a word, where words lie in a tile, and what encoding promises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def decode_rotated(packed, groups, channel_major):
 
 
 def place_of(index: int) -> int:
-    """The place, before the trellis's order, of the value that has bit `index` of a path."""
+    """The place, before the trellis reorders values, of the value whose path bit is bit `index`."""
     n, b, a = index // 4, index // 2 % 2, index % 2
     return 16 * a + 8 * b + n
 
@@ -110,8 +110,8 @@ def test_a_trellis_has_a_third_less_error_at_the_same_bytes(bits, channel_major)
 
 
 @pytest.mark.parametrize("channel_major", [False, True], ids=["keys", "values"])
-def test_a_token_without_weight_takes_nothing_from_the_others(channel_major):
-    """Neither a NaN there, nor how large it is, shows in another token's codes; its own scale is 0."""
+def test_a_token_without_weight_does_not_change_other_codes(channel_major):
+    """Neither its size nor a NaN in it shows in the codes of other tokens. Its own scale is 0."""
     groups, generator = groups_of((16, 3), (48, 2), make=trellis_code), torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 2, 2, 64, 64, generator=generator), torch.ones(2, 2, 64)
     weight[:, 0, :7] = 0

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def serves(name, options, head_dim):
-    """By the docs, not by `validate`: whole blocks of 16 for polar, no block of one channel elsewhere."""
+    """By the documentation, not by `validate`: polar needs whole blocks of 16, others no block of 1 channel."""
     return head_dim % 16 == 0 if name == "polar" else head_dim % options.get("block", head_dim) != 1
 
 
@@ -90,7 +90,7 @@ def test_arithmetic_is_float32_for_half_inputs(quantizer, head_dim, dtype):
 
 
 def test_decode_is_near_the_input(quantizer, head_dim):
-    """Loose on purpose (theory is tested apart): it fails where a rotation, order or group is mixed up."""
+    """A loose bound: it fails where a rotation, order or group is mixed up. Theory is tested elsewhere."""
     x, weight = tiles_of(head_dim)
     state = fit(quantizer, x, weight)
     error = (round_trip(quantizer, x, state, weight) - x)[:, :, 1:].square().sum() / x[:, :, 1:].square().sum()
@@ -99,7 +99,7 @@ def test_decode_is_near_the_input(quantizer, head_dim):
     assert error < (2.0 if quantizer.name == "qjl" else 0.7 if coarse else 0.16)
 
 
-def test_state_is_led_by_the_batch(quantizer, head_dim):
+def test_the_first_axis_of_every_state_is_the_batch(quantizer, head_dim):
     x, weight = tiles_of(head_dim, batch=3)
     for query_rms in (None, query_rms_of(x)):
         for name, tensor in quantizer.fit(x, weight, query_rms).items():
@@ -116,7 +116,7 @@ def test_a_batch_of_two_is_two_singles(quantizer, head_dim):
         torch.testing.assert_close(single[0], both[i])
 
 
-def test_the_sequences_heads_and_tiles_around_one_do_not_matter(quantizer, head_dim):
+def test_other_sequences_heads_and_tiles_do_not_matter(quantizer, head_dim):
     x, weight = tiles_of(head_dim)
     state = fit(quantizer, x, weight)
     other = -5 * tiles_of(head_dim, seed=1)[0]
@@ -126,7 +126,7 @@ def test_the_sequences_heads_and_tiles_around_one_do_not_matter(quantizer, head_
         assert torch.equal(here[name][1, 0, 2], there[name][1, 0, 2]), name
 
 
-def test_what_weightless_tokens_hold_does_not_matter(quantizer, head_dim):
+def test_tokens_without_weight_do_not_matter(quantizer, head_dim):
     x, weight = tiles_of(head_dim)
     garbage = x.clone()
     garbage[:, :, 0, :4] = 1000.0
@@ -155,7 +155,7 @@ def test_encode_takes_strided_tiles(quantizer, head_dim):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1000.3, 1e-30, 1e10], ids=str)
 def test_constant_vectors_stay_finite(quantizer, head_dim, value):
-    """But for numbers that other statistics leave no room for (`test_range`)."""
+    """Except numbers that are out of range for the statistics of others (`test_range`)."""
     x, weight = tiles_of(head_dim)
     constant = torch.full_like(x, value)
     for state in (fit(quantizer, x, weight), fit(quantizer, constant, weight))[value == 1e10 :]:
@@ -223,8 +223,8 @@ def test_inverse_undoes_transform_and_serves_queries(case):
 @pytest.mark.parametrize("options", [{}, {"per_head": True}, {"seed": 7}], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("preset", ["k4v4", "k3v3", "k3v2", "k8v4"])
-def test_signs_say_what_the_rotation_does(preset, head_dim, options):
-    """Each group: signs, then Sylvester's matrix over the root of its size."""
+def test_signs_and_sylvesters_matrix_are_the_rotation(preset, head_dim, options):
+    """Per group: multiply by the signs, then by Sylvester's matrix over the root of the group's size."""
     for quantizer in (replace(side, **options) for side in (load_preset(preset).keys, load_preset(preset).values)):
         x = torch.randn(2, 3, 5, head_dim, generator=torch.Generator().manual_seed(0))
         signs = quantizer.signs_of(head_dim, 3, x.device)
@@ -349,7 +349,7 @@ def test_impossible_head_dims_and_tiles_are_named(name, options, head_dim, parts
         assert part in str(error.value)
 
 
-def test_a_trellis_wants_whole_words_of_tokens():
+def test_a_trellis_needs_whole_words_of_tokens():
     trellis = QUANTIZERS["mse"](codebook="trellis")
     with pytest.raises(ValueError, match="tile=24 .*'trellis'; allowed: multiples of 32"):
         trellis.validate(64, 24)
@@ -363,7 +363,7 @@ def test_a_trellis_wants_whole_words_of_tokens():
         (72, 3, True, True), (8, 3, True, False), (64, 1, True, True),
     ],
 )  # fmt: skip
-def test_groups_that_words_do_not_serve_have_the_grid(head_dim, bits, channel_major, in_words):
+def test_groups_that_words_cannot_hold_use_the_grid(head_dim, bits, channel_major, in_words):
     (group,) = QUANTIZERS["mse"](bits=bits, codebook="trellis", channel_major=channel_major).groups(head_dim)
     assert group.in_words == in_words
     assert in_words or group.codebook == grid(bits, head_dim)
