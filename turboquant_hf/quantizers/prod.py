@@ -1,4 +1,4 @@
-"""TurboQuant_prod (arXiv 2504.19874): `mse` with one bit less, and a 1-bit QJL sketch of what it leaves."""
+"""TurboQuant_prod (arXiv 2504.19874): `mse` with one bit less, and a 1-bit QJL sketch of its residual."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from turboquant_hf.quantizers.qjl import SKETCHES, sketch_decode, sketch_encode,
 from turboquant_hf.quantizers.scaled import ScaledQuantizer
 
 SKETCH_SEED = 500_000
-"""Added to the seed of a sketch, so that no sketch is the rotation that came before it."""
+"""Added to the seed of a sketch, so that a sketch differs from the rotation before it."""
 
 
 @dataclass(frozen=True)
 class Prod(ScaledQuantizer):
-    """Any linear estimate of q.k is q times one vector: here the first stage's plus the sketch's.
+    """A linear estimate of q.k is q times one vector: here the decoded first stage plus the decoded sketch.
 
     Attributes:
-        bits: width of a code and its sign together, 2 to 8 (at 1 bit nothing but the sketch is left: `qjl`).
+        bits: width of a code and its sign together, 2 to 8 (1 bit would be the sketch alone: `qjl`).
         sketch: "gaussian" rows as published, or "orthogonal" (stacked random rotations: less variance).
-        sketch_size: sketch rows of a block; 0 means as many as it has channels.
+        sketch_size: sketch rows per block; 0 means as many as the block has channels.
         block: channels that are rotated, scaled and sketched together; 0 means the whole head.
         scale: the first stage's scale rule; see `kernels.encode.reference`.
         rotation: as in `mse`.
