@@ -18,7 +18,7 @@ from tests.support.cases import (
     moved,
     starting_at,
     with_a_nan,
-)
+)  # fmt: skip
 from turboquant_hf.kernels.decode import reference
 
 

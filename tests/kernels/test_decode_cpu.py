@@ -20,7 +20,7 @@ from tests.support.cases import (
     starting_at,
     uniform,
     with_a_nan,
-)
+)  # fmt: skip
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import cpu, reference

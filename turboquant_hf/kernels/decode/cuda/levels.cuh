@@ -62,6 +62,17 @@ __device__ __forceinline__ u32 look_up(const Levels& book, u32 code, u32 extra) 
     }
 }
 
+// Whether R::find inverts R::index for all N codes of a row.
+template <class R, int N>
+__host__ __device__ constexpr bool find_inverts_index() {
+    for (int index = 0; index < N; index++) {
+        int u = 0, j = 0, t = 0;
+        R::find(index, u, j, t);
+        if (R::index(u, j, t) != index || u >= R::UNITS || j >= 4 || t >= 4) return false;
+    }
+    return true;
+}
+
 // A lane's part of one packed row of N codes, as UNITS words of four levels. With SHARES > 1, one equal share of that part.
 template <int N, int BITS, int SHARES = 1>
 struct Row {
@@ -154,13 +165,5 @@ struct Row {
             u = 4 * (byte / 4) + 2 * (byte % 4 / 2) + (field & 1);
             j = (field >> 1) + 2 * (byte & 1);
         }
-    }
-    static constexpr bool found() {
-        for (int index = 0; index < N; index++) {
-            int u = 0, j = 0, t = 0;
-            find(index, u, j, t);
-            if (Row::index(u, j, t) != index || u >= UNITS || j >= 4 || t >= 4) return false;
-        }
-        return true;
     }
 };

@@ -88,7 +88,7 @@ __device__ __forceinline__ void code_query(const Warp& w, const QueryLoads& own,
     if (lane == 0) shared.query_unit[n] = query_unit;
     const float grow = 1.f / query_unit;
     unrolled<0, KEY_GROUPS>([&]<int G>() {
-        static_assert(KeyRow<G>::found(), "find inverts index");
+        static_assert(find_inverts_index<KeyRow<G>, KEY_SIZE[G]>(), "a code is found where index puts it");
         constexpr int FIRST = group_start(G);
         if (OWN * lane < FIRST || OWN * lane >= FIRST + KEY_SIZE[G]) return;
 #pragma unroll

@@ -99,14 +99,6 @@ struct TokenWords {
     static __host__ __device__ __forceinline__ constexpr void find(int index, int& u, int& j, int& t) {
         t = index / (N / 4), u = index % (N / 4) / 4, j = index % 4;
     }
-    static constexpr bool found() {
-        for (int index = 0; index < N; index++) {
-            int u = 0, j = 0, t = 0;
-            find(index, u, j, t);
-            if (TokenWords::index(u, j, t) != index || u >= UNITS || j >= 4 || t >= 4) return false;
-        }
-        return true;
-    }
 
     template <int I>
     struct Pair {
