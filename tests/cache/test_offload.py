@@ -46,6 +46,7 @@ def staged(monkeypatch):
     return copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3n", "gemma4", "gpt_oss", "deepseek_v3", "qwen3_next", "t5"])
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
 @pytest.mark.parametrize("attention", ["auto", "keep"])
@@ -62,6 +63,7 @@ def test_generation_is_the_same(name, preset, attention):
         assert torch.equal(*outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
 def test_every_operation_is_the_same(preset):
     caches = [make_cache(preset, offloading) for offloading in (True, False)]

@@ -59,6 +59,7 @@ def test_a_loaded_cache_holds_the_same(tmp_path, preset, dtype, tokens):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
 def test_generation_goes_on_from_a_file(tmp_path, name, preset):

@@ -13,6 +13,7 @@ from tests.support.generating import LOGITS, TILES, turboquant
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.cache import TurboQuantLayer
 
+pytestmark = pytest.mark.slow  # whole generations, one per family or mode
 generate = partial(generating.generate, new=28, **LOGITS)
 
 

@@ -172,6 +172,7 @@ def test_crop_anywhere(llama, inputs, attention):
         torch.testing.assert_close(got, expected[:, keep:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
 @pytest.mark.parametrize("preset", ["lossless", "k4v4", "k2v2"])
 def test_reset_and_reuse(small_llama, inputs, attention, preset):
@@ -189,6 +190,7 @@ def test_reset_and_reuse(small_llama, inputs, attention, preset):
         assert cache.get_seq_length() == cache.nbytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("preset", ["k4v4", "k3v3"])
 def test_modes_of_a_preset_repeat_themselves(small_llama, inputs, packed, mode, preset):

@@ -10,6 +10,7 @@ from tests.support.families import FAMILIES, available, build, prompt
 from tests.support.generating import LOGITS, TILES, generate, inputs_of, turboquant
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 
+pytestmark = pytest.mark.slow  # whole generations, one per family or mode
 KINDS = ("llama", "gemma2", "gemma3n", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "falcon", "t5")
 PICKED = [family for family in FAMILIES if (family.label or family.kind) in KINDS]
 

@@ -22,6 +22,7 @@ from tests.support.generating import LOGITS, TILES, Dictated, inputs_of, turboqu
 from tests.support.graphs_by_family import examine, watched
 from turboquant_hf import TurboQuantCache
 
+pytestmark = pytest.mark.slow  # whole generations, one per family or mode
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NEW = 60
 generate = partial(generating.generate, new=NEW)
