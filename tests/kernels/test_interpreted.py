@@ -26,6 +26,7 @@ def test_the_files_of_kernels_are_found():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_in_the_interpreter(name):
