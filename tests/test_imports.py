@@ -1,4 +1,4 @@
-"""The dependency direction, read from the imports themselves."""
+"""Which module may import which, read from the imports: the package in one direction, and no test from a test."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ ROOMS = {
 }
 """Room of evaluation -> the other rooms that it may import. Reports import no experiment."""
 FILES = sorted((ROOT / "turboquant_hf").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def part_of(path: Path) -> str:
@@ -76,6 +77,14 @@ def test_rooms_of_evaluation_import_what_they_may(path):
         return
     rooms = {name.split(".")[2] for name in names if name.startswith("turboquant_hf.evaluation.")}
     assert rooms <= {inside[0], *ROOMS[inside[0]]}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_test_imports_a_test(path):
+    """What several test modules need is in tests/support or in a conftest, and imports no test either."""
+    names = imports_of(ast.parse(path.read_text()), path)
+    assert [name for name in names if any(piece.startswith("test_") for piece in name.split(".")[:-1])] == []
+    assert [name for name in names if name.startswith("tests.") and name.split(".")[-1].startswith("test_")] == []
 
 
 def test_every_command_is_a_file_of_its_room():

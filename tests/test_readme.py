@@ -123,6 +123,21 @@ def test_files_that_are_named_exist(page):
     assert missing == []
 
 
+def test_the_table_of_places_names_what_is_there():
+    """docs/design.md: every name in a row is in one of the files, or folders, of its row."""
+    table = read("docs/design.md").split("## Where to find what")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?!what \| where|---)(.*?) \| (.*) \|$", table, flags=re.MULTILINE)
+    assert len(rows) >= 12
+    for question, places in rows:
+        quoted = re.findall(r"`([^`]+)`", places)
+        paths = [path for name in quoted if (path := ROOT / "turboquant_hf" / name).exists()]
+        names = [name for name in quoted if not (ROOT / "turboquant_hf" / name).exists()]
+        files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py"))]
+        text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+        missing = [name for name in names if files and not all(part in text for part in name.split("."))]
+        assert missing == [], question
+
+
 def test_the_picture_shows_every_row_of_its_table(tmp_path):
     drawing = runpy.run_path(str(ROOT / "docs/figures/quality.py"))
     points = drawing["read_points"](ROOT / "docs/results.md")

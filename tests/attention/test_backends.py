@@ -71,7 +71,7 @@ def test_decode_of_every_preset(name, dim, backend, monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, backend)
     preset = load_preset(name, min_statistics=0)
     if backend == "cuda" and name == "k2v2" and dim == 64:
-        with pytest.raises(RuntimeError, match="does not support this call: key groups of broken units"):
+        with pytest.raises(RuntimeError, match="does not support this call: key groups of no whole units"):
             run(preset, dim, SHAPES["one-tile"], torch.bfloat16)
         return
     for label, shape in SHAPES.items():

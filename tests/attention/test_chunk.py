@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from tests.support.families import FAMILIES, available, build, prompt
+from tests.support.generating import TILES
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import chunk, dense, packed, turboquant_mask
 from turboquant_hf.attention.chunk import attend, chunk_attention, merge, plain_attend, tensor_parts
@@ -20,7 +21,6 @@ from turboquant_hf.attention.mask import CausalMask
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.cache.sides import SIDES
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 CHUNKS = [0, 45, 75, 95, 120, 137]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.generating import LOGITS, TILES, assert_same, generate, inputs_of, turboquant
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import packed
 from turboquant_hf.cache import TurboQuantLayer
-
-from .test_packed import TILES, assert_same, generate, inputs_of
 
 
 @pytest.fixture
@@ -30,10 +29,10 @@ def decoded(monkeypatch):
 def test_no_step_decodes_tiles_and_every_token_is_the_same(small_llama, decoded, monkeypatch, preset, padding):
     llama = small_llama(head_dim=16)
     inputs = inputs_of(padding=padding)
-    got = generate(llama, inputs, preset)
+    got = generate(llama, inputs, **LOGITS, **turboquant(preset))
     assert not any(decoded), "tiles were decoded"
     monkeypatch.setattr(packed, "_applies", lambda *arguments: False)
-    assert_same(got, generate(llama, inputs, preset))
+    assert_same(got, generate(llama, inputs, **LOGITS, **turboquant(preset)))
     assert any(decoded), "the other way decodes tiles at every step"
 
 

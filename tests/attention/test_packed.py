@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from tests.support.families import FAMILIES, build, prompt
+from tests.support.generating import LOGITS, TILES, assert_same, generate, inputs_of, turboquant
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import packed
 from turboquant_hf.kernels.decode import reference
-
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 
 
 @pytest.fixture
@@ -35,40 +34,14 @@ def calls(monkeypatch):
     return seen
 
 
-def generate(model, inputs, preset="k4v4", new=24, **options):
-    config = {"preset": preset, **TILES}
-    return model.generate(
-        **inputs,
-        **{"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **options},
-        cache_implementation="turboquant",
-        cache_config=config,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-
-
-def assert_same(got, expected):
-    assert torch.equal(got.sequences, expected.sequences)
-    for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4, msg=lambda text, step=step: f"step {step}: {text}")
-
-
-def inputs_of(batch=2, padding=0, length=45):
-    ids = torch.randint(3, 199, (batch, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    if padding:
-        mask[-1, :padding] = ids[-1, :padding] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 @pytest.mark.parametrize("preset", ["k4v4", "k3v3", "k8v4", "paper-mse-4"])
 @pytest.mark.parametrize("padding", [0, 3, 19])
 def test_greedy(llama, calls, preset, padding):
     inputs = inputs_of(padding=padding)
-    expected = generate(llama, inputs, preset)
+    expected = generate(llama, inputs, **LOGITS, **turboquant(preset))
     assert not calls
     calls.on()
-    assert_same(generate(llama, inputs, preset), expected)
+    assert_same(generate(llama, inputs, **LOGITS, **turboquant(preset)), expected)
     assert len(calls) == 2 * 23, "every step after the prompt, in both layers"
     assert all(queries == 1 and tiles >= 4 for queries, tiles, _ in calls)
     assert max(tiles for _, tiles, _ in calls) > 5 and (not padding or all(masked for *_, masked in calls))
@@ -77,9 +50,9 @@ def test_greedy(llama, calls, preset, padding):
 @pytest.mark.parametrize("padding", [0, 19])
 def test_beams(llama, calls, padding):
     inputs = inputs_of(padding=padding)
-    expected = generate(llama, inputs, num_beams=3)
+    expected = generate(llama, inputs, num_beams=3, **LOGITS, **turboquant("k4v4"))
     calls.on()
-    got = generate(llama, inputs, num_beams=3)
+    got = generate(llama, inputs, num_beams=3, **LOGITS, **turboquant("k4v4"))
     assert torch.equal(got.sequences, expected.sequences) and len(calls) == 2 * 23
 
 
@@ -113,9 +86,9 @@ def test_assisted_decoding(llama, small_llama, calls):
         model.generation_config.eos_token_id = 198
         model.generation_config.suppress_tokens = [198]
     inputs = inputs_of(batch=1)
-    expected = generate(llama, inputs, assistant_model=helper)
+    expected = generate(llama, inputs, assistant_model=helper, **LOGITS, **turboquant("k4v4"))
     calls.on()
-    assert_same(generate(llama, inputs, assistant_model=helper), expected)
+    assert_same(generate(llama, inputs, assistant_model=helper, **LOGITS, **turboquant("k4v4")), expected)
     assert any(queries > 1 for queries, *_ in calls)
 
 
@@ -132,9 +105,9 @@ def test_softcaps_and_attention_sinks(kind, calls, padding, monkeypatch):
     inputs = prompt(family, seed=1)  # with seed 0 a code of gpt_oss lies on a threshold
     if padding:
         inputs["attention_mask"][1, :padding] = 0
-    expected = generate(model, inputs)
+    expected = generate(model, inputs, **LOGITS, **turboquant("k4v4"))
     calls.on()
-    assert_same(generate(model, inputs), expected)
+    assert_same(generate(model, inputs, **LOGITS, **turboquant("k4v4")), expected)
     assert len(calls) == 2 * 23, "the full layers"
     option = {"gemma2": "softcap", "gpt_oss": "s_aux"}[kind]
     counted = packed.decode_attention
@@ -143,7 +116,7 @@ def test_softcaps_and_attention_sinks(kind, calls, padding, monkeypatch):
         return counted(query, history, replace(scoring, **{option: None}), **given)
 
     monkeypatch.setattr(packed, "decode_attention", without)
-    spoiled = generate(model, inputs)
+    spoiled = generate(model, inputs, **LOGITS, **turboquant("k4v4"))
     near = [torch.allclose(a, b, atol=1e-2) for a, b in zip(spoiled.logits, expected.logits, strict=True)]
     assert not all(near), option
 
@@ -151,7 +124,7 @@ def test_softcaps_and_attention_sinks(kind, calls, padding, monkeypatch):
 @pytest.mark.parametrize("preset", ["lossless", "int8", "paper-prod-3", "k4v16"])
 def test_what_kernels_do_not_read_is_decoded(llama, calls, preset):
     inputs = inputs_of()
-    expected = generate(llama, inputs, preset)
+    expected = generate(llama, inputs, **LOGITS, **turboquant(preset))
     calls.on()
-    assert_same(generate(llama, inputs, preset), expected)
+    assert_same(generate(llama, inputs, **LOGITS, **turboquant(preset)), expected)
     assert not calls

@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tests.cache.test_serialization import feed
 from tests.support.families import FAMILIES, available, build, prompt
+from tests.support.generating import TILES, generate, turboquant
+from tests.support.updates import feed, make_config
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.cache.offload import HostTileStore, Offloader
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 LAYERS = 5
 
 
 def make_cache(preset="k4v4", offloading=True, **options):
-    config = LlamaConfig(num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = make_config(num_hidden_layers=LAYERS)
     return TurboQuantCache(config, preset, offloading=offloading, **{**TILES, **options})
 
 
@@ -46,6 +46,7 @@ def staged(monkeypatch):
     return copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3n", "gemma4", "gpt_oss", "deepseek_v3", "qwen3_next", "t5"])
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
 @pytest.mark.parametrize("attention", ["auto", "keep"])
@@ -57,12 +58,12 @@ def test_generation_is_the_same(name, preset, attention):
     for options in ({}, {"num_beams": 3}):
         outputs = []
         for offloading in (False, True):
-            config = {"preset": preset, "attention": attention, "offloading": offloading, **TILES}
-            options = {**options, "cache_implementation": "turboquant", "cache_config": config}
-            outputs.append(model.generate(**inputs, max_new_tokens=20, do_sample=False, **options))
+            packed = turboquant(preset, attention=attention, offloading=offloading)
+            outputs.append(generate(model, inputs, new=20, **options, **packed))
         assert torch.equal(*outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
 def test_every_operation_is_the_same(preset):
     caches = [make_cache(preset, offloading) for offloading in (True, False)]

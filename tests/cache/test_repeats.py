@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.evaluation.harness.test_models import needs_packaged
+from tests.support.packaged import needs_packaged
 from turboquant_hf.cache import TurboQuantLayer, serialization
 from turboquant_hf.cache.encoder import AGAIN
 from turboquant_hf.cache.fixed import FixedStep

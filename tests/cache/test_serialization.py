@@ -8,32 +8,17 @@ import struct
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Gemma2Config, LlamaConfig
+from transformers import Gemma2Config
 
 from tests.support.families import FAMILIES, available, build, prompt
+from tests.support.generating import TILES, generate
+from tests.support.updates import feed, held, make_config
 from turboquant_hf import CacheFileError, CachePreset, TurboQuantCache, load_preset, preset_names
 from turboquant_hf.cache import serialization
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 SAVED = ["llama", "mistral", "gemma2", "gemma3n", "gemma4", "gpt_oss", "llama4", "deepseek_v3"]
 SAVED += ["qwen3_next", "jamba", "lfm2", "falcon_h1"]
 PRESETS = ["lossless", "k4v4", "k2v2", "k8v4", "paper-3.5", "nf4", "paper-prod-3", "qjl-3", "int8"]
-
-
-def make_config(kind=LlamaConfig, **options):
-    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    return kind(**{**sizes, **options})
-
-
-def feed(cache, tokens, seed=0, batch=2, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    for index in range(len(cache.layers)):
-        cache.update(*(torch.randn(batch, 2, tokens, 16, generator=generator).to(dtype) for _ in range(2)), index)
-    return cache
-
-
-def held(cache):
-    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
 
 
 @pytest.fixture
@@ -74,6 +59,7 @@ def test_a_loaded_cache_holds_the_same(tmp_path, preset, dtype, tokens):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
 def test_generation_goes_on_from_a_file(tmp_path, name, preset):
@@ -83,17 +69,13 @@ def test_generation_goes_on_from_a_file(tmp_path, name, preset):
         pytest.skip(f"this transformers has no {family.kind}")
     model, inputs = build(family), prompt(family)
 
-    def go_on(inputs, cache, new):
-        return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-
-    whole = go_on(inputs, TurboQuantCache(model.config, preset, **TILES), 32)
+    whole = generate(model, inputs, TurboQuantCache(model.config, preset, **TILES), new=32)
     cache = TurboQuantCache(model.config, preset, **TILES)
-    first = go_on(inputs, cache, 16)
+    first = generate(model, inputs, cache, new=16)
     cache.save(tmp_path / "x")
     for _ in range(2):
         loaded = TurboQuantCache.load(tmp_path / "x", model.config)
-        second = {"input_ids": first, "attention_mask": torch.ones_like(first)}
-        assert torch.equal(go_on(second, loaded, 16), whole)
+        assert torch.equal(generate(model, first, loaded, new=16), whole)
 
 
 def test_statistics_that_wait_for_more_tokens_are_kept(tmp_path, llama):

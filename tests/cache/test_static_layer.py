@@ -5,36 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.updates import feed_layer, make_static_layer, states
 from turboquant_hf.attention import turboquant_attention_forward
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.cache.sides import SIDES
-from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
-from turboquant_hf.config import load_preset
-
-SIZES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 24}
-
-
-def make_layer(preset="lossless", max_len=200, **options):
-    preset = load_preset(preset, **{**SIZES, **options})
-    return TurboQuantStaticLayer(preset, *preset.layer_quantizers(0, 1), max_len)
 
 
 def counts(layer):
     return [layer.tiles[0].count, int(layer.get_seq_length())]
-
-
-def states(tokens, batch=2, seed=0, dim=16):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(batch, 2, tokens, dim, generator=generator) for _ in range(2))
-
-
-def feed(layer, keys, values, steps):
-    """Update in pieces of the given sizes; returns what the last update returned."""
-    position = 0
-    for step in steps:
-        result = layer.update(*(x[:, :, position : position + step] for x in (keys, values)))
-        position += step
-    return result
 
 
 SPLITS = {
@@ -50,8 +28,8 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS)
 def test_any_way_of_feeding_holds_the_same(split):
     keys, values = states(150)
-    layer = make_layer()
-    result = feed(layer, keys, values, SPLITS[split])
+    layer = make_static_layer()
+    result = feed_layer(layer, keys, values, SPLITS[split])
     for got, given in zip(result, (keys, values), strict=True):
         assert got.shape[2] == 200 and torch.equal(got[:, :, :150], given) and not got[:, :, 150:].any()
     assert counts(layer) == [(150 - 8) // 8, 150]
@@ -64,8 +42,8 @@ def test_steps_and_chunks_encode_alike(preset):
     keys, values = states(120, dim=32)
     results = []
     for steps in ([40, 80], [40, *[1] * 80], [40, *[7] * 11, 3]):
-        layer = make_layer(preset)
-        feed(layer, keys, values, steps)
+        layer = make_static_layer(preset)
+        feed_layer(layer, keys, values, steps)
         results.append((layer.keys, layer.values))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -75,9 +53,9 @@ def test_steps_and_chunks_encode_alike(preset):
 
 def test_sinks_follow_the_padding():
     keys, values = states(60)
-    layer = make_layer("k2v2", min_statistics=16)
+    layer = make_static_layer("k2v2", min_statistics=16)
     layer.note_padding([0, 13])
-    feed(layer, keys, values, [60])
+    feed_layer(layer, keys, values, [60])
     dense = layer.keys, layer.values
     for row, start in ((0, 0), (1, 13)):
         assert torch.equal(dense[0][row, :, start : start + 4], keys[row, :, start : start + 4])
@@ -88,11 +66,11 @@ def test_sinks_follow_the_padding():
 def test_crop_and_continue(keep):
     keys, values = states(150)
     more = states(40, seed=1)
-    layer = make_layer()
-    feed(layer, keys, values, [100, *[1] * 50])
+    layer = make_static_layer()
+    feed_layer(layer, keys, values, [100, *[1] * 50])
     layer.crop(keep - 150)
     assert int(layer.get_seq_length()) == keep
-    feed(layer, *more, [1] * 40)
+    feed_layer(layer, *more, [1] * 40)
     got = layer.keys[:, :, : keep + 40]
     assert torch.equal(got, torch.cat([keys[:, :, :keep], more[0]], dim=2))
     layer.crop(10)
@@ -101,9 +79,9 @@ def test_crop_and_continue(keep):
 
 def test_batches_and_reset():
     keys, values = states(90, batch=3)
-    layer = make_layer("lossless")
+    layer = make_static_layer("lossless")
     layer.note_padding([0, 5, 9])
-    feed(layer, keys, values, [60, *[1] * 30])
+    feed_layer(layer, keys, values, [60, *[1] * 30])
     capacity = layer.tiles[0].capacity
     layer.reorder_cache(torch.tensor([2, 2, 0]))
     assert torch.equal(layer.values[:, :, :90], values[[2, 2, 0]])
@@ -113,13 +91,13 @@ def test_batches_and_reset():
     assert torch.equal(layer.values[:, :, :90], values[[0, 2]]) and layer.tiles[0].capacity == capacity
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.keys is None
-    feed(layer, keys, values, [60, *[1] * 30])
+    feed_layer(layer, keys, values, [60, *[1] * 30])
     assert torch.equal(layer.values[:, :, :90], values)
 
 
 def test_a_full_layer_says_so():
-    layer = make_layer(max_len=40)
-    feed(layer, *states(40), [30, 10])
+    layer = make_static_layer(max_len=40)
+    feed_layer(layer, *states(40), [30, 10])
     with pytest.raises(ValueError, match="max_cache_len=40 is not enough: 40 tokens are held and 1 more came"):
         layer.update(*states(1))
     with pytest.raises(ValueError, match="does not continue this layer's"):
@@ -128,17 +106,17 @@ def test_a_full_layer_says_so():
 
 def test_much_padding_does_not_keep_tokens_from_being_encoded():
     keys, values = states(150)
-    layer = make_layer("k4v4")
+    layer = make_static_layer("k4v4")
     layer.note_padding([130, 100])
-    feed(layer, keys, values, [1] * 150)
+    feed_layer(layer, keys, values, [1] * 150)
     assert layer.tiles[0].count > 0
     got = layer.keys
     assert torch.equal(got[0, :, 142:150], keys[0, :, 142:]) and got.isfinite().all()
 
 
 def test_memory_is_what_is_held():
-    layer = make_layer("k4v4", max_len=4096)
-    feed(layer, *states(1000, dim=64), [1000])
+    layer = make_static_layer("k4v4", max_len=4096)
+    feed_layer(layer, *states(1000, dim=64), [1000])
     arrays = [x for store in layer.tiles for x in store.arrays.values()]
     arrays += [*layer.tail.arrays, *layer.sinks.arrays, layer.sinks.starts]
     arrays += [x for state in layer.states for x in state.values()]
@@ -153,11 +131,11 @@ def test_memory_is_what_is_held():
 @pytest.mark.parametrize("token", [30, 65], ids=["fitted", "later"])
 def test_a_bad_number_is_seen_in_its_head(name, token, feeding, bad, side):
     """Whatever way it came, and whether statistics were taken of it or not; other heads stay as they are."""
-    layer = make_layer(name)
+    layer = make_static_layer(name)
     layer.note_padding([0, 5])
     x = states(80, dim=32)
     x[side][1, 0, token, 7] = bad
-    feed(layer, *x, [80] if feeding == "chunk" else [40, *[1] * 40])
+    feed_layer(layer, *x, [80] if feeding == "chunk" else [40, *[1] * 40])
     assert counts(layer) == [9, 80]
     dense = layer.dense(SIDES[side])
     assert not dense[1, 0, token].isfinite().all()
@@ -172,10 +150,10 @@ def test_a_bad_number_is_seen_in_its_head(name, token, feeding, bad, side):
 def test_means_beyond_float16_are_kept(monkeypatch):
     said = []
     monkeypatch.setattr("turboquant_hf.cache.word.logger.warning_once", said.append)
-    layer = make_layer("k4v4")
+    layer = make_static_layer("k4v4")
     x = states(80, dim=32)
     x[0][1, 0, :, 7] += 1e5
-    feed(layer, *x, [80])
+    feed_layer(layer, *x, [80])
     error = (layer.keys[:, :, 8:64] - x[0][:, :, 8:64])[1, 0]
     assert error[:, 7].abs().max() < 1e5 / 1000 and error[:, :7].abs().max() < 1 and not said
 
@@ -183,12 +161,12 @@ def test_means_beyond_float16_are_kept(monkeypatch):
 @pytest.mark.parametrize("splits", [[40, 40], [40, *[1] * 40]], ids=["chunk", "steps"])
 def test_later_tokens_of_another_size_are_read_as_a_growing_layer_does(splits):
     """Values are read well; keys of another size before them lose what is nothing beside the later ones."""
-    layer, given = make_layer("k4v4"), states(80, dim=64)
+    layer, given = make_static_layer("k4v4"), states(80, dim=64)
     growing = TurboQuantLayer(layer.preset, *layer.quantizers)
     for x in given:
         x[:, 1, 48:] *= 1e4
     for each in (layer, growing):
-        feed(each, *given, splits)
+        feed_layer(each, *given, splits)
     assert counts(layer) == [9, 80]
     assert torch.equal(layer.keys[:, :, :80], growing.keys) and torch.equal(layer.values[:, :, :80], growing.values)
     for index, part in ((0, slice(48, 72)), (1, slice(None, 40)), (1, slice(48, 72))):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cache.test_serialization import feed, held, make_config
-from tests.cache.test_static_layer import feed as feed_layer
-from tests.cache.test_static_layer import make_layer, states
+from tests.support.updates import feed, feed_layer, held, make_config, make_static_layer, states
 from turboquant_hf import TurboQuantCache, load_preset
 
 PRESETS = ["k4v4-trellis", "k3v3-trellis"]
@@ -49,7 +47,7 @@ def test_offloading_changes_nothing(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_steps_and_chunks_encode_alike(preset):
     keys, values = states(150, dim=64)
-    layers = [make_layer(preset, **TILES) for _ in range(2)]
+    layers = [make_static_layer(preset, **TILES) for _ in range(2)]
     for layer, split in zip(layers, ([60, *[1] * 90], [60, 90]), strict=True):
         feed_layer(layer, keys, values, split)
     assert layers[0].tiles[0].count == (150 - 8) // 32 and layers[0].get_seq_length() == 150
@@ -61,7 +59,7 @@ def test_steps_and_chunks_encode_alike(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_static_and_growing_caches_encode_alike(preset):
     keys, values = states(150, dim=64)
-    static = make_layer(preset, **TILES)
+    static = make_static_layer(preset, **TILES)
     feed_layer(static, keys, values, [100, 50])
     cache = make_cache(preset)
     for start, stop in ((0, 100), (100, 150)):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from tests.support import generating
 from tests.support.families import FAMILIES, build
+from tests.support.generating import TILES, turboquant
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, restore_attention
 from turboquant_hf.attention import dense, forward, packed
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
-PACKED = {"cache_implementation": "turboquant", "cache_config": {"preset": "lossless", **TILES}}
+PACKED = turboquant()
+generate = partial(generating.generate, new=9, return_dict_in_generate=True)
 EAGER = ["gpt_oss", "gemma2"]
 CACHES = {
     "plain": lambda config: DynamicCache(config=config),
@@ -45,11 +48,6 @@ def model(request):
 @pytest.fixture
 def ids():
     return torch.randint(3, 198, (1, 41), generator=torch.Generator().manual_seed(0))
-
-
-def generate(model, ids, **options):
-    options = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True, **options}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
 def attention_of(model) -> str:

@@ -14,31 +14,23 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from tests.conftest import make_llama
+from tests.support.generating import generate, inputs_of, turboquant
 from tests.support.tensor_parallel import NEW, PROMPT, TILES
 from turboquant_hf import TurboQuantCache
 
 ROOT = Path(__file__).parents[2]
 
 
-def inputs(device="cpu"):
-    ids = torch.randint(3, 199, (2, PROMPT), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, :19] = 0
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def generate(model, preset=None, device="cpu", attention="auto", **options):
-    if preset is not None:
-        config = {"preset": preset, "attention": attention, **TILES}
-        options |= {"cache_implementation": "turboquant", "cache_config": config}
-    return model.generate(**inputs(device), max_new_tokens=NEW, do_sample=False, **options).tolist()
+def tokens_of(model, preset=None, device="cpu", attention="auto") -> list[list[int]]:
+    options = {} if preset is None else turboquant(preset, attention=attention, **TILES)
+    return generate(model, inputs_of(length=PROMPT, padding=19, device=device), new=NEW, **options).tolist()
 
 
 @pytest.mark.parametrize("where", ["mixed", "cpu", "disk"])
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
 def test_weights_that_come_and_go(tmp_path, where, preset):
     """accelerate's hooks move weights and inputs between devices around every module; layers keep their own cache."""
-    expected = generate(make_llama(num_hidden_layers=4), preset)
+    expected = tokens_of(make_llama(num_hidden_layers=4), preset)
     model = make_llama(num_hidden_layers=4)
     if where == "mixed":
         places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
@@ -49,8 +41,8 @@ def test_weights_that_come_and_go(tmp_path, where, preset):
         model = cpu_offload(model, execution_device=torch.device("cpu"))
     else:
         model = disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
-    assert generate(model, preset) == expected
-    assert preset != "lossless" or generate(model) == expected
+    assert tokens_of(model, preset) == expected
+    assert preset != "lossless" or tokens_of(model) == expected
 
 
 def test_layers_of_one_cache_may_lie_on_different_devices():
@@ -88,10 +80,10 @@ def check_tensor_parallel(tmp_path, device="cpu"):
     model.save_pretrained(tmp_path / "model")
     found = tensor_parallel(tmp_path / "model", tmp_path)
     model.to(device)
-    expected = {"dynamic": generate(model, device=device)}
+    expected = {"dynamic": tokens_of(model, device=device)}
     for name in ("lossless", "k4v4"):
         for attention in ("keep", "auto"):
-            expected[f"{name}-{attention}"] = generate(model, name, device, attention)
+            expected[f"{name}-{attention}"] = tokens_of(model, name, device, attention)
     for rank, own in enumerate(found):
         assert own["heads"] == 1 and own["tiles"] >= 2 and own["attention"] == "turboquant"
         for name, tokens in expected.items():

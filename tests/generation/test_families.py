@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+from tests.support import generating
 from tests.support.families import FAMILIES, Family, available, build, own_attention, prompt
+from tests.support.generating import LOGITS, TILES, turboquant
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.cache import TurboQuantLayer
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
-NEW = 28
-
-
-def generate(model, inputs, new=NEW, **options):
-    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
-    return model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, **options)
+pytestmark = pytest.mark.slow  # whole generations, one per family or mode
+generate = partial(generating.generate, new=28, **LOGITS)
 
 
 def attention_of(model) -> str:
@@ -63,12 +62,7 @@ def test_lossless_equals_dynamic_cache(family, packed_counts):
         expected["auto"] = with_softcap(model, inputs) or expected["keep"]
         for attention in ("keep", "auto"):
             packed_counts.clear()
-            got = generate(
-                model,
-                inputs,
-                cache_implementation="turboquant",
-                cache_config={"preset": "lossless", "attention": attention, **TILES},
-            )
+            got = generate(model, inputs, **turboquant(attention=attention))
             assert torch.equal(got.sequences, expected[attention].sequences), attention
             for step, (a, b) in enumerate(zip(got.logits, expected[attention].logits, strict=True)):
                 torch.testing.assert_close(a, b, msg=f"{attention}, step {step}")

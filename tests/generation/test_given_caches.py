@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, EncoderDecoderCache, GenerationConfig
 
+from tests.support.generating import generate
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, load_preset
 
 CACHES = {
@@ -22,10 +23,6 @@ CACHES = {
 @pytest.fixture
 def ids():
     return torch.randint(3, 199, (1, 40), generator=torch.Generator().manual_seed(0))
-
-
-def run(model, ids, **options):
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, **options)
 
 
 @torch.no_grad()
@@ -40,17 +37,17 @@ def filled(model, tokens, make):
 def test_a_cache_that_is_not_shorter_than_the_prompt_is_refused(llama, ids, make, held):
     cache = filled(llama, torch.cat([ids, ids], dim=1)[:, :held], make)
     with pytest.raises(ValueError, match=f"holds {held} tokens and the prompt has 40: the prompt must begin"):
-        run(llama, ids, past_key_values=cache)
+        generate(llama, ids, cache)
     if not isinstance(cache, TurboQuantStaticCache):
         cache.crop(39 - held)  # as the message advises
-        assert torch.equal(run(llama, ids, past_key_values=cache), run(llama, ids))
+        assert torch.equal(generate(llama, ids, cache), generate(llama, ids))
 
 
 @pytest.mark.parametrize("held", [1, 20, 39])
 @pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
 def test_a_cache_of_the_prompts_beginning_goes_on(llama, ids, make, held):
     cache = filled(llama, ids[:, :held], make)
-    assert torch.equal(run(llama, ids, past_key_values=cache), run(llama, ids))
+    assert torch.equal(generate(llama, ids, cache), generate(llama, ids))
 
 
 def test_new_tokens_alone_go_on_with_the_mask_of_all(llama, ids):
@@ -68,7 +65,7 @@ def test_a_cache_for_another_number_of_layers_is_refused(small_llama, ids, make,
     model = small_llama(num_hidden_layers=models)
     cache = make(small_llama(num_hidden_layers=mine).config)
     with pytest.raises(ValueError, match=f"num_hidden_layers={mine}, but LlamaForCausalLM has {models}.*model.config"):
-        run(model, ids, past_key_values=cache)
+        generate(model, ids, cache)
     if mine < models:
         with pytest.raises(ValueError, match="made for a model of 2 layers, .* asks for layer 2"):
             model(ids, past_key_values=cache)
@@ -77,7 +74,7 @@ def test_a_cache_for_another_number_of_layers_is_refused(small_llama, ids, make,
 def test_a_cache_for_other_heads_is_refused(small_llama, ids):
     cache = TurboQuantCache(small_llama(num_key_value_heads=4).config)
     with pytest.raises(ValueError, match="num_key_value_heads=4, but LlamaForCausalLM has 2"):
-        run(small_llama(), ids, past_key_values=cache)
+        generate(small_llama(), ids, cache)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 from transformers import DynamicCache, StaticCache
 
+from tests.support import generating
 from tests.support.families import FAMILIES, MLA, Family, available, build, prompt
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 from turboquant_hf.cache import messages
@@ -46,16 +48,15 @@ WAYS = {
 """A name or a cache of one's own, and upstream's counterpart."""
 
 
+generate = partial(generating.generate, new=3)
+
+
 @pytest.fixture
 def said(monkeypatch):
     """The lines of a process that has not said anything yet."""
     lines = []
     monkeypatch.setattr(messages.logger, "warning_once", lambda line: lines.append(line) if line not in lines else None)
     return lines
-
-
-def generate(model, inputs, **options):
-    return model.generate(**inputs, max_new_tokens=3, do_sample=False, disable_compile=True, **options)
 
 
 def options_of(way, model):

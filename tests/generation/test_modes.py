@@ -9,28 +9,21 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from tests.support.families import FAMILIES, build
+from tests.support.generating import TILES, generate, inputs_of, turboquant
 from turboquant_hf import TurboQuantCache
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 PROMPT = 45
 
 
 @pytest.fixture(params=["auto", "keep"])
 def packed(request):
     """The arguments of `generate` that ask for a packed cache."""
-    config = {"preset": "lossless", "attention": request.param, **TILES}
-    return {"cache_implementation": "turboquant", "cache_config": config}
+    return turboquant(attention=request.param)
 
 
 @pytest.fixture
 def inputs():
-    ids = torch.randint(3, 199, (2, PROMPT), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def generate(model, inputs, **options):
-    torch.manual_seed(0)
-    return model.generate(**inputs, **{"max_new_tokens": 24, "do_sample": False, **options})
+    return inputs_of(length=PROMPT)
 
 
 MODES = {
@@ -179,6 +172,7 @@ def test_crop_anywhere(llama, inputs, attention):
         torch.testing.assert_close(got, expected[:, keep:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
 @pytest.mark.parametrize("preset", ["lossless", "k4v4", "k2v2"])
 def test_reset_and_reuse(small_llama, inputs, attention, preset):
@@ -196,6 +190,7 @@ def test_reset_and_reuse(small_llama, inputs, attention, preset):
         assert cache.get_seq_length() == cache.nbytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("preset", ["k4v4", "k3v3"])
 def test_modes_of_a_preset_repeat_themselves(small_llama, inputs, packed, mode, preset):

@@ -8,30 +8,12 @@ from torch._dynamo.utils import counters
 
 from tests.support.compatibility import COMPILED
 from tests.support.families import FAMILIES, available, build, prompt
+from tests.support.generating import LOGITS, TILES, generate, inputs_of, turboquant
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
+pytestmark = pytest.mark.slow  # whole generations, one per family or mode
 KINDS = ("llama", "gemma2", "gemma3n", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "falcon", "t5")
 PICKED = [family for family in FAMILIES if (family.label or family.kind) in KINDS]
-
-
-def generate(model, inputs, **options):
-    torch.manual_seed(0)
-    defaults = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    return model.generate(**inputs, **{**defaults, **options})
-
-
-def static(preset="lossless", attention="auto", **options):
-    """The arguments of `generate` that ask for a preallocated packed cache."""
-    config = {"preset": preset, "attention": attention, **TILES, **options}
-    return {"cache_implementation": "turboquant_static", "cache_config": config}
-
-
-def padded(batch=2, length=45, padding=19):
-    ids = torch.randint(3, 199, (batch, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1:, :padding] = 0
-    return {"input_ids": ids * mask, "attention_mask": mask}
 
 
 @pytest.mark.parametrize("family", PICKED, ids=lambda family: family.label or family.kind)
@@ -46,12 +28,12 @@ def test_lossless_equals_dynamic_cache(family):
         generate(model, inputs, cache_implementation="static")
     except (KeyError, ValueError, AttributeError) as error:
         pytest.skip(f"this transformers has no static cache for it: {error!r}")
-    assert torch.equal(generate(model, inputs, **static(attention="keep")), expected)
+    assert torch.equal(generate(model, inputs, **turboquant(static=True, attention="keep")), expected)
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # the SDPA of early versions drops the soft-cap
         expected = generate(model, inputs)
         model.set_attn_implementation("sdpa")
-    assert torch.equal(generate(model, inputs, **static()), expected)
+    assert torch.equal(generate(model, inputs, **turboquant(static=True)), expected)
     latent = hasattr(model.config, "kv_lora_rank")  # needs dense tensors: another attention gains nothing
     if model._can_set_attn_implementation() and not latent:
         assert model.config.get_text_config(decoder=True)._attn_implementation == "turboquant"
@@ -68,17 +50,17 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padding", [0, 19])
 def test_modes(llama, mode, padding):
-    inputs = padded(padding=padding)
+    inputs = inputs_of(padding=padding)
     expected = generate(llama, inputs, **MODES[mode])
-    assert torch.equal(generate(llama, inputs, **MODES[mode], **static()), expected)
+    assert torch.equal(generate(llama, inputs, **MODES[mode], **turboquant(static=True)), expected)
 
 
 @pytest.mark.parametrize("length", [3, 17, 64])
 def test_long_answers_from_short_prompts(llama, length):
     """The first encode, and several tiles, are crossed while tokens come one by one."""
-    inputs = padded(length=length, padding=length // 3)
-    expected = generate(llama, inputs, max_new_tokens=90)
-    assert torch.equal(generate(llama, inputs, max_new_tokens=90, **static()), expected)
+    inputs = inputs_of(length=length, padding=length // 3)
+    expected = generate(llama, inputs, new=90)
+    assert torch.equal(generate(llama, inputs, new=90, **turboquant(static=True)), expected)
 
 
 @pytest.mark.parametrize("preset", ["k4v4", "k2v2", "kivi-4", "paper-prod-4", "polar-4"])
@@ -86,18 +68,16 @@ def test_long_answers_from_short_prompts(llama, length):
 def test_quantized_equals_the_dynamic_cache(small_llama, preset, length):
     """The same statistics and codes, but for one or the other that the order of sums tips over a threshold."""
     model = small_llama(head_dim=32)
-    inputs = padded(length=length, padding=length // 3)
-    options = {"tile": 32, "recent_window": 16, "min_statistics": 48, "attention": "auto"}
+    inputs = inputs_of(length=length, padding=length // 3)
+    sizes = {"tile": 32, "recent_window": 16, "min_statistics": 48, "attention": "auto"}
     runs = {}
     for name in ("turboquant", "turboquant_static"):
-        config = {"preset": preset, **options}
-        runs[name] = generate(
-            model, inputs, max_new_tokens=70, cache_implementation=name, cache_config=config,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+        config = {"preset": preset, **sizes}
+        options = {"cache_implementation": name, "cache_config": config}
+        runs[name] = generate(model, inputs, new=70, **LOGITS, **options)
     dynamic, ours = runs["turboquant"], runs["turboquant_static"]
     assert torch.equal(dynamic.sequences, ours.sequences)
-    raw = generate(model, inputs, max_new_tokens=70, output_logits=True, return_dict_in_generate=True)
+    raw = generate(model, inputs, new=70, **LOGITS)
     raw, dynamic, ours = (torch.stack(run.logits) for run in (raw, dynamic, ours))
     assert (ours - dynamic).abs().median() < 1e-4 and (ours - dynamic).abs().mean() < 2e-3
     assert (raw - ours).abs().mean() > 0.02, "something was packed"
@@ -105,27 +85,29 @@ def test_quantized_equals_the_dynamic_cache(small_llama, preset, length):
 
 def test_a_padded_batch_equals_single_prompts(small_llama):
     model = small_llama(head_dim=32)
-    lossy = static("k4v4", tile=32, recent_window=16, min_statistics=300)  # beyond this: statistics are batch-wide
-    inputs = padded(length=60, padding=25)
-    both = generate(model, inputs, **static())
+    lossy = turboquant(
+        "k4v4", static=True, tile=32, recent_window=16, min_statistics=300
+    )  # beyond this: statistics are batch-wide
+    inputs = inputs_of(length=60, padding=25)
+    both = generate(model, inputs, **turboquant(static=True))
     for row, start in ((0, 0), (1, 25)):
         one = {name: x[row : row + 1, start:] for name, x in inputs.items()}
-        assert torch.equal(generate(model, one, **static())[0, -24:], both[row, -24:])
+        assert torch.equal(generate(model, one, **turboquant(static=True))[0, -24:], both[row, -24:])
     assert generate(model, inputs, **lossy).shape == both.shape
 
 
 def test_assisted_decoding_and_prompt_lookup(llama, small_llama):
-    inputs = {name: x[:1] for name, x in padded(padding=0).items()}
-    length = {"max_new_tokens": 40, "eos_token_id": 198}
+    inputs = {name: x[:1] for name, x in inputs_of(padding=0).items()}
+    length = {"new": 40, "min_new_tokens": 0, "eos_token_id": 198}
     expected = generate(llama, inputs, **length)
     assistant = small_llama(num_hidden_layers=1)
     for options in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 20}):
-        assert torch.equal(generate(llama, inputs, **length, **options, **static()), expected)
+        assert torch.equal(generate(llama, inputs, **length, **options, **turboquant(static=True)), expected)
 
 
 def test_turns_with_one_cache(llama):
     llama.set_attn_implementation("turboquant")
-    inputs = padded(padding=0)
+    inputs = inputs_of(padding=0)
     cache = TurboQuantStaticCache(llama.config, 160, "lossless", **TILES)
     first = generate(llama, inputs, past_key_values=cache)
     more = torch.cat([first, torch.randint(3, 199, (2, 30), generator=torch.Generator().manual_seed(3))], dim=1)
@@ -145,7 +127,7 @@ def test_what_a_static_cache_cannot_do_is_named(llama, tmp_path):
 
 def test_what_does_not_fit_is_named_before_it_runs(llama):
     llama.set_attn_implementation("turboquant")
-    inputs = padded()
+    inputs = inputs_of(padding=19)
     cache = TurboQuantStaticCache(llama.config, 60, "lossless", **TILES)
     with pytest.raises(ValueError, match="max_cache_len=60 of the given cache is not enough.*68 and more"):
         generate(llama, inputs, past_key_values=cache)
@@ -154,7 +136,7 @@ def test_what_does_not_fit_is_named_before_it_runs(llama):
     with pytest.raises(ValueError, match="max_cache_len=0 is not supported"):
         TurboQuantStaticCache(llama.config, 0)
     with pytest.raises(ValueError, match="encode_first=True is not supported by a static cache"):
-        generate(llama, inputs, **static(encode_first=True))
+        generate(llama, inputs, **turboquant(static=True, encode_first=True))
 
 
 @pytest.fixture
@@ -209,7 +191,7 @@ def test_one_graph_serves_every_step(compiler, kind, backend, preset):
 @pytest.mark.parametrize("early", [False, True])
 def test_a_compiled_prefill(compiler, llama, early):
     llama.set_attn_implementation("turboquant")
-    inputs = {name: x for name, x in padded(padding=0).items() if name == "input_ids"}
+    inputs = {name: x for name, x in inputs_of(padding=0).items() if name == "input_ids"}
     compiled = torch.compile(llama.forward, fullgraph=True, backend="aot_eager")
     cache = TurboQuantStaticCache(llama.config, 80, "lossless", **TILES)
     if early:
@@ -227,9 +209,9 @@ def test_generate_compiles_by_itself(compiler, llama):
 
     config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     config._compile_all_devices = True
-    inputs = padded()
+    inputs = inputs_of(padding=19)
     expected = generate(llama, inputs)
-    assert torch.equal(generate(llama, inputs, compile_config=config, **static()), expected)
+    assert torch.equal(generate(llama, inputs, compile_config=config, **turboquant(static=True)), expected)
     assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
 
 

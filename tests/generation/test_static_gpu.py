@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from tests.conftest import make_llama
+from tests.support.generating import LOGITS, Dictated, generate
 from turboquant_hf import TurboQuantStaticCache
 from turboquant_hf.cache.static_layer import TurboQuantStaticLayer
 from turboquant_hf.config import load_preset
 
 pytestmark = pytest.mark.gpu
 NEW = 200
-OPTIONS = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 @pytest.fixture
@@ -27,24 +27,6 @@ def model():
     torch._dynamo.reset()
 
 
-class Dictated(LogitsProcessor):
-    """Leaves nothing to choose: the next of these tokens."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids, scores):
-        return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, input_ids.shape[1], None], 0.0)
-
-
-def generate(model, inputs, name, preset, graph=False, **options):
-    config = {"preset": preset, "min_statistics": 256, "graph": graph}
-    return model.generate(
-        **inputs, **OPTIONS, cache_implementation=name, cache_config=config, output_logits=True,
-        return_dict_in_generate=True, **options,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(("preset", "length"), [("k4v4", 100), ("k3v3", 400), ("lossless", 100)])
 def test_compiled_generation_equals_the_eager_dynamic_cache(model, preset, length):
     """From below the first encode across it, and over several tiles behind it. Tokens are given, so that a step where
@@ -55,14 +37,18 @@ def test_compiled_generation_equals_the_eager_dynamic_cache(model, preset, lengt
     mask = torch.ones_like(ids)
     mask[1, : length // 3] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    options = {"logits_processor": LogitsProcessorList([Dictated(tokens)])}
-    expected = generate(model, inputs, "turboquant", preset, **options)
-    eager = generate(model, inputs, "turboquant_static", preset, disable_compile=True, **options)
-    compiled = generate(model, inputs, "turboquant_static", preset, **options)
+
+    def run(static=False, graph=False, **options):
+        config = {"preset": preset, "min_statistics": 256, "graph": graph}
+        options |= {"cache_implementation": "turboquant_static" if static else "turboquant", "cache_config": config}
+        processor = LogitsProcessorList([Dictated(tokens)])
+        return generate(model, inputs, new=NEW, logits_processor=processor, **LOGITS, **options)
+
+    expected, eager = run(), run(static=True, disable_compile=True)
+    compiled = run(static=True)
     assert counters["stats"]["unique_graphs"] > 0, "transformers compiles by itself"
     graphs = counters["stats"]["unique_graphs"]
-    again = generate(model, inputs, "turboquant_static", preset, **options)
-    recorded = generate(model, inputs, "turboquant_static", preset, graph=True, **options)
+    again, recorded = run(static=True), run(static=True, graph=True)
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     for result in (eager, compiled, again, recorded):
         assert torch.equal(result.sequences, tokens) and len(result.logits) == NEW

@@ -9,18 +9,23 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from tests.conftest import make_llama
+from tests.support import generating
 from tests.support.families import FAMILIES, available
-from tests.support.graphs_by_family import TILES, examine, watched
+from tests.support.generating import LOGITS, TILES, Dictated, inputs_of, turboquant
+from tests.support.graphs_by_family import examine, watched
 from turboquant_hf import TurboQuantCache
 
+pytestmark = pytest.mark.slow  # whole generations, one per family or mode
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NEW = 60
+generate = partial(generating.generate, new=NEW)
 MODES = {
     "greedy": {},
     "sampling": {"do_sample": True, "num_return_sequences": 2},
@@ -40,35 +45,19 @@ def model(device):
     return make_llama().to(device)
 
 
-def inputs_of(device, batch=2, length=45, padding=0):
-    ids = torch.randint(3, 199, (batch, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[-1, :padding] = 0
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def generate(model, inputs, **options):
-    torch.manual_seed(0)
-    return model.generate(**inputs, **{"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **options})
-
-
-def packed(preset="lossless", **config):
-    return {"cache_implementation": "turboquant", "cache_config": {"preset": preset, **TILES, **config}}
-
-
 @pytest.mark.parametrize("padding", [0, 19])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_replays_dynamic_caches_tokens(model, device, mode, padding):
     options = MODES[mode]
     batch = 1 if mode == "prompt-lookup" else 2
-    inputs = inputs_of(device, batch, padding=padding)
+    inputs = inputs_of(batch, padding=padding, device=device)
     if mode == "prompt-lookup":
         inputs["input_ids"][:, 20:40] = inputs["input_ids"][:, :20]
         model.generation_config.eos_token_id = 198  # early versions compare candidates with an end
         options = {**options, "suppress_tokens": [198]}
     expected = generate(model, inputs, **options)
     with watched(device) as watch:
-        got = generate(model, inputs, **options, **packed())
+        got = generate(model, inputs, **options, **turboquant())
     assert torch.equal(got, expected)
     assert watch.replays >= NEW // 4 and not watch.reasons
 
@@ -76,20 +65,20 @@ def test_every_mode_replays_dynamic_caches_tokens(model, device, mode, padding):
 @pytest.mark.parametrize("padding", [0, 19])
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
 def test_a_preallocated_cache_is_replayed_too(model, device, mode, padding):
-    inputs = inputs_of(device, padding=padding)
+    inputs = inputs_of(padding=padding, device=device)
     expected = generate(model, inputs, **MODES[mode])
     with watched(device) as watch:
-        got = generate(model, inputs, **MODES[mode], **{**packed(), "cache_implementation": "turboquant_static"})
+        got = generate(model, inputs, **MODES[mode], **turboquant(static=True))
     assert torch.equal(got, expected)
     assert watch.replays >= NEW // 2 and not watch.reasons
 
 
 @pytest.mark.parametrize("length", [3, 17, 45])
 def test_short_prompts_reach_the_first_encode_inside_the_loop(model, device, length):
-    inputs = inputs_of(device, length=length)
+    inputs = inputs_of(length=length, device=device)
     expected = generate(model, inputs)
     with watched(device) as watch:
-        assert torch.equal(generate(model, inputs, **packed()), expected)
+        assert torch.equal(generate(model, inputs, **turboquant()), expected)
     assert watch.replays > NEW // 2 and watch.recordings <= 4
 
 
@@ -98,14 +87,11 @@ def test_presets_give_the_same_tokens_with_and_without_recorded_steps(device, pr
     """The tokens are given: a rounding of another order must not choose between two that are as likely."""
     model = make_llama(head_dim=32).to(device)
     tokens = torch.randint(3, 199, (2, 45 + NEW), generator=torch.Generator().manual_seed(1)).to(device)
-    inputs = {**inputs_of(device, padding=7), "input_ids": tokens[:, :45]}
-    options = {
-        "logits_processor": LogitsProcessorList([Dictated(tokens)]), "output_logits": True,
-        "return_dict_in_generate": True,
-    }  # fmt: skip
-    expected = generate(model, inputs, **packed(preset, graph=False), **options)
+    inputs = {**inputs_of(padding=7, device=device), "input_ids": tokens[:, :45]}
+    options = {"logits_processor": LogitsProcessorList([Dictated(tokens)]), **LOGITS}
+    expected = generate(model, inputs, **turboquant(preset, graph=False), **options)
     with watched(device) as watch:
-        got = generate(model, inputs, **packed(preset), **options)
+        got = generate(model, inputs, **turboquant(preset), **options)
     assert watch.replays > NEW // 2
     for a, b in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
@@ -119,31 +105,18 @@ def test_means_that_no_half_holds_are_read_anew_at_every_step(device):
             layer.self_attn.k_proj.bias[31::32] += 2e5  # the channel that turns the least with the position
     tokens = torch.randint(3, 199, (1, 45 + NEW), generator=torch.Generator().manual_seed(1)).to(device)
     inputs = {"input_ids": tokens[:, :45], "attention_mask": torch.ones_like(tokens[:, :45])}
-    options = {
-        "logits_processor": LogitsProcessorList([Dictated(tokens)]), "output_logits": True,
-        "return_dict_in_generate": True,
-    }  # fmt: skip
-    expected = generate(model, inputs, **packed("k4v4", graph=False), **options)
+    options = {"logits_processor": LogitsProcessorList([Dictated(tokens)]), **LOGITS}
+    expected = generate(model, inputs, **turboquant("k4v4", graph=False), **options)
     with watched(device) as watch:
-        got = generate(model, inputs, **packed("k4v4"), **options)
+        got = generate(model, inputs, **turboquant("k4v4"), **options)
     assert watch.replays > NEW // 2
     for a, b in zip(got.logits, expected.logits, strict=True):
         assert (a - b).norm() < 1e-2 * b.norm()
 
 
-class Dictated(LogitsProcessor):
-    """Leaves nothing to choose: the next of these tokens."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids, scores):
-        return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, input_ids.shape[1], None], 0.0)
-
-
 def test_turns_copies_and_files_follow_a_loop(model, device, tmp_path):
     """After a loop the cache is an ordinary one: a further turn, a copy and a saved file go on from it."""
-    inputs = inputs_of(device)
+    inputs = inputs_of(device=device)
     cache = TurboQuantCache(model.config, "lossless", **TILES)
     model.set_attn_implementation("turboquant")
     with watched(device) as watch:
@@ -186,7 +159,7 @@ class Meddling(LogitsProcessor):
     ids=["read", "count", "copy", "reorder", "select", "repeat", "offload"],
 )
 def test_what_happens_to_a_cache_between_steps_is_seen_by_the_next(model, device, act):
-    inputs = inputs_of(device)
+    inputs = inputs_of(device=device)
     expected = generate(model, inputs)
     model.set_attn_implementation("turboquant")
     cache = TurboQuantCache(model.config, "lossless", **TILES)
@@ -197,22 +170,22 @@ def test_what_happens_to_a_cache_between_steps_is_seen_by_the_next(model, device
 
 
 def test_logits_that_a_user_keeps_are_not_overwritten(model, device):
-    inputs = inputs_of(device)
-    options = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
-    expected, got = generate(model, inputs, **options), generate(model, inputs, **options, **packed())
+    inputs = inputs_of(device=device)
+    options = {**LOGITS, "output_scores": True}
+    expected, got = generate(model, inputs, **options), generate(model, inputs, **options, **turboquant())
     for a, b in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
 def test_what_a_graph_cannot_return_is_returned_by_ordinary_steps(model, device, option):
-    inputs = inputs_of(device)
+    inputs = inputs_of(device=device)
     options = {option: True, "return_dict_in_generate": True}
     if option == "output_attentions":
         model.set_attn_implementation("eager")
     expected = generate(model, inputs, **options)
     with watched(device) as watch:
-        got = generate(model, inputs, **options, **packed())
+        got = generate(model, inputs, **options, **turboquant())
     assert watch.replays == 0
     name = option.removeprefix("output_")
     if option == "output_hidden_states":
@@ -225,7 +198,7 @@ MOMENTS = [("cpu", 1), *(pytest.param("cuda", step, marks=pytest.mark.gpu) for s
 @pytest.mark.parametrize(("device", "step"), MOMENTS, ids=["cpu-first", "gpu-first", "gpu-recorded"])
 def test_a_step_that_cannot_be_recorded_runs_once_and_says_why(model, device, step, monkeypatch):
     """The failed step is neither lost nor run twice; random numbers go on as if nothing had been tried."""
-    inputs = inputs_of(device)
+    inputs = inputs_of(device=device)
     expected = generate(model, inputs, do_sample=True)
     inner, calls = model.model.forward, []
 
@@ -241,26 +214,26 @@ def test_a_step_that_cannot_be_recorded_runs_once_and_says_why(model, device, st
 
     monkeypatch.setattr(model.model, "forward", asks_the_device)
     with watched(device) as watch:
-        got = generate(model, inputs, do_sample=True, **packed())
+        got = generate(model, inputs, do_sample=True, **turboquant())
     assert torch.equal(got, expected)
     assert len(watch.reasons) == 1 and watch.replays == 0
     torch.rand(3, device=device)
 
 
 def test_graph_false_and_a_compile_config_leave_steps_alone(model, device):
-    inputs = inputs_of(device)
+    inputs = inputs_of(device=device)
     with watched(device) as watch:
-        generate(model, inputs, **packed(graph=False))
+        generate(model, inputs, **turboquant(graph=False))
     assert watch.replays == 0 and not watch.reasons
     with pytest.raises(ValueError, match="graph=1 is not supported; allowed: true, false"):
-        generate(model, inputs, **packed(graph=1))
+        generate(model, inputs, **turboquant(graph=1))
 
 
 def test_hooks_of_a_users_own_keep_being_called(model, device):
     calls = []
     handle = model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
     with watched(device) as watch:
-        generate(model, inputs_of(device), **packed())
+        generate(model, inputs_of(device=device), **turboquant())
     handle.remove()
     assert len(calls) == NEW and "hooks" in watch.reasons[0]
 
@@ -268,7 +241,7 @@ def test_hooks_of_a_users_own_keep_being_called(model, device):
 def test_a_cache_and_its_graphs_are_freed(model, device):
     cache = TurboQuantCache(model.config, "lossless", **TILES)
     model.set_attn_implementation("turboquant")
-    generate(model, inputs_of(device), past_key_values=cache)
+    generate(model, inputs_of(device=device), past_key_values=cache)
     assert "forward" not in vars(model) and cache.graph_nbytes == 0
     gone = weakref.ref(cache)
     del cache
@@ -279,7 +252,7 @@ def test_a_cache_and_its_graphs_are_freed(model, device):
 def test_addresses_that_keep_changing_end_recording(model, device, monkeypatch):
     cache = TurboQuantCache(model.config, "lossless", **TILES)
     model.set_attn_implementation("turboquant")
-    inputs = inputs_of(device)
+    inputs = inputs_of(device=device)
     expected = generate(model, inputs)
     moving = LogitsProcessorList([Meddling(cache, lambda cache: cache.batch_repeat_interleave(1), every=1)])
     with watched(device) as watch:

@@ -16,21 +16,13 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
     StaticCache,
 )
 from transformers.masking_utils import flash_attention_mask
 
-from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
+from tests.support.generating import generate, turboquant
+from tests.support.presets import KINDS, ROOM
 from turboquant_hf.config import preset_names
-
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
-ROOM = 120
-KINDS = {
-    "growing": lambda config, preset="lossless": TurboQuantCache(config, preset, **TILES),
-    "static": lambda config, preset="lossless": TurboQuantStaticCache(config, ROOM, preset, **TILES),
-}
 
 
 @pytest.fixture(params=KINDS)
@@ -47,12 +39,6 @@ def model(request, llama):
 @pytest.fixture
 def ids():
     return torch.randint(3, 199, (2, 60), generator=torch.Generator().manual_seed(0))
-
-
-def generate(model, ids, cache=None, mask=None, new=20, **options):
-    mask = torch.ones_like(ids) if mask is None else mask
-    options = {"do_sample": False, "max_new_tokens": new, "disable_compile": True, **options}
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
 
 
 def test_autocast(model, ids, make_cache):
@@ -132,26 +118,26 @@ def test_flash_attention_sees_no_empty_slots(flash, ids, name, options):
     static = name == "turboquant_static"
     if static and not torch.equal(generate(flash, ids, cache_implementation="static", **options), expected):
         pytest.skip("this transformers' own static cache does not serve a flash attention like this one")
-    config = {"preset": "lossless", **TILES}
-    assert torch.equal(generate(flash, ids, cache_implementation=name, cache_config=config, **options), expected)
+    assert torch.equal(generate(flash, ids, **turboquant(static=static), **options), expected)
 
 
 def test_padding_is_forgotten_with_the_tokens(model, ids, make_cache):
     """An emptied cache, and one whose first call failed, know nothing of the batch before."""
     mask = torch.ones_like(ids)
     mask[0, :22] = 0
-    expected = [generate(model, ids, make_cache(model.config, "k8v4"), new=n) for n in (20, 21)]
+    padded, broken = ({"input_ids": x, "attention_mask": mask} for x in (ids, torch.full_like(ids, 999)))
+    expected = [generate(model, ids, make_cache(model.config, "k8v4"), new=n) for n in (24, 21)]
     cache = make_cache(model.config, "k8v4")
-    generate(model, ids, cache, mask)
+    generate(model, padded, cache)
     cache.crop(-int(cache.get_seq_length()))
     assert torch.equal(generate(model, ids, cache), expected[0])
     cache.reset()
     with pytest.raises(IndexError):
-        generate(model, torch.full_like(ids, 999), cache, mask)
+        generate(model, broken, cache)
     assert torch.equal(generate(model, ids, cache, new=21), expected[1])
     cache.reset()
     with pytest.raises(IndexError):
-        generate(model, torch.full_like(ids, 999), cache, mask)
+        generate(model, broken, cache)
     assert torch.equal(generate(model, ids[:1], cache), generate(model, ids[:1], make_cache(model.config, "k8v4")))
 
 
@@ -189,43 +175,11 @@ def test_no_step_outlives_the_arrays_it_reads(llama, ids):
         assert layer.step is None
 
 
-DEFAULT_DTYPE = """
-import sys, torch
-from tests.generation.test_surroundings import logits_of_presets
-torch.set_default_dtype(getattr(torch, sys.argv[1]))
-torch.save(logits_of_presets(), sys.argv[2])
-"""
-
-
-def logits_of_presets() -> dict[str, torch.Tensor]:
-    """What a model says after a prompt that every preset has packed, whatever torch's default dtype is."""
-    generator = torch.Generator().manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).float().eval()
-    for parameter in model.parameters():
-        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32))
-    model.set_attn_implementation("turboquant")
-    ids = torch.randint(64, (1, 60), generator=generator)
-    found = {}
-    with torch.no_grad():
-        for make, name in [(make, name) for make in KINDS.values() for name in preset_names()]:
-            try:
-                cache = make(config, name)
-                model(ids, past_key_values=cache)
-            except (NotImplementedError, ValueError):  # not for this cache
-                continue
-            found[f"{type(cache).__name__} {name}"] = model(ids[:, :2], past_key_values=cache).logits
-    return found
-
-
 @pytest.mark.slow
 def test_torchs_default_dtype_is_of_no_consequence(tmp_path):
     root = Path(__file__).parents[2]
     for dtype in ("float32", "bfloat16"):
-        command = [sys.executable, "-c", DEFAULT_DTYPE, dtype, str(tmp_path / dtype)]
+        command = [sys.executable, "-m", "tests.support.presets", dtype, str(tmp_path / dtype)]
         subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
     plain, other = (torch.load(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
     assert plain.keys() == other.keys() and len(plain) > len(preset_names())

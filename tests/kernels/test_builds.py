@@ -1,4 +1,4 @@
-"""No Triton kernel is built again because a length changed: a first call of any length has built all there is."""
+"""No Triton kernel is built again because a length changed: the first call, of any length, builds all variants."""
 
 from __future__ import annotations
 

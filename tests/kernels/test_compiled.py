@@ -1,4 +1,4 @@
-"""All kernels compiled for GPUs that this machine need not have: what an interpreter accepts, a compiler may not."""
+"""All kernels are compiled for GPUs that this machine need not have: compilers refuse what the interpreter accepts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cuda_cases import described
 from tests.support.names import kernels_by_name
-from turboquant_hf.kernels.decode.cuda import kernel, source, support
+from turboquant_hf.kernels.decode.cuda import kernel, source
 
 from .conftest import INTERPRETED
-from .test_cuda import KEYS, groups_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="a compiler's work")]
 
@@ -67,7 +67,7 @@ class Nvrtc:
 
 
 SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
-"""Bytes of shared memory a block can have, by architecture (CUDA C++ programming guide, technical specifications)."""
+"""Architecture -> bytes of shared memory per block (CUDA C++ programming guide, technical specifications)."""
 CASES = {  # keys, bits of values, head dim, bytes that may spill
     "k4v4-d128": ("k5/3", 4, 128, 64),
     "k4v4-d64": ("k5/3", 4, 64, 0),
@@ -97,10 +97,10 @@ CASES = {  # keys, bits of values, head dim, bytes that may spill
 @pytest.mark.parametrize("architecture", SHARED)
 @pytest.mark.parametrize("case", CASES)
 def test_cuda_source_compiles(case, architecture):
-    """For the cards of these architectures, without a header and with registers for nearly all of it."""
+    """The source compiles for these architectures without any header, and spills few registers."""
     nvrtc = Nvrtc()
     widths, bits, dim, allowed = CASES[case]
-    keys, (values,) = (support.described(groups_of(dim, x)) for x in (KEYS[widths], ((1.0, bits),)))
+    keys, values = described(widths, bits, dim)
     key_format, hadamard = "fp16" if widths == "k8" else "e3m5", not case.startswith(("matrices", "k2v2"))
     options = {"hadamard": hadamard, "wide": case.startswith("wide"), "sparse": case.startswith("sparse")}
     shape = source.Shape(dim, keys, values, key_format, "e4m4", bf16=True, **options)

@@ -1,4 +1,4 @@
-"""Kernels that read on the device how much a buffer of fixed size holds."""
+"""Kernels over arrays of fixed size, which read on the device how many tiles and tokens are filled."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.cases import attend, attention_inputs, moved, starting_at
+from tests.support.cases import attend, attention_inputs, in_buffers, moved, starting_at
 from turboquant_hf.kernels.append import reference as append_reference
+from turboquant_hf.kernels.append.reference import FixedTokens
 from turboquant_hf.kernels.decode import reference
 from turboquant_hf.kernels.decode.inputs import RawTokens
 
@@ -27,31 +28,6 @@ def triton_append(device):
     from turboquant_hf.kernels.append import triton
 
     return triton.append_tokens
-
-
-def in_buffers(arguments, capacity, ring=RING):
-    """The same call as whole buffers: `capacity` tiles, those behind the used ones and idle ring slots poisoned."""
-    query, history = arguments
-    keys, values, tail = history.keys, history.values, history.tail
-    tiles, count = keys.codes.shape[2], tail.keys.shape[2]
-
-    def grown(x):
-        poison = torch.nan if x.is_floating_point() else 255
-        return torch.cat([x, torch.full_like(x[:, :, :1], poison).expand(-1, -1, capacity - tiles, *x.shape[3:])], 2)
-
-    def side(x):
-        means = {} if x.mean is None else {"mean": grown(x.mean)}
-        return replace(x, codes=grown(x.codes), scale=grown(x.scale), **means)
-
-    slots = (tiles * TILE + torch.arange(count)) % ring
-    raws = []
-    for x in (tail.keys, tail.values):
-        buffer = torch.full((*x.shape[:2], ring, x.shape[3]), torch.nan)
-        buffer[:, :, slots] = x
-        raws.append(buffer)
-    counts = torch.tensor([tiles, tiles * TILE + count], dtype=torch.int32)
-    held = {"keys": side(keys), "values": side(values), "tail": RawTokens(*raws), "counts": counts}
-    return query, replace(history, **held)
 
 
 CASES = {
@@ -113,7 +89,8 @@ def append_inputs(queries, length, starts, seed=0):
     ring = RawTokens(torch.zeros(batch, heads, RING, dim), torch.zeros(batch, heads, RING, value_dim))
     sinks = RawTokens(torch.zeros(batch, heads, 4, dim), torch.zeros(batch, heads, 4, value_dim))
     counts = torch.tensor([1, length], dtype=torch.int32)
-    return keys, values, ring, sinks, torch.tensor(starts), counts, torch.zeros(1, dtype=torch.int32)
+    ticket = torch.zeros(1, dtype=torch.int32)
+    return keys, values, FixedTokens(ring, sinks, torch.tensor(starts), counts, ticket, max_len=200)
 
 
 APPENDS = {"start": (5, 0), "wraps": (16, 90), "one": (1, 97), "last-fits": (4, 196), "too-many": (6, 196)}
@@ -122,9 +99,10 @@ APPENDS = {"start": (5, 0), "wraps": (16, 90), "one": (1, 97), "last-fits": (4, 
 @pytest.mark.parametrize("case", APPENDS)
 def test_append_reference(case):
     queries, length = APPENDS[case]
-    keys, values, ring, sinks, starts, counts, ticket = append_inputs(queries, length, [0, 3])
-    append_reference.append_tokens(keys, values, ring, sinks, starts, counts, ticket, 200)
-    assert counts.tolist() == [1, min(length + queries, 200)]
+    keys, values, held = append_inputs(queries, length, [0, 3])
+    ring, sinks = held.ring, held.sinks
+    append_reference.append_tokens(keys, values, held)
+    assert held.counts.tolist() == [1, min(length + queries, 200)]
     for j in range(queries):
         slot, kept = (length + j) % RING, length + j < 200
         assert torch.equal(ring.keys[:, :, slot], keys[:, :, j] * kept)
@@ -138,14 +116,15 @@ def test_append_reference(case):
 
 @pytest.mark.parametrize("case", APPENDS)
 def test_append_kernel(triton_append, device, case):
-    expected, given = (append_inputs(*APPENDS[case], [0, 3]) for _ in range(2))
-    append_reference.append_tokens(*expected, 200)
+    (*new, expected), (_, _, given) = (append_inputs(*APPENDS[case], [0, 3]) for _ in range(2))
+    append_reference.append_tokens(*new, expected)
 
     def on(x):
         return RawTokens(x.keys.to(device), x.values.to(device)) if isinstance(x, RawTokens) else x.to(device)
 
-    given = [on(x) for x in given]
-    triton_append(*given, 200)
-    for ours, theirs in zip(given[2:4], expected[2:4], strict=True):
+    tensors = ("ring", "sinks", "starts", "counts", "ticket")
+    given = replace(given, **{name: on(getattr(given, name)) for name in tensors})
+    triton_append(*(x.to(device) for x in new), given)
+    for ours, theirs in ((given.ring, expected.ring), (given.sinks, expected.sinks)):
         assert torch.equal(ours.keys.cpu(), theirs.keys) and torch.equal(ours.values.cpu(), theirs.values)
-    assert torch.equal(given[5].cpu(), expected[5]) and given[6].item() == 0
+    assert torch.equal(given.counts.cpu(), expected.counts) and given.ticket.item() == 0

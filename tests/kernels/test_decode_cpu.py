@@ -7,21 +7,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.cases import PLACES, attend, attention_inputs, groups_of, moved, starting_at, uniform, with_a_nan
+from tests.support.accuracy import DTYPES
+from tests.support.cases import (
+    CHANNEL_GROUPS,
+    PLACES,
+    SHAPES,
+    attend,
+    attention_inputs,
+    groups_of,
+    in_buffers,
+    moved,
+    starting_at,
+    uniform,
+    with_a_nan,
+)  # fmt: skip
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import cpu, reference
 from turboquant_hf.primitives import grid
 
-from .test_counts import in_buffers
-from .test_decode_attention import CHANNEL_GROUPS, SHAPES
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRESETS = ["k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2", "paper-mse-4", "paper-3.5"]
 
 
 def check(arguments, dtype=torch.float32, **options):
-    """Both compute in float32: they differ by its rounding, and by one rounding of the output to `dtype`."""
+    """Both versions compute in float32. They differ by its rounding, and by one rounding of the output to `dtype`."""
     arguments = moved(arguments, "cpu", dtype)
     options = {"scaling": arguments[0].shape[-1] ** -0.5, **options}
     out = attend(cpu.decode_attention, arguments, **options)
@@ -66,8 +75,8 @@ def test_query_heads_and_tokens(group, queries):
 
 
 @pytest.mark.parametrize("block", [1, 3 * 32 * 64, 1 << 30])
-def test_any_block(block, monkeypatch):
-    """One tile of all heads at a time, some at a time with a rest, and all at once."""
+def test_blocks_of_any_size(block, monkeypatch):
+    """One tile of all heads at a time, several with a remainder, and all at once."""
     monkeypatch.setattr(cpu, "BLOCK", block)
     check(attention_inputs(heads=1, tiles=8, keys=groups_of((32, 5), (32, 3)), value_mean=True))
 
@@ -80,7 +89,7 @@ def test_padding_and_holes(queries, starts):
     check(arguments, mask=torch.rand(3, 3 * 32 + 21, generator=torch.Generator().manual_seed(1)) > 0.3)
 
 
-def test_rows_that_see_nothing_are_zero():
+def test_rows_that_see_no_token_are_zero():
     arguments = attention_inputs(batch=2)
     mask = torch.ones(2, 3 * 32 + 21, dtype=torch.bool)
     mask[1] = False
@@ -98,15 +107,15 @@ def test_softcap_and_sink_logits(dtype):
     check(attention_inputs(), DTYPES[dtype], s_aux=s_aux)
 
 
-def test_sink_logits_take_all_of_a_row_that_sees_nothing():
+def test_sink_logits_take_all_probability_of_a_row_that_sees_no_token():
     arguments = attention_inputs(heads=1)
     mask = torch.zeros(1, 3 * 32 + 21, dtype=torch.bool)
     assert attend(cpu.decode_attention, arguments, scaling=0.125, mask=mask, s_aux=torch.ones(2)).abs().max() == 0
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_no_number_comes_out_of_what_is_none(place):
-    """A NaN stored for a head is seen in all that the head's queries read, and in no other head."""
+def test_a_stored_nan_shows_in_the_result(place):
+    """A NaN that is stored for a head shows in everything that the head's queries read, and in no other head."""
     given = with_a_nan(place)
     out = attend(cpu.decode_attention, given, scaling=0.125)
     expected = attend(reference.decode_attention, given, scaling=0.125)
@@ -130,8 +139,8 @@ def test_buffers_of_fixed_size(queries):
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 6])
-def test_codes_anywhere_in_a_larger_buffer(offset):
-    """A view starts at any byte, and rows of larger words must not be assumed to be aligned."""
+def test_codes_at_any_byte_of_a_larger_buffer(offset):
+    """A view may start at any byte, so reads of larger words must not assume alignment."""
     query, history = attention_inputs(keys=groups_of((32, 5), (32, 3)))
     keys = history.keys
     buffer = torch.zeros(keys.codes.numel() + offset, dtype=torch.uint8)
@@ -149,7 +158,7 @@ def test_autocast_and_gradients_change_nothing():
     assert torch.equal(out, expected) and not out.requires_grad
 
 
-def test_a_cpu_gets_it(monkeypatch):
+def test_dispatch_gives_a_cpu_this_version(monkeypatch):
     calls = []
     monkeypatch.setattr(cpu, "decode_attention", lambda *args, **options: calls.append(options))
     for name in ("auto", "torch"):

@@ -91,7 +91,7 @@ def test_encode_then_decode(kernel, device, case):
     "widths", [((32, 5), (32, 3)), ((24, 4), (36, 2)), ((160, 2),), ((32, 4), (160, 2), (64, 1))], ids=str
 )
 def test_conditioned_tiles_into_views(kernel, device, widths, dtype):
-    """Centred, balanced and sorted in the kernel, written between the tiles that an array holds already."""
+    """The kernel centres, balances and sorts, and writes between the tiles that an array holds already."""
     groups, tile = groups_of(*widths, make=polynomial), 128 if len(widths) == 3 else 32
     dim, generator = sum(size for size, _ in widths), torch.Generator().manual_seed(1)
     balance = 4.0 * torch.rand(2, 2, dim, generator=generator) + 0.1
@@ -124,8 +124,8 @@ def test_conditioned_tiles_into_views(kernel, device, widths, dtype):
 
 
 @pytest.mark.parametrize("center", [True, False], ids=["centred", "not-centred"])
-def test_infinities_leave_no_number(kernel, device, center):
-    """Stored scales are clamped, which would make a plausible number of an infinity."""
+def test_infinities_become_nan(kernel, device, center):
+    """Stored scales are clamped, which would turn an infinity into a plausible number."""
     groups = groups_of((32, 4), make=polynomial)
     x = torch.randn(1, 1, 2, 32, 32, dtype=torch.float16)
     x[0, 0, 1, 5, 3] = torch.inf
@@ -137,8 +137,8 @@ def test_infinities_leave_no_number(kernel, device, center):
         assert scale[0, 0, 1].all() if center else scale[0, 0, 1].nonzero().tolist() == [[0, 5]]
 
 
-def test_what_float16_cannot_hold_is_no_number(kernel, device):
-    """A mean, and a scale: clamped, the rest of the head would be wrong and look right."""
+def test_means_and_scales_that_float16_cannot_hold_become_nan(kernel, device):
+    """With clamped means or scales, the rest of the head would be wrong and look right."""
     groups = groups_of((32, 4), make=polynomial)
     x = torch.randn(1, 1, 3, 32, 32)
     x[0, 0, 1, :, 3] += 1e5
@@ -156,7 +156,7 @@ def test_what_float16_cannot_hold_is_no_number(kernel, device):
 
 
 def assert_codes_match(ours, wanted, x, transform, groups, mean, channel_major):
-    """Equal codes, but where the coordinate lies within 1e-5 of a threshold: there the next one is as right."""
+    """Codes are equal, except within 1e-5 of a threshold, where the neighbouring code is as good."""
     tile = x.shape[-2]
     v = x.float() if mean is None else x.float() - mean.unsqueeze(-2).float()
     y = v @ (transform if transform.dim() == 2 else transform.unsqueeze(2)).transpose(-1, -2)
@@ -186,7 +186,7 @@ def assert_codes_match(ours, wanted, x, transform, groups, mean, channel_major):
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 24, 40), (1, 2, 1, 128, 96)], ids=str)
 def test_bad_heads(kernel, device, shape, number, dtype):
-    """A head is bad for one number in keys or values, unless its token has no weight."""
+    """One number in keys or values makes a head bad, unless its token has no weight."""
     keys, values = (torch.randn(shape).to(dtype) for _ in range(2))
     keys[0, 0, -1, -1, -1] = values[-1, 1, 0, 3, 7] = number
     weight = torch.ones(shape[0], *shape[2:4])

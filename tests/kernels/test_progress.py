@@ -1,4 +1,4 @@
-"""A line in the log while a kernel is built for more than a second: one per build, none for what is quick or built."""
+"""A build of a kernel that takes more than a second is logged once; quick builds and built kernels are not."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_quick_build_says_nothing_now_or_later(caplog):
     assert not lines(caplog)
 
 
-def test_a_build_that_lets_no_other_thread_run_says_so_behind(caplog):
+def test_a_build_that_lets_no_other_thread_run_says_so_afterwards(caplog):
     interval = sys.getswitchinterval()
     try:
         with progress.announced("encode", "once per machine"):
@@ -70,7 +70,7 @@ def test_a_build_that_fails_raises_its_error(caplog):
 
 
 class Kernel:
-    """As Triton's: a launch builds what it has no code for."""
+    """Like Triton's kernels: a launch builds what has no code yet."""
 
     __name__ = "_encode_kernel"
 
@@ -93,7 +93,7 @@ def test_a_triton_kernel_says_so_once_per_build(caplog):
     assert len(lines(caplog)) == 2 and all("_encode_kernel" in line for line in lines(caplog))
 
 
-def test_a_launch_of_a_built_kernel_does_not_pass_through_here(monkeypatch):
+def test_a_launch_of_a_built_kernel_is_not_announced(monkeypatch):
     kernel = progress.announces(Kernel())
     kernel.run("a")
     monkeypatch.setattr(progress, "announced", None)
@@ -101,7 +101,7 @@ def test_a_launch_of_a_built_kernel_does_not_pass_through_here(monkeypatch):
     assert type(kernel).run is Kernel.run and "run" not in vars(kernel)
 
 
-def test_what_cannot_be_announced_is_left_as_it_is():
+def test_a_kernel_without_the_entry_is_left_as_it_is():
     other = object()
     assert progress.announces(other) is other
 
@@ -134,8 +134,8 @@ for _ in range(3):
 """
 
 
-def test_triton_itself_builds_through_here_and_the_line_reaches_stderr(tmp_path):
-    """No logging is configured there, as in a user's script."""
+def test_triton_announces_its_builds_and_the_line_reaches_stderr(tmp_path):
+    """In a process without any logging configuration, like a user's script."""
     pytest.importorskip("triton")
     environment = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(

@@ -77,7 +77,7 @@ def test_balance_channels(kernel, device, sizes, balance):
         torch.testing.assert_close(found["balance"].cpu(), wanted["balance"], rtol=1e-5, atol=0.0)
 
 
-def test_an_order_with_nan_is_still_one(kernel, device):
+def test_an_order_with_nan_is_still_a_permutation(kernel, device):
     energy = torch.rand(1, 1, 40)
     energy[..., [3, 17]] = torch.nan
     for module, where in ((reference, "cpu"), (kernel, device)):

@@ -1,4 +1,4 @@
-"""words.cuh step by step in plain Python: the levels that a lane of decode.cu makes of its words of a trellis."""
+"""words.cuh step by step in plain Python: how a lane of decode.cu turns its words of a trellis into levels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.cases import groups_of
-from turboquant_hf.kernels.codes import tile_bytes
+from turboquant_hf.kernels.codes import TileCoding, tile_bytes
 from turboquant_hf.kernels.decode.cuda.source import level_bytes
 from turboquant_hf.kernels.encode.reference import decode_rotated
 from turboquant_hf.primitives import Trellis, pack_words, trellis_code
@@ -63,6 +63,12 @@ def looked_up(number: int, code: Trellis) -> float:
     return ((byte ^ (0 if number & 16 else 0x7F)) - 191.5) * code.unit
 
 
+def exact_values(codes: torch.Tensor, groups, channel_major: bool) -> torch.Tensor:
+    """The levels of one tile, [TILE, channels], by the reference."""
+    packed = {"codes": codes[None], "scale": torch.ones(1, 1, TILE)}
+    return decode_rotated(packed, TileCoding(torch.empty(0), groups, channel_major=channel_major))[0]
+
+
 def as_words(packed: torch.Tensor) -> torch.Tensor:
     """Bytes of the last axis as 32-bit words."""
     return packed.contiguous().view(torch.int32).long() & 0xFFFFFFFF
@@ -71,7 +77,7 @@ def as_words(packed: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shares", [1, 2])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_lane_decodes_a_word(bits, shares):
-    """Unit u, byte j of a word is its value 4 u + j, at any path; every level comes out of the table."""
+    """Byte j of unit u of a word is value 4 u + j for any path, and every level comes from the table."""
     code, generator = trellis_code(bits, 64), torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (40, 32), generator=generator).to(torch.uint8)
     wanted, levels = code.numbers(codes), code.decode(codes)
@@ -92,7 +98,7 @@ def test_a_lane_finds_its_values(bits, shares):
     """`ChannelWords`: unit u, byte j of lane part t is token 32 t + 4 u + j of the row's channel."""
     groups, channels = groups_of((16, bits), make=trellis_code), 16
     codes = torch.randint(0, 256, (tile_bytes(groups, TILE, True),), dtype=torch.uint8)
-    exact = decode_rotated(codes[None], torch.ones(1, 1, TILE), groups, channel_major=True)[0]
+    exact = exact_values(codes, groups, True)
     rows = as_words(codes).view(channels, 4, bits)
     found = torch.zeros(TILE, channels)
     for channel in range(channels):
@@ -109,10 +115,10 @@ def test_a_lane_finds_its_values(bits, shares):
 @pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 128])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_lane_finds_its_keys(bits, size):
-    """`TokenWords`: what `Pair<I>` and `Token<I, R>` read for a lane are the tokens that `OwnTokens` counts."""
+    """`TokenWords`: `Pair<I>` and `Token<I, R>` read the tokens that `OwnTokens` counts for a lane."""
     groups = groups_of((size, bits), make=trellis_code)
     codes = torch.randint(0, 256, (tile_bytes(groups, TILE, False),), dtype=torch.uint8)
-    exact = decode_rotated(codes[None], torch.ones(1, 1, TILE), groups, channel_major=False)[0]
+    exact = exact_values(codes, groups, False)
     memory, units = as_words(codes), size // 16
     found = torch.full((TILE, size), torch.nan)
     for lane in range(32):

@@ -1,26 +1,30 @@
-"""Groups of a trellis: which values make a word, where the words lie in a tile, and what encoding promises of them."""
+"""Groups of a trellis: which values make a word, where words lie in a tile, and what encoding promises."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from tests.support.accuracy import check
 from tests.support.cases import attention_inputs, groups_of
 from turboquant_hf.kernels.codes import TileCoding, from_words, group_places, load_scale, tile_bytes, to_words
 from turboquant_hf.kernels.encode import reference
-from turboquant_hf.kernels.encode.reference import decode_rotated
 from turboquant_hf.primitives import Trellis, grid, rotation_matrix, trellis_code, unpack_words
 
 from .conftest import INTERPRETED
-from .test_decode_attention import check
 
 
 def encode_tiles(x, transform, groups, *, weight=None, **options):
     return reference.encode_tiles(x, TileCoding(transform, groups, **options), weight=weight)
 
 
+def decode_rotated(packed, groups, channel_major):
+    coding = TileCoding(torch.empty(0), groups, channel_major=channel_major)  # nothing of the transform is read
+    return reference.decode_rotated(packed, coding)
+
+
 def place_of(index: int) -> int:
-    """The place, before the trellis's order, of the value that has bit `index` of a path."""
+    """The place, before the trellis reorders values, of the value whose path bit is bit `index`."""
     n, b, a = index // 4, index // 2 % 2, index % 2
     return 16 * a + 8 * b + n
 
@@ -72,12 +76,12 @@ def test_groups_in_words_and_in_rows_stand_in_one_tile(channel_major):
     x = torch.randn(2, 3, 2, 64, 64, generator=generator)
     options = {"scale_rule": "mse", "channel_major": channel_major}
     packed = encode_tiles(x, torch.eye(64), groups, **options)
-    y = decode_rotated(packed["codes"], packed["scale"], groups, channel_major=channel_major)
+    y = decode_rotated(packed, groups, channel_major)
     start = 0
     for index, group in enumerate(groups):
         part = slice(start, start + group.size)
         alone = encode_tiles(x[..., part], torch.eye(group.size), (group,), **options)
-        expected = decode_rotated(alone["codes"], alone["scale"], (group,), channel_major=channel_major)
+        expected = decode_rotated(alone, (group,), channel_major)
         assert torch.equal(y[..., part], expected)
         assert torch.equal(packed["scale"][:, :, :, index], alone["scale"][:, :, :, 0])
         if group.in_words:
@@ -98,7 +102,7 @@ def test_a_trellis_has_a_third_less_error_at_the_same_bytes(bits, channel_major)
     for make in (grid, trellis_code):
         groups = groups_of((64, bits), make=make)
         packed = encode_tiles(x, torch.eye(64), groups, scale_rule="mse", channel_major=channel_major)
-        y = decode_rotated(packed["codes"], packed["scale"], groups, channel_major=channel_major)
+        y = decode_rotated(packed, groups, channel_major)
         errors.append(float((y - x).square().mean()))
         sizes.append(packed["codes"].numel())
     assert sizes[0] == sizes[1]
@@ -106,8 +110,8 @@ def test_a_trellis_has_a_third_less_error_at_the_same_bytes(bits, channel_major)
 
 
 @pytest.mark.parametrize("channel_major", [False, True], ids=["keys", "values"])
-def test_a_token_without_weight_takes_nothing_from_the_others(channel_major):
-    """Neither a NaN there, nor how large it is, shows in another token's codes; its own scale is 0."""
+def test_a_token_without_weight_does_not_change_other_codes(channel_major):
+    """Neither its size nor a NaN in it shows in the codes of other tokens. Its own scale is 0."""
     groups, generator = groups_of((16, 3), (48, 2), make=trellis_code), torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 2, 2, 64, 64, generator=generator), torch.ones(2, 2, 64)
     weight[:, 0, :7] = 0
@@ -199,7 +203,7 @@ def test_a_nan_stays_with_its_token():
     x[0, 0, 0, 5, 9] = torch.nan
     for channel_major in (False, True):
         packed = encode_tiles(x, torch.eye(64), groups, scale_rule="norm-corrected", channel_major=channel_major)
-        y = decode_rotated(packed["codes"], packed["scale"], groups, channel_major=channel_major)
+        y = decode_rotated(packed, groups, channel_major)
         bad = torch.zeros(32, dtype=torch.bool)
         bad[5] = True
         assert torch.equal(y.isnan().any(-1)[0, 0, 0], bad) and y[0, 0, 0, 5].isnan().all()

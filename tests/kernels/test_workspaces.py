@@ -1,4 +1,4 @@
-"""What the CUDA C++ kernels of a process share, on CPU tensors: workspaces of streams, and transposed rotations."""
+"""What the CUDA C++ kernels of a process share: one workspace per stream, and transposed rotations. On CPU tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def no_device(monkeypatch):
     monkeypatch.setattr(geometry, "multiprocessors", lambda device: 132)
 
 
-def test_threads_on_one_stream_get_room_enough_and_one_grows_it(monkeypatch):
+def test_threads_on_one_stream_share_a_workspace_that_one_of_them_grows(monkeypatch):
     made, cleared = [], workspace.cleared
 
     def slowly(words, device):
@@ -65,7 +65,7 @@ def test_counted_tiles_are_read_while_other_threads_make_workspaces():
         assert all(future.result() is None for future in done)
 
 
-def test_streams_that_come_and_go_leave_a_bounded_number_behind():
+def test_streams_that_come_and_go_leave_a_bounded_number_of_workspaces():
     for stream in range(workspace.MAX_WORKSPACES + 30):
         workspace.of_stream(SMALL, CPU, stream)
     assert len(workspace._WORKSPACES) == workspace.MAX_WORKSPACES

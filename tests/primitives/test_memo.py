@@ -1,4 +1,4 @@
-"""`once` and `once_per_tensor`: computed once by any number of threads, bounded, or gone with their tensor."""
+"""`once` and `once_per_tensor`: threads compute a result once, and results are bounded or die with their tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREADS = 8
 
 
 def together(function, *arguments):
-    """What THREADS threads get that call `function` at once."""
+    """The results of THREADS threads that call `function` at the same time."""
     barrier = Barrier(THREADS)
 
     def call():
@@ -61,7 +61,7 @@ def test_once_is_bounded_and_can_be_cleared():
     assert square(49) is not last and len(calls) == 51
 
 
-def test_once_may_ask_itself_and_keeps_no_error():
+def test_once_may_be_recursive_and_keeps_no_error():
     @once(maxsize=64)
     def fibonacci(n):
         if n < 0:
@@ -74,7 +74,7 @@ def test_once_may_ask_itself_and_keeps_no_error():
             fibonacci(-1)
 
 
-def test_once_per_tensor_is_gone_with_its_tensor():
+def test_results_of_once_per_tensor_die_with_the_tensor():
     @once_per_tensor
     def doubled(x, times):
         return times * x
@@ -99,7 +99,7 @@ def test_once_per_tensor_is_gone_with_its_tensor():
     ],
     ids=["rotation", "head-rotations", "lloyd-max", "grid", "levels"],
 )
-def test_what_is_shared_is_one_object_in_all_threads(make, monkeypatch):
+def test_shared_results_are_one_object_in_all_threads(make, monkeypatch):
     drawn = rotation._rotation
 
     def slowly(*args):
@@ -111,7 +111,7 @@ def test_what_is_shared_is_one_object_in_all_threads(make, monkeypatch):
 
 
 def test_rotations_are_right_whatever_other_threads_ask_for():
-    """Many more than are kept, in another order in each thread."""
+    """Many more rotations than are kept, in another order in each thread."""
     expected = {seed: rotation._rotation(8, seed, "auto", 1).float() for seed in range(300)}
 
     def check(thread):

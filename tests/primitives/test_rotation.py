@@ -49,7 +49,7 @@ def test_rotation_matrix_rounds_are_fresh():
 
 
 def test_rotation_matrix_keeps_its_random_stream():
-    """Saved codes can only be read with the matrix they were written with: this may never change."""
+    """Saved codes can only be read with the matrix that they were written with, so it must never change."""
     signs = (rotation_matrix(16, seed=7, kind="hadamard")[0] * 4).int().tolist()
     assert signs == [1, -1, 1, -1, 1, 1, 1, 1, -1, 1, -1, 1, -1, 1, -1, -1]
     torch.testing.assert_close(

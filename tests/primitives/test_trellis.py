@@ -17,7 +17,7 @@ DESIGN = {1: 0.3066, 2: 0.0862, 3: 0.0239, 4: 0.0069, 5: 0.0021}
 
 
 def slow_numbers(codes: list[int], bits: int, h0: int = 0o23, h1: int = 0o04) -> list[int]:
-    """The definition, one value at a time: which level each code of a word means."""
+    """The level that each code of a word stands for, by the definition, one value at a time."""
     path = [code >> (bits - 1) for code in codes]
 
     def parity(taps, t):
@@ -50,7 +50,7 @@ def test_error_on_the_sphere_is_below_lloyd_maxs_own(bits, dim):
 
 @pytest.mark.parametrize(("bits", "dim"), sorted(_TRAINED), ids=str)
 def test_shipped_levels_are_the_means_of_what_they_stand_for(bits, dim):
-    """Lloyd's condition, up to the grid, which is coarse for 64 levels: levels moved to their means save little."""
+    """Lloyd's condition, but for the grid, which is coarse for 64 levels: moving levels to their means gains little."""
     code, x = trellis_code(bits, dim or None), sphere_words(dim or None, 8000, seed=4)
     means, mass = _means(bits, torch.tensor(code.levels)[2**bits :], x)
     moved = Trellis((*(-means.flip(0)).tolist(), *means.tolist()), "moved")
@@ -117,7 +117,7 @@ def test_a_rotated_word_means_rotated_levels(bits):
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_search_against_trying_all_words(bits):
-    """4 states in words of 12, of which all 4,096 paths can be tried, each with its best plain bits."""
+    """4 states in words of 12: all 4,096 paths can be tried, each with its best plain bits."""
     code = Trellis(trellis_code(bits).levels, "tiny", h0=0o5, h1=0o2, word=12)
     x = sphere_words(None, 300, seed=0, word=12)
     paths = torch.tensor(list(itertools.product((0, 1), repeat=12)), dtype=torch.uint8)
@@ -138,7 +138,7 @@ def test_search_against_trying_all_words(bits):
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e30], ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_a_value_that_is_no_number_costs_the_others_nothing(bits, odd):
+def test_a_nan_or_huge_value_does_not_change_the_other_codes(bits, odd):
     code, x = trellis_code(bits), sphere_words(None, 2000, seed=7)
     broken = x.clone()
     broken[:, 9:12] = odd
@@ -170,7 +170,7 @@ def test_words_are_searched_one_by_one():
 
 
 def test_larger_codes_and_words_are_parameters():
-    """64 states in words of 64: less error still."""
+    """64 states in words of 64 have even less error."""
     large = Trellis(trellis_code(2).levels, "64 states", h0=0o103, h1=0o024, word=64)
     x = sphere_words(None, 4000, seed=3, word=64)
     assert large.memory == 6

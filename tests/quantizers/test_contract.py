@@ -11,68 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.quantizers import CASES, TILE, fit, id_of, make, query_rms_of, round_trip, tiles_of
 from turboquant_hf.config import load_preset, quantizer_from
 from turboquant_hf.primitives import grid, hadamard_matrix
 from turboquant_hf.quantizers import QUANTIZERS
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
-TILE = 32
 HEAD_DIMS = (64, 80, 128, 65)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-CASES = [
-    ("conditioned", {}),
-    ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "scale_format": "e3m5"}),
-    ("conditioned", {"widths": ((0.125, 4), (0.625, 2), (0.25, 1)), "channel_major": True}),
-    ("conditioned", {"center": False, "balance": "key"}),
-    ("conditioned", {"balance": "none", "bits": 3}),
-    ("conditioned", {"widths": ((0.5, 5), (0.5, 3)), "codebook": "trellis", "scale_format": "e3m5"}),
-    ("conditioned", {"widths": ((0.25, 4), (0.5, 2), (0.25, 1)), "codebook": "trellis"}),
-    ("kivi", {}),
-    ("kivi", {"bits": 2, "axis": "token"}),
-    ("kivi", {"bits": 1, "group": 8}),
-    ("kivi", {"bits": 8, "axis": "token", "group": 128}),
-    ("lossless", {}),
-    ("mse", {}),
-    ("mse", {"bits": 3, "scale": "norm-corrected", "channel_major": True}),
-    ("mse", {"bits": 8, "codebook": "uniform", "scale": "mse"}),
-    ("mse", {"bits": 1, "scale": "unbiased", "rotation": "qr", "per_head": True}),
-    ("mse", {"bits": 4, "codebook": "trellis", "scale": "norm-corrected", "channel_major": True}),
-    ("mse", {"bits": 3, "codebook": "trellis", "scale_format": "e4m4", "block": 32}),
-    ("mse", {"bits": 5, "block": 32, "rounds": 2, "rotation": "qr", "seed": 7}),
-    ("outlier", {}),
-    ("outlier", {"bits": 3, "outlier_bits": 4, "scale": "norm-corrected", "channel_major": True}),
-    ("outlier", {"outlier_fraction": 0.5, "per_head": True}),
-    ("polar", {}),
-    ("polar", {"rotation": "identity"}),
-    ("prod", {}),
-    ("prod", {"bits": 2, "sketch": "orthogonal", "scale": "unbiased"}),
-    ("prod", {"block": 32, "scale": "norm-corrected", "rotation": "qr"}),
-    ("prod", {"sketch": "orthogonal", "sketch_size": 150}),
-    ("prod", {"bits": 6, "sketch_size": 20}),
-    ("qjl", {}),
-    ("qjl", {"bits": 3, "sketch": "orthogonal", "seed": 3}),
-    ("uniform", {}),
-    ("uniform", {"bits": 3, "group": 50}),
-    ("uniform", {"bits": 8, "codebook": "symmetric"}),
-    ("uniform", {"codebook": "nf4", "group": 32}),
-]
-
-
-def make(name, options):
-    options = dict(options)
-    if name == "conditioned" and "bits" in options:
-        options["widths"] = ((1.0, options.pop("bits")),)
-    return QUANTIZERS[name](**options)
-
-
-def id_of(case):
-    name, options = case
-    return "-".join([name, *(f"{key}={value}".replace(" ", "") for key, value in options.items())])
-
 
 def serves(name, options, head_dim):
-    """By the docs, not by `validate`: whole blocks of 16 for polar, no block of one channel elsewhere."""
+    """By the documentation, not by `validate`: polar needs whole blocks of 16, others no block of 1 channel."""
     return head_dim % 16 == 0 if name == "polar" else head_dim % options.get("block", head_dim) != 1
 
 
@@ -94,28 +44,6 @@ def head_dim(served):
     quantizer, head_dim = served
     quantizer.validate(head_dim, TILE)
     return head_dim
-
-
-def tiles_of(head_dim, batch=2, heads=2, count=3, tile=TILE, dtype=torch.float32, seed=0):
-    """Tiles with channels of unlike strength, and a weight that drops padding and sinks."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, heads, count, tile, head_dim, generator=generator)
-    x = x * torch.linspace(0.2, 3.0, head_dim) + torch.randn(heads, 1, 1, head_dim, generator=generator)
-    weight = torch.ones(batch, count, tile)
-    weight[:, 0, :4] = 0
-    return x.to(dtype), weight
-
-
-def query_rms_of(x):
-    return torch.linspace(2.0, 0.5, x.shape[-1]).expand(x.shape[0], x.shape[1], -1)
-
-
-def fit(quantizer, x, weight):
-    return quantizer.fit(x, weight, query_rms_of(x))
-
-
-def round_trip(quantizer, x, state, weight=None, dtype=torch.float32):
-    return quantizer.decode(quantizer.encode(x, state, weight), state, x.shape[-1], dtype)
 
 
 def assert_same(left, right):
@@ -162,7 +90,7 @@ def test_arithmetic_is_float32_for_half_inputs(quantizer, head_dim, dtype):
 
 
 def test_decode_is_near_the_input(quantizer, head_dim):
-    """Loose on purpose (theory is tested apart): it fails where a rotation, order or group is mixed up."""
+    """A loose bound: it fails where a rotation, order or group is mixed up. Theory is tested elsewhere."""
     x, weight = tiles_of(head_dim)
     state = fit(quantizer, x, weight)
     error = (round_trip(quantizer, x, state, weight) - x)[:, :, 1:].square().sum() / x[:, :, 1:].square().sum()
@@ -171,7 +99,7 @@ def test_decode_is_near_the_input(quantizer, head_dim):
     assert error < (2.0 if quantizer.name == "qjl" else 0.7 if coarse else 0.16)
 
 
-def test_state_is_led_by_the_batch(quantizer, head_dim):
+def test_the_first_axis_of_every_state_is_the_batch(quantizer, head_dim):
     x, weight = tiles_of(head_dim, batch=3)
     for query_rms in (None, query_rms_of(x)):
         for name, tensor in quantizer.fit(x, weight, query_rms).items():
@@ -188,7 +116,7 @@ def test_a_batch_of_two_is_two_singles(quantizer, head_dim):
         torch.testing.assert_close(single[0], both[i])
 
 
-def test_the_sequences_heads_and_tiles_around_one_do_not_matter(quantizer, head_dim):
+def test_other_sequences_heads_and_tiles_do_not_matter(quantizer, head_dim):
     x, weight = tiles_of(head_dim)
     state = fit(quantizer, x, weight)
     other = -5 * tiles_of(head_dim, seed=1)[0]
@@ -198,7 +126,7 @@ def test_the_sequences_heads_and_tiles_around_one_do_not_matter(quantizer, head_
         assert torch.equal(here[name][1, 0, 2], there[name][1, 0, 2]), name
 
 
-def test_what_weightless_tokens_hold_does_not_matter(quantizer, head_dim):
+def test_tokens_without_weight_do_not_matter(quantizer, head_dim):
     x, weight = tiles_of(head_dim)
     garbage = x.clone()
     garbage[:, :, 0, :4] = 1000.0
@@ -227,7 +155,7 @@ def test_encode_takes_strided_tiles(quantizer, head_dim):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1000.3, 1e-30, 1e10], ids=str)
 def test_constant_vectors_stay_finite(quantizer, head_dim, value):
-    """But for numbers that other statistics leave no room for (`test_range`)."""
+    """Except numbers that are out of range for the statistics of others (`test_range`)."""
     x, weight = tiles_of(head_dim)
     constant = torch.full_like(x, value)
     for state in (fit(quantizer, x, weight), fit(quantizer, constant, weight))[value == 1e10 :]:
@@ -295,8 +223,8 @@ def test_inverse_undoes_transform_and_serves_queries(case):
 @pytest.mark.parametrize("options", [{}, {"per_head": True}, {"seed": 7}], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("preset", ["k4v4", "k3v3", "k3v2", "k8v4"])
-def test_signs_say_what_the_rotation_does(preset, head_dim, options):
-    """Each group: signs, then Sylvester's matrix over the root of its size."""
+def test_signs_and_sylvesters_matrix_are_the_rotation(preset, head_dim, options):
+    """Per group: multiply by the signs, then by Sylvester's matrix over the root of the group's size."""
     for quantizer in (replace(side, **options) for side in (load_preset(preset).keys, load_preset(preset).values)):
         x = torch.randn(2, 3, 5, head_dim, generator=torch.Generator().manual_seed(0))
         signs = quantizer.signs_of(head_dim, 3, x.device)
@@ -421,7 +349,7 @@ def test_impossible_head_dims_and_tiles_are_named(name, options, head_dim, parts
         assert part in str(error.value)
 
 
-def test_a_trellis_wants_whole_words_of_tokens():
+def test_a_trellis_needs_whole_words_of_tokens():
     trellis = QUANTIZERS["mse"](codebook="trellis")
     with pytest.raises(ValueError, match="tile=24 .*'trellis'; allowed: multiples of 32"):
         trellis.validate(64, 24)
@@ -435,7 +363,7 @@ def test_a_trellis_wants_whole_words_of_tokens():
         (72, 3, True, True), (8, 3, True, False), (64, 1, True, True),
     ],
 )  # fmt: skip
-def test_groups_that_words_do_not_serve_have_the_grid(head_dim, bits, channel_major, in_words):
+def test_groups_that_words_cannot_hold_use_the_grid(head_dim, bits, channel_major, in_words):
     (group,) = QUANTIZERS["mse"](bits=bits, codebook="trellis", channel_major=channel_major).groups(head_dim)
     assert group.in_words == in_words
     assert in_words or group.codebook == grid(bits, head_dim)

@@ -1,15 +1,14 @@
-"""Numbers of any size: as accurate as near 1, or NaN; never a plausible number that is wrong."""
+"""Numbers of any size are as accurate as numbers near 1, or become NaN. None becomes a plausible wrong number."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from tests.support.quantizers import CASES, fit, id_of, make, round_trip, tiles_of
 from turboquant_hf.kernels.codes import load_scale
 from turboquant_hf.quantizers import QUANTIZERS
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
-
-from .test_contract import CASES, fit, id_of, make, round_trip, tiles_of
 
 DIM = 64
 CODED = [case for case in CASES if case[0] != "lossless"] + [("mse", {"scale_format": "e4m4"})]
@@ -37,7 +36,7 @@ def assert_usual(found, usual):
 )
 @pytest.mark.parametrize("case", CODED, ids=id_of)
 def test_the_error_does_not_depend_on_the_size_of_the_numbers(case, dtype, size):
-    """Of one head among others, which keep their error."""
+    """One head has larger or smaller numbers than the others. All heads keep their error."""
     quantizer = make(*case)
     x, _ = tiles_of(DIM)
     large = x.clone()
@@ -47,8 +46,8 @@ def test_the_error_does_not_depend_on_the_size_of_the_numbers(case, dtype, size)
 
 @pytest.mark.parametrize("channels", [slice(3, 4), slice(None)], ids=["one-channel", "all-channels"])
 @pytest.mark.parametrize("case", CODED, ids=id_of)
-def test_nor_on_the_size_of_an_offset(case, channels):
-    """The same vectors in smaller units, in which float16 holds everything, have the same error."""
+def test_the_error_does_not_depend_on_the_size_of_an_offset(case, channels):
+    """The same vectors in smaller units, in which float16 holds every number, have the same error."""
     quantizer = make(*case)
     x, _ = tiles_of(DIM)
     x[:, 1, ..., channels] += 2.0**17
@@ -60,7 +59,7 @@ def test_nor_on_the_size_of_an_offset(case, channels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CENTRED, ids=id_of)
 def test_other_channels_do_not_suffer_from_an_offset(case, dtype, offset):
-    """The example of the fault: float16 means were clamped, and what was left of the offset drowned the head."""
+    """A former fault: float16 means were clamped, and the rest of the offset swamped the other channels."""
     quantizer, others = make(*case), [i for i in range(DIM) if i != 3]
     x, weight = tiles_of(DIM, dtype=dtype)
     moved = x.clone()
@@ -76,7 +75,7 @@ def test_other_channels_do_not_suffer_from_an_offset(case, dtype, offset):
 
 @pytest.mark.parametrize("case", [case for case in CODED if "scale_format" not in case[1]], ids=id_of)
 def test_later_numbers_that_do_not_fit_become_nan(case):
-    """Statistics are frozen: what comes later can leave the range of float16, and then says so."""
+    """Statistics are frozen, so later numbers can leave the range of float16. They must become NaN then."""
     quantizer = make(*case)
     x, weight = tiles_of(DIM)
     decoded = round_trip(quantizer, 1e12 * x, fit(quantizer, x, weight), weight)
@@ -92,7 +91,7 @@ def test_later_numbers_that_do_not_fit_become_nan(case):
     ids=str,
 )
 def test_gains_grow_with_later_numbers(name, options):
-    """One-byte scales have no pattern for NaN. They get a larger unit; older tiles nearly stay as they were."""
+    """One-byte scales have no pattern for NaN. They get a larger unit, and older tiles hardly change."""
     quantizer = QUANTIZERS[name](**options)
     x, weight = tiles_of(DIM)
     state = fit(quantizer, x, weight)
@@ -115,7 +114,7 @@ def test_gains_grow_with_later_numbers(name, options):
 
 @pytest.mark.parametrize("case", CODED, ids=id_of)
 def test_tokens_after_padding_and_zeros(case):
-    """What was not there when statistics were taken does not count as small: it is read as it is, or as NaN."""
+    """Numbers that came after the statistics must not be taken for small: they are read as they are, or as NaN."""
     quantizer = make(*case)
     x, weight = tiles_of(DIM)
     first, counted = x.clone(), weight.clone()

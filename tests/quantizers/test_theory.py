@@ -1,4 +1,4 @@
-"""Measured errors beside the theory's. All on vectors of norm 1, so that errors are relative."""
+"""Measured errors against theory, on vectors of norm 1, so that errors are relative."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def first_moment(dim):
 
 
 def sketch_mse(sketch, rows, dim):
-    """E|x^ - x|^2 of `rows` signs for a unit x; orthogonal rows: whole rotations, or part of one."""
+    """E|x^ - x|^2 of a sketch of `rows` signs for a unit x. Orthogonal rows: whole rotations, or part of one."""
     if sketch == "gaussian":
         return (math.pi / 2 * dim - 1) / rows
     part = min(rows, dim)
@@ -167,7 +167,7 @@ def test_gaussian_sketches_have_no_bias():
 @pytest.mark.parametrize("sketch", PROD)
 @pytest.mark.parametrize(("name", "bits"), [("qjl", 1), ("prod", 2)])
 def test_the_mean_of_many_sketches_is_the_key(name, bits, sketch):
-    """No direction keeps a bias: the squared error of a mean of n estimates is that of one, over n."""
+    """There is no bias in any direction: the squared error of the mean of n estimates is that of one, divided by n."""
     x, count = unit_tiles(32, 1), 64
     estimates = [round_trip(QUANTIZERS[name](bits=bits, sketch=sketch, seed=seed), x) for seed in range(count)]
     one = sum((estimate - x).square().sum(dim=-1).mean() for estimate in estimates) / count
@@ -203,7 +203,7 @@ def test_polar_is_the_papers(dim):
 )
 @pytest.mark.parametrize("bits", [4, 6, 8], ids="{}bit".format)
 def test_affine_error_is_a_steps(name, options, group, bits):
-    """step^2 / 12 for all but the least and the greatest of a group, which lie on the grid."""
+    """step^2 / 12, except for the least and the greatest number of a group, which lie on the grid."""
     quantizer, x = QUANTIZERS[name](bits=bits, **options), gaussian_tiles(128, 16)
     packed = quantizer.encode(x, {})
     error = (quantizer.decode(packed, {}, 128, torch.float32) - x).square().mean().item()
@@ -225,7 +225,7 @@ def test_symmetric_error_is_a_steps_and_nf4_beats_it():
 
 
 def test_kivi_along_channels_ignores_their_strength():
-    """Channels of unlike strength cost keys nothing along the tokens, and much along the channels."""
+    """Channels of unlike strength do not matter to rounding along tokens, but do to rounding along channels."""
     x, strength = gaussian_tiles(128, 8), torch.logspace(-1.5, 1.5, 128)
     for axis, ratio in (("channel", 1.0), ("token", 3.0)):
         quantizer = QUANTIZERS["kivi"](axis=axis)

@@ -115,7 +115,50 @@ def starting_at(arguments, starts):
     return query, replace(history, starts=torch.tensor(starts))
 
 
-__all__ = [
-    "PLACES", "attend", "attend_parts", "attention_inputs", "groups_of", "moved", "packed_side", "starting_at",
-    "uniform", "with_a_nan",
-]  # fmt: skip
+def in_buffers(arguments, capacity, ring=96):
+    """The same call as whole buffers: `capacity` tiles, those behind the used ones and idle ring slots poisoned."""
+    query, history = arguments
+    keys, values, tail = history.keys, history.values, history.tail
+    tiles, tile, count = keys.codes.shape[2], keys.scale.shape[-1], tail.keys.shape[2]
+
+    def grown(x):
+        poison = torch.nan if x.is_floating_point() else 255
+        return torch.cat([x, torch.full_like(x[:, :, :1], poison).expand(-1, -1, capacity - tiles, *x.shape[3:])], 2)
+
+    def side(x):
+        means = {} if x.mean is None else {"mean": grown(x.mean)}
+        return replace(x, codes=grown(x.codes), scale=grown(x.scale), **means)
+
+    slots = (tiles * tile + torch.arange(count)) % ring
+    raws = []
+    for x in (tail.keys, tail.values):
+        buffer = torch.full((*x.shape[:2], ring, x.shape[3]), torch.nan)
+        buffer[:, :, slots] = x
+        raws.append(buffer)
+    counts = torch.tensor([tiles, tiles * tile + count], dtype=torch.int32)
+    held = {"keys": side(keys), "values": side(values), "tail": RawTokens(*raws), "counts": counts}
+    return query, replace(history, **held)
+
+
+CHANNEL_GROUPS = {
+    "d80-4-2-1": (80, groups_of((10, 4), (50, 2), (20, 1)), groups_of((80, 3))),
+    "d96-5-3": (96, groups_of((48, 5), (48, 3)), groups_of((24, 3), (72, 2))),
+    "d128-4-2": (128, groups_of((64, 4), (64, 2)), groups_of((128, 2))),
+    "d64-uniform8": (64, groups_of((64, 8), make=uniform), groups_of((32, 4), (32, 4))),
+    "d16": (16, groups_of((16, 4)), groups_of((16, 4))),
+}
+SHAPES = {
+    "no-tiles": {"tiles": 0},
+    "no-tail": {"tail": 0, "queries": 2},
+    "no-sinks": {"sinks": 0},
+    "tiles-only": {"tail": 0, "sinks": 0},
+    "long-tail": {"tail": 290, "tiles": 1},
+    "many-sinks": {"sinks": 40, "tiles": 2},
+    "tile-16": {"tile": 16, "tiles": 7},
+    "tile-24": {"tile": 24, "tiles": 2},
+    "tile-128": {"tile": 128, "tiles": 1, "keys": groups_of((64, 3)), "values": groups_of((64, 3))},
+    "strided": {"spare": 3},
+    "value-mean": {"value_mean": True},
+    "one-byte-scales": {"scale_format": "e4m4"},
+    "fine-one-byte-scales": {"scale_format": "e3m5", "conditioned": False},
+}

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from tests.support.families import FAMILIES, Family, available, build, prompt
+from tests.support.generating import LOGITS, generate, turboquant
 from turboquant_hf.cache import messages
 from turboquant_hf.generation import recorders
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 NEW = 40
 
 
@@ -62,11 +62,6 @@ def watched(device: str) -> Iterator[Watch]:
         logger.warning_once = original
 
 
-def generate(model, inputs, **options):
-    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
-    return model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, **options)
-
-
 @dataclass
 class Row:
     """One family: its steps were replayed, or not and why; and whether the tokens and logits are DynamicCache's."""
@@ -79,7 +74,7 @@ class Row:
 
 
 @torch.no_grad()
-def examine(family: Family, device: str, cache: str = "turboquant", length: int = 41) -> Row:
+def examine(family: Family, device: str, static: bool = False, length: int = 41) -> Row:
     """Generate with the lossless preset and recorded steps, beside DynamicCache with the same attention.
 
     error: the largest difference of a logit, relative to the root mean square of its step.
@@ -91,12 +86,11 @@ def examine(family: Family, device: str, cache: str = "turboquant", length: int 
     softcap = getattr(model.config, "attn_logit_softcapping", None)
     if softcap and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # early versions of SDPA drop the soft-cap
-    expected = generate(model, inputs)
+    expected = generate(model, inputs, new=NEW, **LOGITS)
     if softcap:
         model.set_attn_implementation("sdpa")
     with watched(device) as watch:
-        config = {"preset": "lossless", **TILES}
-        got = generate(model, inputs, cache_implementation=cache, cache_config=config)
+        got = generate(model, inputs, new=NEW, **LOGITS, **turboquant(static=static))
     error = 0.0
     for a, b in zip(got.logits, expected.logits, strict=True):
         error = max(error, float((a - b).abs().max() / b.square().mean().sqrt()))

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from tests.conftest import make_llama
+from tests.support.generating import TILES
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.generation.recorders import RECORDERS, Repeat
 from turboquant_hf.generation.steps import DecodeSteps
 
-TILES = {"tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
 MAX_TOKENS = 400
 CHECK_EVERY = 97
 PAGE = 4096

@@ -22,6 +22,7 @@ import torch
 
 from turboquant_hf.cache.ring import unrolled
 from turboquant_hf.cache.sides import SIDES, Side, Sides
+from turboquant_hf.kernels.append.reference import FixedTokens
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.dispatch import add_queries, append_tokens, decode_attention, decode_workspace
 from turboquant_hf.quantizers import Quantizer
@@ -171,7 +172,7 @@ class FixedLayer:
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store [B, H, q, D] new tokens in the ring, and in the sinks while those fill."""
         raw = RawTokens(*self.ring), RawTokens(*self.sinks)
-        append_tokens(keys, values, *raw, self.starts, self.counts[:2], self.counts[2:], self.room)
+        append_tokens(keys, values, FixedTokens(*raw, self.starts, self.counts[:2], self.counts[2:], self.room))
 
     def observe(self, query: torch.Tensor) -> None:
         """Count the new tokens' queries [B, Hq, q, D] into the statistics, until the first encode."""

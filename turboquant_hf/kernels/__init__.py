@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the hot operations, each with a plain reference beside its fast versions."""
+"""The hot operations: tensors in, tensors out, each with a plain reference beside its fast versions."""

@@ -1,7 +1,7 @@
 """Which backend serves tensors on a device: plain torch, Triton or CUDA C++.
 
 TURBOQUANT_BACKEND = auto | torch | triton | cuda decides for the process; auto takes the fastest that supports the
-call. Neither Triton nor a compiler is touched before the first call that wants it.
+call. Neither Triton nor a compiler is imported before the first call that needs it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MIN_TRITON = (3, 4)
 def backend(device: torch.device | str | None = None) -> str:
     """The backend for tensors on `device` (default: a CUDA device where there is one): "torch", "triton" or "cuda".
 
-    Raises: ValueError for an unknown name in TURBOQUANT_BACKEND; RuntimeError, with the reason, where the one it
-        names is not available.
+    Raises: ValueError for an unknown name in TURBOQUANT_BACKEND; RuntimeError, with the reason, where the named
+        backend is not available.
     """
     name = os.environ.get(VARIABLE, "auto").lower()
     if name not in BACKENDS:
@@ -77,12 +77,12 @@ def cuda_module() -> tuple[ModuleType | None, str | None]:
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Make a CUDA device the current one: kernels are launched on that, wherever their tensors are."""
+    """Make a CUDA device the current one. Kernels are launched on the current device, wherever their tensors are."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 def is_automatic() -> bool:
-    """Whether the process leaves the choice to us."""
+    """Whether TURBOQUANT_BACKEND leaves the choice to this package."""
     return os.environ.get(VARIABLE, "auto").lower() == "auto"

@@ -1,6 +1,6 @@
-"""How a vector of `head_dim` channels is cut into coded groups, and what a tile of them takes.
+"""How a vector of `head_dim` channels is cut into coded groups, and where their bytes lie in a tile.
 
-These are the only descriptions that kernels share with their callers; kernels never see a configuration.
+Kernels and their callers share these descriptions and no others: kernels never see a configuration.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from turboquant_hf.primitives import WORD, Codebook, Trellis, packed_size
 
 SCALE_RULES = ("norm", "norm-corrected", "mse", "unbiased")
 SCALE_FORMATS = {"fp16": (0, 1.0), "e4m4": (6, 64.0), "e3m5": (5, 2.0**11)}
-"""name -> (left shift that makes a stored byte the pattern of a half, factor on that half)."""
+"""name -> (left shift that turns a stored byte into the bits of a half, factor of that half)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CodeGroup:
 
     @property
     def in_words(self) -> bool:
-        """Whether codes are those of a trellis, packed in words of 32."""
+        """Whether the codes follow a trellis, and are packed in words of 32."""
         return isinstance(self.codebook, Trellis)
 
 
@@ -38,17 +38,17 @@ class TileCoding:
     """How the tiles of keys or of values are coded: y = transform @ (balance * (v - mean))[order] for a vector v.
 
     Attributes:
-        transform: [D, D] or [B or 1, H, D, D]. One for all sequences is taken for a constant: kernels keep what they
-            make of it.
-        groups: how y is cut; sizes add up to D.
+        transform: [D, D] or [B or 1, H, D, D]. A transform that all sequences share counts as a constant: kernels keep
+            the tables that they make of it.
+        groups: how y is cut into groups; their sizes add up to D.
         scale_rule: "norm" |y| / sqrt(size), "norm-corrected" |y| / |c|, "mse" <y, c> / <c, c>, or "unbiased"
             |y|^2 / <y, c> (EDEN, RaBitQ), for the codebook vector c of a group.
         scale_format: see `store_scale`.
         channel_major: see `tile_bytes`.
-        center: whether the mean is that of a tile's tokens, and is stored.
-        gain: float32 [B, H], what scales are divided by before they are stored; None for ones.
+        center: whether the mean is the mean of the tile's tokens, which is then stored.
+        gain: float32 [B, H]. Scales are divided by it before they are stored. None for ones.
         order: int16 [B, H, D], a permutation of the channels; None for the identity.
-        balance: float32 [B, H, D], expected to bring the vectors near 1; None for ones.
+        balance: float32 [B, H, D], factors that are expected to bring the channels near 1; None for ones.
     """
 
     transform: torch.Tensor
@@ -77,7 +77,7 @@ def tile_bytes(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) ->
 
 
 def group_places(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) -> list[tuple[int, int]]:
-    """(first byte, bytes) of every group in a tile; of token-major rows, in the first token's row."""
+    """(first byte, bytes) of every group in a tile. For token-major rows, both are those in the first token's row."""
     row = 0 if channel_major else sum(packed_size(group.size, group.bits) for group in groups if not group.in_words)
     places, in_row, behind = [], 0, row * tile
     for group in groups:
@@ -100,13 +100,13 @@ def group_places(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) 
 # 4 u + 2 b + {0, 1}, u = 0 .. 7, where b = g % 2. Its values, token by token, are cut into words of 32. One after the
 # other, the words of all lanes stand side by side: a warp reads neighbouring bytes.
 #
-# The trellis takes a word's values 16 a + 8 b + n (a, b bits; n < 8) in the order of 4 n + 2 b + a. The four bytes of a
-# unit then come from neighbouring fours of bits, as byte permutations want them, of the subsets' two parities as of
-# planes of one and of two bits; and half a word needs one word of a two-bit plane.
+# The trellis visits the values 16 a + 8 b + n of a word (a, b bits; n < 8) in the order of 4 n + 2 b + a. The bits of a
+# unit's four values are then neighbours, in the two parities as in planes of one and of two bits. A byte permutation
+# needs them so. Half of a word also needs only one of the two words of a two-bit plane.
 
 
 def fills_words(size: int, channel_major: bool) -> bool:
-    """Whether `size` channels can be packed in words: by tokens always, else where a lane has whole units of them."""
+    """Whether `size` channels can be packed in words: always along tokens, else only where a lane has whole units."""
     return channel_major or size % 16 == 0
 
 
@@ -141,16 +141,16 @@ HALF_MAX = torch.finfo(torch.float16).max
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:
-    """float32 as float16, and NaN for what does not fit: clamped, it would pass for a number."""
+    """float32 to float16. A number that does not fit becomes NaN: clamped, it would pass for a correct number."""
     return torch.where(x.abs() <= HALF_MAX, x, torch.nan).to(torch.float16)
 
 
 def store_scale(scale: torch.Tensor, scale_format: str = "fp16") -> torch.Tensor:
-    """Non-negative float32 scales in their stored form. In fp16, what does not fit becomes NaN (`to_half`).
+    """Non-negative float32 scales in their stored form. In fp16, a scale that does not fit becomes NaN (`to_half`).
 
     One-byte formats are the high bits of a half's pattern: "e4m4" covers [2**-12, 126] with a relative error of at
     most 1/32 above 2**-8, "e3m5" [2**-8, 15.75] with at most 1/64 above 2**-3. They expect scales near 1. They have
-    no pattern for NaN: NaN, and what does not fit, saturates.
+    no pattern for NaN: NaN and scales that do not fit saturate.
     """
     if scale_format == "fp16":
         return to_half(scale)

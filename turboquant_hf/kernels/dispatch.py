@@ -1,6 +1,6 @@
-"""The operations of `kernels`, each by the backend that suits its tensors (`backends`).
+"""The operations of `kernels`: each call goes to the backend that serves its tensors (`backends`).
 
-A function here has the signature of its reference, and is made from it.
+A function of this file is made from its reference and has the same signature.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def decode_attention(
     CUDA C++ covers part of what Triton does: with "auto" it is asked first, with "cuda" it must support the call.
 
     Args:
-        workspace: from `decode_workspace`, for calls that are recorded in CUDA graphs; of no use to other backends.
+        workspace: from `decode_workspace`, for calls that are recorded in CUDA graphs. Only CUDA C++ uses it.
     """
     chosen = backend(query.device)
     if query.device.type == "cuda" and (chosen == "cuda" or is_automatic()):
@@ -101,8 +101,9 @@ def decode_attention(
 
 
 def prepared_decode(query: torch.Tensor, history: History, scoring: Scoring, *, masked: bool = False) -> Any:
-    """`decode_attention` for steps that differ in query, tokens and mask alone: a `decode.cuda.Step`, or None where the
-    backend that serves the call has no such thing. The arrays are the whole ones, spare room included.
+    """A `decode.cuda.Step`: `decode_attention` for steps that differ only in query, mask and numbers of tokens.
+
+    None where another backend serves the call. The arrays of `history` are given whole, spare room included.
     """
     chosen = backend(query.device)
     if query.device.type != "cuda" or chosen == "torch" or (chosen == "triton" and not is_automatic()):
@@ -125,7 +126,7 @@ def _cuda_for(
 
 
 def decode_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> torch.Tensor:
-    """Memory (int32) that `decode_attention` may use for up to `rows` query rows of each of `batch_heads` KV heads."""
+    """Memory (int32) for `decode_attention` with up to `rows` query rows per KV head, in `batch_heads` KV heads."""
     words = 1
     if device.type == "cuda" and backend(device) != "torch" and cuda_module()[0] is not None:
         words = cuda_module()[0].largest_workspace(batch_heads, rows, dim, device)
@@ -133,9 +134,9 @@ def decode_workspace(batch_heads: int, rows: int, dim: int, device: torch.device
 
 
 def unread_tiles() -> int:
-    """Tiles whose values sparse V left unread since this was asked last: of the CUDA C++ kernels, which alone count.
+    """How many tiles' values sparse V left unread since the last call. Only the CUDA C++ kernels count them.
 
-    A tile counts for each KV head and each eight of its query rows. Raises: RuntimeError where there are none.
+    A tile counts once per KV head and chunk of query rows. Raises: RuntimeError where there are no such kernels.
     """
     module, reason = cuda_module()
     if module is None:

@@ -1,4 +1,4 @@
-"""A line in the log while a kernel is built: a first call that stands still for seconds looks like a hang."""
+"""A line in the log while a kernel is being built, because a first call that takes seconds looks like a hang."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ logger = logging.getLogger(__name__)
 """The same object as transformers' `logging.get_logger` gives; warnings reach stderr where nothing is configured."""
 
 SECONDS = 1.0
-"""A build that takes no longer is not worth a line."""
+"""Builds that take less are not announced."""
 
 
 @contextmanager
 def announced(name: str, kept: str) -> Iterator[None]:
-    """Log one warning where the block, a build of kernel `name`, takes more than SECONDS, as soon as it does.
+    """Log a warning as soon as the block, a build of kernel `name`, has taken more than SECONDS.
 
     Args:
         name: what is built.
-        kept: how often that happens, such as "once per process".
+        kept: how often such a build happens, for example "once per machine".
     """
     text = f"turboquant_hf: building the kernel {name} for this GPU, {kept}; this call waits for the compiler."
     said = threading.Event()
@@ -41,12 +41,12 @@ def announced(name: str, kept: str) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-        if time.monotonic() - start > SECONDS and not said.is_set():  # a compiler that let no other thread run
+        if time.monotonic() - start > SECONDS and not said.is_set():  # the compiler let no other thread run
             logger.warning(text)
 
 
 def announces(kernel: Any) -> Any:
-    """A Triton kernel whose compilations are `announced`; a launch of a compiled kernel does nothing more than before.
+    """A Triton kernel whose compilations are `announced`. Launches of a compiled kernel cost nothing more.
 
     Interpreted kernels, and those of a Triton without this entry, are returned as they are.
     """

@@ -1,4 +1,4 @@
-"""Building blocks in plain torch: rotations, codebooks, byte packing, the polar transform."""
+"""Building blocks in plain torch: rotations, codebooks, trellis codes, byte packing, the polar transform."""
 
 from __future__ import annotations
 

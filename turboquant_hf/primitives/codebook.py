@@ -12,8 +12,7 @@ from torch import Tensor
 from .density import Density, coordinate_density, lloyd_max_levels, mean_squared_error
 from .memo import once
 
-# QLoRA's table (arXiv 2305.14314, appendix E): quantiles of the normal, scaled to [-1, 1], with an exact
-# zero.
+# QLoRA's table (arXiv 2305.14314, appendix E): normal quantiles, scaled to [-1, 1], with an exact 0.
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -30,9 +29,9 @@ class Codebook:
         levels: 2**bits increasing numbers, bits from 1 to 8.
         name: for messages and tables.
         coefficients: (a, b, ...) where the levels are the odd polynomial a x + b x^3 + ... of x = 2 code + 1 -
-            2**bits, so that a kernel computes them instead of looking them up; empty where they are not.
-        unit: where not 0, the levels are odd multiples of unit / 2, below 128 in number, and a kernel may take them
-            as bytes to the integer matrix units.
+            2**bits. A kernel then computes them instead of looking them up. Empty for all other levels.
+        unit: where it is not 0, the levels are odd multiples of unit / 2, at most 128 of them on either side of zero.
+            A kernel may then multiply them as bytes in the integer matrix units.
 
     Attributes:
         thresholds: the 2**bits - 1 midpoints between neighbouring levels.
@@ -61,11 +60,11 @@ class Codebook:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The whole numbers k with level = (k + 1/2) unit; empty without a unit."""
+        """The whole numbers k with level = (k + 1/2) * unit; empty without a unit."""
         return tuple(round(level / self.unit - 0.5) for level in self.levels) if self.unit else ()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes of the nearest levels, ties to the lower: uint8 of the shape of x (any dtype, any shape)."""
+        """Codes of the nearest levels, uint8 of the shape of x (any dtype and shape). A tie goes to the lower level."""
         x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         thresholds = constant(self.thresholds, x.device, x.dtype)
         return torch.bucketize(x, thresholds, out_int32=True).to(torch.uint8)
@@ -80,7 +79,7 @@ class Codebook:
 
 
 @once(maxsize=512)
-@torch.inference_mode(False)  # a tensor made inside inference mode could never take part in autograd later
+@torch.inference_mode(False)  # a tensor that is made in inference mode can never take part in autograd later
 def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
@@ -88,14 +87,15 @@ def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype
 @once(maxsize=512)
 @torch.inference_mode(False)
 def lloyd_max(bits: int, dim: int | None = None) -> Codebook:
-    """Codebook of least squared error for a coordinate of a random point of the sphere, scaled to variance 1.
+    """Codebook of least squared error for a coordinate of a random point on the sphere, scaled to variance 1.
 
-    TurboQuant's codebook (arXiv 2504.19874, section 3.1) for f(x) ~ (1 - x^2 / dim)^((dim - 3) / 2): rotate a
-    vector, divide by norm / sqrt(dim), encode. Exact for this dim; dim=None is the Gaussian limit.
+    TurboQuant's codebook (arXiv 2504.19874, section 3.1) for the density f(x) ~ (1 - x^2 / dim)^((dim - 3) / 2). To use
+    it, rotate a vector, divide it by norm / sqrt(dim), and encode. It is exact for this dim; dim=None is the Gaussian
+    limit.
 
     Args:
         bits: 1..8.
-        dim: 2..1024, the size of what is rotated together (a channel group, not the head), or None.
+        dim: 2..1024, the number of channels that are rotated together (a group, not the head), or None.
 
     Raises: ValueError outside these ranges.
     """
@@ -114,7 +114,7 @@ def uniform(bits: int, dim: int | None = None) -> Codebook:
     density = _density(dim)
     _check_bits(bits)
     grid = torch.arange(2**bits, dtype=torch.float64, device="cpu") - (2**bits - 1) / 2
-    # At dim=2 the error has a local minimum for every pair of levels that meets the poles: scan, then refine.
+    # At dim=2 the error has a local minimum for every pair of levels that meets the poles. So scan first, then refine.
     pitch = 16 / 2**bits / 64
     best = min(range(1, 65), key=lambda i: mean_squared_error(density, grid * (i * pitch)))
     low, high = (best - 1) * pitch, (best + 1) * pitch
@@ -134,9 +134,9 @@ def uniform(bits: int, dim: int | None = None) -> Codebook:
 def polynomial(bits: int, dim: int | None = None) -> Codebook:
     """The best codebook for `lloyd_max`'s density whose levels are an odd polynomial of the centred code.
 
-    Degree 3 up to 4 bits, 5 from there: three or four multiply-adds decode two codes at a time, no table. Against
-    Lloyd-Max the error is the same at 1 and 2 bits, 0.2 % larger at 3, 2 % at 4 and 1 % at 5. Lloyd's iteration
-    with the centroids replaced by their weighted least-squares fit.
+    The degree is 3 up to 4 bits, and 5 above. Three or four multiply-adds decode two codes at a time, without a table.
+    Compared with Lloyd-Max, the error is the same at 1 and 2 bits, 0.2 % larger at 3, 2 % at 4 and 1 % at 5. The levels
+    come from Lloyd's iteration, with the centroids replaced by their weighted least-squares fit.
 
     Args and errors: as in `lloyd_max`.
     """
@@ -162,17 +162,18 @@ def polynomial(bits: int, dim: int | None = None) -> Codebook:
 
 
 GRID_STEPS = 64
-"""Levels on one side of zero of the finest grid: 7 bits, what two byte permutations can select from."""
+"""Levels on one side of zero of the finest grid. With its sign a level has 7 bits, so it fits into a byte."""
 
 
 @once(maxsize=512)
 @torch.inference_mode(False)
 def grid(bits: int, dim: int | None = None) -> Codebook:
-    """`lloyd_max` on a grid: levels are odd multiples of half a unit, at most 64 on a side.
+    """`lloyd_max` on a grid: levels are odd multiples of half a unit, at most 64 on either side of zero.
 
-    A kernel that holds them as bytes multiplies them in the integer matrix units, with no conversion. Against
-    Lloyd-Max the error is up to 1 % larger at 4 bits and 4 % at 5; from 7 bits on it is `uniform`. The unit is the best
-    of those with between 3/4 and all of the grid in use; for each, Lloyd's iteration ends with its centroids rounded.
+    A kernel holds such levels as bytes and multiplies them in the integer matrix units, without a conversion. Compared
+    with Lloyd-Max, the error is up to 1 % larger at 4 bits and 4 % at 5. From 7 bits on, `grid` is `uniform`. Units are
+    tried with which the largest level uses between 3/4 and all of the grid. For each, Lloyd's iteration runs with
+    rounded centroids, and the best unit is kept.
 
     Args and errors: as in `lloyd_max`.
     """
@@ -203,14 +204,14 @@ def grid(bits: int, dim: int | None = None) -> Codebook:
 
 
 def nf4() -> Codebook:
-    """QLoRA's 4-bit NormalFloat, -1 to 1 (arXiv 2305.14314): for blocks divided by their absolute maximum."""
+    """QLoRA's 4-bit NormalFloat from -1 to 1 (arXiv 2305.14314), for blocks divided by their absolute maximum."""
     return Codebook(_NF4, "nf4")
 
 
 def distortion(codebook: Codebook, dim: int | None = None) -> float:
     """E[(x - decode(encode(x)))^2], exact, for x of variance 1 with the density of `lloyd_max`.
 
-    Since the variance is 1 this is the relative error of a vector on the sphere.
+    The variance is 1, so this is the relative error of a vector on the sphere.
     """
     return mean_squared_error(_density(dim), torch.tensor(codebook.levels, dtype=torch.float64, device="cpu"))
 

@@ -1,9 +1,9 @@
 """Exact integrals over symmetric densities, and the scalar quantizers that are optimal for them.
 
-A density of x, symmetric about 0, is written x = value(u) with u of density proportional to weight(u) on
-[-end, end]. In u everything is smooth (x of dimension 2 has a pole at both ends of its range, its u is
-uniform), so Gauss-Legendre on panels is exact to rounding. All of it is float64 on the CPU; nothing here runs
-per token.
+A variable x with a density symmetric about 0 is written x = value(u), where u has a density proportional to weight(u)
+on [-end, end]. Everything is smooth in u, even where the density of x has poles (in dimension 2, u is uniform).
+Gauss-Legendre quadrature on panels is therefore exact to rounding. All of this is float64 on the CPU, and nothing here
+runs per token.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ NODES = 12
 
 @dataclass(frozen=True)
 class Density:
-    """Density of x = value(u): `value` is odd and increasing, u has the even density `weight` / its mass."""
+    """The density of x = value(u). `value` is odd and increasing, and u has the even density `weight` over its mass."""
 
     end: float
     weight: Callable[[Tensor], Tensor]
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]  # d value / du
-    inverse: Callable[[Tensor], Tensor]  # of value; x beyond the support gives +-end
+    inverse: Callable[[Tensor], Tensor]  # of `value`; an x beyond the support gives +-end
 
     def tails(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """P(X > x) and E[X; X > x] for float64 x of any shape, to float64 rounding."""
@@ -36,7 +36,7 @@ class Density:
         edges = _panel_edges(self.end)
         panel = (u.abs() * (PANELS / self.end)).long().clamp(max=PANELS - 1)
         mass, first = self._integrate(u.abs(), edges[panel + 1])
-        # Summed from the outside in, so that the far tail keeps its relative precision.
+        # The sums run from the outside in, so that the far tail keeps its relative precision.
         beyond_mass, beyond_first, total = self._panels
         mass = (mass + beyond_mass[panel]) / total
         first = (first + beyond_first[panel]) / total
@@ -55,7 +55,7 @@ class Density:
 
     @cached_property
     def _panels(self) -> tuple[Tensor, Tensor, float]:
-        """Mass and first moment beyond each panel of u > 0, and the mass of both sides; not normalised."""
+        """Mass and first moment beyond each panel of u > 0, and the mass of both sides. None of them is normalised."""
         edges = _panel_edges(self.end)
         sums = [part.flip(0).cumsum(0).flip(0) for part in self._integrate(edges[:-1], edges[1:])]
         mass, first = (torch.nn.functional.pad(part[1:], (0, 1)) for part in sums)
@@ -125,8 +125,8 @@ def mean_squared_error(density: Density, levels: Tensor) -> float:
 def lloyd_max_levels(density: Density, bits: int) -> Tensor:
     """The 2**bits levels, float64, sorted, symmetric, each the centroid of its cell (Lloyd 1982, Max 1960).
 
-    Lloyd's iteration takes thousands of rounds at 8 bits; Newton's method on "level - centroid = 0", from
-    Panter and Dite's start, takes at most five for every density of this file.
+    Lloyd's iteration takes thousands of rounds at 8 bits. Newton's method on "level - centroid = 0" takes at most five
+    for every density of this file, from Panter and Dite's start.
     """
     levels = _panter_dite(density, 2 ** (bits - 1))
     for _ in range(20):
@@ -136,16 +136,16 @@ def lloyd_max_levels(density: Density, bits: int) -> Tensor:
         centroids = first / mass
         step = _newton_step(density, levels, edges[1:-1], centroids, mass)
         levels = levels + step
-        if float(step.abs().max()) < 1e-11:  # convergence is quadratic: what is left is rounding
+        if float(step.abs().max()) < 1e-11:  # convergence is quadratic, so the rest is rounding
             return torch.cat([-levels.flip(0), levels])
     raise ArithmeticError(f"Newton's method for the {2**bits} levels of {density} did not converge")
 
 
 def _newton_step(density: Density, levels: Tensor, inner: Tensor, centroids: Tensor, mass: Tensor) -> Tensor:
-    """Newton's step for levels - centroids(levels) = 0; `inner` are the midpoints of the levels.
+    """Newton's step for levels - centroids(levels) = 0. `inner`: the midpoints of the levels.
 
-    A cell's centroid moves by pdf(edge) |edge - centroid| / mass for each unit its edge moves, and an edge
-    moves by half of each of its two levels. For a log-concave density both together are less than 1, so the
+    When an edge of a cell moves by 1, the cell's centroid moves by pdf(edge) |edge - centroid| / mass. An edge moves by
+    half of what each of its two levels moves. For a log-concave density the sum of both effects is below 1, so the
     matrix is regular.
     """
     pdf = density.pdf(inner) / 2

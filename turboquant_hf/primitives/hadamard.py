@@ -14,9 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Williamson's four symmetric circulants of size n, for the Hadamard order 4 n. Bit i of a number set: entries
-# i + 1 and n - i - 1 of the first row are -1; all others are +1. Found by matching periodic autocorrelations
-# of pairs.
+# Williamson's four symmetric circulants of size n, for the Hadamard order 4 n. If bit i of a number is set, the entries
+# i + 1 and n - i - 1 of the first row are -1; all other entries are +1. The numbers were found by matching the periodic
+# autocorrelations of pairs.
 _WILLIAMSON = {
     23: (0x0A7, 0x613, 0x31F, 0x254),
     29: (0x02F3, 0x06BB, 0x30A6, 0x0B11),
@@ -67,7 +67,7 @@ def _builder(n: int) -> Callable[[], Tensor] | None:
 
 
 def _signs(rows: list[list[int]]) -> Tensor:
-    # The device is always named: callers may run under torch.set_default_device.
+    # The device is always given, because callers may run under torch.set_default_device.
     return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
@@ -89,9 +89,8 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 def _powers_of_generator(p: int, k: int) -> list[tuple[int, ...]]:
     """The p^k - 1 non-zero elements of GF(p^k) as powers g^0, g^1, ... of a generator, digits low first.
 
-    Tries monic polynomials f of degree k until x has order p^k - 1 modulo f. Then every non-zero residue is a
-    power of x, so it is invertible and the residues form the field: no separate test of irreducibility is
-    needed.
+    Tries monic polynomials f of degree k until x has order p^k - 1 modulo f. Then every non-zero residue is a power of
+    x and hence invertible, so the residues form the field. No separate test of irreducibility is needed.
     """
     one = (1,) + (0,) * (k - 1)
     for low in itertools.product(range(p), repeat=k):  # x^k = low_0 + low_1 x + ...

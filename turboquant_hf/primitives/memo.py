@@ -1,7 +1,7 @@
 """Results that a process computes once and its threads share.
 
-`functools.lru_cache` is for small values that any thread may compute again. These two are for what holds memory of a
-device, takes long, or must be one object for all: tensors, compiled kernels, codebooks.
+`functools.lru_cache` is for small values that any thread may compute again. The two decorators of this file are for
+results that hold device memory, take long, or must be the same object for all: tensors, compiled kernels, codebooks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 def once(maxsize: int) -> Callable[[Callable], Callable]:
-    """`lru_cache(maxsize)` for threads: one of them computes, those that ask meanwhile wait and get the same object.
+    """`lru_cache(maxsize)` for threads: one thread computes, and others that ask meanwhile wait for the same object.
 
-    A hit costs what it costs with `lru_cache`. At most 2 * maxsize results are kept. `cache_clear()` forgets all.
+    A hit costs as much as with `lru_cache`. At most 2 * maxsize results are kept. `cache_clear()` forgets all of them.
     """
 
     def decorate(function: Callable) -> Callable:
-        lock = threading.RLock()  # a recursive function asks itself
+        lock = threading.RLock()  # re-entrant, for recursive functions
         shared = lru_cache(maxsize)(function)
 
         @lru_cache(maxsize)  # answers hits without the lock
@@ -44,10 +44,10 @@ def once(maxsize: int) -> Callable[[Callable], Callable]:
 
 
 def once_per_tensor(function: Callable) -> Callable:
-    """`function(tensor, *rest)` once per tensor object and `rest`; kept for as long as the tensor lives.
+    """`function(tensor, *rest)`, computed once per tensor object and `rest`, and kept for as long as the tensor lives.
 
-    The result must not refer to the tensor, or neither is ever freed. It is finished on the device when it is first
-    returned, so that threads may read it on other streams.
+    The result must not refer to the tensor, or neither is ever freed. The device has finished the result when it is
+    first returned, so threads may read it on other streams.
     """
     results, lock = WeakIdKeyDictionary(), threading.RLock()
 

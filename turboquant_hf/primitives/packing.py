@@ -1,23 +1,22 @@
-"""Packed codes: the one description of the byte layout.
+"""Packed codes: the only description of the byte layout.
 
-Codes of `bits` bits (1..8) are split into planes, one for each of the powers of two 8 | 4 | 2 | 1 that add up
-to `bits`, widest first; the widest plane holds the low-order bits of the code:
+Codes of `bits` bits (1..8) are split into planes. There is one plane for each of the powers of two 8, 4, 2 and 1 that
+add up to `bits`. The widest plane comes first and holds the low-order bits of the code:
 
     bits   1    2    3      4    5      6      7        8
     planes 1    2    2+1    4    4+1    4+2    4+2+1    8
 
 n codes lie along the last axis, padded with zero codes to n8 = ceil(n / 8) * 8. A plane of width p takes
-P = n8 * p / 8 bytes. Its byte j holds, in bits [f * p, (f + 1) * p), the field of the code with index
-j + f * P, for f = 0 .. 8 / p - 1. So at 4 bits the low nibbles are the first half of the codes and the high
-nibbles the second half. The planes stand one after the other along the last axis: n8 * bits / 8 bytes in all.
-No field straddles two bytes.
+P = n8 * p / 8 bytes. Bits [f * p, (f + 1) * p) of its byte j hold the field of code j + f * P, for f = 0 .. 8 / p - 1.
+At 4 bits, for example, the low nibbles are the first half of the codes and the high nibbles are the second half. The
+planes stand one after the other along the last axis, n8 * bits / 8 bytes in all. No field straddles two bytes.
 
-A reader shifts and masks whole bytes and gets runs of neighbouring codes: nothing has to be interleaved.
+A reader shifts and masks whole bytes and gets runs of neighbouring codes. It never has to interleave.
 
-Codes of a trellis (`primitives.trellis`) are packed in words of 32, which one thread reads whole. 32 codes of `bits`
-bits take `bits` 32-bit words (little-endian), side by side. The planes of the bits - 1 plain bits come first, split
-and ordered as above. A plane of width w takes w words; bits [w * m, w * (m + 1)) of its word j are the field of code
-w * m + j. The last word is the path: its bit i is the highest bit of code i.
+Codes of a trellis (`primitives.trellis`) are packed 32 at a time, because one thread reads 32 codes whole. 32 codes of
+`bits` bits take `bits` 32-bit words (little-endian), side by side. The planes of the bits - 1 plain bits come first,
+split and ordered as above. A plane of width w takes w words, and bits [w * m, w * (m + 1)) of its word j are the field
+of code w * m + j. The last word is the path: its bit i is the highest bit of code i.
 """
 
 from __future__ import annotations
@@ -151,7 +150,7 @@ def _word_planes(bits: int) -> tuple[tuple[int, int], ...]:
 
 
 def _field_shifts(width: int, device: torch.device) -> Tensor:
-    """uint8 [8 / width, 1]: 0, width, ... below 8. Made on the device: a copy from the host would wait."""
+    """uint8 [8 / width, 1]: 0, width, ... below 8. Made on the device, because a copy from the host would wait."""
     return torch.arange(0, 8, width, dtype=torch.uint8, device=device)[:, None]
 
 

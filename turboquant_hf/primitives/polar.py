@@ -22,7 +22,7 @@ def to_polar(x: Tensor) -> tuple[Tensor, list[Tensor]]:
     Args:
         x: float [..., 2^L], L >= 1. Half precision is computed in float32.
 
-    Returns: the norm of x [...], and one tensor of angles (radians) a level: [..., 2^(L-1)] in [0, 2 pi) at
+    Returns: the norm of x [...], and one tensor of angles (radians) per level: [..., 2^(L-1)] in [0, 2 pi) at
         level 1, [..., 2^(L-l)] in [0, pi/2] at level l > 1.
     Raises: ValueError where the last dimension is not a power of two of at least 2.
     """
@@ -56,7 +56,7 @@ def from_polar(radius: Tensor, angles: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class CircularCodebook(Codebook):
-    """Codebook of angles in [0, 2 pi): encode takes any angle (radians) and measures around the circle.
+    """Codebook of angles in [0, 2 pi). `encode` takes any angle (radians) and measures distances around the circle.
 
     The levels must be placed so that 0 lies midway between the last and the first.
     """
@@ -91,6 +91,6 @@ def polar_codebook(level: int, bits: int) -> Codebook:
 
 
 def _wrap(angle: Tensor) -> Tensor:
-    """Angles in [0, 2 pi): the remainder of a small negative angle rounds up to 2 pi itself, which is 0."""
+    """Angles in [0, 2 pi). The remainder of a small negative angle rounds up to 2 pi itself, which becomes 0."""
     angle = angle.remainder(2 * math.pi)
     return torch.where(angle < 2 * math.pi, angle, 0.0)

@@ -1,4 +1,4 @@
-"""Seeded random orthogonal matrices: the same seed gives the same matrix on every device."""
+"""Random orthogonal matrices from a seed. The same seed gives the same matrix on every device."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def rotation_matrix(
     - "auto": "hadamard" where the order is known, "qr" elsewhere.
     - "identity": no rotation.
 
-    It is drawn and multiplied in float64 on the CPU, then cast and moved. Hadamard matrices are the same to
-    the last bit on every machine; "qr" depends on LAPACK's rounding.
+    The matrix is computed in float64 on the CPU, then cast and moved. Hadamard matrices are the same to the last bit on
+    every machine; "qr" depends on LAPACK's rounding.
 
     Args:
         dim: number of channels, at least 1.
@@ -43,7 +43,7 @@ def rotation_matrix(
     Returns: `dtype` [dim, dim] on `device`. The tensor is shared by all callers: do not write to it.
     Raises: ValueError on an unknown kind, dim < 1, rounds < 1, or kind="hadamard" with an order not known.
     """
-    # An empty tensor resolves "cuda" to the current index, so that a cached matrix never sits on another GPU.
+    # An empty tensor resolves "cuda" to the index of the current GPU, so that a cached matrix is never on another one.
     return _cached_rotation(dim, seed, kind, rounds, dtype, torch.empty(0, device=device).device)
 
 
@@ -57,9 +57,9 @@ def head_rotations(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """One rotation a head, `num_heads` >= 1 of them, as in `rotation_matrix`.
+    """One rotation per head, `num_heads` >= 1 of them, as in `rotation_matrix`.
 
-    The heads' seeds are drawn from `seed`, so heads differ and neighbouring seeds (layers) share no matrix.
+    The heads' seeds are drawn from `seed`. Heads therefore differ, and neighbouring seeds (layers) share no matrix.
 
     Returns: `dtype` [num_heads, dim, dim] on `device`, shared by all callers: do not write to it.
     Raises: ValueError on num_heads < 1 and as `rotation_matrix` does.
@@ -68,8 +68,8 @@ def head_rotations(
     return _cached_head_rotations(num_heads, dim, seed, kind, rounds, dtype, device)
 
 
-# Inference mode is switched off while a tensor that outlives the call is made: one made inside it could never
-# take part in autograd later.
+# Inference mode is off while a tensor is made that outlives the call: a tensor made in inference mode can never take
+# part in autograd later.
 @once(maxsize=256)
 @torch.inference_mode(False)
 def _cached_rotation(dim: int, seed: int, kind: str, rounds: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Trellis-coded quantization: k bits per value that choose among 2^(k+1) levels, a third less error than Lloyd-Max.
+"""Trellis-coded quantization: k bits per value choose among 2^(k+1) levels. Its error is a third below Lloyd-Max's.
 
 The code is Ungerboeck's rate-1/2 code of 16 states in feed-forward form (IEEE Trans. Inf. Theory 28, 1982, table I:
 h0 = 23, h1 = 04 octal), used as a quantizer as in Marcellin and Fischer (IEEE Trans. Commun. 38, 1990).
@@ -7,13 +7,13 @@ h0 = 23, h1 = 04 octal), used as a quantizer as in Marcellin and Fischer (IEEE T
     path      one bit p_t per value
     subset    2 z1 + z0   with   z1 = p_t ^ p_(t-1) ^ p_(t-4)   and   z0 = p_(t-2)
     level     4 * (k - 1 plain bits) + 2 z1 + z0
-    code      path bit (the highest bit), then the plain bits: k bits of memory
+    code      path bit (the highest bit), then the plain bits: k bits in memory
 
-The trellis bites its tail: indices wrap round inside a word of 32 values. Bit t of a 32-bit word W is p_t, so that
+The trellis bites its tail: indices wrap around inside a word of 32 values. Bit t of a 32-bit word W is p_t, so that
 
     z1 of all values = W ^ rotl(W, 1) ^ rotl(W, 4)        z0 of all values = rotl(W, 2)
 
-which is four instructions per 32 values, without a table and without a look at any other word.
+These are four instructions per 32 values, without a table, and they need no other word.
 `kernels.codes.to_words` says which 32 values form a word, `primitives.packing` how they are packed.
 """
 
@@ -29,9 +29,9 @@ from .codebook import GRID_STEPS, constant, lloyd_max
 from .memo import once
 
 WARM_UP = 24
-"""Values that the search sees on each side of the point where it closes the circle."""
+"""Values that the search reads on each side of the point where it closes the circle."""
 WORDS_AT_ONCE = {"cpu": 1 << 12, "other": 1 << 16}
-"""Words per search: few enough for a processor's cache, or enough to keep an accelerator busy."""
+"""Words per search: few enough to stay in a CPU's cache, or enough to keep an accelerator busy."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Trellis:
     Args:
         levels: 2**(bits + 1) increasing numbers, bits from 1 to 7.
         name: for messages and tables.
-        unit: where not 0, the levels are odd multiples of unit / 2, as in `Codebook`.
-        h0, h1: bit i of h0 (of h1) says that p_(t-i) enters z1 (z0); the highest bit of h0 is the memory of the code.
-        word: values per word. Tail biting costs little from 8 times the memory on.
+        unit: where it is not 0, the levels are odd multiples of unit / 2, as in `Codebook`.
+        h0, h1: bit i of h0 (of h1) says that p_(t-i) enters z1 (z0). The highest bit of h0 is the memory of the code.
+        word: values per word. Tail biting costs little if a word has at least 8 times the memory of the code.
 
     Raises: ValueError where the levels are not increasing, their count is not 4, 8, ... 256, or h1 looks further back
         than h0.
@@ -73,7 +73,7 @@ class Trellis:
 
     @property
     def memory(self) -> int:
-        """How many earlier path bits a value depends on; the code has 2**memory states."""
+        """The number of earlier path bits that a value depends on. The code has 2**memory states."""
         return self.h0.bit_length() - 1
 
     @property
@@ -86,7 +86,7 @@ class Trellis:
         return constant(self.levels, torch.empty(0, device=device).device, dtype)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes of nearly the least squared error: the least of all words that close the circle in the same state.
+        """Codes with nearly the least squared error: the least among all words that close the circle in the same state.
 
         A value whose squared error is not finite (a NaN, an infinity, 1e30) costs nothing, whatever its code. The codes
         of the other values are then chosen as if that value were not there.
@@ -96,7 +96,7 @@ class Trellis:
 
         Returns: uint8 [..., word].
         """
-        words = x.float().reshape(-1, self.word).t()  # [word, words]: a step works on whole rows
+        words = x.float().reshape(-1, self.word).t()  # [word, words]: one step of the search works on one row
         count = WORDS_AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
         codes = [self._encode(part.contiguous()) for part in words.split(count, dim=1)]
         return torch.cat(codes, dim=1).t().reshape(x.shape)
@@ -106,13 +106,13 @@ class Trellis:
         return self.tensor(codes.device, dtype)[self.numbers(codes).int()]
 
     def numbers(self, codes: Tensor) -> Tensor:
-        """Which level each code means, uint8 [..., word]: the plain bits, z1, z0."""
+        """The number of the level that each code stands for, uint8 [..., word]: the plain bits, z1, z0."""
         path = codes >> (self.bits - 1)
         plain = codes & (2 ** (self.bits - 1) - 1)
         return plain << 2 | self._subsets(path, dim=-1)
 
     def _subsets(self, path: Tensor, dim: int) -> Tensor:
-        """2 z1 + z0 of path bits that wrap round along `dim`."""
+        """2 z1 + z0, from path bits that wrap around along `dim`."""
         z1, z0 = torch.zeros_like(path), torch.zeros_like(path)
         for i in range(self.memory + 1):
             if self.h0 >> i & 1:
@@ -125,7 +125,7 @@ class Trellis:
         """Viterbi search, x [word, words] -> codes [word, words].
 
         A first search, with free ends, covers `WARM_UP` values on each side of a point and finds a state there. A
-        second one goes round once and must start and end at that point in that state.
+        second search goes around the word once. It must start and end at that point in that state.
         """
         costs, plain = self._branches(x)
         free = costs.new_zeros(2**self.memory, x.shape[1])
@@ -153,7 +153,7 @@ class Trellis:
         return torch.stack(costs, dim=1).nan_to_num(nan=0.0, posinf=0.0), torch.stack(picks, dim=1)
 
     def _search(self, cost: Tensor, costs: Tensor, order: list[int]) -> tuple[Tensor, list[Tensor]]:
-        """The cost of the best way to every state, [states, words], and of every step which way that took.
+        """The cost of the best path to every state, [states, words], and the choice that this path made at every step.
 
         Bit i of a state is p_(t-i). Two states lead to each state, and they differ in their oldest bit. A choice is
         that bit; a tie goes to 0.
@@ -169,7 +169,7 @@ class Trellis:
         return cost, choices
 
     def _trace(self, state: Tensor, choices: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Back from a state [words] after the last choice: the path bits uint8 [steps, words], and the first state."""
+        """Walk back from a state [words] after the last choice: path bits uint8 [steps, words], and the first state."""
         bits = []
         for choice in reversed(choices):
             bits.append((state & 1).to(torch.uint8))
@@ -181,13 +181,13 @@ class Trellis:
 @once(maxsize=64)
 @torch.inference_mode(False)
 def _branch_subsets(h0: int, h1: int, device: torch.device) -> Tensor:
-    """int64 [2 * states]: the subset of the path bits r, where bit i is p_(t-i) and r >> 1 is the state before."""
+    """int64 [2 * states]: the subset for path bits r, where bit i of r is p_(t-i) and r >> 1 is the state before."""
     registers = range(2 ** h0.bit_length())
     subsets = [2 * ((r & h0).bit_count() & 1) + ((r & h1).bit_count() & 1) for r in registers]
     return torch.tensor(subsets, device=device)
 
 
-# (bits, dim) -> the unit and the steps above zero of levels that `train` made; dim 0 stands for the Gaussian limit.
+# (bits, dim) -> unit and steps above zero of the levels that `train` found. dim 0 stands for the Gaussian limit.
 _TRAINED: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
     (1, 0): (0.0217164122, (13, 55)),
     (1, 16): (0.0199702121, (16, 59)),
@@ -217,16 +217,16 @@ _TRAINED: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
 def trellis_code(bits: int, dim: int | None = None) -> Trellis:
     """The code of 16 states in words of 32 for a coordinate of a random point of the sphere, scaled to variance 1.
 
-    Levels are on the grid of `codebook.grid`: kernels hold them as bytes. They are kept as numbers, because a cache
-    that was saved on another machine must decode alike.
+    Levels are on the grid of `codebook.grid`, so that kernels hold them as bytes. This file has them as numbers,
+    because a cache that was saved on another machine must decode to the same tensors.
 
     Args:
         bits: 1..5.
-        dim: the size of what is rotated together, or None for the Gaussian limit. Levels were trained for 16, 32 and
-            64 channels and the limit: up to 128 channels have those of the next smaller size, which cost at most .6 %
-            of error, larger groups those of the limit.
+        dim: the number of channels that are rotated together, or None for the Gaussian limit. Levels were trained for
+            16, 32 and 64 channels and for the limit. Groups of up to 128 channels use the levels of the next smaller
+            size, which adds at most .6 % of error. Larger groups use those of the limit.
 
-    Raises: ValueError for other widths, or dim below 16: such coordinates are too unlike Gaussian ones.
+    Raises: ValueError for other widths, or a dim below 16, whose coordinates are too far from Gaussian.
     """
     if not 1 <= bits <= 5:
         raise ValueError(f"bits={bits}: must be from 1 to 5")
@@ -239,7 +239,7 @@ def trellis_code(bits: int, dim: int | None = None) -> Trellis:
 
 
 def sphere_words(dim: int | None, count: int, seed: int, word: int = 32) -> Tensor:
-    """Words [count, word] of coordinates of random points of the sphere, as `trellis_code` expects them, well mixed."""
+    """Shuffled words [count, word] of coordinates of random points on the sphere, as `trellis_code` expects them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(-(-count * word // (dim or 1)), dim or 1, generator=generator)
     if dim is not None:
@@ -286,7 +286,7 @@ def _symmetric(upper: Tensor, unit: float = 0.0) -> Trellis:
 
 
 def _means(bits: int, upper: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of what each level above zero (and its mirror) stands for, and how many values that is."""
+    """The mean of the values that each level above zero (or its mirror image) stands for, and their number."""
     code = _symmetric(upper)
     numbers, x = code.numbers(code.encode(words)).flatten().long(), words.flatten()
     total, mass = (torch.bincount(numbers, weights, 2 ** (bits + 1)) for weights in (x.double(), None))

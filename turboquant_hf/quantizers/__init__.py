@@ -1,4 +1,4 @@
-"""One method a file; `QUANTIZERS` is the table that configurations choose from."""
+"""One method per file. `QUANTIZERS` is the table that configurations choose from."""
 
 from turboquant_hf.quantizers.base import Field, Quantizer
 from turboquant_hf.quantizers.conditioned import Conditioned

@@ -19,7 +19,7 @@ Packed = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Field:
-    """One array that a quantizer stores for every tile of a KV head: its shape per tile and its dtype."""
+    """One array that a quantizer stores per tile and KV head: its shape and its dtype."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -31,23 +31,23 @@ class Field:
 
 @dataclass(frozen=True)
 class Quantizer(ABC):
-    """Encodes tiles of T consecutive tokens of every (sequence, KV head); a subclass's fields are its options.
+    """Encodes tiles of T consecutive tokens per sequence and KV head. The fields of a subclass are its options.
 
-    Shapes: B sequences, H KV heads, N tiles, T tokens a tile, D channels a head. A quantizer holds no tensors:
-    what it learns from the first tiles is a `State` (every tensor led by B, so that batch operations are the same
-    for all), kept by the caller and frozen from then on.
+    Shapes: B sequences, H KV heads, N tiles, T tokens per tile, D channels per head. A quantizer holds no tensors. What
+    it learns from the first tiles is a `State`, which the caller keeps and which is frozen from then on. The first axis
+    of every tensor of a state is B, so that batch operations are the same for all quantizers.
     """
 
     name: ClassVar[str]
     needs_statistics: ClassVar[bool] = False
-    """Whether `fit` is worth waiting for: nothing is encoded before enough tokens were seen."""
+    """Whether `fit` needs many tokens. If so, nothing is encoded before enough tokens have been seen."""
 
     marks_infinity: ClassVar[bool] = False
-    """Whether an infinity needs no care before `encode`: it counts as a NaN there, or is kept."""
+    """Whether `encode` handles infinities itself: they count as NaN there, or are kept."""
 
     @classmethod
     def check_options(cls, owner: str, options: dict[str, Any]) -> None:
-        """Raise ValueError that begins with `owner` for an option of a wrong type; the constructor checks ranges."""
+        """Raise a ValueError that names `owner` for an option of the wrong type. The constructor checks ranges."""
         for option in fields(cls):
             if option.name in options and option.type in OPTION_TYPES:
                 value, (kind, allowed) = options[option.name], OPTION_TYPES[option.type]
@@ -56,11 +56,11 @@ class Quantizer(ABC):
 
     @classmethod
     def options_for(cls, role: str) -> dict[str, Any]:
-        """Options that a preset need not name, since its side, "keys" or "values", implies them."""
+        """Options that a preset need not name, because the side ("keys" or "values") implies them."""
         return {}
 
     def validate(self, head_dim: int, tile: int) -> None:  # noqa: B027  (a hook with an empty default)
-        """Raise ValueError where this quantizer cannot serve heads of `head_dim` channels in tiles of `tile`."""
+        """Raise ValueError where this quantizer cannot serve `head_dim` channels per head or `tile` tokens per tile."""
 
     @abstractmethod
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
@@ -69,34 +69,34 @@ class Quantizer(ABC):
     def fit(
         self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
     ) -> State:
-        """What to remember of the first tiles.
+        """What to remember of the first tiles: the state that `encode` and `decode` get.
 
         Args:
             tiles: [B, H, N, T, D].
             weight: [B, N, T], 1 for a token that counts and 0 for padding and sinks.
             query_rms: [B, H, D] root mean square of the queries that read this head, or None when they are unknown.
-            waits: whether the names in the state may depend on the numbers in `tiles`, for which the host waits.
+            waits: whether the names in the state may depend on the numbers in `tiles`. The host then waits for them.
         """
         return {}
 
     def empty_state(self, num_heads: int, head_dim: int, tile: int, device: torch.device | str = "cpu") -> State:
-        """What `fit` makes of empty tiles of one sequence: the shapes of what it learns, and harmless values of it."""
+        """The state of empty tiles of one sequence: the shapes that `fit` gives, with harmless values."""
         tiles = torch.zeros(1, num_heads, 1, tile, head_dim, dtype=torch.float32, device=device)
         return self.fit(tiles, torch.ones(1, 1, tile, dtype=torch.float32, device=device), None, waits=False)
 
     @abstractmethod
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
-        """tiles [B, H, N, T, D] -> arrays [B, H, N, *field.shape] as `layout` says."""
+        """Code tiles [B, H, N, T, D] -> arrays [B, H, N, *field.shape], as `layout` says."""
 
     def encode_into(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed) -> None:
-        """`encode`, its arrays written into `out`: views [B, H, N, ...] of storage, where possible without a copy."""
+        """`encode` into the arrays `out`, views [B, H, N, ...] of storage, without a copy where possible."""
         for name, array in self.encode(tiles, state, weight).items():
             out[name].copy_(array)
 
     def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
-        """The state for which the scales of these tiles fit: `state` itself where they do, as they nearly always do.
+        """A state with which the scales of these tiles fit: nearly always `state` itself.
 
-        `new`, what `encode` made of the tiles, and `old`, the tiles before them, are rewritten for another state.
+        For another state, `new` (the encoded tiles) and `old` (all tiles before them) are rewritten.
         """
         return state
 
@@ -110,7 +110,7 @@ class Quantizer(ABC):
         return 8 * stored / (tile * head_dim)
 
     def shared_nbytes(self, head_dim: int) -> int:
-        """Bytes of the matrices that all layers and caches share (rotations)."""
+        """Bytes of the matrices, such as rotations, that all layers and caches share."""
         return 0
 
 

@@ -1,9 +1,11 @@
 """Conditioned TurboQuant, the default for keys: centre, balance, sort into groups, then rotate and round.
 
-Three facts about attention are used before the random rotation. Softmax ignores what all keys share, so the mean
-key of a tile is kept exactly and only the rest is coded. What matters is the error of q.k, not of k: over diagonal
-scalings s, E[(q.(k - k^))^2] is least for s_i = sqrt(rms(q_i) / rms(k_i)) (Cauchy-Schwarz on the product of the
-rotated error's energy and the query's). And channels whose product rms(q_i) rms(k_i) is large deserve more bits.
+Three facts about attention are used before the random rotation:
+
+- Softmax ignores what all keys have in common. The mean key of a tile is therefore stored, and only the rest is coded.
+- The error of q.k matters, not that of k. Over diagonal scalings s, E[(q.(k - k^))^2] is least for
+  s_i = sqrt(rms(q_i) / rms(k_i)) (Cauchy-Schwarz on the product of the rotated error's energy and the query's).
+- Channels whose product rms(q_i) rms(k_i) is large deserve more bits.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 BALANCES = ("query", "key", "none")
 TINY = 2.0**-20
-"""A head of smaller numbers has means that float16 rounds too coarsely."""
+"""float16 rounds the means of a head too coarsely if its numbers are smaller than this."""
 
 
 @dataclass(frozen=True)
 class Conditioned(RotatedQuantizer):
-    """Keys measured before they are rounded.
+    """Centres, balances and sorts the channels of keys before it rotates and rounds them.
 
-    Where float16 does not serve the means of a head's first tiles, the state also has "offset" and "unit", float32
-    [B, H, D]: what is encoded is (key - offset) / unit. Ordinary keys have neither.
+    If float16 cannot hold the means of a head's first tiles, the state also has "offset" and "unit", float32 [B, H, D].
+    Then (key - offset) / unit is encoded. Ordinary keys have neither.
 
     Attributes:
         widths: ((fraction of the channels, bits), ...); fractions add up to 1, the most important channels first.
@@ -114,7 +116,7 @@ class Conditioned(RotatedQuantizer):
 
 
 def _units(tiles: torch.Tensor, weight: torch.Tensor, energy: torch.Tensor, count: torch.Tensor) -> State:
-    """{"offset", "unit"}, 0 and 1 for channels that float16 serves; {} where it serves all. Waits for the device."""
+    """{"offset", "unit"}: 0 and 1 for channels whose means float16 holds; {} if it holds all. Waits for the device."""
     means = tile_mean(tiles, weight).float().abs()
     size = energy.sum(dim=-1) / (count[:, None] * energy.shape[-1]).clamp(min=1.0)
     tiny = (size > 0.0) & (size < TINY**2) & (means.amax(dim=(2, 3)) < TINY)

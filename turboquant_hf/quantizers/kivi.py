@@ -1,4 +1,4 @@
-"""KIVI (arXiv 2402.02750): min-max rounding, keys along a channel's tokens, values along the channels."""
+"""KIVI (arXiv 2402.02750): min-max rounding, of keys along the tokens of a channel, of values along the channels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AXES = ("channel", "token")
 
 @dataclass(frozen=True)
 class KIVI(ScaledQuantizer):
-    """Equivalent to `uniform` with axis "token"; with axis "channel" to `uniform` of the transposed tile.
+    """With axis "token" equivalent to `uniform`; with axis "channel" equivalent to `uniform` of the transposed tile.
 
     Attributes:
         bits: width of a code, 1 to 8.
@@ -50,12 +50,12 @@ class KIVI(ScaledQuantizer):
         return affine_encode(self._rows(tiles), self.bits, self.group)
 
     def decode_scaled(self, packed: Packed, head_dim: int) -> torch.Tensor:
-        # A row of tokens is never padded: whole groups, and tiles are multiples of 8.
+        # A row of tokens is never padded, because tiles are whole groups and multiples of 8.
         length = packed["scale"].shape[-1] * self.group if self.axis == "channel" else head_dim
         return self._rows(affine_decode(packed, length, self.bits, self.group))
 
     def _without_outsiders(self, tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Padding and sinks, never read from here, become their group's mean and stretch no range."""
+        """Replace padding and sinks, which are never read from here, by their group's mean: it stretches no range."""
         x = tiles.unflatten(-2, (-1, self.group))
         w = weight[:, None, :, :, None].float().unflatten(-2, (-1, self.group))
         mean = (x * w).sum(dim=-2, keepdim=True) / w.sum(dim=-2, keepdim=True).clamp(min=1.0)

@@ -1,4 +1,4 @@
-"""The raw bytes of every element, through the same storage as all the others: any plumbing bug is a wrong token."""
+"""The raw bytes of every element, stored like the codes of all methods: a bug of the cache becomes a wrong token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TurboQuant_mse (arXiv 2504.19874): random rotation, unit sphere, Lloyd-Max codebook, one scale a vector."""
+"""TurboQuant_mse (arXiv 2504.19874): random rotation, unit sphere, Lloyd-Max codebook, one scale per vector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 @dataclass(frozen=True)
 class MSE(RotatedQuantizer):
-    """One width for all channels.
+    """The same number of bits for all channels.
 
     Attributes:
         bits: width of a code, 1 to 8.

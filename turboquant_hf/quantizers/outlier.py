@@ -15,9 +15,9 @@ from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 @dataclass(frozen=True)
 class Outlier(RotatedQuantizer):
-    """Two groups of channels, each rotated and scaled on its own; who is strong is measured once, per head.
+    """Two groups of channels, each rotated and scaled on its own. The strong channels are found once per head.
 
-    32 of 128 channels at 3 bits and 96 at 2 are 2.25 bits of codes; with the two fp16 scales 2.5.
+    32 of 128 channels at 3 bits and 96 at 2 bits are 2.25 bits per channel of codes, 2.5 with the two fp16 scales.
 
     Attributes:
         outlier_fraction: share of the channels with the largest root mean square.

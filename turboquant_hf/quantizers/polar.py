@@ -23,14 +23,14 @@ from turboquant_hf.quantizers.scaled import ScaledQuantizer
 
 BLOCK = 16
 LEVEL_BITS = (4, 2, 2, 2)
-"""Bits of an angle by level; level 1 is the widest because its angles cover the whole circle."""
+"""Bits of an angle, by level. Level 1 has the most because its angles cover the whole circle."""
 
 
 @dataclass(frozen=True)
 class Polar(ScaledQuantizer):
-    """3.875 bits per channel: 8, 4, 2 and 1 angles a block at 4, 2, 2 and 2 bits, and a radius in fp16.
+    """3.875 bits per channel: per block 8, 4, 2 and 1 angles at 4, 2, 2 and 2 bits, and a radius in fp16.
 
-    The angles of one place in the head lie together, along the tokens of a tile, so that no row is padded.
+    A row holds the angles that all tokens of a tile have in one place of the head, so no row is padded.
 
     Attributes:
         rotation: of the whole head, before it is cut into blocks ("preconditioning"); kinds as in `mse`.
@@ -83,5 +83,5 @@ class Polar(ScaledQuantizer):
 
 
 def _level_rows(head_dim: int) -> list[tuple[int, int]]:
-    """(angles of a head, bits of each) by level."""
+    """(angles per head, bits per angle) by level."""
     return [(head_dim >> level, bits) for level, bits in enumerate(LEVEL_BITS, start=1)]

@@ -1,4 +1,4 @@
-"""TurboQuant_prod (arXiv 2504.19874): `mse` with one bit less, and a 1-bit QJL sketch of what it leaves."""
+"""TurboQuant_prod (arXiv 2504.19874): `mse` with one bit less, and a 1-bit QJL sketch of its residual."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from turboquant_hf.kernels.codes import TileCoding
 from turboquant_hf.kernels.encode.reference import decode_rotated
 from turboquant_hf.primitives import packed_size
 from turboquant_hf.quantizers.base import Field, Packed, check_bits, check_choice
@@ -15,17 +16,17 @@ from turboquant_hf.quantizers.qjl import SKETCHES, sketch_decode, sketch_encode,
 from turboquant_hf.quantizers.scaled import ScaledQuantizer
 
 SKETCH_SEED = 500_000
-"""Added to the seed of a sketch, so that no sketch is the rotation that came before it."""
+"""Added to the seed of a sketch, so that a sketch differs from the rotation before it."""
 
 
 @dataclass(frozen=True)
 class Prod(ScaledQuantizer):
-    """Any linear estimate of q.k is q times one vector: here the first stage's plus the sketch's.
+    """A linear estimate of q.k is q times one vector: here the decoded first stage plus the decoded sketch.
 
     Attributes:
-        bits: width of a code and its sign together, 2 to 8 (at 1 bit nothing but the sketch is left: `qjl`).
+        bits: width of a code and its sign together, 2 to 8 (1 bit would be the sketch alone: `qjl`).
         sketch: "gaussian" rows as published, or "orthogonal" (stacked random rotations: less variance).
-        sketch_size: sketch rows of a block; 0 means as many as it has channels.
+        sketch_size: sketch rows per block; 0 means as many as the block has channels.
         block: channels that are rotated, scaled and sketched together; 0 means the whole head.
         scale: the first stage's scale rule; see `kernels.encode.reference`.
         rotation: as in `mse`.
@@ -78,8 +79,8 @@ class Prod(ScaledQuantizer):
     def encode_scaled(self, tiles: torch.Tensor, weight: torch.Tensor | None) -> Packed:
         head_dim, device = tiles.shape[-1], tiles.device
         packed = self.stage.encode(tiles, {}, weight)
-        rotated = tiles @ self.stage.rotation_of(head_dim, 0, device).T
-        left = rotated - decode_rotated(packed["codes"], packed["scale"], self.stage.groups(head_dim))
+        rotation = self.stage.rotation_of(head_dim, 0, device)
+        left = tiles @ rotation.T - decode_rotated(packed, TileCoding(rotation, self.stage.groups(head_dim)))
         sizes = [size for size, _ in self.sketch_sizes(head_dim)]
         pairs = [
             sketch_encode(part, sketch)
@@ -94,8 +95,8 @@ class Prod(ScaledQuantizer):
         signs, norms = packed["signs"].split(rows, dim=-1), packed["residual"].unbind(dim=-2)
         triples = zip(signs, norms, self.sketches(head_dim, device), strict=True)
         left = torch.cat([sketch_decode(*triple) for triple in triples], dim=-1)
-        rotated = decode_rotated(packed["codes"], packed["scale"], self.stage.groups(head_dim)) + left
-        return rotated @ self.stage.rotation_of(head_dim, 0, device)
+        rotation = self.stage.rotation_of(head_dim, 0, device)
+        return (decode_rotated(packed, TileCoding(rotation, self.stage.groups(head_dim))) + left) @ rotation
 
 
 class _FirstStage(MSE):

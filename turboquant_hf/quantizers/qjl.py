@@ -20,7 +20,8 @@ SIGNS = Codebook((-1.0, 1.0), "signs")
 
 @dataclass(frozen=True)
 class QJL(ScaledQuantizer):
-    """One sign a sketch row; the dense key that is decoded gives q.k the asymmetric estimator, with no bias.
+    """One sign per sketch row. The product of q with the decoded key is the paper's asymmetric, unbiased estimate of
+    q.k.
 
     Attributes:
         bits: sketch rows per channel, 1 to 8.
@@ -64,7 +65,7 @@ def sketch_encode(x: torch.Tensor, sketch: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def sketch_decode(signs: torch.Tensor, norm: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
-    """The float32 [..., D] whose product with any q is the estimate of q.x."""
+    """The decoded vectors, float32 [..., D]: their product with any q is the estimate of q.x."""
     return (SIGNS.decode(unpack(signs, 1, len(sketch))) @ sketch) * norm.float().unsqueeze(-1)
 
 
@@ -73,10 +74,10 @@ def sketch_decode(signs: torch.Tensor, norm: torch.Tensor, sketch: torch.Tensor)
 def sketch_matrix(kind: str, rows: int, dim: int, seed: int, device: str) -> torch.Tensor:
     """S, float32 [rows, dim]: norm(x) S^T sign(S x) has the mean x. Shared: do not write to it.
 
-    For rows s of any rotation-invariant law, E[s sign(s.u)] = E|s.u| u for a unit vector u. Gaussian rows of
-    unit variance have E|s.u| = sqrt(2 / pi), which is the paper's factor sqrt(pi / 2) / m. Rows of random
-    rotations have unit norm and E|s.u| = Gamma(dim / 2) / (sqrt(pi) Gamma((dim + 1) / 2)); with dim of them
-    the relative error is near pi / 2 - 1, against pi / 2 for Gaussian rows. More rows take several rotations.
+    For rows s of any rotation-invariant distribution, E[s sign(s.u)] = E|s.u| u for a unit vector u. Gaussian rows of
+    unit variance have E|s.u| = sqrt(2 / pi), which gives the paper's factor sqrt(pi / 2) / m. Rows of random rotations
+    have unit norm and E|s.u| = Gamma(dim / 2) / (sqrt(pi) Gamma((dim + 1) / 2)). With dim such rows the relative error
+    is near pi / 2 - 1; with Gaussian rows it is pi / 2. More than dim rows take several rotations.
     """
     if kind == "orthogonal":
         blocks = -(-rows // dim)

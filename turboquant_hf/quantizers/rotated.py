@@ -1,4 +1,4 @@
-"""What `mse`, `outlier` and `conditioned` share: a linear map per head, then a codebook and a scale per group."""
+"""The base of `mse`, `outlier` and `conditioned`: a linear map per head, then a codebook and a scale per group."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ CODEBOOKS = {
 }  # fmt: skip
 ROTATIONS = ("auto", "hadamard", "qr", "identity")
 WIDENINGS = 32
-"""How often the gain of a head may be doubled in one encode."""
+"""How many times the gain of a head may be doubled in one encode."""
 
 
 @dataclass(frozen=True)
 class RotatedQuantizer(Quantizer):
-    """Rotate (by groups of channels), normalise to the sphere, round to a codebook, store one scale a group.
+    """Rotates groups of channels, normalises to the sphere, rounds to a codebook, and stores one scale per group.
 
     Attributes:
         scale: which number is stored beside the codes; see `kernels.encode.reference`.
         scale_format: "fp16", or one byte: "e4m4" or "e3m5" (`kernels.codes.store_scale`).
         codebook: "lloyd-max" for the exact sphere density in the rotated dimension, "grid" or "polynomial" (nearly as
             good, and made for kernels), "uniform", or "trellis": a third less error, in words of 32 values. Groups that
-            words do not serve have the "grid" instead: more than 5 bits, fewer than 16 channels, or, where the words do
-            not run along tokens (`channel_major`), a number of channels that is no multiple of 16.
-        rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
-        rounds: how many sign-and-Hadamard rounds.
+            words cannot hold use the "grid" instead. These are groups of more than 5 bits, of fewer than 16 channels,
+            or, unless words run along tokens (`channel_major`), of a number of channels that is no multiple of 16.
+        rotation: "auto" (Hadamard with random signs where the order is known, else QR), or the name of a kind.
+        rounds: number of sign-and-Hadamard rounds.
         seed: of the rotation; the same for all layers, so that they share one matrix.
         per_head: a rotation of its own for each KV head.
         channel_major: pack along the tokens of a tile, as the value side of the decode kernel wants it.
@@ -131,7 +131,7 @@ class RotatedQuantizer(Quantizer):
         return _signs(self.group_sizes(head_dim), self.rotation, self.rounds, self.seed, heads, str(device))
 
     def transform(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
-        """[D, D] or [B or 1, H, D, D]: what takes a (centred) vector to the rotated domain."""
+        """[D, D] or [B or 1, H, D, D]: takes a (centred) vector to the rotated domain."""
         return self.rotation_of(head_dim, num_heads, device)
 
     def inverse(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
@@ -146,7 +146,7 @@ class RotatedQuantizer(Quantizer):
 
     @property
     def gain_is_power(self) -> bool:
-        """Whether gains are powers of two: float16 scales are then rounded as they would be without one."""
+        """Whether gains are powers of two. float16 scales are then rounded as they would be without a gain."""
         return self.scale_format == "fp16"
 
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
@@ -160,7 +160,7 @@ class RotatedQuantizer(Quantizer):
         return encode_tiles(tiles, coding, weight=weight, out=out)
 
     def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
-        """Heads whose one-byte scales saturate get a larger gain; NaN where none helps. Waits for the device."""
+        """Heads whose one-byte scales saturate get a larger gain, or NaN where no gain helps. Waits for the device."""
         if self.scale_format == "fp16":
             return state
         full = saturated_heads(new["scale"], weight)
@@ -202,7 +202,7 @@ class RotatedQuantizer(Quantizer):
         return decode_tiles(packed, inverse, self.coding(state, head_dim, num_heads, device)).to(dtype)
 
     def packed_side(self, packed: Packed, state: State, head_dim: int) -> PackedSide:
-        """The tiles as the decode kernels read them."""
+        """The tiles in the form that the decode kernels read."""
         num_heads, device = packed["codes"].shape[1], packed["codes"].device
         return PackedSide(
             codes=packed["codes"],
@@ -251,7 +251,7 @@ def block_rotation(
 
 
 def reads_packed(keys: Quantizer, values: Quantizer) -> bool:
-    """Whether the decode kernels read tiles of these two as they are."""
+    """Whether the decode kernels read the packed tiles of these two directly."""
     rotated = isinstance(keys, RotatedQuantizer) and isinstance(values, RotatedQuantizer)
     return rotated and values.channel_major and not keys.channel_major
 
@@ -268,6 +268,7 @@ def _signs(sizes, kind: str, rounds: int, seed: int, num_heads: int, device: str
     if rounds != 1 or kind not in ("auto", "hadamard") or any(size & (size - 1) for size, _ in sizes):
         return None
     matrix = block_rotation(sizes, kind, rounds, seed, num_heads)
-    # The first row of Sylvester's matrix is ones. Blocks lie on the diagonal: a sum finds each column's first row.
+    # The first row of Sylvester's matrix is all ones, so the first row of each block has the signs. Blocks lie on the
+    # diagonal, so the sum over these rows joins them.
     starts = [sum(size for size, _ in sizes[:index]) for index in range(len(sizes))]
     return matrix[..., starts, :].sum(-2).sign().to(device)

@@ -1,4 +1,4 @@
-"""What quantizers with plain float16 scales share: a power of two per head that brings numbers near 1."""
+"""The base of quantizers with float16 scales: a power of two per head brings numbers near 1."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from turboquant_hf.kernels.statistics import power_of_two, typical_scale
 from turboquant_hf.quantizers.base import Packed, Quantizer, State
 
 ROOM = 16.0
-"""Norms of whole heads are larger than their elements, and some tokens much larger than others."""
+"""Room for norms, which are larger than elements, and for tokens that are much larger than others."""
 
 
 class ScaledQuantizer(Quantizer):
-    """Codes tiles / unit. The unit is a power of two, so that it costs no accuracy; without one (an old file) it is 1.
+    """Codes tiles / unit. The unit is a power of two, so that it costs no accuracy. A state without one is an old
+    file's.
 
-    float16 ends at 65504 and is coarse below 6e-5: without a unit, larger scales would be lost and smaller ones wrong.
+    float16 ends at 65504 and is coarse below 6e-5. Without a unit, larger scales would be lost and smaller ones wrong.
     """
 
     def fit(

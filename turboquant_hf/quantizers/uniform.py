@@ -1,4 +1,4 @@
-"""Groups of channels rounded on a grid, token by token: what q4_0, int4, int8 and NF4 caches do."""
+"""Groups of a token's channels, rounded to a grid: what q4_0, int4, int8 and NF4 caches do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GRIDS = ("affine", "symmetric", "nf4")
 
 @dataclass(frozen=True)
 class Uniform(ScaledQuantizer):
-    """No rotation: each token's channels in groups, scaled by what the group holds.
+    """No rotation. The channels of each token are cut into groups, and a group is scaled by its extreme values.
 
     Attributes:
         bits: width of a code, 2 to 8 (4 for "nf4").
@@ -102,7 +102,7 @@ def affine_decode(packed: Packed, length: int, bits: int, group: int) -> torch.T
 
 
 def in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
-    """[..., L] -> [..., G, group]; the last group is filled up with its last value: no extreme moves."""
+    """[..., L] -> [..., G, group]. The last group is filled up with its last value, which moves no extreme."""
     missing = -x.shape[-1] % group
     padded = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], dim=-1)
     return padded.unflatten(-1, (-1, group))

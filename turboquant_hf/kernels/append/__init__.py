@@ -1,1 +1,1 @@
-"""Storing the newest tokens of a cache whose buffers never move."""
+"""Storing the newest tokens in a cache whose arrays never move."""

@@ -1,4 +1,14 @@
-"""Triton: one launch that stores a step's tokens and counts them, whatever the cache holds."""
+"""Triton: one launch stores the tokens of a step and counts them on the device.
+
+    position p                     length, length + 1, ..., length + q - 1
+    ring[p % R]      = new row     where p < max_len
+    sinks[p - start] = new row     where 0 <= p - start < S
+    length           = min(length + q, max_len)
+
+- One program writes the rows of one KV head, token by token.
+- The host does not know `length`, so a recorded step can be replayed.
+- The last program to draw the ticket changes `length`, because all others have read it by then.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from turboquant_hf.kernels.append.reference import FixedTokens
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous
 from turboquant_hf.kernels.common.kernel import kernel
-from turboquant_hf.kernels.decode.inputs import RawTokens
 
 
 @triton.jit
@@ -45,30 +55,21 @@ def _append_kernel(
             p_values + head_offset(b, h, value_b, value_h, DV), p_ring_values + head * R * DV,
             p_sink_values + head * S * DV, dv, dv < DV, slot, sink, position < max_len, m_sink, q, value_q, DV,
         )  # fmt: skip
-    # Whoever comes last counts the tokens: all others have read the length by then.
+    # The last program counts the tokens: all others have read the length by then.
     tl.debug_barrier()
     if tl.atomic_add(p_ticket, 1) == tl.num_programs(0) - 1:
         tl.store(p_ticket, 0)
         tl.store(p_counts + 1, tl.minimum(length + Q, max_len))
 
 
-def append_tokens(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    ring: RawTokens,
-    sinks: RawTokens,
-    starts: torch.Tensor,
-    counts: torch.Tensor,
-    ticket: torch.Tensor,
-    max_len: int,
-) -> None:
+def append_tokens(keys: torch.Tensor, values: torch.Tensor, held: FixedTokens) -> None:
     """Equivalent to `reference.append_tokens`. Ring and sinks must be contiguous."""
     batch, heads, count, dim = keys.shape
-    value_dim = values.shape[3]
+    value_dim, ring, sinks = values.shape[3], held.ring, held.sinks
     keys, values = rows_contiguous(keys), rows_contiguous(values)
     _append_kernel[(batch * heads,)](
-        keys, values, ring.keys, ring.values, sinks.keys, sinks.values, starts, counts, ticket,
-        *keys.stride()[:3], *values.stride()[:3], max_len, count, ring.keys.shape[2],
+        keys, values, ring.keys, ring.values, sinks.keys, sinks.values, held.starts, held.counts, held.ticket,
+        *keys.stride()[:3], *values.stride()[:3], held.max_len, count, ring.keys.shape[2],
         H=heads, D=dim, DV=value_dim, S=sinks.keys.shape[2],
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=triton.next_power_of_2(value_dim), num_warps=1,
     )  # fmt: skip

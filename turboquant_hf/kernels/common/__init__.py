@@ -1,1 +1,1 @@
-"""What Triton kernels of several operations share: what they are told about codes, addresses, means, unpacking."""
+"""What Triton kernels of several operations share: descriptions of codes, addresses, means, unpacking."""

@@ -1,4 +1,4 @@
-"""Where rows lie in memory, said so that Triton needs one build for all lengths of a cache."""
+"""Offsets of rows in memory, written so that Triton builds a kernel once for all lengths of a cache."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 MAX_ALIGNMENT = 16
-"""Elements: what Triton would find out about an argument by itself, and what the widest loads need."""
+"""Elements: the largest alignment that Triton detects by itself, and that the widest loads need."""
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x, copied where its rows are not contiguous, or do not start where `row_offset` says."""
+    """x, or a copy of it where its rows are not contiguous or are not aligned as `row_offset` promises."""
     unit = _alignment(x.shape[-1])
     starts = zip(x.shape[:-1], x.stride()[:-1], strict=True)
     aligned = all(size == 1 or stride % unit == 0 for size, stride in starts)
@@ -19,7 +19,7 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _alignment(row: int) -> int:
-    """The power of two that divides the starts of rows of `row` elements; `rows_contiguous` sees to it."""
+    """The power of two that divides the starts of rows of `row` elements. `rows_contiguous` ensures that it does."""
     return min(row & -row, MAX_ALIGNMENT)
 
 
@@ -28,20 +28,21 @@ alignment = triton.constexpr_function(_alignment)
 
 @triton.jit
 def row_offset(index, stride, ROW: tl.constexpr):
-    """Where rows of ROW elements start, relative to the first.
+    """Offset of row `index` from the first row, where a row has ROW elements.
 
-    Strides change with a cache's length and with who made a tensor. Triton must not build a kernel for each, so it is
-    not shown their values (`do_not_specialize`); what wide loads need to know of them is said here.
+    Strides change with the length of a cache and with the maker of a tensor. Triton must not build a kernel for each
+    stride, so their values are hidden from it (`do_not_specialize`). Wide loads need to know their divisibility, which
+    is stated here.
     """
     return tl.multiple_of(index * stride, alignment(ROW))
 
 
 @triton.jit
 def head_offset(b, h, b_stride, h_stride, ROW: tl.constexpr):
-    """Where the first row of head h of sequence b starts; `row_offset` says why."""
+    """Offset of the first row of head h of sequence b. `row_offset` says why this is a function."""
     return tl.multiple_of(b * b_stride + h * h_stride, alignment(ROW))
 
 
 def tiles_per_program(tiles: int, programs: int) -> int:
-    """How many of `tiles` one program takes in turn: up to four, where that leaves `programs` of them."""
+    """How many tiles one program takes in turn: up to four, while at least `programs` programs remain."""
     return max(1, min(4, tiles // programs))

@@ -1,4 +1,4 @@
-"""How a Triton kernel is declared here."""
+"""`kernel`, the decorator of every Triton kernel of this package: one build serves all lengths."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from turboquant_hf.kernels.progress import announces
 def kernel(*anywhere: str) -> Callable[[Callable[..., None]], Any]:
     """Declare a Triton kernel that is built once for all values of its run-time numbers.
 
-    Triton would build it again for a number that is 1 or a multiple of 16, as lengths, counts and strides may or may
-    not be. What loads need to know of strides is said by `addresses`. Pointers are called p_*; Triton finds out
-    whether they are aligned.
+    By default, Triton builds a kernel again for a number that is 1, and for one that is a multiple of 16. Lengths,
+    counts and strides may change between these. `addresses` states what loads need to know of strides. Pointers are
+    called p_*, and Triton checks their alignment.
 
     Args:
-        anywhere: pointers that may be aligned in one call and not in the next. No wide load is made from them.
+        anywhere: pointers that may be aligned in one call and not in the next. Kernels do no wide loads from them.
     """
 
     def declare(function: Callable[..., None]) -> Any:

@@ -1,4 +1,4 @@
-"""The mean of a tile's tokens, as encoding subtracts it and statistics leave it out."""
+"""The mean of a tile's tokens. Encoding subtracts it, and statistics of centred keys leave it out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codebooks as polynomials: levels that need no table, and a guess at the code of a coordinate."""
+"""Codebooks as polynomials: levels without a table, and a guess of the code of a coordinate."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MAX_COEFFICIENTS = 6
 def odd_polynomial(codebook: Codebook, tolerance: float) -> tuple[float, tuple[float, ...]]:
     """(lead, (1, c1, c2, ...)) with level = lead * x * (1 + c1 x^2 + ...), or (1, ()) where none fits.
 
-    x = (2 code + 1) / 2^bits - 1. `Codebook.coefficients`, where a codebook has them, are taken as they are; else the
-    fit's largest error relative to a level is at most `tolerance`, with at most MAX_COEFFICIENTS terms, beyond which
-    a table is as fast.
+    x = (2 code + 1) / 2^bits - 1. A codebook's own coefficients are taken as they are. Otherwise a polynomial is fitted
+    whose largest error relative to a level is at most `tolerance`. It has at most MAX_COEFFICIENTS terms, because a
+    table is as fast as a longer one.
     """
     if codebook.coefficients:
-        # Theirs is the polynomial in 2 code + 1 - 2^bits.
+        # These are the coefficients of a polynomial in 2 code + 1 - 2^bits.
         scaled = [c * 2.0 ** (codebook.bits * (2 * i + 1)) for i, c in enumerate(codebook.coefficients)]
         return scaled[0], tuple(c / scaled[0] for c in scaled)
     levels = torch.tensor(codebook.levels, dtype=torch.float64, device="cpu")
@@ -41,7 +41,7 @@ def odd_polynomial(codebook: Codebook, tolerance: float) -> tuple[float, tuple[f
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def code_guess(codebook: Codebook) -> tuple[float, ...]:
-    """(edge, g0, g1, ...) as `GroupSpec` says, or () where four terms do not reach it.
+    """(edge, g0, g1, ...) as `GroupSpec` says, or () where four terms are not exact enough.
 
     Rounding the guess gives one of the two thresholds around a coordinate, so that one comparison gives the code.
     """
@@ -57,7 +57,7 @@ def code_guess(codebook: Codebook) -> tuple[float, ...]:
     for terms in range(1, 5):
         basis = torch.stack([point ** (2 * i + 1) for i in range(terms)], dim=1)
         weight = torch.ones_like(point)
-        for _ in range(40):  # towards the smallest largest error
+        for _ in range(40):  # new weights lead towards the smallest maximum error
             fit = torch.linalg.lstsq(basis * weight[:, None], (wanted * weight)[:, None]).solution[:, 0]
             error = (basis @ fit - wanted).abs()
             if error.max() <= 0.4:

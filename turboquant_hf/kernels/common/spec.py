@@ -18,8 +18,8 @@ FP16_TOLERANCE = 2.0**-13
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """One `CodeGroup` inside a tile. Everything a kernel is compiled for is a field, so that compiled code is never
-    taken for another layout's.
+    """One `CodeGroup` inside a tile. Everything that a kernel is compiled for is a field, so that compiled code never
+    serves another layout.
 
     Attributes:
         size, bits: as in `CodeGroup`; block is the power of two >= 16 that holds `size`.
@@ -27,20 +27,20 @@ class GroupSpec:
         offset: its first byte, in a token's row (token-major) or in the tile (channel-major).
         length: codes of a packed row: one token's channels, or one channel's tokens when channel-major.
         row_bytes: bytes of one packed row of this group.
-        row_stride: from one row to the next: a whole token when token-major.
+        row_stride: bytes from one row to the next: a whole token when token-major.
         root: square root of `size`.
         planes: of every plane its width, shift of the field in the code, bytes, first byte in the row, and the power
             of two that holds the bytes.
-        chunk, chunks: codes of a row that are unpacked together (a power of two from 16), and how often.
-        first_chunk: chunks of the groups before.
+        chunk, chunks: codes of a row that are unpacked together (a power of two from 16), and their number.
+        first_chunk: chunks of all groups before this one.
         aligned: whether fields are runs of whole chunks: a chunk then has one shift and neighbouring bytes.
         regular: whether a packed row holds a power of two of codes, 16 or more, so that packing is a reshape.
         edge, guess: the odd polynomial g0 p + g1 p^3 + ... of a coordinate p clamped to +-edge is within 0.4 of the
             number of thresholds below p, interpolated between them, less 2^(bits - 1); () for none.
         midpoints: (t0, t1, ...): the threshold that the centred number m stands for is t0 m + t1 m^3 + ...;
             () for a table look-up.
-        levels: the same for levels, of 2 code + 1 - 2^bits.
-        unit: what the levels are multiples of that a half holds exactly (`pair_table`), or 0.
+        levels: the same for levels, a polynomial in 2 code + 1 - 2^bits.
+        unit: the levels are multiples of it that a half holds exactly (`pair_table`); 0 where there is no such unit.
         coefficients: () for a table look-up, else (1, c1, ...): level = lead * x * (1 + c1 x^2 + ...) with
             x = (2 code + 1) / 2^bits - 1.
         lead: factor of the levels.
@@ -81,7 +81,7 @@ class GroupSpec:
 class TileSpec:
     """The groups of a tile, its bytes and those of one token's row (token-major only), and how scales are stored.
 
-    A stored scale is shifted left by `shift` to be a half (0: it is one), and multiplied by `unit`.
+    A stored scale is shifted left by `shift` to become a half (0: it is a half already), and multiplied by `unit`.
     """
 
     groups: tuple[GroupSpec, ...]
@@ -95,7 +95,7 @@ class TileSpec:
 def tile_spec(
     groups: tuple[CodeGroup, ...], tile: int, scale_format: str, *, channel_major: bool, exact: bool
 ) -> TileSpec:
-    """What kernels are compiled for; `exact` reads levels from the table unless a polynomial hits them in float32."""
+    """What kernels are compiled for. With `exact`, levels come from a table unless a polynomial is exact in float32."""
     specs, start, table, first_chunk = [], 0, 0, 0
     nbytes = tile_bytes(groups, tile, channel_major)
     in_rows = tuple(group for group in groups if channel_major or not group.in_words)

@@ -22,7 +22,7 @@ def level_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Te
 def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
     """The thresholds of all groups, each followed by one +inf, so that offsets are those of the levels.
 
-    Of a trellis those of its four subsets, one after the other, and each followed by +inf.
+    A trellis has the thresholds of its four subsets one after the other, each followed by +inf.
     """
     rows = []
     for group in groups:
@@ -36,9 +36,10 @@ def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torc
 @once(maxsize=256)
 @torch.inference_mode(False)
 def pair_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
-    """int32, offsets as in `level_table`: the levels of a code and the next as two halves, in the codebook's unit.
+    """int32, offsets as in `level_table`: the level of each code and of the next, as two halves in the codebook's unit.
 
-    Zeros where a codebook has no unit. With both levels at hand their threshold is known too: one load for a code.
+    A codebook without a unit has zeros. The threshold lies halfway between the two levels, so one load is enough to
+    decide between two codes.
     """
     rows = []
     for group in groups:

@@ -9,12 +9,15 @@ from turboquant_hf.primitives import Trellis, planes
 
 
 def word_planes(codebook: Trellis) -> tuple[tuple[int, int, int], ...]:
-    """Of every word of plain bits its plane's width, shift of the field in the plain bits, and index in the plane.
+    """(width of the plane, shift of its field in the plain bits, index in the plane) of every word of plain bits.
 
-    Raises: ValueError for a code that is not the one that the kernels were written for.
+    Raises: ValueError for another trellis than the one that kernels are written for.
     """
     if (codebook.h0, codebook.h1, codebook.word) != (0o23, 0o04, 32):
-        raise ValueError(f"{codebook.name}: h0={codebook.h0:#o}, h1={codebook.h1:#o}, word={codebook.word}: unknown")
+        raise ValueError(
+            f"{codebook.name}: h0={codebook.h0:#o}, h1={codebook.h1:#o}, word={codebook.word} is not supported; "
+            "allowed: h0=0o23, h1=0o4, word=32"
+        )
     plain = planes(codebook.bits - 1) if codebook.bits > 1 else ()
     return tuple((width, shift, index) for width, shift in plain for index in range(width))
 
@@ -26,7 +29,7 @@ def word_plane(group, word, entry):
 
 @triton.jit
 def rotated(word, COUNT: tl.constexpr):
-    """uint32 words, their bits rotated to the left."""
+    """uint32 words, with their bits rotated left by COUNT."""
     return (word << COUNT) | (word >> (32 - COUNT))
 
 
@@ -38,7 +41,7 @@ def parities(path):
 
 @triton.jit
 def level_numbers(p_group, token, channel, GROUP: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr):
-    """Which levels the codes of (token, channel), index tensors that broadcast, mean: int32."""
+    """The number of the level that each code stands for: int32. token, channel: index tensors that broadcast."""
     BITS: tl.constexpr = GROUP.bits
     QUARTER: tl.constexpr = GROUP.size // 4
     if CHANNEL_MAJOR:
@@ -61,6 +64,6 @@ def level_numbers(p_group, token, channel, GROUP: tl.constexpr, T: tl.constexpr,
 
 @triton.jit
 def _plain_bits(p_plane, index, WIDTH: tl.constexpr, SHIFT: tl.constexpr):
-    """What a plane has of the level numbers of values `index` of their words."""
+    """The bits that one plane adds to the level numbers of the values `index` of their words."""
     fields = tl.load(p_plane + (index % WIDTH).to(tl.int32))
     return ((fields >> (index // WIDTH * WIDTH)) & ((1 << WIDTH) - 1)) << (SHIFT + 2)

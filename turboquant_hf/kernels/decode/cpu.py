@@ -3,10 +3,10 @@
     scores[t] = scale[t] * (levels(codes[t]) . q') + mean . q        q' = the query in the coded domain
     output    = unrotate(sum over t of p[t] * scale[t] * levels(codes[t])) / (sum over t of p[t])
 
-- The rotation meets the query and the output, never the history. Scales meet scores and probabilities.
-- Levels are looked up, several codes at a time: a table has one row per pattern of the bytes that hold them, and a
-  row lists their levels (`_Reader`). The row's order is the order of the packed bits, not that of the codes, so the
-  other factor of the product is put into that order; it is far smaller.
+- The query and the output are rotated, never the history. Scales multiply scores and probabilities, never levels.
+- Levels are looked up for several codes at a time. A table has one row per pattern of the bytes that hold the codes,
+  and the row lists their levels (`_Reader`). Levels come in the order of the packed bits, not in that of the codes.
+  The other factor of the product, which is far smaller, is put into that order.
 - Tiles are taken in blocks of BLOCK numbers, so that a block's levels are still in the processor's cache when they are
   multiplied. Scores and probabilities of all tokens are kept: 8 bytes per query head and token.
 - Every operation on a block is large enough for torch to spread it over its threads.
@@ -30,7 +30,7 @@ from turboquant_hf.primitives.packing import planes
 BLOCK = 1 << 19
 """Numbers that are looked up at once, per side: 2 MiB as float32."""
 WORDS = {1: torch.int16, 2: torch.int32, 4: torch.int64}
-"""How many 16-bit numbers are read as one."""
+"""How many 16-bit numbers are read as one -> dtype of that one."""
 
 
 def _in_float32(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -50,7 +50,7 @@ def _in_float32(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 def decode_attention(
     query: torch.Tensor, history: History, scoring: Scoring, *, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`reference.decode_attention`, faster; the same arguments and result, but without gradients."""
+    """Equivalent to `reference.decode_attention`, but faster and without gradients."""
     history = history.in_use()
     keys, values, sinks, tail = history.keys, history.values, history.sinks, history.tail
     mask = None if mask is None else mask[:, : history.length]
@@ -163,9 +163,9 @@ def _hide(
     queries: int,
     mask: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """-inf in scores [B, H, M, packed | sinks | tail | ...] for what a query does not see.
+    """Write -inf to scores [B, H, M, packed | sinks | tail | ...] of tokens that a query does not see.
 
-    Returns: bool [B, 1, M, 1], whether a row sees anything, or None where all do.
+    Returns: bool [B, 1, M, 1], whether a row sees any token, or None where all rows do.
     """
     first, length = starts.tolist(), total - sinks
     if queries == 1 and min(first) == max(first) < length and (mask is None or bool(mask.all())):
@@ -183,13 +183,13 @@ def _hide(
 class _Reader:
     """Looks up the levels of n codes of one codebook (`primitives.packing` has the layout).
 
-    An index of the table is a byte of the widest plane, and above it the other bits of the same codes. Byte j of a
-    plane of width w and P bytes holds codes j + f P. A narrower plane of width v has the other bits of these codes in
-    byte j % Q, Q = P v / w, in fields j // Q + f w / v: every w / v-th field, w bits apart like the fields of byte j.
-    So one shift per value of j // Q, and one mask, put them in place.
+    An index of the table is a byte of the widest plane, with the other bits of the same codes above it. Byte j of a
+    plane of width w and P bytes holds codes j + f P. A narrower plane of width v and Q = P v / w bytes has the other
+    bits of these codes in byte j % Q, in the fields j // Q + f w / v. These fields are w bits apart, like the fields of
+    byte j. One shift per value of j // Q and one mask therefore put them in place.
 
     Attributes:
-        table: a row for each index, [indices, 1] of 4, 8 or 16 bytes, or float32 [256, 8].
+        table: one row per index, [indices, 1] of 4, 8 or 16 bytes, or float32 [256, 8].
         size: n, rounded up to a multiple of 8.
         fields: codes per byte of the widest plane.
         wide: bytes of the widest plane.
@@ -213,7 +213,7 @@ class _Reader:
         index = rows.narrow(4, start, self.wide)
         start += self.wide
         for nbytes, shifts, mask in self.narrower:
-            # 16-bit numbers in larger words: what a shift carries over to a neighbour is masked out.
+            # 16-bit numbers inside larger words: the mask removes what a shift carries over to a neighbour.
             step = gcd(start, nbytes, rows.shape[4], 4)
             words = rows.view(WORDS[step]).narrow(4, start // step, nbytes // step).unsqueeze(4)
             above = (words << shifts.to(words.dtype)).view(torch.int16).bitwise_and_(mask)
@@ -223,7 +223,7 @@ class _Reader:
         if self.table.shape[1] > 1:
             levels = torch.embedding(self.table, index)
         else:
-            # torch deals the rows of a gather out to its threads.
+            # torch spreads the rows of a gather over its threads.
             index = index.view(rows.shape[0] * rows.shape[1] * rows.shape[2], -1)
             levels = self.table.view(1, -1).expand(index.shape[0], -1).gather(1, index)
         return levels.view(torch.float32).view(-1, rows.shape[3], self.size)

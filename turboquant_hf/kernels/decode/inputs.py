@@ -1,4 +1,4 @@
-"""What attention over packed tiles is told: what is stored, and how it is scored."""
+"""The arguments of attention over packed tiles: the stored history, and how it is scored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turboquant_hf.kernels.codes import CodeGroup
+from turboquant_hf.kernels.codes import CodeGroup, TileCoding
 from turboquant_hf.kernels.encode.reference import decode_rotated
 
 
@@ -27,8 +27,8 @@ class PackedSide:
         mean: fp16 (float32 where that does not hold it) [B, H, N, D], or None for zeros.
         scale_format: see `kernels.codes.store_scale`.
         gain: float32 [B, H], or None for ones.
-        signs: float32 [D] or [1, H, D], another way to say `rotation` where each group is multiplied by these and by
-            Sylvester's Hadamard matrix over the root of its size; None where it is not.
+        signs: float32 [D] or [1, H, D]: `rotation` multiplies each group by these signs, and by Sylvester's Hadamard
+            matrix over the root of the group's size. None for any other rotation.
     """
 
     codes: torch.Tensor
@@ -60,15 +60,9 @@ class PackedSide:
 
     def rotated(self, channel_major: bool) -> torch.Tensor:
         """y of every token, float32 [B, H, N * T, D]."""
-        y = decode_rotated(
-            self.codes,
-            self.scale,
-            self.groups,
-            scale_format=self.scale_format,
-            gain=self.gain,
-            channel_major=channel_major,
-        )
-        return y.flatten(2, 3)
+        how = {"scale_format": self.scale_format, "gain": self.gain, "channel_major": channel_major}
+        packed = {"codes": self.codes, "scale": self.scale}
+        return decode_rotated(packed, TileCoding(self.rotation, self.groups, **how)).flatten(2, 3)
 
 
 @dataclass(frozen=True)
@@ -81,11 +75,11 @@ class RawTokens:
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """Everything that one layer stores, N tiles of T tokens and L raw tokens behind them.
+    """Everything that one layer stores: N tiles of T tokens, and L raw tokens behind them.
 
-    Positions: tile n holds [n T, (n + 1) T), the tail what follows. Sequence b's real tokens begin at starts[b] and
-    its first S of them are the sinks: inside the tiles, positions below starts[b] + S are not used, and a sink
-    counts only while its position lies inside the tiles.
+    Tile n holds positions [n T, (n + 1) T), and the tail holds the positions behind the tiles. The real tokens of
+    sequence b begin at starts[b], and the first S of them are its sinks. Inside the tiles, positions below
+    starts[b] + S are not read. A sink counts only while its position lies inside the tiles.
 
     Attributes:
         keys, values: packed tiles of H heads.
@@ -104,7 +98,7 @@ class History:
     counts: torch.Tensor | None = None
 
     def in_use(self) -> History:
-        """Without `counts`: what they leave of buffers of fixed size, the ring unrolled. Waits for the device."""
+        """The same history without `counts`: only what is filled, the ring unrolled. Waits for the device."""
         if self.counts is None:
             return self
         tiles, length = self.counts.tolist()
@@ -140,10 +134,10 @@ class Scoring:
     Attributes:
         scaling: factor of the scores.
         softcap: scores become softcap * tanh(scores / softcap).
-        s_aux: [Hq] logits that take probability and carry no value.
-        sparse_v_threshold: a tile's values are left out where all its probabilities, of every row of its head and
-            relative to the largest of their row, are below it; 0 reads everything. Kernels leave out fewer: they
-            compare with the largest that they have seen by then.
+        s_aux: [Hq] logits, one per query head, that take probability and carry no value.
+        sparse_v_threshold: the values of a tile are left out where all its probabilities are below this threshold. A
+            probability is relative to the largest of its query row, and all rows of the KV head count. 0 reads all
+            values. Kernels leave out fewer tiles, because they compare with the largest probability seen so far.
     """
 
     scaling: float

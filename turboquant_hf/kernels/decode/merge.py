@@ -1,4 +1,13 @@
-"""Triton kernel that adds up the parts of `split` by their log-sum-exp."""
+"""Triton kernel that merges the parts of `split` by their log-sum-exp.
+
+    peak   = max over parts (and s_aux)
+    weight = 2^(peak of the part - peak)
+    output = (sum of weight * sums of the part) / (sum of weight * total of the part + 2^(s_aux - peak))
+
+- One program merges one query row of one KV head.
+- Sums over packed tiles are still rotated. They are kept apart from sums over raw tokens.
+- A row that saw no token gives zeros.
+"""
 
 from __future__ import annotations
 

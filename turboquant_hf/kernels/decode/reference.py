@@ -1,4 +1,9 @@
-"""Attention of a few queries over packed tiles, sinks and tail: plain torch, the definition of the fast kernels."""
+"""Plain torch: the definition of attention over packed tiles, sinks and tail. Fast versions are tested against it.
+
+scores = scaling * q . k          for all stored tokens
+p      = softmax(scores)          over the tokens that the query sees
+output = sum of p * v
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,15 @@ from turboquant_hf.kernels.decode.inputs import History, Scoring
 def decode_attention(
     query: torch.Tensor, history: History, scoring: Scoring, *, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Softmax attention of the newest Q tokens over everything that is stored, themselves included.
+    """Softmax attention of the newest Q tokens over all stored tokens, the newest included.
 
     Args:
-        query: [B, Hq, Q, D]; query j of Q stands at position length - Q + j and sees up to itself.
+        query: [B, Hq, Q, D]; query j stands at position length - Q + j and sees tokens up to its own position.
         history: H heads, Hq a multiple of H.
-        mask: bool [B, length] or longer, False hides a position; on top of `History.starts`.
+        mask: bool [B, length] or longer; False hides a position, in addition to `History.starts`.
 
     Returns:
-        [B, Hq, Q, Dv] in the query's dtype. A row that sees nothing (a padded query) gives zeros.
+        [B, Hq, Q, Dv] in the query's dtype. A row that sees no token (a padded query) gives zeros.
     """
     history = history.in_use()
     keys, values, sinks, tail = history.keys, history.values, history.sinks, history.tail
@@ -49,7 +54,7 @@ def decode_attention(
     if scoring.s_aux is not None:
         extra = scoring.s_aux.float().reshape(1, heads, -1, 1, 1).expand(batch, -1, -1, count, 1)
         scores = torch.cat([scores, extra], dim=-1)
-    # A softmax over nothing is NaN.
+    # A softmax over no token is NaN.
     seen = visible.any(dim=-1)[:, None, None, :, None]
     probabilities = torch.where(seen, scores.softmax(dim=-1), 0.0).flatten(2, 3)
     split = [packed, sinks.keys.shape[2], length - packed]

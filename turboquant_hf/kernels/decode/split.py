@@ -1,19 +1,35 @@
-"""Triton kernel of one part of the tokens: a run of packed tiles, or a run of raw ones.
+"""Triton kernel of attention over one part of the tokens: a run of packed tiles, or a run of raw tokens.
 
-One program takes all query rows of one KV head, in one matrix tile, over its part. It leaves the part's sums, largest
-logit and total (`merge` adds parts up).
+    scores = scaling * (levels . q') * scale + q . mean         packed tokens, per group of channels (`tiles`)
+    scores = scaling * k . q                                    raw tokens (`softmax.raw_step`)
+    p      = 2^(scores * log2(e) - peak)                        peak: the part's largest logit per query row
+    sums   = sum of p * scale * levels, or of p * v             total = sum of p
+
+- The grid is (sequences * KV heads, parts, blocks of query rows). Parts below `splits` are runs of tiles.
+- A program takes up to 64 query rows of one KV head, in one matrix tile.
+- A program leaves sums, peak and total of its part in memory. `merge` adds the parts up.
+- With COUNTS, the numbers of tiles and tokens are read on the device, and the tail is a ring.
+- Products in half precision need numbers near 1. A query row is therefore divided by its largest element, and scales of
+  values by those of the first tile.
 """
 
 from __future__ import annotations
 
 import triton.language as tl
 
-from turboquant_hf.kernels.common.addresses import head_offset, row_offset
+from turboquant_hf.kernels.common.addresses import head_offset
 from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.spec import group_count, group_of
-from turboquant_hf.kernels.common.unpacking import load_scales
 from turboquant_hf.kernels.decode.softmax import logits_of, raw_step, update
-from turboquant_hf.kernels.decode.tiles import block_of, chunks_in, decode_values, load_query, score_group, store_group
+from turboquant_hf.kernels.decode.tiles import (
+    add_values,
+    block_of,
+    largest_scale,
+    load_mean,
+    load_queries,
+    score_tile,
+    store_group,
+)
 
 
 @kernel("p_key_gain", "p_value_gain", "p_starts", "p_mask", "p_counts")
@@ -60,7 +76,7 @@ def _split_kernel(
     raw = tl.zeros((BLOCK_DV, BLOCK_M), tl.float32)
 
     if split < splits:
-        # Half precision wants queries near 1: the largest of a row goes to the factor of its scores.
+        # Half precision needs queries near 1: the largest element of a row becomes a factor of its scores.
         unit = tl.full((BLOCK_M,), 1.0, tl.float32)
         if DTYPE == tl.float16:
             rotated = tl.load(p_rotated + o_query, mask=m_query, other=0.0)
@@ -68,11 +84,8 @@ def _split_kernel(
         score_unit = unit * (scaling * KEYS.unit)
         if KEY_GAIN:
             score_unit *= tl.load(p_key_gain + head)
-        qs = ()
+        qs = load_queries(p_rotated, row, m_row, unit, KEYS, D, DTYPE)
         accs = ()
-        for g in tl.static_range(group_count(KEYS)):
-            for r in tl.static_range(chunks_in(KEYS, g)):
-                qs = qs + (load_query(p_rotated, row, m_row, unit, group_of(KEYS, g), D, r, DTYPE),)
         for g in tl.static_range(group_count(VALUES)):
             accs = accs + (tl.zeros((block_of(VALUES, g), BLOCK_M), tl.float32),)
 
@@ -85,25 +98,21 @@ def _split_kernel(
         low = split * tiles_per_split
         high = tl.minimum(low + tiles_per_split, tiles)
         low = tl.maximum(low, tl.minimum(first // T, high))
-        # So do values: their scales are taken relative to those of the first tile read.
+        # Values need it too: their scales are taken relative to those of the first tile.
         value_unit = tl.full((), 1.0, tl.float32)
         if DTYPE == tl.float16:
             if low < high:
-                p_first = p_value_scale + row_offset(low.to(tl.int64), vs_n, T)
-                value_unit = tl.max(load_scales(p_first + t, t < T, VALUES.shift), axis=0)
+                value_unit = largest_scale(p_value_scale, low.to(tl.int64), vs_n, VALUES.shift, T, BLOCK_T)
                 value_unit = tl.maximum(value_unit, 1e-6) / 16.0
 
         for tile in range(low, high):
             n = tl.cast(tile, tl.int64)
-            p_tile = p_key_codes + row_offset(n, kc_n, KEYS.nbytes)
-            scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
-            for g in tl.static_range(group_count(KEYS)):
-                p_scale = p_key_scale + row_offset(n, ks_n, T) + g * T
-                scores += score_group(p_tile, p_scale, p_key_levels, qs, KEYS, g, T, BLOCK_T, BLOCK_M, DTYPE)
+            scores = score_tile(
+                p_key_codes, p_key_scale, p_key_levels, qs, n, kc_n, ks_n, KEYS, T, BLOCK_T, BLOCK_M, DTYPE
+            )
             scores *= score_unit[None, :]
             if KEY_MEAN:
-                p_mean = p_key_mean + head_offset(b, h, km_b, km_h, D) + row_offset(n, km_n, D)
-                mean = tl.load(p_mean + d, mask=d < D, other=0.0).to(tl.float32)
+                mean = load_mean(p_key_mean + head_offset(b, h, km_b, km_h, D), n, km_n, d, D)
                 scores += (tl.sum(q.to(tl.float32) * mean[:, None], axis=0) * scaling)[None, :]
             logits = logits_of(scores, softcap, SOFTCAP)
 
@@ -116,27 +125,12 @@ def _split_kernel(
             logits = tl.where(visible[:, None], logits, float("-inf"))
             p, peak, total, factor = update(logits, peak, total)
 
-            p_tile = p_value_codes + row_offset(n, vc_n, VALUES.nbytes)
-            p_scale = p_value_scale + row_offset(n, vs_n, T)
-            new = ()
-            for g in tl.static_range(group_count(VALUES)):
-                acc = accs[g] * factor[None, :]
-                if SPARSE:
-                    if tl.max(tl.max(p, axis=0), axis=0) >= sparse_v_threshold:
-                        acc = decode_values(
-                            p, p_tile, p_scale + g * T, p_value_levels, acc, 1.0 / value_unit,
-                            group_of(VALUES, g), VALUES.shift, T, BLOCK_T, BLOCK_M, DTYPE,
-                        )  # fmt: skip
-                else:
-                    acc = decode_values(
-                        p, p_tile, p_scale + g * T, p_value_levels, acc, 1.0 / value_unit,
-                        group_of(VALUES, g), VALUES.shift, T, BLOCK_T, BLOCK_M, DTYPE,
-                    )  # fmt: skip
-                new = new + (acc,)
-            accs = new
+            accs = add_values(
+                p, factor, accs, p_value_codes, p_value_scale, p_value_levels, n, vc_n, vs_n, value_unit,
+                sparse_v_threshold, VALUES, T, BLOCK_T, BLOCK_M, DTYPE, SPARSE,
+            )  # fmt: skip
             if VALUE_MEAN:
-                p_mean = p_value_mean + head_offset(b, h, vm_b, vm_h, DV) + row_offset(n, vm_n, DV)
-                mean = tl.load(p_mean + dv, mask=dv < DV, other=0.0).to(tl.float32)
+                mean = load_mean(p_value_mean + head_offset(b, h, vm_b, vm_h, DV), n, vm_n, dv, DV)
                 raw = raw * factor[None, :] + mean[:, None] * tl.sum(p, axis=0)[None, :]
 
         o_row = ((head.to(tl.int64) * splits + split) * M + m) * DV
@@ -158,9 +152,7 @@ def _split_kernel(
                 if MASK:
                     seen &= tl.load(p_mask + b * mask_b + position, mask=seen, other=0) != 0
                 peak, total, raw = raw_step(
-                    p_keys + row_offset(slot, sk_t, D)[:, None], p_values + row_offset(slot, sv_t, DV)[:, None],
-                    d, dv, slot < S,
-                    seen[:, None] & (position[:, None] <= newest[None, :]), q, peak, total, raw,
+                    p_keys, p_values, sk_t, sv_t, slot, slot < S, seen, position, newest, d, dv, q, peak, total, raw,
                     scaling, softcap, SOFTCAP, D, DV, RAW_DTYPE, PRECISION,
                 )  # fmt: skip
         p_keys = p_tail_keys + head_offset(b, h, tk_b, tk_h, D)
@@ -171,11 +163,9 @@ def _split_kernel(
             seen = (slot < tail) & (position >= start)
             if MASK:
                 seen &= tl.load(p_mask + b * mask_b + position, mask=slot < tail, other=0) != 0
-            wide = (position % ring if COUNTS else slot).to(tl.int64)
+            place = (position % ring if COUNTS else slot).to(tl.int64)
             peak, total, raw = raw_step(
-                p_keys + row_offset(wide, tk_t, D)[:, None], p_values + row_offset(wide, tv_t, DV)[:, None],
-                d, dv, slot < tail,
-                seen[:, None] & (position[:, None] <= newest[None, :]), q, peak, total, raw,
+                p_keys, p_values, tk_t, tv_t, place, slot < tail, seen, position, newest, d, dv, q, peak, total, raw,
                 scaling, softcap, SOFTCAP, D, DV, RAW_DTYPE, PRECISION,
             )  # fmt: skip
 

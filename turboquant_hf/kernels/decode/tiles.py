@@ -1,8 +1,11 @@
 """Both products of attention with one packed tile, group by group.
 
-Products are transposed, scores^T = K q^T and out^T = V^T p^T, so that the decoded operand stays in registers. A field
-of a plane is a run of neighbouring channels (keys) or tokens (values): the other operand is cut the same way, and
-nothing is interleaved.
+    scores^T = K q^T          [tokens, query rows]
+    out^T    = V^T p^T        [channels, query rows]
+
+- Products are transposed so that the decoded operand stays in registers.
+- A field of a plane is a run of neighbouring channels (keys) or tokens (values). The other operand is cut into the same
+  runs, so nothing is interleaved.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.common.spec import group_of
+from turboquant_hf.kernels.common.addresses import row_offset
+from turboquant_hf.kernels.common.spec import group_count, group_of
 from turboquant_hf.kernels.common.unpacking import decode_levels, load_scales, unpack_chunk
 from turboquant_hf.kernels.common.words import level_numbers
 
@@ -46,11 +50,21 @@ def load_query(p_rotated, row, m_row, unit, GROUP: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
+def load_queries(p_rotated, row, m_row, unit, KEYS: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Tuple of all chunks of all groups, in the order of the channels."""
+    qs = ()
+    for g in tl.static_range(group_count(KEYS)):
+        for r in tl.static_range(chunks_in(KEYS, g)):
+            qs = qs + (load_query(p_rotated, row, m_row, unit, group_of(KEYS, g), D, r, DTYPE),)
+    return qs
+
+
+@triton.jit
 def score_group(
     p_tile, p_scale, p_levels, qs, KEYS: tl.constexpr, g: tl.constexpr,
     T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """What one group of channels adds to the scores of a tile: [BLOCK_T, M]."""
+    """The part of a tile's scores that one group of channels gives: [BLOCK_T, M]."""
     GROUP: tl.constexpr = group_of(KEYS, g)
     CHUNKS: tl.constexpr = GROUP.chunks
     t = tl.arange(0, BLOCK_T)
@@ -66,6 +80,20 @@ def score_group(
         dots = tl.dot(k, qs[GROUP.first_chunk + r], dots, input_precision="ieee")
     scale = load_scales(p_scale + t, t < T, KEYS.shift) * GROUP.lead
     return dots * scale[:, None]
+
+
+@triton.jit
+def score_tile(
+    p_codes, p_scale, p_levels, qs, n, codes_n, scale_n, KEYS: tl.constexpr,
+    T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Products of tile n of a head with all chunks of its queries, before their factor: [BLOCK_T, M]."""
+    p_tile = p_codes + row_offset(n, codes_n, KEYS.nbytes)
+    scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    for g in tl.static_range(group_count(KEYS)):
+        p_group = p_scale + row_offset(n, scale_n, T) + g * T
+        scores += score_group(p_tile, p_group, p_levels, qs, KEYS, g, T, BLOCK_T, BLOCK_M, DTYPE)
+    return scores
 
 
 @triton.jit
@@ -94,7 +122,50 @@ def decode_values(
 
 
 @triton.jit
+def add_values(
+    p, factor, accs, p_codes, p_scale, p_levels, n, codes_n, scale_n, value_unit, threshold, VALUES: tl.constexpr,
+    T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr, SPARSE: tl.constexpr,
+):  # fmt: skip
+    """Tuple of acc * factor + (V^T p^T) / value_unit for all groups of tile n of a head.
+
+    With SPARSE, V is not read where every probability is below `threshold`.
+    """
+    p_tile = p_codes + row_offset(n, codes_n, VALUES.nbytes)
+    p_first = p_scale + row_offset(n, scale_n, T)
+    new = ()
+    for g in tl.static_range(group_count(VALUES)):
+        acc = accs[g] * factor[None, :]
+        if SPARSE:
+            if tl.max(tl.max(p, axis=0), axis=0) >= threshold:
+                acc = decode_values(
+                    p, p_tile, p_first + g * T, p_levels, acc, 1.0 / value_unit,
+                    group_of(VALUES, g), VALUES.shift, T, BLOCK_T, BLOCK_M, DTYPE,
+                )  # fmt: skip
+        else:
+            acc = decode_values(
+                p, p_tile, p_first + g * T, p_levels, acc, 1.0 / value_unit,
+                group_of(VALUES, g), VALUES.shift, T, BLOCK_T, BLOCK_M, DTYPE,
+            )  # fmt: skip
+        new = new + (acc,)
+    return new
+
+
+@triton.jit
+def largest_scale(p_scale, n, scale_n, SHIFT: tl.constexpr, T: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The largest scale of the first group of tile n."""
+    t = tl.arange(0, BLOCK_T)
+    return tl.max(load_scales(p_scale + row_offset(n, scale_n, T) + t, t < T, SHIFT), axis=0)
+
+
+@triton.jit
+def load_mean(p_mean, n, mean_n, d, D: tl.constexpr):
+    """The mean of tile n of a head, float32."""
+    return tl.load(p_mean + row_offset(n, mean_n, D) + d, mask=d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_group(p_out, o_row, m_row, acc, GROUP: tl.constexpr):
+    """Store the sums [channels, M] of one group."""
     c = tl.arange(0, GROUP.block)
     o_out = o_row[None, :] + (GROUP.start + c)[:, None]
     tl.store(p_out + o_out, acc, mask=m_row[None, :] & (c < GROUP.size)[:, None])

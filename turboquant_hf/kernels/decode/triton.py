@@ -15,7 +15,7 @@ from turboquant_hf.kernels.decode.split import _split_kernel
 
 BLOCK_RAW = 32
 RAW_TOKENS = 256
-"""Raw tokens of a program: about what a run of tiles costs."""
+"""Raw tokens per program: they cost about as much as a run of tiles."""
 MAX_ROWS = 64
 INTERPRETER_SPLITS = 3
 
@@ -106,14 +106,14 @@ def _inner_contiguous(side: PackedSide) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def _fill(device: torch.device) -> int:
-    """How many programs keep the device busy: two a multiprocessor."""
+    """How many programs keep the device busy: two per multiprocessor."""
     if device.type != "cuda":
         return INTERPRETER_SPLITS * 2
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(dim: int, block_m: int, groups: tuple[GroupSpec, ...]) -> dict[str, int]:
-    # A pipelined table look-up is staged in shared memory like any load, more of it than an A100 has.
+    # Pipelined loads are staged in shared memory. Those of a table look-up need more of it than an A100 has.
     return {
         "num_warps": 8 if dim > 128 or block_m > 32 else 4,
         "num_stages": 2 if all(group.coefficients for group in groups) else 1,

@@ -1,4 +1,4 @@
-"""Encode and decode whole tiles of rotated, scaled and packed codes."""
+"""Encoding whole tiles (rotate, scale, round, pack), and decoding them to vectors."""
 
 from turboquant_hf.kernels.encode.reference import decode_tiles, encode_tiles, tile_mean
 

@@ -1,4 +1,10 @@
-"""Triton kernel that turns packed tiles back into vectors."""
+"""Triton kernel that turns packed tiles back into vectors.
+
+    y = levels(codes) * scale            32 rotated channels of one group at a time
+    x = inverse y + mean                 the products of all groups add up
+
+One program decodes up to 128 channels of all tokens of one tile.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +31,7 @@ from turboquant_hf.kernels.common.words import level_numbers
 
 @triton.jit
 def _unpack_elements(p_rows, row, code, GROUP: tl.constexpr):
-    """Codes `code` of packed rows `row` (index tensors that broadcast): int32."""
+    """The codes at places `code` of packed rows `row` (index tensors that broadcast): int32."""
     codes = tl.zeros_like(row + code)
     for plane in tl.static_range(plane_count(GROUP)):
         o_byte = code % plane_of(GROUP, plane, 2) + plane_of(GROUP, plane, 3)
@@ -42,6 +48,7 @@ def _decode_group(
     acc, p_codes, p_scale, p_levels, p_inverse, d, GROUP: tl.constexpr, SHIFT: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
 ):  # fmt: skip
+    """acc + the part of inverse y that one group of channels gives: [tokens, BLOCK_D]."""
     t = tl.arange(0, BLOCK_T)
     token = tl.minimum(t, T - 1)[:, None]
     scale = load_scales(p_scale + t, t < T, SHIFT)

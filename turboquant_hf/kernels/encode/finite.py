@@ -1,4 +1,9 @@
-"""Triton kernel that looks for what is no number in tiles that are about to be encoded."""
+"""Triton kernel that finds the KV heads with a NaN or an infinity in tiles that are about to be encoded.
+
+    bad[head] = 1    where any |x| of a token with weight is not below infinity
+
+One program reads up to 64 channels of a run of tiles of one KV head.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton kernel of `tile_mean`."""
+"""Triton kernel of `tile_mean`: one program reads up to 64 channels of a tile and stores their mean over the tokens."""
 
 from __future__ import annotations
 

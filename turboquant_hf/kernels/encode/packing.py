@@ -1,4 +1,7 @@
-"""Packed rows of codes, inside the encoder: a byte is a sum over its fields (`primitives.packing`)."""
+"""Packing inside the encoder: a byte is the sum of its fields, each shifted to its place (`primitives.packing`).
+
+byte[j] = sum over f of ((code[j + f * BYTES] >> SHIFT) & FIELD) << (f * WIDTH)        per plane of WIDTH bits
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def pack_plane(
 def pack_regular(
     codes, p_rows, GROUP: tl.constexpr, PLANE: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr
 ):  # fmt: skip
-    """`pack_plane` for rows of a power of two of codes: the fields of a byte stand along an axis of their own."""
+    """Equivalent to `pack_plane`, for rows of a power of two of codes: the fields have an axis of their own."""
     WIDTH: tl.constexpr = plane_of(GROUP, PLANE, 0)
     SHIFT: tl.constexpr = plane_of(GROUP, PLANE, 1)
     BYTES: tl.constexpr = plane_of(GROUP, PLANE, 2)

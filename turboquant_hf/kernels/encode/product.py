@@ -1,10 +1,10 @@
-"""y = A v inside the encoder: matrix products in half precision that lose nothing that matters.
+"""y = A v inside the encoder, by products in half precision that are nearly as exact as float32.
 
-    SPLIT   v as two float16 halves (22 bits): y = A_1 high + A_1 low + A_2 high + ...
-    RAW     v as it came, where it is neither centred nor balanced
-    FULL    float32, three tf32 products each
+    SPLIT   v as two float16 numbers (22 bits): y = A_1 high + A_1 low + A_2 high + ...
+    RAW     v in its own dtype, where it is neither centred nor balanced
+    FULL    float32, as three tf32 products
 
-A_1, A_2, ... are the parts of the matrix (`operand`): one is exact for a Hadamard matrix over its largest element.
+A_1, A_2, ... are the parts of the matrix (`operand`). A Hadamard matrix over its largest element has one exact part.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def ranks(p_order, channels, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def group_matrices(p_matrix, row, m_row, part_stride, D: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr):
-    """Rows `row` of the columns that make one group, a tensor for each part."""
+    """Rows `row` of the columns of one group, one tensor per part of the matrix."""
     c = tl.arange(0, GROUP.block)
     o_row = row[:, None] * D + (GROUP.start + c)[None, :]
     mask = m_row[:, None] & (c < GROUP.size)[None, :]
@@ -54,7 +54,7 @@ def matrices_of(
 
 @triton.jit
 def prepared(x, mean, balance, MEAN: tl.constexpr, BALANCE: tl.constexpr, PATH: tl.constexpr):
-    """What is multiplied by the matrix, as two tensors of the products' type (the second of use to SPLIT only)."""
+    """The vectors to be multiplied by the matrix, as two tensors of the products' dtype. Only SPLIT uses the second."""
     if PATH == RAW:
         return x, x
     else:
@@ -87,10 +87,11 @@ def product(acc, high, low, matrices, FIRST: tl.constexpr, PARTS: tl.constexpr, 
 def operand(
     transform: torch.Tensor, groups: tuple[CodeGroup, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A shared matrix [D, D] or [1, H, D, D] as products read it: parts of `dtype`, and what to multiply them by.
+    """A shared matrix [D, D] or [1, H, D, D] in the form that products read: parts of `dtype`, and one unit per group.
 
-    A group's rows are divided by their largest element. A Hadamard matrix then has one exact part, any other a sum
-    of two (float16) or three (bfloat16) that is off by 2^-24 at most. Waits for the device, once for a matrix.
+    The rows of a group are divided by their largest element, the unit. A Hadamard matrix then has one exact part. Any
+    other matrix is the sum of two parts (float16) or three (bfloat16), with an error of at most 2^-24. Waits for the
+    device once per matrix.
 
     Returns: [parts, 1 or H, D, D], transposed; float32 [1 or H, groups].
     """

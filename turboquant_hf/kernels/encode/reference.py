@@ -1,4 +1,4 @@
-"""Plain torch: the definition that every faster encoder is tested against."""
+"""Plain torch: the definition of encoding and decoding tiles, which the Triton kernels are tested against."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from turboquant_hf.kernels.codes import (
-    CodeGroup,
     TileCoding,
     from_words,
     group_places,
@@ -22,7 +21,7 @@ from turboquant_hf.primitives import pack, pack_words, packed_size, unpack, unpa
 def tile_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """Mean over the tokens of each tile. x: [B, H, N, T, D]; weight: [B, N, T], 0 for padding -> [B, H, N, D] fp16.
 
-    A mean that float16 cannot hold is a NaN. So is an infinity, here and in `encode_tiles`.
+    A mean that float16 cannot hold becomes NaN. An infinity counts as NaN, here and in `encode_tiles`.
     """
     x = _nan_for_inf(x.float())
     if weight is None:
@@ -46,9 +45,9 @@ def encode_tiles(
     Args:
         x: [B, H, N, T, D], any float dtype; the arithmetic is float32.
         mean: [B, H, N, D], subtracted before the transform; with `coding.center` it is `tile_mean(x, weight)`.
-        weight: [B, N, T], of use with `coding.center` and to groups in words: there a token without weight has the
-            scale 0, and no influence on the codes of others.
-        out: arrays (or views of some, [B, H, N, ...]) to write to, instead of new ones.
+        weight: [B, N, T], 0 for padding and sinks. It enters the mean (`coding.center`). In groups in words, a token
+            without weight has the scale 0 and does not influence the codes of other tokens.
+        out: arrays [B, H, N, ...], or views, to write to instead of new ones.
 
     Returns:
         {"codes": uint8 [B, H, N, bytes], "scale": [B, H, N, G, T]} and with `coding.center` "mean" [B, H, N, D] fp16:
@@ -107,8 +106,8 @@ def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
     """Which heads, bool [B, H], hold a NaN or an infinity in tiles [B, H, N, T, D] where weight [B, N, T] is not 0.
 
-    Scales of one byte have no pattern for NaN, and would hide it: a NaN gain lets it be seen in all that is read of
-    the head's tiles, which is what attention over raw tensors makes of it too.
+    One-byte scales have no pattern for NaN, so they would hide it. Callers give such a head a NaN gain instead. All
+    that is read of the head's tiles is then NaN, as attention over raw tensors would be.
     """
     skipped = weight[:, None] == 0
     norms = [torch.linalg.vector_norm(x, ord=torch.inf, dim=-1) for x in fresh]
@@ -142,20 +141,17 @@ def _scale(y: torch.Tensor, code: torch.Tensor, rule: str) -> torch.Tensor:
     return norm.square() / inner.clamp(min=1e-30)
 
 
-def decode_rotated(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    groups: tuple[CodeGroup, ...],
-    *,
-    scale_format: str = "fp16",
-    gain: torch.Tensor | None = None,
-    channel_major: bool = False,
-) -> torch.Tensor:
-    """The scaled codebook vectors, still rotated: float32 [B, H, N, T, D]. Arguments as in `TileCoding`."""
-    tile = scale.shape[-1]
-    factor = load_scale(scale, scale_format)
-    if gain is not None:
-        factor = factor * gain[:, :, None, None, None]
+def decode_rotated(packed: dict[str, torch.Tensor], coding: TileCoding) -> torch.Tensor:
+    """The scaled codebook vectors, still rotated: float32 [B, H, N, T, D].
+
+    Of `packed`, "codes" and "scale" are read. Of `coding`, the groups, the format and gain of scales, and
+    `channel_major` are read: nothing of the transform.
+    """
+    codes, scale = packed["codes"], packed["scale"]
+    groups, channel_major, tile = coding.groups, coding.channel_major, scale.shape[-1]
+    factor = load_scale(scale, coding.scale_format)
+    if coding.gain is not None:
+        factor = factor * coding.gain[:, :, None, None, None]
     parts = []
     lead = codes.shape[:-1]
     row_bytes = sum(packed_size(group.size, group.bits) for group in groups if not group.in_words)
@@ -179,13 +175,10 @@ def decode_tiles(packed: dict[str, torch.Tensor], inverse: torch.Tensor, coding:
     """Undo `encode_tiles`: x = inverse @ y + mean (where `packed` has a "mean"), float32 [B, H, N, T, D].
 
     Args:
-        inverse: [D, D] or [B or 1, H, D, D], of all that `coding` does to a vector: its transform, order and balance
-            are not looked at.
+        inverse: [D, D] or [B or 1, H, D, D], the inverse of transform, order and balance together: those of `coding`
+            are not read.
     """
-    y = decode_rotated(
-        packed["codes"], packed["scale"], coding.groups, scale_format=coding.scale_format, gain=coding.gain,
-        channel_major=coding.channel_major,
-    )  # fmt: skip
+    y = decode_rotated(packed, coding)
     matrix = inverse if inverse.dim() == 2 else inverse.unsqueeze(2)
     x = y @ matrix.float().transpose(-1, -2)
     if "mean" in packed:

@@ -1,7 +1,9 @@
 """Codes of the nearest levels, inside the encoder.
 
-An odd polynomial of a coordinate, rounded, names one of the two thresholds around it; one comparison gives the code
-(`GroupSpec.guess`). Codebooks without such a polynomial are searched by bisection.
+    number = round(g0 x + g1 x^3 + ...)               one of the two thresholds around x (`GroupSpec.guess`)
+    code   = number + (x > threshold(number))         less the offset of the numbers
+
+Codebooks without such a polynomial are searched by bisection.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def _odd(x, GROUP: tl.constexpr, NAME: tl.constexpr):
 
 @triton.jit
 def _looked_up(p_table, index):
-    """int32 entries of a small table. A load of its own would be given, and bring about, a layout for wide rows."""
+    """int32 entries of a small table. Assembly, because Triton would give a plain load a layout for wide rows."""
     if INTERPRETED:
         return tl.load(p_table + index)
     else:
@@ -44,7 +46,7 @@ def _looked_up(p_table, index):
 
 @triton.jit
 def rounded(point, p_thresholds, p_levels, p_pairs, GROUP: tl.constexpr):
-    """Codes of the nearest levels, int32 of which the low 8 bits count, and the levels."""
+    """The codes of the nearest levels (int32, of which the low 8 bits count), and the levels."""
     BITS: tl.constexpr = GROUP.bits
     HALF: tl.constexpr = 1 << (BITS - 1)
     if terms_of(GROUP, "guess") == 0:
@@ -56,7 +58,7 @@ def rounded(point, p_thresholds, p_levels, p_pairs, GROUP: tl.constexpr):
     else:
         moved = _odd(tl.clamp(point, -GROUP.edge, GROUP.edge), GROUP, "guess") + MAGIC
         number = moved - MAGIC
-        # The code below the threshold; masked, since a NaN has no guess and must not reach outside a table.
+        # The code below the threshold. It is masked, because the guess of a NaN must not reach outside a table.
         low = (moved.to(tl.int32, bitcast=True) - (0x4B400000 - HALF + 1)) & (2 * HALF - 1)
         if terms_of(GROUP, "midpoints") > 0:
             above = point > _odd(number, GROUP, "midpoints")

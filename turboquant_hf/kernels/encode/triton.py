@@ -48,7 +48,7 @@ PROGRAMS = 256
 """Give one program several tiles only while this many programs remain, so that its matrices are loaded once."""
 WARPS = 8
 REGISTERS = 255
-"""Of a thread of 8 warps: one program an SM that hardly spills. Measured on an H100: half the time of two that do."""
+"""Per thread of 8 warps: one program per SM, which hardly spills. Two per SM take twice the time on an H100."""
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _write_group(
     tl.store(p_scale + t, stored, mask=t < T)
 
     if FOLDED and not GROUP.in_words:
-        # Rows t and t + T / 2 were put 8 apart, into one thread of a matrix product: back to the order of tokens.
+        # Rows t and t + T / 2 stand 8 apart, in one thread of a matrix product. Go back to the order of tokens.
         codes = tl.permute(tl.reshape(codes, (BLOCK_T // 16, 2, 8, BLOCK_C)), (1, 0, 2, 3))
         codes = tl.reshape(codes, (BLOCK_T, BLOCK_C))
     for plane in tl.static_range(plane_count(GROUP)):
@@ -145,7 +145,7 @@ def _encode_kernel(
     p_mean += head_offset(b, h, m_b, m_h, D)
     p_codes += head_offset(b, h, c_b, c_h, SPEC.nbytes)
     p_scale += head_offset(b, h, s_b, s_h, T)
-    p_points += (head * tl.num_programs(1) + tl.program_id(1)) * T * BLOCK_D  # of use to groups in words alone
+    p_points += (head * tl.num_programs(1) + tl.program_id(1)) * T * BLOCK_D  # used by groups in words
     for n in range(first, last):
         tile = tl.full((), 0, tl.int64) + n
         p_rows = p_x + row_offset(tile, x_n, D) + row_offset(t, x_t, D)[:, None]
@@ -215,11 +215,11 @@ def encode_tiles(
 def _arguments(
     x: torch.Tensor, coding: TileCoding, mean: torch.Tensor | None, out: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """What a launch is told about tiles x [B, H, N, T, D], and how it is compiled."""
+    """The arguments of a launch for tiles x [B, H, N, T, D], and its compile-time constants."""
     tile, dim = x.shape[-2:]
     transform, groups, center, device = coding.transform, coding.groups, coding.center, x.device
     shared = transform.dim() == 2 or transform.shape[0] == 1
-    if INTERPRETED and x.dtype == torch.bfloat16:  # its products of bfloat16 are of the bytes
+    if INTERPRETED and x.dtype == torch.bfloat16:  # the interpreter multiplies the bytes of bfloat16
         x = x.float()
     if x.dtype == torch.float32 or not shared or (coding.balance is None and (center or mean is not None)):
         path, dtype = FULL, torch.float32
@@ -240,7 +240,7 @@ def _arguments(
     (c_b, c_h, c_n), (s_b, s_h, s_n) = out["codes"].stride()[:3], out["scale"].stride()[:3]
     x_b, x_h, x_n, x_t = x.stride()[:4]
     spec = tile_spec(groups, tile, coding.scale_format, channel_major=coding.channel_major, exact=True)
-    # Twice the warps for wide heads; but for padded groups of them Triton 3.6 then reads past its shared memory.
+    # Wide heads get twice the warps. Not those with padded groups: Triton 3.6 then reads past its shared memory.
     many = block > 128 and all(group.block == group.size for group in spec.groups)
     learned = {"p_order": coding.order, "p_balance": coding.balance, "p_gain": coding.gain}
     return {

@@ -1,8 +1,9 @@
 """The search of `primitives.trellis.Trellis.encode` inside the Triton encoder: one word per thread, all in registers.
 
-A program leaves its normalised vectors in memory of its own, because a word's values belong to many threads there. Of
-each of the 16 states a thread keeps the cost of the best way to it and the path bits of that way, so that nothing is
-traced back. The levels that were chosen take the vectors' place: the scale rules want them.
+- A program writes its normalised vectors to memory of its own, because the values of a word belong to many threads.
+- One thread searches one word. For each of the 16 states it keeps the cost of the best path there, and the path's bits.
+  Nothing is traced back.
+- The chosen levels then overwrite the vectors in memory, because the scale rules read levels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def any_in_words(groups: tuple[CodeGroup, ...]) -> bool:
 
 
 def room_for_points(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: int) -> torch.Tensor:
-    """What `write_words` writes vectors to: float32, for `programs` programs per head of tiles x [B, H, N, T, D]."""
+    """Memory for the vectors of `write_words`: float32, for `programs` programs per head of tiles x [B, H, N, T, D]."""
     if not any_in_words(groups):
         return x
     size = x.shape[0] * x.shape[1] * programs * x.shape[3] * padded_size(x.shape[4])
@@ -36,7 +37,7 @@ def room_for_points(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: in
 
 @triton.constexpr_function
 def _subset_of(register):
-    """The subset of path bits of which bit i is p_(t-i): parities of h0 = 23 and h1 = 04 octal."""
+    """The subset of a value, from path bits of which bit i is p_(t-i): parities of h0 = 23 and h1 = 04 octal."""
     return 2 * ((register & 0o23).bit_count() & 1) + ((register & 0o04).bit_count() & 1)
 
 
@@ -47,7 +48,7 @@ def words_at_once(group, tile):
 
 @triton.jit
 def _offset(word, index, GROUP: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr):
-    """Where value `index` of a word stands in vectors [T, block]; neighbouring words have neighbouring channels."""
+    """Offset of value `index` of a word in vectors [T, block]. Neighbouring words have neighbouring channels."""
     QUARTER: tl.constexpr = GROUP.size // 4
     place = index % 2 * 16 + index // 2 % 2 * 8 + index // 4
     if CHANNEL_MAJOR:
@@ -62,7 +63,7 @@ def _offset(word, index, GROUP: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl
 
 @triton.jit
 def _nearest(x, p_edges, GROUP: tl.constexpr):
-    """Which level of a subset is nearest to x, int32; the last for a NaN. p_edges: its thresholds, one for each x."""
+    """Number of the subset's level nearest to x, int32; the last for a NaN. p_edges: the first threshold, one per x."""
     pick = tl.zeros(x.shape, tl.int32)
     for step in tl.static_range(GROUP.bits - 1):
         higher = pick + (1 << (GROUP.bits - 2 - step))
@@ -77,13 +78,13 @@ def _level(group, subset, index):
 
 @triton.constexpr_function
 def _edge(group, subset, index):
-    """Between levels index - 1 and index of a subset."""
+    """The threshold between levels index - 1 and index of a subset."""
     return (group.book[subset + 4 * index - 4] + group.book[subset + 4 * index]) / 2
 
 
 @triton.jit
 def _nearest_level(x, GROUP: tl.constexpr, SUBSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The level nearest to x of levels [LOW, HIGH) of a subset: by comparisons alone, which are quicker than loads."""
+    """Of levels [LOW, HIGH) of a subset, the one nearest to x. Comparisons alone are quicker than loads."""
     if HIGH - LOW == 1:
         return tl.zeros_like(x) + _level(GROUP, SUBSET, LOW)
     else:
@@ -98,9 +99,9 @@ def _search(
     costs, paths, first, steps, unmarked, word, m_word, p_points, GROUP: tl.constexpr, T: tl.constexpr,
     CHANNEL_MAJOR: tl.constexpr,
 ):  # fmt: skip
-    """Take `steps` values from `first` on: cost of the best way to every state, and its path bits, oldest in bit 0.
+    """Read `steps` values from `first` on: the cost of the best path to every state, and its bits, the oldest in bit 0.
 
-    unmarked: steps at the beginning whose path bits are left out.
+    unmarked: the path bits of so many first steps are left out.
     """
     for step in range(steps):
         mark = tl.cast(step >= unmarked, tl.uint32) << tl.cast(tl.maximum(step - unmarked, 0), tl.uint32)
@@ -130,7 +131,7 @@ def _search(
 def _path(
     word, m_word, p_points, GROUP: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr
 ):  # fmt: skip
-    """The path bits of words, uint32: a search with free ends finds the state that a second one starts and ends in."""
+    """The path bits of words, uint32. A search with free ends finds a state, in which a second one starts and ends."""
     none = tl.zeros(word.shape, tl.uint32)
     costs = ()
     paths = ()
@@ -162,7 +163,7 @@ def _path(
 
 @triton.jit
 def _with_field(fields, pick, index, i: tl.constexpr, GROUP: tl.constexpr, PLAIN: tl.constexpr):
-    """A word of plain bits, with those of value `index` (which is i modulo 4) if they belong there."""
+    """A word of plain bits, with the bits of value `index` (i modulo 4) added if they belong to this word."""
     WIDTH: tl.constexpr = word_plane(GROUP, PLAIN, 0)
     if i % WIDTH == word_plane(GROUP, PLAIN, 2):
         field = (pick >> word_plane(GROUP, PLAIN, 1)) & ((1 << WIDTH) - 1)

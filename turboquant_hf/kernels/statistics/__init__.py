@@ -1,4 +1,4 @@
-"""What quantizers measure before the first encode: energies, and the state that follows from them."""
+"""Statistics that quantizers take before the first encode: sums of squares, and the state that follows from them."""
 
 from turboquant_hf.kernels.statistics.reference import (
     balance_channels,

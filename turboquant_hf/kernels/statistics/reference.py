@@ -13,11 +13,11 @@ SAMPLED_TILES = 8
 """`effective_rank` reads at least that many tiles where there are more, and less than twice as many."""
 
 TINY = 1e-30
-"""A mean square below it counts as zero: its root says nothing of the numbers to come."""
+"""A mean square below this counts as zero: its root predicts nothing about later numbers."""
 
 
 def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
-    """Sums of squares over the tokens that count, of what is left of x without its tile's mean where `center`.
+    """Sums of squares over the tokens that count. With `center`, the mean of each tile is subtracted before.
 
     Args:
         x: [B, H, N, T, D].
@@ -99,7 +99,7 @@ def balance_channels(
 def typical_scale(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Root mean square of a head's elements from energies [B, H, D] over `count` [B] tokens: [B, H], 1 for zeros.
 
-    A sequence that is padding so far has no tokens of its own here, but tokens to come: it borrows.
+    A sequence that is all padding so far has no tokens yet. It borrows (`borrow`) for the tokens to come.
     """
     rms = (borrow(energy.sum(dim=-1), count[:, None]) / energy.shape[-1]).sqrt()
     return torch.where(rms == 0.0, 1.0, rms)
@@ -132,7 +132,7 @@ def power_of_two(x: torch.Tensor) -> torch.Tensor:
 def borrow(sums: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Means [B, H, ...] from sums and counts [B, 1, ...], short sequences filled up with the batch's average.
 
-    A sequence with NaN or infinite sums lends nothing: its numbers are its own trouble.
+    A sequence with NaN or infinite sums lends nothing, so it does not spoil the others.
     """
     lends = sums.isfinite()
     pooled = torch.where(lends, sums, 0.0).sum(dim=0, keepdim=True)
@@ -142,7 +142,7 @@ def borrow(sums: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 def _root(mean_square: torch.Tensor) -> torch.Tensor:
-    """Root with a floor, so that a dead channel neither divides by zero nor draws unbounded balance; 1 for zeros."""
+    """Root with a floor, so that a dead channel neither divides by zero nor gets an unbounded balance; 1 for zeros."""
     mean = mean_square.mean(dim=-1, keepdim=True)
     floor = torch.where(mean < TINY, 1.0, 1e-6 * mean)
     return torch.maximum(mean_square, floor).sqrt()

@@ -1,4 +1,10 @@
-"""Triton kernels of the statistics: what is measured is read once and summed in float32."""
+"""Triton kernels of the statistics. Tensors are read once and summed in float32.
+
+_query_kernel    sums of squares of a prompt's queries       one program per KV head and 256 tokens
+_add_kernel      the same for the tokens of a step           one program per KV head
+_tile_kernel     sums of squares of centred tiles            one program per run of tiles and 64 channels
+_state_kernel    balance and order from these sums           one program per KV head
+"""
 
 from __future__ import annotations
 
@@ -18,9 +24,6 @@ QUERIES = 256
 PROGRAMS = 1024
 PRIOR = tl.constexpr(float(PRIOR_TOKENS))
 LEAST = tl.constexpr(TINY)
-
-
-# ---------------------------------------------------------------- energies
 
 
 @triton.jit
@@ -94,7 +97,7 @@ def _add_kernel(
 def add_queries(
     query: torch.Tensor, energy: torch.Tensor, count: torch.Tensor, counts: torch.Tensor, starts: torch.Tensor
 ) -> None:
-    """Equivalent to `reference.add_queries`, and the host does not wait. One program per head: for few tokens."""
+    """Equivalent to `reference.add_queries`, but the host does not wait. Meant for the few tokens of a step."""
     query = rows_contiguous(query)
     (batch, query_heads, tokens, dim), heads = query.shape, energy.shape[1]
     _add_kernel[(batch * heads,)](
@@ -142,9 +145,6 @@ def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Te
     return out.sum(dim=2)
 
 
-# ---------------------------------------------------------------- the state of conditioned keys
-
-
 @triton.jit
 def root(mean_square, D: tl.constexpr):
     """Root with a floor (`reference._root`); channels past D are 0 in the sum."""
@@ -155,7 +155,7 @@ def root(mean_square, D: tl.constexpr):
 
 @triton.jit
 def borrowed(energy, count, pooled, pooled_count):
-    """`reference.borrow` of one sequence; `pooled` are the batch's finite sums, over `pooled_count` tokens."""
+    """`reference.borrow` for one sequence. `pooled`: the batch's finite sums, over `pooled_count` tokens."""
     missing = tl.maximum(-(count - PRIOR), 0.0)
     average = pooled / tl.maximum(pooled_count, 1.0)
     return (energy + missing * average) / tl.maximum(count + missing, 1.0)
@@ -179,7 +179,7 @@ def write_state(
     if size_count(SIZES) == 1:
         rank = d
     else:
-        # A NaN stands first, as in argsort, and never twice: the order stays one.
+        # A NaN sorts first, as in argsort. Ties go to the lower channel, so that no place is taken twice.
         importance = tl.where(importance == importance, importance, float("inf"))
         importance = tl.where(d < D, importance, -1.0)
         before = (importance[:, None] > importance[None, :]) | (

@@ -28,7 +28,7 @@ FIELDS = (
     ("s_aux", "const float*", "[query heads]: logits that take probability and carry no value; null: none"),
     ("counts", "const int*", "{tiles, length} on the device, which replace tiles and tail; null: none"),
     ("work", "float*", "the blocks' parts of each result, see workspace.py"),
-    ("arrivals", "int*", "per query row, how many blocks are done; zeros, and zeros again at the end"),
+    ("arrivals", "int*", "per query row, how many blocks are done; zeros before and after the launch"),
     ("result", "u16*", "like query"),
     ("heads", "int", "H, KV heads"),
     ("all_rows", "int", "query rows per KV head"),
@@ -41,13 +41,13 @@ FIELDS = (
     ("ring", "int", "tokens of the ring that the tail is; 0: the tail begins at its first token"),
     ("fresh", "int", "tokens of new_keys and new_values"),
     ("key_turn_stride", "int", "from one head's rotation to the next; 0: all heads share one"),
-    ("value_turn_stride", "int", ""),
+    ("value_turn_stride", "int", "the same for the rotation of the values"),
     ("mask_stride", "int", "from one sequence's mask to the next"),
     ("scaling", "float", "of q . k"),
     ("softcap", "float", "(SOFTCAP)"),
     ("sparse", "float", "log2 of the threshold (SPARSE)"),
 )
-"""(name, C type, what it is) in the order of the structure; words in capitals are constants of source.py."""
+"""(name, C type, meaning) in the order of the structure. Words in capitals are constants of source.py."""
 
 _NUMBERS = {"int": ctypes.c_int, "float": ctypes.c_float}
 

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels built once per machine: binaries on disk, found again by what they were built from."""
+"""CUDA C++ kernels, built once per machine: a binary on disk is named by a hash of everything it was built from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VARIABLE = "TURBOQUANT_KERNEL_CACHE"
 
 
 def folder() -> Path:
-    """Where binaries are kept: TURBOQUANT_KERNEL_CACHE, or turboquant_hf/kernels in the user's cache folder."""
+    """The folder of the binaries: TURBOQUANT_KERNEL_CACHE, or turboquant_hf/kernels in the user's cache folder."""
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turboquant_hf" / "kernels"
@@ -62,7 +62,7 @@ def _read(path: Path) -> tuple[bytes, str] | None:
 
 
 def _write(path: Path, binary: bytes, symbol: str) -> None:
-    """All or nothing; a folder that cannot be written to costs the next process a build, nothing else."""
+    """Write the whole file or none. If the folder cannot be written to, the next process builds again."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-// Tiles on their way to shared memory. A team has one room for keys and one for values: a tile's values arrive while its
-// keys are at work, and the next tile's keys arrive while its values are.
+// Copies of tiles to shared memory. A team has room for the keys of one tile and for the values of one tile. The values of a
+// tile arrive while its keys are in use, and the keys of the next tile arrive while these values are.
 
-// A block of memory to shared memory, by a whole team; every GROUP bytes are followed by PAD.
+// A whole team copies a block of memory to shared memory, and leaves PAD bytes free behind every GROUP bytes.
 template <int BYTES, int GROUP = BYTES, int PAD = 0>
 __device__ __forceinline__ void copy_block(u32 to, const u8* from, int member, u64 policy) {
     static_assert(BYTES % 16 == 0 && GROUP % 16 == 0, "whole pieces");
@@ -29,7 +29,7 @@ struct TileCopies {
         key_room = shared_address(w.shared.rooms[w.team]), value_room = key_room + KEY_ROOM;
         policy = read_once_policy();
     }
-    // Each of these ends a group of copies, whether the tile exists or not.
+    // Each call commits one group of copies, even if the tile does not exist: waiting counts groups.
     __device__ __forceinline__ void keys(int tile) const {
         if (tile < w.tiles) {
             const i64 slot = (i64)w.bh * w.a.capacity + tile;

@@ -7,16 +7,16 @@
 //     p_i    = exp(s_i - max_j s_j)
 //     result = (sum_raw p_i v_i + unit * gain * R^T sum_packed p_i scale_i levels_i) / (sum_i p_i + exp(s_aux))      merge.cuh
 //
-// Who does what: grid (splits, H, B * chunks), a chunk being NR query rows.
+// Who does what. The grid is (splits, H, B * chunks); a chunk is up to NR query rows of one KV head.
 //
 //     block (split, h, b * chunks + chunk)         WARPS warps
 //       warp WARPS - 2, WARPS - 3, ...             one query row each, coded for the whole block
 //       warp WARPS - 1, WARPS - 2, ...             16 raw tokens each; in turn over the blocks that share the head
 //       team of TEAM warps                         whole tiles of 128 tokens: team * splits + split, then every splits * TEAMS
 //         warp of a team                           128 / TEAM tokens of each tile, with a maximum and sums of its own
-//       warp 0, 1, ...                             one row of results each, from what all warps, and all blocks, left
+//       warp 0, 1, ...                             one row of results each, from the parts of all warps and all blocks
 //
-// Who holds what while a warp is at a tile: lane = 4 g + t, with g = 0..7 and t = 0..3.
+// Who holds what while a warp works on a tile: lane = 4 g + t, with g = 0..7 and t = 0..3.
 //
 //     S = K q'^T, unit u, product nt                         O^T = V^T P^T, channel tile m, product nt
 //
@@ -35,12 +35,12 @@
 // - K (16 tokens x 32 channels) and V^T (16 channels x 32 tokens) are the left operands.
 // - The order of channels (tokens) in a product is free if both operands agree, so a lane keeps the bytes it loaded.
 // - The tokens of an S product are those that the V product wants next. P changes lanes once, by movmatrix.
-// - A team copies its tiles together: values arrive while keys are at work, the next keys while values are.
-// - A warp leaves its sums in room of its own. The block has three barriers: two are __syncthreads() here, and one is the
-//   mbarrier coded_rows, which says that the queries are coded.
-// - What is needed first is asked for first: queries, raw tokens, tiles.
-// - SPARSE: the values of a tile are copied when its scores are known, and only if a probability of any warp of the team,
-//   relative to the largest that the warp has seen of that row, reaches 2^sparse.
+// - A team copies its tiles together. Values arrive while the keys are in use, and the next keys while the values are.
+// - A warp leaves its sums in memory of its own. The block has three barriers: two __syncthreads() in this file, and the
+//   mbarrier coded_rows, which says that all queries are coded.
+// - Loads are issued in the order in which they are needed: queries, raw tokens, tiles.
+// - SPARSE: the values of a tile are copied after its scores are known, and only if a probability reaches 2^sparse in any
+//   warp of the team. The probability is relative to the largest that the warp has seen in that query row.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) char memory[];
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
     QueryLoads own_query;
     const int first_query = (2 * WARPS - 2 - w.warp) % WARPS;
     const int seats = w.splits * WARPS, first_raw = 16 * (seats - 1 - (w.warp * w.splits + w.split));
-    const bool idle = first_query >= NR && first_raw >= a.sinks + w.tail;  // nothing to do before the first tile
+    const bool idle = first_query >= NR && first_raw >= a.sinks + w.tail;  // nothing to do before its first tile
     if (first_query < NR) ask_for_query(w, own_query, first_query);
     if (idle) copies.first_tile();
     const RawTokens raw(w);
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
         code_query(w, own_query, n + first_query);
     }
     if (!idle) {
-        // Copies of idle warps keep the memory busy meanwhile. More copies would hold up the loads of queries.
+        // Idle warps have started copies already, which keep the memory busy. More copies would delay the loads of queries.
         if (first_query >= NR) wait_once(w.coded_rows());
         copies.first_tile();
     }
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
 
     TileSums sums;
 #if SPARSE
-    // The first raw tokens, sinks above all, score high: with their maximum known, most tiles are below the threshold.
+    // The first raw tokens, above all the sinks, score high. Once their maximum is known, most tiles are below the threshold.
     raw.first_maximum(sums.maximum);
     int unread = 0;
 #endif
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
 #if SPARSE
     if (w.member == 0 && unread) atomicAdd(a.arrivals + ARRIVALS - 1, unread);
 #endif
-    copies.all_arrived();  // the sums take the place of the team's tiles
+    copies.all_arrived();  // the sums overwrite the team's tiles
     sums.leave(w);
 
     float value_signs[OWN];

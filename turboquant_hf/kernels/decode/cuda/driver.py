@@ -1,4 +1,4 @@
-"""Launches of compiled kernels through cuLaunchKernelEx, which torch's own launcher has no attributes for."""
+"""Launches of compiled kernels through cuLaunchKernelEx: torch's own launcher cannot pass launch attributes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
 class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute of cuda.h: a number, and a union of 64 bytes of which an int is used."""
+    """CUlaunchAttribute of cuda.h: a number, and a union of 64 bytes, of which one int is used."""
 
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
 
@@ -30,7 +30,7 @@ class LaunchOptions(ctypes.Structure):
 
 
 class Launcher:
-    """Launches one compiled kernel. overlaps: it waits by itself for the kernel before it, and may begin earlier."""
+    """Launches one compiled kernel. overlaps: it may start early, because it waits for the previous kernel itself."""
 
     def __init__(self, kernel, threads: int, shared: int, overlaps: bool) -> None:
         self._kernel, self._threads, self._shared = kernel, threads, shared
@@ -39,7 +39,7 @@ class Launcher:
         self._count = int(overlaps)
 
     def options(self) -> LaunchOptions:
-        """For the launches of one caller; threads must not share them."""
+        """New options for the launches of one caller. Threads must not share them."""
         return LaunchOptions(
             block=(self._threads, 1, 1), shared=self._shared, attributes=self._attributes, count=self._count
         )

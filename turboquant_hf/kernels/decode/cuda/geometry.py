@@ -1,7 +1,7 @@
 """Launch geometry: how query rows, KV heads and tiles are dealt to blocks, and how many warps a block has.
 
-A launch has the grid (splits, H, B * chunks). A chunk is up to `MAX_ROWS` query rows of one KV head; the tiles of each
-chunk are dealt to `splits` blocks.
+The grid of a launch is (splits, H, B * chunks). A chunk is up to `MAX_ROWS` query rows of one KV head. The tiles of a
+head are dealt to `splits` blocks per chunk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from turboquant_hf.kernels.decode.inputs import PackedSide
 MAX_ROWS = block_rows(wide=True)
 MAX_SPLITS = 64
 MAX_GRID = 65535
-"""Blocks in the second and third direction of a launch."""
+"""The most blocks in the second and in the third direction of a launch."""
 
 
 def query_rows(query: torch.Tensor, keys: PackedSide) -> int:
@@ -26,6 +26,7 @@ def query_rows(query: torch.Tensor, keys: PackedSide) -> int:
 
 
 def is_wide(query: torch.Tensor, keys: PackedSide) -> bool:
+    """Whether a KV head has more query rows than the narrow kernel serves per block."""
     return query_rows(query, keys) > block_rows(wide=False)
 
 
@@ -37,10 +38,14 @@ def grid(query: torch.Tensor, keys: PackedSide) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def splits(blocks: int, tiles: int, teams: int, processors: int) -> int:
-    """Blocks per chunk of query rows: waves of blocks are full, and teams of warps have equal numbers of tiles."""
+    """The number of blocks that share the tiles of a chunk of query rows.
+
+    The least cost has full waves of blocks, and the same number of tiles for every team of warps.
+    """
 
     def cost(splits: int) -> float:
-        mean = tiles / (splits * teams)  # a block waits for its last team and is slowed by all of them
+        # A block waits for its slowest team, and all its teams share the bandwidth: the mean of both is its time.
+        mean = tiles / (splits * teams)
         tiles_of_team = (math.ceil(mean) + mean) / 2
         return -(-blocks * splits // processors) * (tiles_of_team * (1 + min(1.0, mean)) + 3) + 0.05 * splits
 

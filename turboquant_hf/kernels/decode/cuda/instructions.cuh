@@ -6,13 +6,13 @@ typedef unsigned char u8;
 typedef long long i64;
 typedef unsigned long long u64;
 
-// A raw token's score that is not seen, and the maximum where nothing is; finite, so that differences stay numbers. Scores
-// of packed tokens that are not seen may be infinite, since no maximum is below this.
+// The score of a raw token that is not seen, and the maximum where no token is seen. It is finite, so that differences stay
+// numbers. Packed tokens that are not seen score minus infinity, which is safe because no maximum is below NEVER.
 constexpr float NEVER = -1e30f;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: adding a whole number below 2^22 puts it into the mantissa
 constexpr int MAGIC_BITS = 0x4B400000;
-constexpr u32 ONES = 0x01010101u;  // bytes that sum up what they are multiplied with
+constexpr u32 ONES = 0x01010101u;  // a product with these bytes is a sum
 constexpr float QUERY_TOP = 16256.f, PROBABILITY_TOP = 32639.f;  // 127 * 128; 127 * 256 + 127
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xFF800000); }
@@ -21,12 +21,12 @@ __device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
     return d;
 }
-__device__ __forceinline__ u32 high_half(u32 x) {  // opaque, so that masks before it are not moved behind
+__device__ __forceinline__ u32 high_half(u32 x) {  // opaque to the compiler, which would move masks behind the shift
     u32 y;
     asm("shr.u32 %0, %1, 16;" : "=r"(y) : "r"(x));
     return y;
 }
-template <int TABLE>  // of the function of three bits; opaque, since what compilers make of it takes more instructions
+template <int TABLE>  // the truth table of a function of three bits; opaque, because compilers make more instructions of it
 __device__ __forceinline__ u32 lop3(u32 x, u32 y, u32 z) {
     u32 d;
     asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(x), "r"(y), "r"(z), "n"(TABLE));
@@ -114,21 +114,21 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     asm("{ .reg .u64 x; cvta.to.shared.u64 x, %1; cvt.u32.u64 %0, x; }" : "=r"(a) : "l"(p));
     return a;
 }
-// The kernel may be launched while the one before it ends (driver.py asks for that): nothing that others write is touched
-// before this.
+// The kernel may start while the previous kernel ends (driver.py asks for that). Nothing that another kernel writes may be
+// touched before this call.
 __device__ __forceinline__ void previous_kernel_done() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void wait_once(u32 barrier) {  // for the first phase of an mbarrier
+__device__ __forceinline__ void wait_once(u32 barrier) {  // for the end of an mbarrier's first phase
     u32 done;
     do asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
                     : "=r"(done) : "r"(barrier) : "memory");
     while (!done);
     __syncwarp();
 }
-// Packed bytes are read once: they leave the L2 cache first, and what every block reads stays.
+// Packed bytes are read once, so they leave the L2 cache first. What every block reads stays in it.
 __device__ __forceinline__ u64 read_once_policy() {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -17,7 +17,7 @@ COMPILER_OPTIONS = ["--std=c++20", "--use_fast_math", "-default-device"]
 
 @once(maxsize=256)
 def failure(shape: Shape, device: torch.device) -> str | None:
-    """Why there is no kernel of this shape, or None; a compiler or driver that failed is not asked again."""
+    """Why there is no kernel of this shape, or None. A compiler or driver that failed once is not asked again."""
     if not geometry.warps(shape, device):
         return "too little shared memory for two tiles"
     try:

@@ -1,6 +1,6 @@
 // Sizes that follow from the constants of source.py, and the block's shared memory.
 
-// A group is one of a trellis where its levels have a bit more than its codes.
+// A group follows a trellis if its level numbers have one bit more than its codes.
 __host__ __device__ constexpr bool key_words(int group) { return KEY_LEVEL_BITS[group] > KEY_BITS[group]; }
 constexpr bool VALUE_WORDS = VALUE_LEVEL_BITS > VALUE_BITS;
 
@@ -16,7 +16,7 @@ __host__ __device__ constexpr int key_align(int offset, int bytes) {
     return x & -x;
 }
 
-constexpr int NR = 4 * NT;  // query rows of a block; column 2 t + {0, 1} of product nt holds row 4 nt + t, high and low
+constexpr int NR = 4 * NT;  // query rows of a block; columns 2 t, 2 t + 1 of product nt: high, low bytes of row 4 nt + t
 constexpr int UNITS = D / 16, CHANNEL_TILES = D / 16, VALUE_ROW_BYTES = 16 * VALUE_BITS;
 constexpr int KEY_SCALE_BYTES = KEY_FORMAT ? 1 : 2, VALUE_SCALE_BYTES = VALUE_FORMAT ? 1 : 2;
 // The tokens of an S product are the lane's first token, index(0, 2 (g & 1), g >> 1), plus a constant per unit and row half.
@@ -24,7 +24,7 @@ constexpr int KEY_SCALE_BYTES = KEY_FORMAT ? 1 : 2, VALUE_SCALE_BYTES = VALUE_FO
 constexpr int OWN_TOKENS = ValueRow::BYTES;
 __host__ __device__ constexpr int key_place(int token) { return token * KEY_ROW_BYTES + token / OWN_TOKENS * KEY_PAD; }
 // Each team has room for the keys (codes, scales, mean) of one tile and for the values (codes, scales) of one tile.
-// Keys in words stand behind the rows of the others.
+// Key groups in words stand behind the rows of the other groups.
 constexpr int KEY_ROWS = key_place(128), KEY_CODES = KEY_ROWS + KEY_WORD_BYTES;
 constexpr int KEY_BLOCK = 128 * KEY_ROW_BYTES + KEY_WORD_BYTES, KEY_SCALES = 128 * KEY_GROUPS * KEY_SCALE_BYTES;
 constexpr int VALUE_CODES = D * VALUE_ROW_BYTES, VALUE_SCALES = 128 * VALUE_SCALE_BYTES;
@@ -33,18 +33,18 @@ constexpr int VALUE_ROOM = (VALUE_CODES + VALUE_SCALES + 127) / 128 * 128;
 constexpr int ROOM = KEY_ROOM + VALUE_ROOM, THREADS = 32 * WARPS, TEAMS = WARPS / TEAM;
 constexpr int OWN_UNITS = 8 / TEAM, KEY_UNROLL = 4;  // S products of a warp's tokens, and those of one turn of a loop
 
-// One warp has a whole row of queries or results; each lane has OWN neighbouring channels of it.
-constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, so that lanes meet different banks
+// One warp holds a whole row of queries or results, and each lane OWN neighbouring channels of it.
+constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, padded so that lanes meet different banks
 static_assert(OWN_UNITS % KEY_UNROLL == 0, "whole turns");
-// Sums over a tile's tokens, and over the channels of a key less its bias, stay in the mantissa of MAGIC.
+// Sums over the tokens of a tile, and over the channels of an unbiased key, must fit into the mantissa of MAGIC.
 static_assert(128 * 128 * (twice_bias(VALUE_LEVEL_BITS) > 127 ? 255 : 127) < 1 << 22 && D * 128 * 128 <= 1 << 22, "15-bit operands");
 static_assert(TEAM * 4 * NR * OUTPUT_ROW <= ROOM, "the output of a team's warps takes the place of its tiles");
 
 struct Shared {
-    __align__(128) u8 rooms[TEAMS][ROOM];  // of tiles; at the end, the warps' outputs in the values' coded domain
-    u16 halves[NR][D];                  // queries times a power of two, in half precision
-    float scratch[NR][D];               // for the warp that has the row
-    u32 books[KEY_GROUPS + 1][8];       // what `Levels` reads: the key groups', then the values'
+    __align__(128) u8 rooms[TEAMS][ROOM];  // tiles; at the end, the warps' outputs in the values' coded domain
+    u16 halves[NR][D];                  // queries in half precision, times a power of two
+    float scratch[NR][D];               // of the warp that has the row
+    u32 books[KEY_GROUPS + 1][8];       // read by `Levels`: one per key group, then the values'
 #if WAIT_IN_SHARED
     float waiting[WARPS][NR][D];        // sums over raw tokens
 #endif

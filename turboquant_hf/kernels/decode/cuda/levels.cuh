@@ -1,10 +1,10 @@
-// From packed bytes to levels: the rows of codes, and which lane owns what of them.
+// From packed bytes to levels: rows of codes, the lane that owns each code, and the look-up of four levels at a time.
 
 __host__ __device__ constexpr int main_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
-// Twice what is to be subtracted from a level's byte to centre it.
+// Twice the bias of a level's byte: byte - bias is the centred level.
 __host__ __device__ constexpr int twice_bias(int bits) { return bits == 8 ? 255 : bits == 5 ? 383 : 127; }
 
-// BYTES of shared memory at `lane` + OFFSET, the address a multiple of ALIGN.
+// Load BYTES from shared memory at `lane` + OFFSET, an address that is a multiple of ALIGN.
 template <int BYTES, int ALIGN, int OFFSET>
 __device__ __forceinline__ void load_piece(u32* out, u32 lane) {
     if constexpr (BYTES == 1)
@@ -27,8 +27,8 @@ __device__ __forceinline__ void load_piece(u32* out, u32 lane) {
     }
 }
 
-// The table of one codebook, and the constants that go with it. They come from shared memory to stay in registers: what
-// the compiler knows to be the same in all lanes it copies before every permutation.
+// The table of one codebook, with two constants. They are read from shared memory so that they stay in registers: the
+// compiler copies values that it knows to be the same in all lanes before every permutation.
 struct Levels {
     u32 table[4], top_bits, mirror;
     __device__ __forceinline__ void read(u32 at) {
@@ -38,21 +38,21 @@ struct Levels {
     }
 };
 
-// How many bytes a level is the sum of, of which all but one are zero.
+// A level is the sum of this many bytes, of which all but one are zero.
 __host__ __device__ constexpr int addends(int bits) { return bits == 4 ? 2 : 1; }
 
 // Four levels of `bits` bits, or one addend of each, from the low half of the selectors in `code`, or from the high half.
 // `extra`: the fifth bit of each code, in the lowest bit of its field.
 template <int BITS, int ADDEND, bool HIGH>
 __device__ __forceinline__ u32 look_up(const Levels& book, u32 code, u32 extra) {
-    // A set top bit of a selector repeats the sign of the byte.
+    // A selector with its top bit set gives eight copies of the byte's sign bit.
     if constexpr (BITS < 4) {
         return permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
     } else if constexpr (BITS == 4) {
         if (ADDEND) code ^= book.top_bits;
         return permute(book.table[2 * ADDEND], book.table[2 * ADDEND + 1], HIGH ? high_half(code) : code);
     } else {
-        // Levels of a 5-bit code are symmetric: the extra bit is the sign, and turns the others round where it is 0.
+        // Levels of a 5-bit code are symmetric. The extra bit is the sign; where it is 0, the other bits are inverted.
         u32 turned = (extra & 0x11111111u) * 15u, sign = extra << 3;
         u32 other = lop3<XNOR3>(code, turned, book.top_bits);
         code = lop3<XNOR>(code, turned, 0);
@@ -62,11 +62,22 @@ __device__ __forceinline__ u32 look_up(const Levels& book, u32 code, u32 extra) 
     }
 }
 
-// One packed row of N codes: what a lane owns of it, as UNITS words of four levels, or one of SHARES equal parts of that.
+// Whether R::find inverts R::index for all N codes of a row.
+template <class R, int N>
+__host__ __device__ constexpr bool find_inverts_index() {
+    for (int index = 0; index < N; index++) {
+        int u = 0, j = 0, t = 0;
+        R::find(index, u, j, t);
+        if (R::index(u, j, t) != index || u >= R::UNITS || j >= 4 || t >= 4) return false;
+    }
+    return true;
+}
+
+// A lane's part of one packed row of N codes, as UNITS words of four levels. With SHARES > 1, one equal share of that part.
 template <int N, int BITS, int SHARES = 1>
 struct Row {
     static constexpr int WIDTH = main_width(BITS);
-    static constexpr bool EXTRA = BITS != WIDTH;         // one more bit in a plane of its own: 5 = 4 + 1, 3 = 2 + 1
+    static constexpr bool EXTRA = BITS != WIDTH;         // one more bit, in a plane of its own: 5 = 4 + 1, 3 = 2 + 1
     static constexpr int BYTES = N * WIDTH / 32;         // a lane's part of the main plane
     // Parts that are not whole words are loaded in pieces of one unit (two with 1 bit), each to a word of its own.
     static constexpr bool PIECES = WIDTH == 1 || (BYTES % 4 != 0 && !(WIDTH == 2 && BYTES == 2));
@@ -92,7 +103,7 @@ struct Row {
             load_part<ALIGN, OFFSET + PLANE>(e, row + t % PARTS * BYTES);
         }
     }
-    // To be called once after `load`: then the extra bit of field f stands in bit WIDTH * f of its byte.
+    // Call this once after `load`. It moves the extra bit of field f to bit WIDTH * f of its byte.
     __device__ __forceinline__ void take_own_bits(int t, int = 0) {
         if constexpr (EXTRA)
 #pragma unroll
@@ -134,7 +145,7 @@ struct Row {
         return t * BYTES + 4 * (u / 4) + 2 * (u % 4 / 2) + (j >> 1) + ((u & 1) + 2 * (j & 1)) * PLANE;
     }
 
-    // And back: the unit, byte and lane part of the code at `index`.
+    // The inverse of `index`: the unit, byte and lane part of the code at `index`.
     static __host__ __device__ __forceinline__ constexpr void find(int index, int& u, int& j, int& t) {
         const int field = WIDTH == 8 ? 0 : index / PLANE, rest = WIDTH == 8 ? index : index % PLANE, byte = rest % BYTES;
         t = rest / BYTES;
@@ -154,13 +165,5 @@ struct Row {
             u = 4 * (byte / 4) + 2 * (byte % 4 / 2) + (field & 1);
             j = (field >> 1) + 2 * (byte & 1);
         }
-    }
-    static constexpr bool found() {
-        for (int index = 0; index < N; index++) {
-            int u = 0, j = 0, t = 0;
-            find(index, u, j, t);
-            if (Row::index(u, j, t) != index || u >= UNITS || j >= 4 || t >= 4) return false;
-        }
-        return true;
     }
 };

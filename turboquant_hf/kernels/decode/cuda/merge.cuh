@@ -1,18 +1,23 @@
-// Phase 4: a warp puts a row of results together, from what the block's warps left and, where blocks share the tiles, from
-// what the other blocks left. Each part has a maximum, a sum of probabilities, and an output that the sum divides at the end.
+// Phase 4: one warp assembles one row of results from the parts of the block's warps. Where several blocks share the tiles,
+// the last block adds up the parts of all blocks.
+//
+//     top    = max over parts of maximum
+//     result = (sum of 2^(maximum - top) output) / (sum of 2^(maximum - top) sum)
+//
+// A part has a maximum, a sum of probabilities, and an output that is not yet divided by the sum.
 
-// The weight of a part with this maximum, where `top` is the largest. A part that saw nothing has none, but a NaN stays.
+// The weight of a part, where `top` is the largest maximum. A part that saw no token has weight 0; a NaN stays a NaN.
 __device__ __forceinline__ float part_weight(float maximum, float sum, float top) {
     return maximum == NEVER && sum == sum ? 0.f : exp2_fast(maximum - top);
 }
-// Counts this warp, and returns how many came before. They see what it wrote, and it sees what they wrote.
+// Count this warp, and return how many came before it. The last to arrive sees everything that the earlier ones wrote.
 __device__ __forceinline__ int arrive(int* counter) {
     int before;
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
 }
 
-// Add up the warps' parts of row n: those of the tiles, which are turned back, and those of raw tokens.
+// Add up the warps' parts of row n: those of tiles, which are then rotated back, and those of raw tokens.
 __device__ __forceinline__ void add_warps(float (&x)[OWN], float& top, float& total, const Warp& w, int n,
                                           const float (&value_signs)[OWN], float value_lead) {
     const int lane = w.lane;
@@ -20,7 +25,7 @@ __device__ __forceinline__ void add_warps(float (&x)[OWN], float& top, float& to
     float raw[OWN] = {};
 #pragma unroll
     for (int i = 0; i < OWN; i++) x[i] = 0.f;
-    constexpr int AHEAD = WARPS < 32 / OWN ? WARPS : 32 / OWN;  // parts that are asked for at once
+    constexpr int AHEAD = WARPS < 32 / OWN ? WARPS : 32 / OWN;  // parts that are loaded at once
     float packed[AHEAD][OWN];
     auto ask = [&](int first) {
 #pragma unroll
@@ -28,7 +33,7 @@ __device__ __forceinline__ void add_warps(float (&x)[OWN], float& top, float& to
             if (first + j < WARPS) read_row(packed[j], w.tile_sums(first + j) + n * OUTPUT_ROW + OWN * lane);
     };
     ask(0);
-    // Lane i stands for what warp i had of the tiles, lane 16 + i for its raw tokens.
+    // Lane i has the maximum and sum of warp i over tiles, lane 16 + i those of warp i over raw tokens.
     const int kind = lane >> 4, of = lane & 15;
     const float part_maximum = of < WARPS ? shared.maximum[kind][of][n] : NEVER;
     const float part_sum = of < WARPS ? shared.sum[kind][of][n] : 0.f;
@@ -66,7 +71,7 @@ __device__ __forceinline__ void add_warps(float (&x)[OWN], float& top, float& to
 #endif
 }
 
-// Leave the block's row n in the workspace. True for the last block to do so, which adds up what all blocks left.
+// Write the block's row n to the workspace. The last block to do so adds up the rows of all blocks and returns true.
 __device__ __forceinline__ bool add_blocks(float (&x)[OWN], float& top, float& total, const Warp& w, int n) {
     const int lane = w.lane, split = w.split, splits = w.splits;
     const i64 first_part = w.first_part() + n;
@@ -80,7 +85,7 @@ __device__ __forceinline__ bool add_blocks(float (&x)[OWN], float& top, float& t
     if (__shfl_sync(~0u, before, 0) != splits - 1) return false;
     __syncwarp();
     if (lane == 0) *arrival = 0;
-    constexpr int MANY = OWN <= 4 ? 16 : 8;  // parts that are asked for at once
+    constexpr int MANY = OWN <= 4 ? 16 : 8;  // parts that are loaded at once
     float part[MANY][OWN];
     const float* from = w.a.work + first_part * D + OWN * lane;
     auto ask = [&](int first) {
@@ -89,7 +94,7 @@ __device__ __forceinline__ bool add_blocks(float (&x)[OWN], float& top, float& t
             if (first + j < splits) read_row<true>(part[j], from + j * (NR * D));
         from += MANY * NR * D;
     };
-    float2 sums[2];  // of splits lane and lane + 32
+    float2 sums[2];  // of the splits number lane and lane + 32
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         sums[j] = make_float2(NEVER, 0.f);

@@ -7,22 +7,22 @@ __device__ __forceinline__ float load_scale(u32 lane) {  // FORMAT 0: halves; ot
     return half_to_float((u16)(x[0] << FORMAT));
 }
 
-// What the accumulators of scores begin with, so that the levels' bias is taken off. `sums`: of a query's high and low bytes.
+// The start of the accumulators of scores, which subtracts the levels' bias. `sums`: of a query's high and of its low bytes.
 __device__ __forceinline__ void debias(int (&start)[4], const int (&sums)[4], int twice) {
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {  // both halves the same: four registers that a product can begin with as they are
+    for (int i = 0; i < 4; i += 2) {  // both halves are the same, so a product can start from these four registers directly
         const int high = twice * sums[i], low = twice * sums[i + 1];
         start[i] = MAGIC_BITS - (high >> 1);
         start[i + 1] = MAGIC_BITS - (low >> 1) - 64 * (high & 1);  // a high unit is 128 low ones
     }
 }
-// BASE high + low, for whole numbers in the mantissa of MAGIC. It is rounded once, since the first step is exact.
+// BASE * high + low, for whole numbers in the mantissa of MAGIC. The first step is exact, so the result is rounded once.
 template <int BASE>
 __device__ __forceinline__ float join_bytes(int high, int low) {
     return fmaf(__int_as_float(high), BASE, -(BASE + 1) * MAGIC) + __int_as_float(low);
 }
 
-// c = start + the first 2 PAIRS units of rows a and b (rows g and g + 8 of the left operand) times as many columns.
+// c = start + (the first 2 PAIRS units of rows a and b) * columns, where a and b are rows g and g + 8 of the left operand.
 template <int PAIRS, class A, class B>
 __device__ __forceinline__ void multiply_levels(int (&c)[NT][4], const int (&start)[NT][4], const A& a, const B& b,
                                                 const u32 (*columns)[NT], const Levels& book) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ void multiply_levels(int (&c)[NT][4], const int (&sta
     });
 }
 
-// c = start + all units of rows a and b, which have two tokens' keys, times as many columns.
+// c = start + (all units of rows a and b) * q, where a and b are the keys of two tokens.
 template <class A, class B>
 __device__ __forceinline__ void multiply_tokens(int (&c)[NT][4], const int (&start)[NT][4], const A& a, const B& b,
                                                 const u32 (*q)[NT], const Levels& book) {
@@ -58,14 +58,14 @@ __device__ __forceinline__ void multiply_tokens(int (&c)[NT][4], const int (&sta
         });
 }
 
-// Where the lane's words of keys are: words of a group stand side by side for all lanes, one turn of four pairs of tokens
-// after the other. `room`: shared memory.
+// The place of a lane's words of keys. The words of a group stand side by side for all lanes, and one turn of four pairs of
+// tokens after the other. `room` is an address in shared memory.
 struct KeyWords {
     u32 room;
     int lane, turn;
 };
 
-// Products of one group of keys that are in rows, for the two tokens that unit U of the values wants.
+// Products of one group of keys in rows, for the two tokens that unit U of the values needs.
 template <int G, int U>
 __device__ __forceinline__ void multiply_rows(int (&c)[NT][4], u32 rows, const u32 (*q)[NT], const int (&start)[NT][4],
                                               const Levels& book, int t) {
@@ -91,8 +91,8 @@ __device__ __forceinline__ void multiply_rows(int (&c)[NT][4], u32 rows, const u
     }
 }
 
-// Scores of the two tokens that unit U of the values wants from this lane, without the query's unit and the mean: groups
-// of keys from G on. `rows` and `scales`: shared memory, where the lane's first token has its codes and scales.
+// Scores of the two tokens that unit U of the values needs from this lane, over the key groups from G on. The query's unit
+// and the mean are not included. `rows` and `scales`: addresses in shared memory of the lane's first token.
 template <int G, int U>
 __device__ __forceinline__ void score(float (&s)[NT][2], u32 rows, const KeyWords& words, u32 scales, const u32 (*q)[NT],
                                       const int (*start_at)[NT][4], const Levels* books, int t) {

@@ -1,10 +1,10 @@
 // Phase 1: a warp turns a row of queries into the coded domain of the keys, q' = unit * gain * R diag(1 / balance) q with
 // the channels sorted, as 15-bit numbers whose high and low bytes go to shared memory.
 
-// Where `halves` has a channel: of eight channels, one product with the mean takes 0, 1, 4, 5 and another 2, 3, 6, 7.
+// The place of a channel in `halves`. Of eight channels, one product with the mean takes 0, 1, 4, 5 and another 2, 3, 6, 7.
 __device__ __forceinline__ int half_place(int channel) { return (channel & ~6) | (channel & 2) << 1 | (channel & 4) >> 1; }
 
-// The channels and the unit of the group of keys that coded channel c is in: the rotation is block-diagonal.
+// Size and unit of the key group that holds coded channel c. The rotation is block-diagonal over the groups.
 __device__ __forceinline__ void group_of(int c, int& size, float& unit) {
 #pragma unroll
     for (int group = 0, edge = 0; group < KEY_GROUPS; group++) {
@@ -16,14 +16,14 @@ __device__ __forceinline__ void group_of(int c, int& size, float& unit) {
     }
 }
 
-// What a lane loads for its channels of one row. Arrays like these stay out of the structures that hold a warp's numbers:
-// compilers keep a structure with arrays whole until all loops are unrolled, and then make more code of it.
+// What a lane loads for its channels of one row. Such arrays are kept out of the structures with a warp's numbers: compilers
+// keep a structure with arrays in one piece until all loops are unrolled, and then generate more code.
 struct QueryLoads {
     u16 query[OWN], order[OWN];
     float balance[OWN], signs[OWN];
 };
 
-// Ask for row n of the chunk, and for its head's transform.
+// Load row n of the chunk, and the transform of its head.
 __device__ __forceinline__ void ask_for_query(const Warp& w, QueryLoads& own, int n) {
     const Arguments& a = w.a;
     const int first = OWN * w.lane;
@@ -33,10 +33,10 @@ __device__ __forceinline__ void ask_for_query(const Warp& w, QueryLoads& own, in
     if (HADAMARD) read_row(own.signs, a.key_turn + (i64)w.h * a.key_turn_stride + first);
 }
 
-// The row as halves for the products with the mean, times the power of two that takes the largest to 2^14 or more: what
-// half precision loses then does not count beside the largest.
+// The row in half precision, for the products with the mean. It is multiplied by the power of two that takes its largest
+// number to 2^14 or more. What half precision then loses is negligible beside the largest number.
 __device__ __forceinline__ void keep_halves(const Warp& w, int n, const float (&x)[OWN]) {
-    constexpr u32 ONE = 1u << 23;  // of an exponent in a float's bits
+    constexpr u32 ONE = 1u << 23;  // one step of the exponent in a float's bits
     const u32 exponent = max(warp_largest(x) & 0x7F800000u, 15 * ONE);
     const float grow = __uint_as_float(268 * ONE - exponent);
 #pragma unroll
@@ -44,7 +44,7 @@ __device__ __forceinline__ void keep_halves(const Warp& w, int n, const float (&
     if (w.lane == 0) w.shared.half_unit[n] = __uint_as_float(exponent - 14 * ONE) * w.factor;
 }
 
-// x times gain, unit, rotation, order and 1 / balance.
+// Scale x, divide it by the balance, sort its channels, rotate it, and multiply it by unit and gain.
 __device__ __forceinline__ void transform_query(const Warp& w, const QueryLoads& own, int n, float (&x)[OWN]) {
     Shared& shared = w.shared;
 #pragma unroll
@@ -74,7 +74,7 @@ __device__ __forceinline__ void transform_query(const Warp& w, const QueryLoads&
     for (int i = 0; i < OWN; i++) x[i] *= lead * w.key_gain;
 }
 
-// Code row n, which was asked for; rows past the chunk's last are zeros.
+// Code row n, which was loaded before. Rows behind the last row of the chunk are zeros.
 __device__ __forceinline__ void code_query(const Warp& w, const QueryLoads& own, int n) {
     Shared& shared = w.shared;
     const int lane = w.lane;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void code_query(const Warp& w, const QueryLoads& own,
     if (lane == 0) shared.query_unit[n] = query_unit;
     const float grow = 1.f / query_unit;
     unrolled<0, KEY_GROUPS>([&]<int G>() {
-        static_assert(KeyRow<G>::found(), "find inverts index");
+        static_assert(find_inverts_index<KeyRow<G>, KEY_SIZE[G]>(), "a code is found where index puts it");
         constexpr int FIRST = group_start(G);
         if (OWN * lane < FIRST || OWN * lane >= FIRST + KEY_SIZE[G]) return;
 #pragma unroll
@@ -100,6 +100,6 @@ __device__ __forceinline__ void code_query(const Warp& w, const QueryLoads& own,
             ((u8*)&shared.coded[2 * n + 1][part][FIRST / 16 + u])[j] = (u8)(v - 128 * high);
         }
     });
-    // Every lane arrives for what it wrote itself, which compute-sanitizer's racecheck can follow.
+    // Every lane arrives for its own writes, which compute-sanitizer's racecheck can follow.
     asm volatile("{ .reg .b64 x; mbarrier.arrive.shared.b64 x, [%0]; }" ::"r"(w.coded_rows()) : "memory");
 }

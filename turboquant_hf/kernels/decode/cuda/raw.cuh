@@ -1,5 +1,6 @@
-// Phase 2: attention over raw tokens, the sinks and the tail, in the model's dtype: S = K q^T and O^T = V^T P^T for 16
-// tokens at a time, keys and values as the left operands.
+// Phase 2: attention over raw tokens (sinks and tail) in the model's dtype, 16 tokens at a time:
+//
+//     S = K q^T        O^T = V^T P^T        with keys and values as the left operands
 //
 // Raw token i is sink i, or token i - sinks of the tail. Lane 4 g + t holds
 //   keys of tokens first + g and first + g + 8, channels 32 i + 8 t + 0..7;
@@ -34,9 +35,10 @@ struct RawTokens {
         const int slot = oldest + i - sinks;
         return slot - (ring && slot >= ring ? ring : 0);
     }
-    // Where token i is kept in the tail.
+    // The address of token i in the tail.
     __device__ __forceinline__ u16* kept(int i, u16* recent) const { return recent + ((i64)w.bh * stride + slot_of(i)) * D; }
-    // Where token i is read. The new tokens are only in new_keys and new_values yet. Past the end: the last token again.
+    // The address from which token i is read. New tokens are so far only in new_keys and new_values. Behind the last token,
+    // the last one is read again.
     __device__ __forceinline__ const u16* place(int i, const u16* sink, const u16* recent, const u16* newest) const {
         i = i < count ? i : count - 1;
         const bool is_sink = i < sinks, is_new = i >= oldest_fresh;
@@ -68,7 +70,7 @@ struct RawTokens {
     }
 
     __device__ __forceinline__ bool is_fresh(int i) const { return i >= sinks && i >= oldest_fresh && i < count; }
-    // The new ones among the 16 tokens from `first` go to the tail.
+    // Write those of the 16 tokens from `first` on that are new to the tail.
     __device__ __forceinline__ void keep_fresh(const RawLoads& x, int first) const {
 #pragma unroll
         for (int r = 0; r < 2; r++)
@@ -107,8 +109,8 @@ struct RawTokens {
         }
     }
 
-    // Attention over 16 tokens from first_raw on, which were asked for, 16 from first_raw + step on, and so forth. The sums
-    // go where the merge reads them.
+    // Attention over 16 tokens from first_raw on, which are loaded already, then 16 from first_raw + step on, and so forth.
+    // The sums are left for the merge.
     __device__ __forceinline__ void attend(RawLoads& x, const int first_raw, int step) const {
         float o[CHANNELS / 2][4];  // [j][r]: channel g CHANNELS + 2 j + r / 2 of row 2 t + r % 2
         float maximum[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};

@@ -26,7 +26,7 @@ __device__ __forceinline__ void store_words(u16* to, const u32 (&x)[N]) {
         for (int i = 0; i < N; i += 2) ((uint2*)to)[i / 2] = make_uint2(x[i], x[i + 1]);
 }
 
-template <bool SHARED_BY_BLOCKS = false>  // past the first cache, which does not see what other blocks wrote
+template <bool SHARED_BY_BLOCKS = false>  // bypasses the L1 cache, which does not see the writes of other blocks
 __device__ __forceinline__ void read_row(float (&x)[OWN], const float* from) {
     if constexpr (OWN == 2) {
         float2 v = SHARED_BY_BLOCKS ? __ldcg((const float2*)from) : *(const float2*)from;
@@ -76,8 +76,8 @@ __device__ __forceinline__ void write_row(u16* to, const u16 (&x)[OWN]) {
 }
 
 #if HADAMARD
-// Sylvester's Hadamard matrix times every block of `size` channels, a power of two from OWN on; blocks begin at
-// multiples of their size.
+// Multiply every block of `size` channels by Sylvester's Hadamard matrix. `size` is a power of two, at least OWN, and blocks
+// begin at multiples of their size.
 __device__ __forceinline__ void hadamard(float (&x)[OWN], int size, int lane) {
 #pragma unroll
     for (int d = 1; d < OWN; d *= 2)
@@ -114,13 +114,13 @@ __device__ __forceinline__ void multiply(float (&x)[OWN], const float* matrix, f
     }
 }
 
-__device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }  // of the floats
+__device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }  // in the floats' order
 __device__ __forceinline__ float warp_maximum(float x) {
     int highest, mine = in_order(__float_as_int(x));
     asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(highest) : "r"(mine));
     return __int_as_float(in_order(highest));
 }
-__device__ __forceinline__ u32 warp_largest(const float (&x)[OWN]) {  // as bits without a sign: a NaN is above all
+__device__ __forceinline__ u32 warp_largest(const float (&x)[OWN]) {  // bits without a sign: a NaN is above all
     u32 mine = 0, largest;
 #pragma unroll
     for (int i = 0; i < OWN; i++) mine = max(mine, __float_as_uint(fabsf(x[i])));

@@ -1,4 +1,4 @@
-"""What decode.cu is compiled for: layer shapes, what they take of shared memory, and the constants above its text."""
+"""The source text that is compiled for one layer shape: constants, then the files. And the shared memory it needs."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ FILES = (
     "merge.cuh",
     "decode.cu",
 )
-"""One text, in this order: a file uses what stands above it."""
+"""The files of the text, in this order: a file uses what is defined above it."""
 TILE = 128
 LARGE_ROOM = 13 * 1024
-"""Two warps share a tile of more bytes than this."""
+"""Bytes of a tile above which two warps share it."""
 ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 63.5, 5: 191.5, 8: 127.5}
-"""What a level's byte is, less (its step + 1/2), by the width of its number."""
+"""Width of a level's number -> bias of the level's byte: byte = step + 1/2 + bias."""
 ARRIVALS = 1 << 16
-"""Words at the head of a workspace, one for every query row: how many of the blocks that share its tiles are done.
-Tiles are shared only where there are few heads (`geometry.splits`). The last word is for `unread_tiles`."""
+"""Counters at the start of a workspace, one per query row: how many of the blocks that share the row's tiles are done.
+Blocks share tiles only where there are few heads (`geometry.splits`). The last counter is for `unread_tiles`."""
 
 
 def row_layout(groups: Iterable[tuple[int, int]]) -> tuple[list[int], int]:
-    """Where groups of (channels, bits), none in words, begin in a token's row of keys, and the row's size: bytes."""
+    """(first byte of every group, bytes of the row) of a token's row of keys, for groups (channels, bits) in rows."""
     ends = list(itertools.accumulate((packed_size(size, bits) for size, bits in groups), initial=0))
     return ends[:-1], ends[-1]
 
@@ -50,7 +50,7 @@ def main_width(bits: int) -> int:
 
 
 def piece_size(size: int, bits: int) -> int:
-    """Bytes of what levels.cuh's `Row` loads at a time: a lane's part of a row if that is whole words, or less."""
+    """Bytes that `Row` of levels.cuh loads at a time: a lane's part of a row if it is whole words, else less."""
     width = main_width(bits)
     part = size * width // 32
     whole = width > 1 and (part % 4 == 0 or (width, part) == (2, 2))
@@ -58,7 +58,7 @@ def piece_size(size: int, bits: int) -> int:
 
 
 def block_rows(wide: bool) -> int:
-    """Query rows that one block serves; more are dealt to several blocks, each of which reads the tiles."""
+    """Query rows per block. More rows are dealt to several blocks, and each of these reads all tiles."""
     return 8 if wide else 4
 
 
@@ -66,7 +66,7 @@ def block_rows(wide: bool) -> int:
 class Shape:
     """What the kernel is compiled for. Groups are (channels, bits, levels' unit, levels' steps).
 
-    A group of 2**(bits + 1) levels is one of a trellis, in words (`primitives.trellis`).
+    A group with 2**(bits + 1) levels follows a trellis, and is in words (`primitives.trellis`).
     """
 
     dim: int
@@ -79,7 +79,7 @@ class Shape:
     masked: bool = False
     softcap: bool = False
     sparse: bool = False  # values are not read where no probability of a tile reaches a threshold
-    wide: bool = False  # 8 query rows a block instead of 4
+    wide: bool = False  # 8 query rows per block instead of 4
     hadamard: bool = True  # rotations are given by their signs
 
     @property
@@ -89,14 +89,14 @@ class Shape:
 
     @property
     def key_words(self) -> tuple[list[int], int]:
-        """Where the keys in words begin behind all rows of a tile, and their size: bytes."""
+        """(first byte of every group in words, bytes of all) of the keys in words, behind all rows of a tile."""
         words = (TILE * packed_size(size, bits) for size, bits, _, steps in self.keys if level_bits(steps) > bits)
         ends = list(itertools.accumulate(words, initial=0))
         return ends[:-1], ends[-1]
 
     @property
     def own_tokens(self) -> int:
-        """Neighbouring tokens of a tile that one lane part has: layout.cuh's `OWN_TOKENS`."""
+        """Neighbouring tokens of a tile that belong to one lane part: layout.cuh's `OWN_TOKENS`."""
         _, bits, _, steps = self.values
         return 32 if level_bits(steps) > bits else TILE * main_width(bits) // 32
 
@@ -117,13 +117,13 @@ class Shape:
 
     @property
     def team(self) -> int:
-        """Warps that share a tile: two finish it sooner and have fewer bytes under way, but some work is done twice."""
+        """Warps that share a tile. Two finish it sooner with fewer bytes in flight, but do some work twice."""
         large = self.room > LARGE_ROOM or self.dim == 64
         return 2 if large and not self.wide else 1
 
 
 def max_warps(dim: int, team: int = 2) -> int:
-    """Warps of a block, at most (decode.cu can have 16); those that share tiles of 64 channels are more."""
+    """The most warps per block that are of use: 12 where two share a tile of 64 channels, else 8. 16 would work."""
     return 12 if dim == 64 and team > 1 else 8
 
 
@@ -135,14 +135,14 @@ def most_warps(shape: Shape, limit: int) -> int:
 
 
 def level_bits(steps: tuple[int, ...]) -> int:
-    """Width of a level's number: that of its code, and one more for a trellis."""
+    """Bits of a level's number: those of its code, and one more for a trellis."""
     return len(steps).bit_length() - 1
 
 
 def level_bytes(steps: tuple[int, ...]) -> list[int]:
-    """The 16 bytes that levels.cuh looks levels up in: byte = step + 1/2 + ROW_CENTRE.
+    """The table of 16 bytes in which levels.cuh looks levels up: byte = step + 1/2 + ROW_CENTRE.
 
-    Numbers of 1 to 4 bits: all levels, below 128; of 5 bits: those of the positive half, with the top bit set.
+    With numbers of 1 to 4 bits, the table has all levels, below 128. With 5 bits it has the positive half, top bit set.
     """
     bits = level_bits(steps)
     if bits == 8:
@@ -205,13 +205,13 @@ def shared_bytes(shape: Shape, warps: int) -> int:
 
 
 def wait_in_shared(shape: Shape) -> bool:
-    """Whether sums over raw tokens wait for the end in shared memory; else there is no room for them."""
+    """Whether shared memory has room for the sums over raw tokens. If not, they go to the workspace."""
     return shape.dim <= 128 and max(bits for _, bits, _, _ in (*shape.keys, shape.values)) < 8
 
 
 @lru_cache(maxsize=64)
 def key_pad(shape: Shape) -> int:
-    """Bytes behind the rows of keys of one lane part: the fewest passes through shared memory, by counting banks."""
+    """Bytes of padding behind the rows of keys of one lane part: those with the fewest bank conflicts, counted here."""
     offsets, row = shape.key_rows
     own = shape.own_tokens
     step = 2 if own == 32 else 1  # tokens from one lane to the next
@@ -236,7 +236,7 @@ def key_pad(shape: Shape) -> int:
 
 
 def _pieces(size: int, bits: int, rows: list[int], align: int) -> list[tuple[int, list[int]]]:
-    """The loads of levels.cuh's `Row::load`: (bytes a lane, address of every lane)."""
+    """The loads of levels.cuh's `Row::load`: (bytes per lane, address of every lane)."""
     width = main_width(bits)
     own, plane, piece = size * width // 32, size * width // 8, piece_size(size, bits)
     step = max(x for x in (1, 2, 4, 8, 16) if piece % x == 0 and (x <= 4 or align % x == 0))

@@ -1,4 +1,4 @@
-"""Launches of the kernel of decode.cu: one call, or a decode step whose unchanging arguments are prepared once."""
+"""Launches of the kernel of decode.cu: single calls, and decode steps whose constant arguments are prepared once."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ def decode_attention(
     workspace: torch.Tensor | None = None,
     splits: int = 0,
 ) -> torch.Tensor:
-    """`reference.decode_attention` in one launch; `supports` says for which arguments.
+    """Equivalent to `reference.decode_attention`, in one launch. `supports` says which arguments it serves.
 
-    scoring: with `sparse_v_threshold`, a probability is relative to the largest that a warp has seen of its row, the
-        first raw tokens included.
-    workspace: int32, zeros at first and left so where it counts blocks; see `workspace_size`. None: the stream's own,
-        which grows as needed. One that is too small is not used.
-    splits: how many blocks share the tiles of a KV head, at most 64; 0 chooses by the card.
+    Args:
+        scoring: with `sparse_v_threshold`, a probability is relative to the largest that a warp has seen in its query
+            row, the first raw tokens included.
+        workspace: int32, see `workspace_size`. Its counters are zeros before and after the call. None is the stream's
+            own workspace, which grows as needed. A workspace that is too small is not used.
+        splits: how many blocks share the tiles of a KV head, at most 64; 0 chooses by the card.
     """
     step = Step(query, history, scoring, masked=mask is not None, workspace=workspace, splits=splits)
     return step(query.contiguous(), history.keys.codes.shape[2], history.tail.keys.shape[2], mask)
 
 
 class Step:
-    """`decode_attention` with all arguments in place but the query, the numbers of tokens and the mask.
+    """A prepared `decode_attention`: all arguments but the query, the mask and the numbers of tokens are in place.
 
-    Decode steps are bound by their launches, so what stays the same from step to step is looked up once. The arrays may
-    be larger than what is filled. They must stay where they are.
+    Launches bound the time of decode steps, so everything that stays the same from step to step is looked up once. The
+    arrays may have spare room. They must not move.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class Step:
         counters = self._blocks * self._shape.rows
         if not 0 <= splits <= geometry.MAX_SPLITS or (splits > 1 and counters >= ARRIVALS):
             raise ValueError(
-                f"splits={splits} for {counters} rows: allowed are 0 to {geometry.MAX_SPLITS}, "
-                f"0 and 1 from {ARRIVALS} rows on"
+                f"splits={splits} for {counters} query rows is not supported: allowed are 0 to {geometry.MAX_SPLITS}, "
+                f"and only 0 and 1 from {ARRIVALS} rows on"
             )
         self._given = workspace
         if self._shape.hadamard:
@@ -114,8 +115,8 @@ class Step:
     ) -> torch.Tensor:
         """[B, Hq, Q, D] for a contiguous query of the same shape.
 
-        tiles, tail: how many tiles and tokens of the tail are filled (with `counts`, their room).
-        new: keys and values [B, H, n, D], contiguous: the tail's newest, which are written to it.
+        tiles, tail: numbers of filled tiles and of tokens in the tail (with `counts`, the room for them).
+        new: contiguous keys and values [B, H, n, D], the tail's newest tokens, which the kernel writes to the tail.
         """
         splits = self._splits or geometry.splits(
             self._blocks, tiles, self._teams, geometry.multiprocessors(self._device)
@@ -146,7 +147,7 @@ class Step:
         return workspaces.of_stream(words, self._device, stream)
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copied cache has other arrays."""
+        """None: a copied cache has other arrays, for which this step is of no use."""
 
     def __reduce__(self):
         return type(None), ()

@@ -1,4 +1,4 @@
-"""Which calls the CUDA C++ kernel serves, and the kernel's `Shape` that a call needs."""
+"""Which calls the CUDA C++ kernel serves, and the `Shape` of the kernel that serves a call."""
 
 from __future__ import annotations
 
@@ -56,24 +56,27 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
         (max(geometry.grid(query, keys)) <= geometry.MAX_GRID, "more blocks than a launch can have"),
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
-        (all(row_fits(x.size, x) for x in keys.groups), "key groups of broken units, or levels off a grid"),
+        (
+            all(row_fits(x.size, x) for x in keys.groups),
+            "key groups of no whole units (16 channels), or levels off a grid",
+        ),
         (all(group.size * 32 % dim == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
         (WORDS or not any(x.in_words for x in (*keys.groups, *values.groups)), "a trellis (not tried on a GPU yet)"),
         (all(narrow(x) for x in (*keys.groups, *values.groups)), "a trellis of more than 4 bits"),
         (begin_at_words(keys.groups), "key groups that do not begin at whole words"),
-        (owns_tokens(keys.groups, values.groups[0]), "keys of a trellis beside values of none"),
+        (owns_tokens(keys.groups, values.groups[0]), "keys of a trellis beside values without one"),
         (values_fit(values.groups[0]), "value levels off a grid, or of 1 bit in rows"),
-        (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation for each sequence"),
-        (keys.mean is None or keys.mean.dtype == torch.float16, "means that float16 does not hold"),
+        (keys.rotation.dim() == 2 or keys.rotation.shape[0] == 1, "a rotation per sequence"),
+        (keys.mean is None or keys.mean.dtype == torch.float16, "means that float16 cannot hold"),
     )
     reason = next((reason for fine, reason in checks if not fine), None)
     return reason or kernel.failure(shape_of(query, keys, values, scoring, masked), query.device)
 
 
 def row_fits(size: int, group: CodeGroup) -> bool:
-    """Whether the kernel can read rows of `size` codes of a group: whole units of 16, and levels that are bytes.
+    """Whether the kernel can read rows of `size` codes of a group: whole units of 16 codes, and levels that are bytes.
 
-    In a group of a trellis, `size` codes are what words are made of.
+    In a group of a trellis, words are made of `size` codes.
     """
     if size % 16 or group.bits not in BITS or not group.codebook.unit:
         return False
@@ -83,21 +86,22 @@ def row_fits(size: int, group: CodeGroup) -> bool:
 
 
 def narrow(group: CodeGroup) -> bool:
-    """Whether levels have at most 5 bits, which is what a table holds, if they are those of a trellis."""
+    """Whether a table holds the levels: those of a trellis must have at most 5 bits."""
     return group.bits <= WORD_BITS or not group.in_words
 
 
 def values_fit(group: CodeGroup) -> bool:
+    """Whether the kernel can read a group of values: one channel's tokens make a row."""
     return row_fits(TILE, group) and (group.bits > 1 or group.in_words)
 
 
 def owns_tokens(keys: tuple[CodeGroup, ...], values: CodeGroup) -> bool:
-    """Whether a lane multiplies the tokens that its words of keys hold: those that words of values give it."""
+    """Whether a lane multiplies the tokens in its words of keys: words of values must give it the same tokens."""
     return values.in_words or not any(group.in_words for group in keys)
 
 
 def begin_at_words(groups: tuple[CodeGroup, ...]) -> bool:
-    """Whether lane parts that are whole 32-bit words lie at multiples of 4 in every row."""
+    """Whether lane parts of whole 32-bit words begin at multiples of 4 bytes in every row."""
     groups = tuple(group for group in groups if not group.in_words)
     offsets, row = row_layout((group.size, group.bits) for group in groups)
     whole = [piece_size(group.size, group.bits) % 4 == 0 for group in groups]
@@ -106,7 +110,7 @@ def begin_at_words(groups: tuple[CodeGroup, ...]) -> bool:
 
 @lru_cache(maxsize=256)
 def described(groups: tuple[CodeGroup, ...]) -> tuple[tuple[int, int, float, tuple[int, ...]], ...]:
-    """Groups as `Shape` has them."""
+    """Groups in the form that `Shape` has."""
     return tuple((group.size, group.bits, group.codebook.unit, group.codebook.steps) for group in groups)
 
 

@@ -1,6 +1,6 @@
 // Phase 3: attention over packed tiles. The picture in decode.cu shows which rows and columns a lane holds.
 
-// In registers for all tiles: the coded queries, which all warps share, and the tables of levels.
+// What stays in registers for all tiles: the coded queries, which all warps share, and the tables of levels.
 struct CodedQueries {
     u32 q[UNITS][NT];                 // of rows 4 nt + g / 2, byte g % 2
     int start_at[KEY_GROUPS][NT][4];  // what accumulators begin with: MAGIC_BITS less the levels' bias
@@ -52,7 +52,7 @@ struct CodedQueries {
 #endif
     }
 
-    // q . mean, which all scores of a row have in common.
+    // q . mean, the same for all scores that a query row has in a tile.
     __device__ __forceinline__ void meet_mean(float (&base)[NT], u32 key_room, const Warp& w) const {
 #if HAS_MEAN
         const uint4* half_row = half_row_of(w);
@@ -61,7 +61,7 @@ struct CodedQueries {
             u32 x[4];
             load_piece<16, 16, KEY_CODES + KEY_SCALES + 64 * I>(x, key_room + 16 * w.t);
             const uint4 y = HELD ? half_query[I] : half_row[4 * I];
-            mma_half(c[0], x[0], x[1], x[2], x[3], y.x, y.y);  // rows 0 to 7, in which x[0] and x[2] stand, are wanted
+            mma_half(c[0], x[0], x[1], x[2], x[3], y.x, y.y);  // x[0] and x[2] are rows 0 to 7, whose results are used
             mma_half(c[1], x[0], x[1], x[2], x[3], y.z, y.w);  // rows 8 to 15
         });
 #pragma unroll
@@ -97,7 +97,7 @@ struct Scores {
         queries.meet_mean(base, key_room, w);
         u32 key_rows = own.keys, scales = own.key_scales;
         KeyWords words = own.key_words;
-        // Not unrolled whole: short contexts wait for code that runs for the first time.
+        // Not fully unrolled: in short contexts, code that runs for the first time costs more than it saves.
 #pragma unroll 1
         for (int turn = 0; turn < OWN_UNITS / KEY_UNROLL; turn++) {
             float x[KEY_UNROLL][NT][2];
@@ -107,7 +107,7 @@ struct Scores {
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) {  // the newest scores enter behind the others
+                for (int r = 0; r < 2; r++) {  // shift: the newest scores go to the end
 #pragma unroll
                     for (int u = 0; u < OWN_UNITS - KEY_UNROLL; u++) s[u][nt][r] = s[u + KEY_UNROLL][nt][r];
 #pragma unroll
@@ -125,7 +125,7 @@ struct Scores {
         return SOFTCAP ? x - less : fmaf(x, unit, base[nt] - less);
     }
 
-    // Cap, and hide what the mask or the sequence's start hides.
+    // Apply the soft cap, and hide the tokens that the mask, the padding or the sinks take out.
     __device__ __forceinline__ void finish(const Warp& w, const CodedQueries& queries, const OwnTokens& own, i64 first) {
         if (MASKED || SOFTCAP || first < w.start + w.a.sinks) {
             unrolled<0, OWN_UNITS>([&]<int U>() {
@@ -187,7 +187,7 @@ struct TileSums {
             wanted = wanted || (4 * nt + w.t < w.rows && !(highest[nt] < maximum[nt] + w.a.sparse));
         return wanted;
     }
-    // A tile whose values are not read: no maximum has changed.
+    // Add a tile whose values are not read. None of its scores is above the maximum.
     __device__ __forceinline__ void add_without_values(const Scores& x, const CodedQueries& queries) {
 #pragma unroll
         for (int nt = 0; nt < NT; nt++)
@@ -197,7 +197,7 @@ struct TileSums {
                            exp2_fast(x.score_of(x.s[u][nt][1], nt, queries.unit[nt], maximum[nt]));
     }
 
-    // Take this tile's largest scores into the maximum; fade is what earlier sums count from now on.
+    // Raise the maximum to this tile's largest scores. fade: the factor of the earlier sums from now on.
     __device__ __forceinline__ void raise(float (&highest)[NT], float (&fade)[NT]) {
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
@@ -208,10 +208,10 @@ struct TileSums {
         }
     }
 
-    // P, the right operand of the product with the values: probabilities times the values' scales, of which the tile's
-    // largest becomes PROBABILITY_TOP.
-    //   A NaN scale marks a token that was not finite. Fixed point would make a number of it, so the unit must stay NaN.
-    //   A tile whose scores are negligible keeps the larger unit of the earlier tiles, whose sums would be infinite in its own.
+    // P, the right operand of the product with the values: probabilities times the values' scales, in fixed point. The
+    // largest number of the tile becomes PROBABILITY_TOP.
+    //   A NaN scale marks a token that was not finite. Fixed point would turn it into a number, so the unit must stay NaN.
+    //   A tile of negligible scores keeps the larger unit of the earlier tiles: in its own, their sums would be infinite.
     __device__ __forceinline__ void code_probabilities(u32 (&p)[OWN_UNITS][NT], Scores& x, float (&fade)[NT],
                                                        const CodedQueries& queries, u32 value_scale) {
         float largest[NT];
@@ -241,8 +241,8 @@ struct TileSums {
             p_peak[nt] = larger_or_nan(p_peak[nt], largest[nt]);
 #pragma unroll
             for (int u = 0; u < OWN_UNITS; u++) {
-                // 2^23 puts the number into the mantissa; 128 more rounds the high byte, and the low byte with its top bit
-                // turned is then the rest, from -128 to 127.
+                // Adding 2^23 puts the whole number into the mantissa. Adding 128 more rounds the high byte. The low byte
+                // with its top bit flipped is then the remainder, from -128 to 127.
                 const u32 first = __float_as_uint(fmaf(x.s[u][nt][0], grow, 8388736.f));
                 const u32 second = __float_as_uint(fmaf(x.s[u][nt][1], grow, 8388736.f));
                 p[u][nt] = transpose8x8(permute(first, second, 0x4051) ^ 0x80800000u);
@@ -254,7 +254,7 @@ struct TileSums {
     __device__ __forceinline__ void add(const u32 (&p)[OWN_UNITS][NT], const float (&fade)[NT],
                                         const CodedQueries& queries, u32 value_rows, const Warp& w) {
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) {  // every row of this product: the sum of the column's bytes
+        for (int nt = 0; nt < NT; nt++) {  // every row of this product is the sum of the column's bytes
             int c[4];
 #pragma unroll
             for (int u = 0; u < OWN_UNITS; u += 2)
@@ -277,7 +277,7 @@ struct TileSums {
         });
     }
 
-    // Sums go where the merge reads: the output in the coded domain of the values, its maximum and sum.
+    // Leave maximum, sum and output (in the coded domain of the values) for the merge.
     __device__ __forceinline__ void leave(const Warp& w) {
         const int g = w.g, t = w.t;
         float* output = w.tile_sums(w.warp);

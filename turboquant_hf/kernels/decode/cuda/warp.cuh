@@ -1,4 +1,4 @@
-// Where a warp stands in the launch, what its block works on, and the block's parts of the workspace.
+// A warp's place in the launch, the work of its block, and the block's part of the workspace.
 
 struct Warp {
     const Arguments& a;
@@ -23,7 +23,7 @@ struct Warp {
         factor = a.scaling * (SOFTCAP ? 1.f : LOG2E);
     }
 
-    // Reads what earlier kernels wrote, so previous_kernel_done() comes first.
+    // Call previous_kernel_done() first: this reads what earlier kernels wrote.
     __device__ __forceinline__ void read_lengths() {
         tiles = a.tiles, tail = a.tail;
         if (a.counts) {
@@ -43,7 +43,7 @@ struct Warp {
         else
             asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * TEAM) : "memory");
     }
-    // Whether any lane of the team says so; a team_sync() too.
+    // Whether `mine` is true in any lane of the team. Includes a team_sync().
     __device__ __forceinline__ bool team_any(bool mine) const {
         u32 any = mine;
         if constexpr (TEAM == 1)
@@ -54,13 +54,13 @@ struct Warp {
         return any;
     }
 
-    // Sums over tiles of warp w, [NR][OUTPUT_ROW]: they take the place of its team's tiles.
+    // Sums over the tiles of warp w, [NR][OUTPUT_ROW]. They overwrite its team's tiles.
     __device__ __forceinline__ float* tile_sums(int w) const {
         return (float*)shared.rooms[w / TEAM] + w % TEAM * (NR * OUTPUT_ROW);
     }
     // The workspace: the blocks' results [blocks][NR][D], their maxima and sums [blocks][NR][2], and the warps' sums over raw
     // tokens [blocks][WARPS][NR][D].
-    __device__ __forceinline__ i64 first_part() const { return (i64)head_chunk * splits * NR; }  // row of the first split
+    __device__ __forceinline__ i64 first_part() const { return (i64)head_chunk * splits * NR; }  // the row of the first split
     __device__ __forceinline__ i64 blocks() const { return (i64)gridDim.z * gridDim.y * splits; }
     __device__ __forceinline__ float* part_sums() const { return a.work + blocks() * (NR * D); }
     // Sums over raw tokens of warp w and row n, [D].
@@ -74,7 +74,7 @@ struct Warp {
     }
 };
 
-// The largest of the lanes that hold the same query rows: those with the same t.
+// The largest x of the lanes that hold the same query rows, which are the lanes with the same t.
 __device__ __forceinline__ float largest_of_rows(float x) {
 #pragma unroll
     for (int d = 4; d < 32; d <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
@@ -88,7 +88,7 @@ __device__ __forceinline__ float sum_of_rows(float x) {
 
 __device__ __forceinline__ float cap(float s, float softcap) {
 #if SOFTCAP
-    // The hardware's tanh is good to 2^-11, which a cap of 50 makes .02 of a score.
+    // The hardware's tanh has an error of 2^-11. With a cap of 50, that would be .02 of a score.
     const float x = s / softcap, z = exp2_fast(2.f * LOG2E * fabsf(x));
     return softcap * LOG2E * copysignf(1.f - __fdividef(2.f, z + 1.f), x);
 #else

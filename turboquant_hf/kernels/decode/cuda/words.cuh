@@ -1,12 +1,12 @@
-// Groups of a trellis (primitives/trellis.py): words of 32 codes, and which lane owns what of them (kernels/codes.py).
+// Groups of a trellis (primitives/trellis.py): words of 32 codes, and the lane that owns each word (kernels/codes.py).
 //
-// The level number of a value is (BITS - 1 plain bits, z1, z0). Bit i of the path p, rotated, gives
+// The level number of a value is (BITS - 1 plain bits, z1, z0). Rotations of the path p give
 //
 //     z1 = p ^ rot(p, 1) ^ rot(p, 4)        z0 = rot(p, 2)                     of all 32 values at once
 //
 // A word is 8 units of four values, whose levels are the bytes of a register. Bit 16 (u % 2) + 4 j + PHASE belongs to
-// byte j of unit u, with PHASE = 2 (u / 2 % 2) + u / 4. Planes of two bits have the fields of u / 4 = 0 in their first word
-// and those of 1 in their second. So neighbouring fours of bits are the selectors of a byte permutation:
+// byte j of unit u, with PHASE = 2 (u / 2 % 2) + u / 4. A plane of two bits has the fields of units 0..3 in its first word
+// and those of units 4..7 in its second word. Four neighbouring bits are then one selector of a byte permutation:
 //
 //     PHASE 0, 2    both pairs of bits (z1, z0) of a four of `parities[0]`; plain[0]
 //     PHASE 1, 3    of `parities[1]`; plain[1]
@@ -17,7 +17,7 @@ __device__ __forceinline__ u32 rotate_left(u32 x, int count) {
     return y;
 }
 
-// One word. With SHARES = 2 a lane wants half of it, the units from 4 `share` on, which then are units 0 to 3.
+// One word. With SHARES = 2, a lane needs half of it: units 4 share to 4 share + 3, which it then calls units 0 to 3.
 template <int BITS, int SHARES = 1>
 struct Word {
     static constexpr int BYTES = 4 * BITS, PATH = BITS - 1, LEVEL_BITS = BITS + 1, UNITS = 8 / SHARES;
@@ -25,7 +25,7 @@ struct Word {
     static_assert(BITS <= 4, "levels of 5 bits are the widest that are looked up");
     u32 w[BITS], parities[2 / SHARES], plain[2 / SHARES];
 
-    // What the units wanted have bits in; the others would be loaded for nothing.
+    // Load only the words of planes that the wanted units have bits in.
     template <bool FIRST_HALF, bool SECOND_HALF, int OFFSET>
     __device__ __forceinline__ void load(u32 at) {
         if constexpr (BITS == 3 && !(FIRST_HALF && SECOND_HALF)) {
@@ -42,10 +42,10 @@ struct Word {
         } else
             load<true, true, OFFSET>(at);
     }
-    // To be called once after a load.
+    // Call this once after a load.
     __device__ __forceinline__ void take_parities(int share) {
         u32 path = w[PATH];
-        if constexpr (SHARES > 1) {  // the second half's bits take the place of the first's
+        if constexpr (SHARES > 1) {  // the bits of the second half move to the place of the first half
             path = rotate_left(path, 32 - share);
             if constexpr (BITS == 4) w[0] = share ? w[1] : w[0];
             if constexpr (BITS % 2 == 0) w[PATH - 1] >>= share;
@@ -86,8 +86,8 @@ struct ChannelWords {
     static __host__ __device__ __forceinline__ constexpr int index(int u, int j, int t) { return 32 * t + 4 * u + j; }
 };
 
-// The codes of a group of N channels of keys that a lane multiplies for two tokens, rows 0 and 1: units 2 UNITS I on of
-// its words, where I numbers such pairs of tokens in one turn of a loop.
+// The codes of N channels of keys that a lane multiplies for a pair of tokens, rows 0 and 1. Pair I of one turn of the loop
+// has the units from 2 UNITS I on of the lane's words.
 template <int N, int BITS>
 struct TokenWords {
     static constexpr int UNITS = N / 16, LEVEL_BITS = BITS + 1, ADDENDS = addends(LEVEL_BITS);
@@ -99,14 +99,6 @@ struct TokenWords {
     static __host__ __device__ __forceinline__ constexpr void find(int index, int& u, int& j, int& t) {
         t = index / (N / 4), u = index % (N / 4) / 4, j = index % 4;
     }
-    static constexpr bool found() {
-        for (int index = 0; index < N; index++) {
-            int u = 0, j = 0, t = 0;
-            find(index, u, j, t);
-            if (TokenWords::index(u, j, t) != index || u >= UNITS || j >= 4 || t >= 4) return false;
-        }
-        return true;
-    }
 
     template <int I>
     struct Pair {
@@ -114,7 +106,7 @@ struct TokenWords {
         static constexpr int BEGIN = FIRST / 8, WORDS = (END + 7) / 8 - BEGIN;
         Word<BITS> words[WORDS];
 
-        // The lane's first word of the turn is at `at` + OFFSET.
+        // `at` + OFFSET is the address of the lane's first word of the turn.
         template <int OFFSET>
         __device__ __forceinline__ void load(u32 at) {
             unrolled<0, WORDS>([&]<int J>() {
@@ -126,7 +118,7 @@ struct TokenWords {
             for (int i = 0; i < WORDS; i++) words[i].take_parities(0);
         }
     };
-    // One row of a pair, as `Row` gives levels.
+    // One row of a pair, with the levels() of `Row`.
     template <int I, int R>
     struct Token {
         static constexpr int UNITS = TokenWords::UNITS, ADDENDS = TokenWords::ADDENDS;

@@ -1,4 +1,4 @@
-"""Device memory that a launch needs: counters of blocks that are done, and the blocks' parts of each result."""
+"""Device memory that a launch needs: counters of finished blocks, and the blocks' parts of each result."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from turboquant_hf.kernels.decode.cuda import geometry
 from turboquant_hf.kernels.decode.cuda.source import ARRIVALS, Shape, max_warps
 
 MAX_WORKSPACES = 64
-"""Streams with a workspace of their own: the oldest goes when there are more. torch's pools have 32 streams each."""
+"""Streams that keep a workspace; when there are more, the oldest is dropped. torch's pools have 32 streams each."""
 _WORKSPACES: dict[tuple, torch.Tensor] = {}
 _LOCK = threading.Lock()
 
 
 def workspace_size(blocks: int, shape: Shape, warps: int) -> int:
-    """Words: arrivals, every block's rows with their maxima and sums, every warp's sums over raw tokens."""
+    """Words of a workspace: counters, every block's rows with maxima and sums, every warp's sums over raw tokens."""
     return ARRIVALS + blocks * shape.rows * (shape.dim + 2 + warps * shape.dim)
 
 
 def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> int:
-    """Words that serve any call of up to `rows` query rows per KV head, however it splits its tiles."""
+    """Words that are enough for any call with up to `rows` query rows per KV head, whatever its splits."""
     blocks = max(batch_heads * -(-rows // geometry.MAX_ROWS), 4 * geometry.multiprocessors(device))
     return ARRIVALS + blocks * geometry.MAX_ROWS * (dim + 2 + max_warps(dim) * dim)
 
 
 def cleared(words: int, device: torch.device) -> torch.Tensor:
-    """A new workspace: its counters are zeros; the kernel writes the rest before it reads it."""
+    """A new workspace. Its counters are zeros. The kernel writes everything else before it reads it."""
     workspace = torch.empty(words, dtype=torch.int32, device=device)
     workspace[:ARRIVALS].zero_()
     return workspace
@@ -55,7 +55,7 @@ def of_stream(words: int, device: torch.device, stream: int) -> torch.Tensor:
 
 
 def unread_tiles() -> int:
-    """Tiles, per KV head and chunk of query rows, whose values sparse V did not read since this was asked last.
+    """How many tiles' values sparse V left unread since the last call, per KV head and chunk of query rows.
 
     Waits for the devices. Calls with a workspace of their own are not counted.
     """
