@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from turboquant_hf.cache.copies import tensors_in
+from turboquant_hf.cache.hybrid import packed_part
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.serialization import config_field, model_fields
@@ -39,18 +41,9 @@ class LiveAttention:
         return self
 
 
-def _tensors(item: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested lists, tuples and dicts."""
-    if isinstance(item, torch.Tensor):
-        yield item
-    elif isinstance(item, (list, tuple, dict)):
-        for value in item.values() if isinstance(item, dict) else item:
-            yield from _tensors(value)
-
-
 def raw_nbytes(layers: Iterable[Any]) -> int:
     """Bytes of the memory that the tensors of transformers' layers lie in, which may be more than the tensors show."""
-    storages = (x.untyped_storage() for x in _tensors([vars(layer) for layer in layers]))
+    storages = (x.untyped_storage() for x in tensors_in([vars(layer) for layer in layers]))
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
@@ -81,7 +74,27 @@ def never_packed() -> bool:
     return False
 
 
-class PackedCache(Cache):
+class Compression:
+    """How what is held compares with a 16-bit cache, by the byte counts that a subclass has."""
+
+    nbytes: int
+    resident_nbytes: int
+    dense_nbytes: int
+
+    @property
+    def compression_ratio(self) -> float:
+        """`dense_nbytes` / `resident_nbytes`: how many times smaller than a 16-bit cache, all counted; 1 if empty."""
+        resident = self.resident_nbytes
+        return self.dense_nbytes / resident if resident else 1.0
+
+    @property
+    def compression_ratio_in_use(self) -> float:
+        """`dense_nbytes` / `nbytes`: the same without the room allocated ahead; 1 if empty."""
+        used = self.nbytes
+        return self.dense_nbytes / used if used else 1.0
+
+
+class PackedCache(Compression, Cache):
     """A cache whose full-attention layers are packed; the others are transformers' own.
 
     Attributes:
@@ -152,8 +165,7 @@ class PackedCache(Cache):
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
         """The layers that this package holds, in order."""
-        parts = (getattr(layer, "packed", layer) for layer in self.layers)  # of a hybrid layer, its attention
-        return [part for part in parts if isinstance(part, TurboQuantLayer)]
+        return [part for part in map(packed_part, self.layers) if part is not None]
 
     @property
     def tokens(self) -> int:
@@ -206,18 +218,6 @@ class PackedCache(Cache):
     def resident_nbytes(self) -> int:
         """Bytes allocated: `nbytes` and the room for tokens to come, `spare_nbytes`."""
         return self.nbytes + self.spare_nbytes
-
-    @property
-    def compression_ratio(self) -> float:
-        """`dense_nbytes` / `resident_nbytes`: how many times smaller than a 16-bit cache, all counted; 1 if empty."""
-        resident = self.resident_nbytes
-        return self.dense_nbytes / resident if resident else 1.0
-
-    @property
-    def compression_ratio_in_use(self) -> float:
-        """`dense_nbytes` / `nbytes`: the same without the room allocated ahead; 1 if empty."""
-        used = self.nbytes
-        return self.dense_nbytes / used if used else 1.0
 
     def _raw_nbytes(self) -> int:
         return raw_nbytes(layer for layer in self.layers if not isinstance(layer, TurboQuantLayer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ class DecodedCopy(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if any(isinstance(x, DecodedCopy) for x in _tensors(_targets(func, args, kwargs))):
+        if any(isinstance(x, DecodedCopy) for x in tensors_in(_targets(func, args, kwargs))):
             raise RuntimeError(NOT_STORED.format(name="`keys` or `values`"))
         with torch._C.DisableTorchFunctionSubclass():
-            read = {_memory(x) for x in _tensors((args, tuple(kwargs.values()))) if isinstance(x, DecodedCopy)}
+            read = {_memory(x) for x in tensors_in((args, kwargs)) if isinstance(x, DecodedCopy)}
             return _guarded(func(*args, **kwargs), read)
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -86,12 +86,13 @@ def _asks_in_place(func: Callable, args: tuple, kwargs: dict) -> bool:
     return bool(inspect.signature(func).bind(*args, **kwargs).arguments.get("inplace"))
 
 
-def _tensors(items: Iterable) -> Iterable[torch.Tensor]:
-    for item in items:
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, (tuple, list)):
-            yield from _tensors(item)
+def tensors_in(item: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif isinstance(item, (list, tuple, dict)):
+        for value in item.values() if isinstance(item, dict) else item:
+            yield from tensors_in(value)
 
 
 def _guarded(result: Any, read: set[int]) -> Any:

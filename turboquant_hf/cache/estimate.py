@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from turboquant_hf.cache.base import check_config, is_latent, raw_nbytes
+from turboquant_hf.cache.base import Compression, check_config, is_latent, raw_nbytes
 from turboquant_hf.cache.cache import TurboQuantCache
 from turboquant_hf.cache.encoder import Encoder
 from turboquant_hf.cache.growing import fill_indexers, is_indexed, token_nbytes, unpacked
@@ -28,7 +27,6 @@ from turboquant_hf.checks import check_whole
 from turboquant_hf.config import CachePreset
 from turboquant_hf.quantizers import Quantizer
 
-RECURRENT = ("conv_states", "recurrent_states")
 MOST = 1 << 31
 """Tokens beyond which nobody asks for the longest context."""
 
@@ -58,7 +56,7 @@ class LayerMemory:
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(Compression):
     """Bytes of a cache behind a prompt.
 
     Attributes:
@@ -91,23 +89,13 @@ class MemoryEstimate:
     cross_token_nbytes: int
     layers: tuple[LayerMemory, ...]
 
-    @property
-    def compression_ratio(self) -> float:
-        """`dense_nbytes` / `resident_nbytes`: how many times smaller than a 16-bit cache; 1 where nothing is kept."""
-        return self.dense_nbytes / self.resident_nbytes if self.resident_nbytes else 1.0
-
-    @property
-    def compression_ratio_in_use(self) -> float:
-        """`dense_nbytes` / `nbytes`: the same without the room allocated ahead."""
-        return self.dense_nbytes / self.nbytes if self.nbytes else 1.0
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {**dataclasses.asdict(self), "compression_ratio": self.compression_ratio}
 
 
 class MemoryPlan:
-    """Estimates for one model; what its layers keep is found out once.
+    """Estimates for one model. What its layers keep is found out once.
 
     Args:
         config: the model's configuration.
@@ -161,8 +149,8 @@ class MemoryPlan:
         filled: dict[tuple, Any] = {}
         for index, seen in enumerate(self.probed[: len(cache.layers)]):
             layer, pair = cache.layers[index], _pair(seen, batch, tokens)
-            packed = getattr(layer, "packed", layer)
-            if pair is not None and isinstance(packed, TurboQuantLayer):
+            packed = packed_part(layer)
+            if pair is not None and packed is not None:
                 # Packed layers that are alike are filled once: the same object then stands for all of them.
                 what = packed.quantizers, *(x.shape for x in pair)
                 if what not in filled:
@@ -175,7 +163,8 @@ class MemoryPlan:
                 _fill_raw(layer, *pair, last)
             for name in RECURRENT:
                 if hasattr(seen, name):
-                    setattr(layer, name, _widened(getattr(seen, name), batch))
+                    widened = map_state(lambda x: x.new_empty((batch, *x.shape[1:])), getattr(seen, name))
+                    setattr(layer, name, widened)
         return cache
 
     def _read(self, cache: TurboQuantCache | TurboQuantStaticCache, tokens: int, batch: int) -> MemoryEstimate:
@@ -204,12 +193,11 @@ class MemoryPlan:
         for layer, seen in zip(cache.layers, self.probed, strict=False):
             pair = _pair(seen, 1, 1)
             heads, dims = (pair[0].shape[1], tuple(x.shape[3] for x in pair)) if pair else (0, (0, 0))
-            own = getattr(layer, "packed", layer)
-            held = isinstance(own, TurboQuantLayer)
-            raw = raw_nbytes([] if own is layer and held else [layer])
-            used, ahead, dense = (own.nbytes, own.spare_nbytes, own.dense_nbytes) if held else (0, 0, 0)
+            packed = packed_part(layer)
+            raw = 0 if packed is layer else raw_nbytes([layer])
+            used, ahead, dense = (packed.nbytes, packed.spare_nbytes, packed.dense_nbytes) if packed else (0, 0, 0)
             window = getattr(seen, "sliding_window", None)
-            what = found.setdefault((_kind(held, pair, window, seen), heads, dims, window), [0, 0, 0, 0])
+            what = found.setdefault((_kind(packed is not None, pair, window, seen), heads, dims, window), [0, 0, 0, 0])
             for index, value in enumerate((1, raw + used, raw + used + ahead, raw + dense)):
                 what[index] += value
         return tuple(
@@ -243,13 +231,6 @@ def _pair(seen: Any, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tenso
     return tuple(x.new_empty((batch, x.shape[1], tokens, x.shape[3])) for x in (keys, values))
 
 
-def _widened(state: Any, batch: int) -> Any:
-    """The states of one sequence, for `batch`. Early versions hold a tensor, later ones some by number."""
-    if isinstance(state, dict):
-        return {name: _widened(value, batch) for name, value in state.items()}
-    return state.new_empty((batch, *state.shape[1:])) if isinstance(state, torch.Tensor) else state
-
-
 def _fill(layer: TurboQuantLayer, keys: torch.Tensor, values: torch.Tensor, observed: bool) -> TurboQuantLayer:
     """A packed layer behind a prompt."""
     layer.allocate(keys[:, :, :0], values[:, :, :0])
@@ -275,8 +256,9 @@ class ShapesEncoder(Encoder):
 
 
 def _empty_state(quantizer: Quantizer, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
-    learned = _learned(quantizer, tiles.shape[4], tiles.shape[3])
-    return {name: tiles.new_empty((*tiles.shape[:2], *rest), dtype=dtype) for name, (rest, dtype) in learned.items()}
+    """What a quantizer learns from tiles [B, H, N, T, D], without the numbers: the shapes are those of any one head."""
+    learned = quantizer.fit(torch.zeros(1, 1, 1, *tiles.shape[3:]), torch.ones(1, 1, tiles.shape[3]), None)
+    return {name: tiles.new_empty((*tiles.shape[:2], *x.shape[2:]), dtype=x.dtype) for name, x in learned.items()}
 
 
 def _fill_raw(layer: Any, keys: torch.Tensor, values: torch.Tensor, last: int) -> None:
@@ -288,13 +270,6 @@ def _fill_raw(layer: Any, keys: torch.Tensor, values: torch.Tensor, last: int) -
     for part in (slice(0, first), slice(first, None)):
         if keys[:, :, part].shape[2]:
             layer.update(keys[:, :, part], values[:, :, part])
-
-
-@lru_cache(maxsize=256)
-def _learned(quantizer: Quantizer, head_dim: int, tile: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """What a quantizer learns per sequence and head: name -> shape and dtype."""
-    state = quantizer.fit(torch.zeros(1, 1, 1, tile, head_dim), torch.ones(1, 1, tile), None)
-    return {name: (value.shape[2:], value.dtype) for name, value in state.items()}
 
 
 def _token_nbytes(layer: Any) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from turboquant_hf.cache.copies import tensors_in
 from turboquant_hf.cache.fixed import FixedStep
 from turboquant_hf.cache.fixed_sliding import RingSlidingLayer
 from turboquant_hf.cache.hybrid import packed_part
@@ -94,13 +95,7 @@ class FixedCache:
     def _foreign(self) -> Iterator[torch.Tensor]:
         for layer in self.cache.layers:
             if isinstance(layer, LinearAttentionLayer):
-                for held in (layer.conv_states, layer.recurrent_states):
-                    yield from (x for x in _values(held) if isinstance(x, torch.Tensor))
-
-
-def _values(held: Any) -> list:
-    """Early versions of transformers hold one state per layer, later ones a dict of them."""
-    return list(held.values()) if isinstance(held, dict) else [held]
+                yield from tensors_in([layer.conv_states, layer.recurrent_states])
 
 
 def why_not(cache: Any) -> str | None:
@@ -131,4 +126,4 @@ def why_not(cache: Any) -> str | None:
 
 
 def _holds_tensors(layer: Any) -> bool:
-    return any(isinstance(x, torch.Tensor) for x in vars(layer).values())
+    return next(tensors_in(vars(layer)), None) is not None

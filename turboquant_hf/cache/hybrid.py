@@ -12,6 +12,8 @@ from turboquant_hf.cache.copies import DecodedProperty
 from turboquant_hf.cache.layer import TurboQuantLayer
 
 OF_ATTENTION = ("keys", "values", "is_initialized")
+RECURRENT = ("conv_states", "recurrent_states")
+"""The attributes in which transformers' layers keep what they carry from token to token."""
 
 
 class HybridLayer(LinearAttentionAndFullAttentionLayer):
@@ -90,13 +92,16 @@ class HybridLayer(LinearAttentionAndFullAttentionLayer):
         self.packed.batch_select_indices(indices)
 
     def _map_states(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Upstream leaves the recurrent part of these two operations out. Early versions hold one state, later many."""
-        for name in ("conv_states", "recurrent_states"):
-            held = getattr(self, name, None)
-            if isinstance(held, dict):
-                setattr(self, name, {key: fn(x) if isinstance(x, torch.Tensor) else x for key, x in held.items()})
-            elif isinstance(held, torch.Tensor):
-                setattr(self, name, fn(held))
+        """Upstream leaves the recurrent part of these two operations out."""
+        for name in RECURRENT:
+            setattr(self, name, map_state(fn, getattr(self, name, None)))
+
+
+def map_state(fn: Callable[[torch.Tensor], Any], held: Any) -> Any:
+    """`held` with fn(x) for every tensor x. Early versions hold one state, later ones a dict by number."""
+    if isinstance(held, dict):
+        return {name: map_state(fn, x) for name, x in held.items()}
+    return fn(held) if isinstance(held, torch.Tensor) else held
 
 
 def packed_part(layer: Any) -> TurboQuantLayer | None:

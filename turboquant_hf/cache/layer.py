@@ -262,7 +262,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
 
     def _leave_inference_mode(self) -> None:
         """Copy what was made under torch.inference_mode(), which nobody may write to outside it."""
-        if not torch.is_inference_mode_enabled() and self.tail.is_inference():
+        if not torch.is_inference_mode_enabled() and self.tail.arrays.keys.is_inference():
             self.map(torch.clone)
 
     def offload(self) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
+from turboquant_hf.cache.hybrid import packed_part
+
 logger = logging.get_logger("turboquant_hf")
 
 AS_WITHOUT = "memory is what it is without turboquant_hf"
@@ -22,13 +24,8 @@ def tell(model: Any, text: str) -> None:
 def tell_coverage(model: Any, cache: Any) -> None:
     """Say which layers of a cache are not packed although they keep every token, or that nothing is packed."""
     packed = cache.packed_layers
-    ours = {id(layer) for layer in packed}
-    others = [layer for layer in cache.layers if id(getattr(layer, "packed", layer)) not in ours]
-    growing = [
-        type(layer).__name__
-        for layer in others
-        if isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False)
-    ]
+    others = [layer for layer in cache.layers if packed_part(layer) is None and isinstance(layer, CacheLayerMixin)]
+    growing = [type(layer).__name__ for layer in others if not getattr(layer, "is_sliding", False)]
     kept = ", ".join(f"{growing.count(name)} {name}" for name in dict.fromkeys(growing))
     if packed and kept:
         tell(model, f"{len(packed)} layers are compressed; {kept} keep every token uncompressed.")

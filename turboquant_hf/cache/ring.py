@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from turboquant_hf.cache.sides import Sides
+from turboquant_hf.cache.store import Tail
 
 STEP_TOKENS = 16
 """New tokens that one decode step may bring (candidates of assisted decoding, prompt lookup); a longer chunk is stored
 by another way."""
 
 
-class RingTail:
-    """The raw tail of a fixed layer: keys and values in rings [B, H, R, D]; see `cache.store.TailBuffer`.
+class RingTail(Tail):
+    """The tail of a fixed layer: keys and values in rings [B, H, R, D], R = `slots`.
 
     Attributes:
         start: position of the oldest raw token, which is the end of the packed tiles.
@@ -25,10 +26,6 @@ class RingTail:
         where = self._slots(keys.device)
         for ring, new in zip(self.arrays, (keys, values), strict=True):
             ring.index_copy_(2, where, new)
-
-    @property
-    def slots(self) -> int:
-        return self.arrays.keys.shape[2]
 
     def _slots(self, device: torch.device) -> torch.Tensor:
         return torch.arange(self.start, self.start + self.count, device=device) % self.slots
@@ -44,27 +41,8 @@ class RingTail:
     def drop_front(self, tokens: int) -> None:
         self.start, self.count = self.start + tokens, self.count - tokens
 
-    def crop(self, tokens: int) -> None:
-        self.count = tokens
-
     def own(self) -> None:
         """A ring never borrows a block of the model's."""
-
-    def is_inference(self) -> bool:
-        """Whether the arrays were made under torch.inference_mode()."""
-        return self.arrays.keys.is_inference()
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self._token_nbytes
-
-    @property
-    def spare_nbytes(self) -> int:
-        return (self.slots - self.count) * self._token_nbytes
-
-    @property
-    def _token_nbytes(self) -> int:
-        return sum(ring[:, :, :1].numel() * ring.itemsize for ring in self.arrays)
 
 
 def unrolled(

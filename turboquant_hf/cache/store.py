@@ -108,7 +108,7 @@ class TileStore:
     @property
     def tile_nbytes(self) -> int:
         """Bytes of one tile of all heads and sequences."""
-        return sum(array[:, :, :1].numel() * array.itemsize for array in self.arrays.values()) if self.capacity else 0
+        return sum(array[:, :, :1].nbytes for array in self.arrays.values())
 
     @property
     def nbytes(self) -> int:
@@ -119,8 +119,35 @@ class TileStore:
         return (self.capacity - self.count) * self.tile_nbytes
 
 
-class TailBuffer:
-    """The newest tokens, keys and values, [B, H, capacity, D] each, filled up to `count` tokens.
+class Tail:
+    """Raw tokens behind the packed tiles: `count` tokens in `arrays` of keys and values, [B, H, slots, D] each."""
+
+    arrays: Sides
+    count: int
+
+    @property
+    def slots(self) -> int:
+        return self.arrays.keys.shape[2]
+
+    def crop(self, tokens: int) -> None:
+        """Keep the oldest `tokens`."""
+        self.count = tokens
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self._token_nbytes
+
+    @property
+    def spare_nbytes(self) -> int:
+        return (self.slots - self.count) * self._token_nbytes
+
+    @property
+    def _token_nbytes(self) -> int:
+        return sum(array[:, :, :1].nbytes for array in self.arrays)
+
+
+class TailBuffer(Tail):
+    """The tail of a growing layer: tokens in order, from slot 0 on.
 
     Args:
         keys, values: give batch, heads, head dims, dtype and device.
@@ -134,21 +161,13 @@ class TailBuffer:
         self.arrays = Sides(keys, values).map(lambda x: x.new_empty((*x.shape[:2], room, x.shape[3])))
         self._borrowed = False
 
-    @property
-    def capacity(self) -> int:
-        return self.arrays[0].shape[2]
-
-    def is_inference(self) -> bool:
-        """Whether the arrays were made under torch.inference_mode()."""
-        return self.arrays[0].is_inference()
-
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens. A long first block is kept as it is, without a copy, until `drop_front`."""
         added = keys.shape[2]
-        if self.count == 0 and added > self.capacity:
+        if self.count == 0 and added > self.slots:
             self.arrays, self.count, self._borrowed = Sides(keys, values), added, True
             return
-        if self.count + added > self.capacity or self._borrowed:
+        if self.count + added > self.slots or self._borrowed:
             self._resize(self._room_for(self.count + added))
         for array, new in zip(self.arrays, (keys, values), strict=True):
             array[:, :, self.count : self.count + added] = new
@@ -167,9 +186,6 @@ class TailBuffer:
         """Copy a block that was kept as the model gave it: it may be a view into something larger."""
         if self._borrowed:
             self._resize(self._room_for(self.count))
-
-    def crop(self, tokens: int) -> None:
-        self.count = tokens
 
     def _room_for(self, tokens: int) -> int:
         """The standard capacity, or an eighth more than `tokens` where that is less, or `tokens` where that is more."""
@@ -192,14 +208,6 @@ class TailBuffer:
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.arrays, self._borrowed = self.arrays.map(fn), False
-
-    @property
-    def nbytes(self) -> int:
-        return sum(view.numel() * view.itemsize for view in self.view())
-
-    @property
-    def spare_nbytes(self) -> int:
-        return sum(array.numel() * array.itemsize for array in self.arrays) - self.nbytes
 
 
 class SinkBuffer:
@@ -228,15 +236,7 @@ class SinkBuffer:
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
         """Copy what of tokens [position, position + T) belongs to the sinks."""
-        stop = position + keys.shape[2]
-        if not self.size or position == stop or position >= self.latest + self.size:
-            return
-        if len(set(self.first)) == 1:
-            low, high = max(position, self.first[0]), min(stop, self.first[0] + self.size)
-            if low < high:
-                for array, new in zip(self.arrays, (keys, values), strict=True):
-                    part = new[:, :, low - position : high - position]
-                    array[:, :, low - self.first[0] : high - self.first[0]] = part
+        if not self.size or not keys.shape[2] or position >= self.latest + self.size:
             return
         slots = self.positions() - position
         inside = (slots >= 0) & (slots < keys.shape[2])
@@ -256,7 +256,7 @@ class SinkBuffer:
         sinks = self.arrays.of(side)
         if not self.size or start == stop or start >= self.latest + self.size:
             return dense
-        if len(set(self.first)) == 1:
+        if len(set(self.first)) == 1:  # a copy of a slice, where gather and scatter would launch a dozen kernels
             low, high = max(self.first[0], start), min(self.first[0] + self.size, stop)
             if low < high:
                 part = sinks[:, :, low - self.first[0] : high - self.first[0]]
@@ -282,7 +282,7 @@ class SinkBuffer:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.numel() * array.itemsize for array in self.arrays) + self.starts.numel() * 8
+        return sum(array.nbytes for array in self.arrays) + self.starts.nbytes
 
 
 def _expand(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
