@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +12,6 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from turboquant_hf.cache.registration import parse_cache_config
-from turboquant_hf.cache.serving import NO_CONTINUOUS_BATCHING, answers_clients
-from turboquant_hf.cache.wrapping import wrap_once
 from turboquant_hf.names import CACHE_NAME, UPSTREAM, cache_argument
 
 logger = logging.get_logger(__name__)
@@ -59,9 +54,9 @@ def set_cache_defaults(cache_implementation: str | None = None, **cache_config: 
     global _current
     if cache_implementation is not None and cache_implementation not in UPSTREAM:
         raise ValueError(f"cache={cache_implementation!r} is not supported; allowed: {', '.join(UPSTREAM)}")
+    from turboquant_hf.cache.registration import parse_cache_config  # it asks this module in every call of generate
+
     parse_cache_config(cache_config)
-    wrap_once("_prepare_cache_for_generation", _prepare, "_turboquant_defaults")
-    wrap_once("init_continuous_batching", _init_batching, "_turboquant_defaults")
     _current = CacheDefaults(cache_implementation, cache_config)
     return _current
 
@@ -72,23 +67,10 @@ def clear_cache_defaults() -> None:
     _current = None
 
 
-def _prepare(original):
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def prepare(self, *args: Any, **kwargs: Any):
-        if _current is not None:
-            bound = signature.bind(self, *args, **kwargs).arguments
-            _complete(bound["generation_config"], bound["model_kwargs"], type(self).__name__)
-        return original(self, *args, **kwargs)
-
-    return prepare
-
-
-def _complete(config: GenerationConfig, model_kwargs: Mapping[str, Any], model: str) -> None:
-    """Write the defaults into the configuration of one call, which is generate's own copy."""
+def complete(config: GenerationConfig, model_kwargs: Mapping[str, Any], model: str) -> None:
+    """Write the defaults, if any are in force, into the configuration of one call, which is generate's own copy."""
     given = cache_argument(model_kwargs) is not None
-    if given or config.use_cache is False or getattr(config, "is_assistant", False):
+    if _current is None or given or config.use_cache is False or getattr(config, "is_assistant", False):
         return
     if config.cache_implementation is None:
         config.cache_implementation = _current.cache_implementation
@@ -110,14 +92,3 @@ def _merge(own: Any, default: Mapping[str, Any]) -> Any:
     if not isinstance(own, Mapping) or "preset" in own:
         return own
     return {**default, **own}
-
-
-def _init_batching(original):
-    @functools.wraps(original)
-    @answers_clients
-    def init(self, *args: Any, **kwargs: Any):
-        if _current is not None and _current.cache_implementation is not None:
-            raise ValueError(NO_CONTINUOUS_BATCHING)
-        return original(self, *args, **kwargs)
-
-    return init

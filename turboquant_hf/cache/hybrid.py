@@ -16,6 +16,16 @@ RECURRENT = ("conv_states", "recurrent_states")
 """The attributes in which transformers' layers keep what they carry from token to token."""
 
 
+def _of_both_parts(name: str) -> Callable[..., None]:
+    """A method that does to the recurrent state and to the keys and values what its name says."""
+
+    def method(self: HybridLayer, *args: Any) -> None:
+        getattr(LinearAttentionLayer, name)(self, *args)
+        getattr(self.packed, name)(*args)
+
+    return method
+
+
 class HybridLayer(LinearAttentionAndFullAttentionLayer):
     """What a `LinearAttentionAndFullAttentionLayer` is, with the attention's part kept by a `TurboQuantLayer`.
 
@@ -63,25 +73,9 @@ class HybridLayer(LinearAttentionAndFullAttentionLayer):
 
     get_max_cache_shape = get_max_length
 
-    def crop(self, tokens: int) -> None:
-        LinearAttentionLayer.crop(self, tokens)
-        self.packed.crop(tokens)
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        self.packed.reset()
-
-    def offload(self) -> None:
-        LinearAttentionLayer.offload(self)
-        self.packed.offload()
-
-    def prefetch(self) -> None:
-        LinearAttentionLayer.prefetch(self)
-        self.packed.prefetch()
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        self.packed.reorder_cache(beam_idx)
+    crop, reset, offload, prefetch, reorder_cache = map(
+        _of_both_parts, ("crop", "reset", "offload", "prefetch", "reorder_cache")
+    )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_states(lambda x: x.repeat_interleave(repeats, dim=0))

@@ -15,6 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from turboquant_hf.cache.base import ATTENTION_NAME, PackedCache
 from turboquant_hf.cache.cache import TurboQuantCache
+from turboquant_hf.cache.defaults import cache_defaults, complete
 from turboquant_hf.cache.given import check_given
 from turboquant_hf.cache.messages import (
     AS_WITHOUT,
@@ -77,6 +78,7 @@ def _wrap(original):
     def prepare(self, *args: Any, **kwargs: Any):
         bound = signature.bind(self, *args, **kwargs).arguments
         generation_config, model_kwargs = bound["generation_config"], bound["model_kwargs"]
+        complete(generation_config, model_kwargs, type(self).__name__)
         wanted = generation_config.cache_implementation
         wanted = wanted if wanted in UPSTREAM else None
         name = cache_argument(model_kwargs)
@@ -257,7 +259,10 @@ def _refuse_continuous_batching(original: Callable) -> Callable:
     @answers_clients
     def init(self, generation_config=None, *args: Any, **kwargs: Any):
         config = self.generation_config if generation_config is None else generation_config
-        if getattr(config, "cache_implementation", None) in UPSTREAM or attention_of(self) == ATTENTION_NAME:
+        defaults = cache_defaults()
+        by_default = defaults is not None and defaults.cache_implementation is not None
+        named = getattr(config, "cache_implementation", None) in UPSTREAM
+        if named or by_default or attention_of(self) == ATTENTION_NAME:
             raise ValueError(NO_CONTINUOUS_BATCHING)
         return original(self, generation_config, *args, **kwargs)
 

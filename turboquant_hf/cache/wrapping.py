@@ -6,19 +6,18 @@ from collections.abc import Callable
 
 from transformers.generation.utils import GenerationMixin
 
+MARK = "_turboquant_original"
+"""The attribute by which a wrapper carries what it wraps."""
 
-def wrap_once(
-    method: str, wrap: Callable[[Callable], Callable], mark: str = "_turboquant_original", *, needed: bool = False
-) -> None:
-    """Replace a method by wrap(method), which carries the original as `mark`. Idempotent.
 
-    `wrap` uses functools.wraps, so that a wrapper around a wrapper carries both marks.
+def wrap_once(method: str, wrap: Callable[[Callable], Callable], *, needed: bool = False) -> None:
+    """Replace a method of `GenerationMixin` by wrap(method). Idempotent.
 
     Raises:
         AttributeError: this version of transformers has no such method, and it is `needed`; others are left alone.
     """
     original = getattr(GenerationMixin, method) if needed else getattr(GenerationMixin, method, None)
-    if original is not None and not hasattr(original, mark):
+    if original is not None and not hasattr(original, MARK):
         wrapped = wrap(original)
-        setattr(wrapped, mark, original)
+        setattr(wrapped, MARK, original)
         setattr(GenerationMixin, method, wrapped)
