@@ -144,7 +144,7 @@ def test_python_scripts_on_the_path_run(script, tmp_path, monkeypatch):
         ([], "COMMAND: nothing is not supported; allowed: a Python command, a Python file, or -m MODULE"),
         (["python", "-c", "print()"], "COMMAND: -c is not supported"),
         (["no-such-command"], "COMMAND: 'no-such-command' is not supported"),
-        (["sh", "-c", "true"], "is no Python program"),
+        (["sh", "-c", "true"], "is not a Python program"),
         (["accelerate", "launch", "x.py"], "accelerate launch -m turboquant_hf.cli run"),
         (["--cache", "dynamic", "x"], "cache='dynamic' is not supported; allowed: turboquant, turboquant_static"),
         (["--preset", "k9v9", "x"], "preset='k9v9' is not supported"),

@@ -1,8 +1,8 @@
 """Compressed KV caches for Hugging Face Transformers.
 
-Importing this package adds the names "turboquant" to transformers' caches and attentions; nothing else changes. It
-takes no time: what is named below is imported when it is first used, and the names are added when transformers loads
-the modules that they belong to (`import_hook.py`).
+Importing this package adds the names "turboquant" and "turboquant_static" to transformers' caches, and "turboquant" to
+its attentions. Nothing else changes. The import takes no time: the public names below are imported at their first use,
+and transformers learns its names when it loads the modules that they belong to (`import_hook.py`).
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ _EXPORTS = {
     "preset_names": "config",
     "restore_attention": "cache",
 }
-"""Public name -> the part of this package that defines it."""
+"""{public name: the part of this package that defines it}."""
 _PARTS = ("attention", "cache", "config", "evaluation", "generation", "kernels", "primitives", "quantizers")
 
 install()

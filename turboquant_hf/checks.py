@@ -1,4 +1,4 @@
-"""What is said to a user who passed the wrong thing: the field, the value, what is allowed, and what was meant."""
+"""Checks of user input. Errors name the field, the value, what is allowed, and the nearest allowed name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """`value` as an error message shows it: its repr, or its class where that is long (a model, a configuration)."""
+    """`value` for an error message: its repr, or its class if the repr is long (a model, a configuration)."""
     text = repr(value)
     if isinstance(value, (str, Path)) or (len(text) <= limit and "\n" not in text):
         return text
@@ -18,28 +18,28 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 def guess(name: str, allowed: Collection[str]) -> str:
-    """The words " (did you mean ...?)" with the nearest allowed name in any case of letters; "" if none is near."""
+    """The words " (did you mean ...?)" with the nearest allowed name, ignoring case; "" if none is near."""
     by_lower = {one.lower(): one for one in allowed}
     near = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.75)
     return f" (did you mean {by_lower[near[0]]!r}?)" if near else ""
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """The value; ValueError where it is neither true nor false."""
+    """Return the value; raise ValueError if it is not a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={shown(value)} is not supported; allowed: true, false")
     return value
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise ValueError for what is no whole number from `low` to `high`, both included."""
+    """Raise ValueError if `value` is not a whole number from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         limit = "" if high is None else f" to {high:,}"
         raise ValueError(f"{name}={shown(value)} is not supported; allowed: whole numbers from {low}{limit}")
 
 
 def check_keys(owner: str, data: Mapping[str, Any], allowed: Collection[str]) -> None:
-    """Raise ValueError, with the nearest name and all allowed ones, for a field that `owner` does not have."""
+    """Raise ValueError for a field that `owner` does not have, with the nearest name and all allowed names."""
     for key, value in data.items():
         if key not in allowed:
             what = f"{owner}: unknown field {key!r}={shown(value)}{guess(str(key), allowed)}"
@@ -47,7 +47,7 @@ def check_keys(owner: str, data: Mapping[str, Any], allowed: Collection[str]) ->
 
 
 def check_json(owner: str, data: Mapping[str, Any]) -> None:
-    """Raise ValueError for a value that JSON cannot hold: a generation config with it could not be shown or saved."""
+    """Raise ValueError for a value that JSON cannot hold, because a generation config is printed and saved as JSON."""
     for key, value in data.items():
         try:
             json.dumps(value)
@@ -64,10 +64,10 @@ def check_json(owner: str, data: Mapping[str, Any]) -> None:
 
 
 def check_file(name: str, path: Any, kind: str) -> Path:
-    """`path` as a Path to a file that is there.
+    """`path` as a Path to an existing file.
 
     Raises:
-        ValueError: it is a folder, or no path at all.
+        ValueError: `path` is a folder, or not a path.
         FileNotFoundError: there is no such file.
     """
     if not isinstance(path, (str, Path)):

@@ -13,11 +13,11 @@ from turboquant_hf.version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": (
         "turboquant_hf.launch",
-        "another program in this process, with the caches registered: lm_eval, transformers serve, a script",
+        "run another program with the caches registered: lm_eval, transformers serve, a script",
     ),
     "inspect": (
         "turboquant_hf.evaluation.commands.inspect",
-        "what a model's cache takes, by its configuration alone: at a length, and the longest context in a memory",
+        "estimate a cache's memory from a model's configuration: at a length, and the longest context in a memory",
     ),
     "perplexity": (
         "turboquant_hf.evaluation.commands.perplexity",
@@ -25,11 +25,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "needle": (
         "turboquant_hf.evaluation.commands.needle",
-        "needle in a haystack: is a fact still found, by prompt length and depth",
+        "needle in a haystack: whether a fact is still found, by prompt length and depth",
     ),
     "retrieval": (
         "turboquant_hf.evaluation.commands.retrieval",
-        "RULER-style long-context retrieval tasks, made here",
+        "RULER-style long-context retrieval tasks, generated here",
     ),
     "longbench": (
         "turboquant_hf.evaluation.commands.longbench",
@@ -37,11 +37,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "presets": (
         "turboquant_hf.evaluation.commands.presets",
-        "real bits per channel and expected compression of the shipped presets",
+        "bits per channel and expected compression of the shipped presets",
     ),
     "distortion": (
         "turboquant_hf.evaluation.commands.distortion",
-        "error of every quantizer beside the theory, on synthetic vectors, a file or a model's keys and values",
+        "error of every quantizer beside its theory, on synthetic vectors, a file or a model's keys and values",
     ),
     "neighbours": (
         "turboquant_hf.evaluation.commands.neighbours",
@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "qjl-lesson": (
         "turboquant_hf.evaluation.commands.qjl_lesson",
-        "prod against mse at equal bits: bias, variance, softmax, perplexity",
+        "compare prod with mse at equal bits: bias, variance, softmax, perplexity",
     ),
     "baselines": (
         "turboquant_hf.evaluation.commands.baselines",
@@ -57,27 +57,27 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "ablate": (
         "turboquant_hf.evaluation.commands.ablate",
-        "each ingredient of the presets on and off, and the width grid, by KL",
+        "KL with each part of the presets on and off, and over a grid of widths",
     ),
     "allocate": (
         "turboquant_hf.evaluation.commands.allocate",
-        "per-layer widths under a bit budget, written as a preset",
+        "choose per-layer widths under a bit budget and write them as a preset",
     ),
     "check": (
         "turboquant_hf.evaluation.commands.check",
-        "does a preset leave this model's answers alone, and if not, which one does",
+        "check that a preset keeps this model's answers, or find one that does",
     ),
     "benchmark": (
         "turboquant_hf.evaluation.commands.benchmark",
-        "speed and memory of kernels, encoding and decode steps beside the best 16-bit rivals",
+        "speed and memory of kernels, encoding and decode steps beside the best 16-bit caches",
     ),
     "sparse-v": (
         "turboquant_hf.evaluation.commands.sparse_v",
-        "share of tiles whose values need not be read, by threshold, its KL and the time it saves (GPU)",
+        "share of tiles whose values need not be read, by threshold, with KL and saved time (GPU)",
     ),
     "report": (
         "turboquant_hf.evaluation.commands.report",
-        "one HTML and Markdown page from the runs in some folders",
+        "make one HTML and Markdown page from the folders of finished runs",
     ),
 }
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[args.command]
     try:
         return import_module(module).run(args)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough: nothing is left to flush at exit
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe: flush nothing at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:

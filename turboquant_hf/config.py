@@ -1,4 +1,4 @@
-"""Presets: which quantizer serves keys and values, and what stays raw. Frozen dataclasses, read from YAML."""
+"""Presets: the quantizers of a cache, and which of its tokens stay raw. They are read from YAML."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from turboquant_hf.resources import config_path
 
 DEFAULT_PRESET = "k4v4"
 BOUNDARY_VALUES = QUANTIZERS["mse"](bits=8, codebook="uniform", scale="norm-corrected", channel_major=True)
-"""What a boundary layer keeps its values with: 8 bits, the error of a rounded half."""
+"""The quantizer of values in boundary layers, with 8 bits."""
 MOST_TOKENS = 131_072
-"""Largest `tile`, `sinks`, `recent_window` and `min_statistics`: room for them is allocated before any token comes."""
+"""The largest `tile`, `sinks`, `recent_window` and `min_statistics`: their room is allocated in advance."""
 
 
 @dataclass(frozen=True)
 class LayerOverride:
-    """Quantizers of one KV layer, where they differ from the preset's; None keeps the preset's."""
+    """The quantizers of one KV layer that differ from the preset's; None keeps the preset's quantizer."""
 
     keys: Quantizer | None = None
     values: Quantizer | None = None
@@ -33,20 +33,28 @@ class CachePreset:
     """Everything that decides what a cache stores.
 
     Attributes:
-        name: shown in reports.
-        keys, values: quantizers of the packed tiles.
-        tile: tokens a tile (a multiple of 8).
-        sinks: how many tokens at the start of each sequence stay in the model's dtype.
-        recent_window: how many of the newest tokens stay in the model's dtype, at least; up to `tile` - 1 more
+        name: the name that reports show.
+        keys, values: the quantizers of the packed tiles.
+        tile: tokens per tile (a multiple of 8).
+        sinks: number of tokens at the start of each sequence that stay in the model's dtype.
+        recent_window: number of newest tokens that stay in the model's dtype, at least. Up to `tile` - 1 more tokens
             wait there until their tile is full.
-        min_statistics: tokens seen before the first encode, for quantizers that measure their input.
-        boundary_layers: how many KV layers at each end keep their values at 8 bits.
-        sparse_v_threshold: a GPU's kernels do not read the values of a tile whose attention probabilities, relative to
-            the largest seen of their row, are all below it; 0 is off.
-        encode_first: encode new tokens before they are attended to instead of after, and read those that fill no tile
-            yet through a trial encode. Nothing outside the recent window is then read raw, not even the answer's own
-            tokens: slower and worse, for measuring the quantizers alone.
-        layers: overrides by KV-layer ordinal (compressed layers counted from 0; negative from the end).
+        min_statistics: tokens to see before the first encode, for quantizers that measure their input.
+        boundary_layers: number of KV layers at each end that keep their values at 8 bits.
+        sparse_v_threshold: the threshold below which GPU kernels skip the values of a tile. It applies to all attention
+            probabilities of the tile, relative to the largest probability seen in their row. 0 turns it off.
+        encode_first: encode new tokens before attention reads them, to measure the quantizers alone. Tokens that do not
+            fill a tile yet are read through a trial encode. Only the recent window is then read raw. This is slower and
+            less accurate.
+        layers: overrides by KV-layer ordinal (packed layers counted from 0; negative numbers count from the end).
+
+    Example:
+        >>> from turboquant_hf import CachePreset
+        >>> preset = CachePreset(name="mine", keys={"quantizer": "uniform", "bits": 8}, recent_window=64)
+        >>> preset.keys.bits, preset.values.name
+        (8, 'mse')
+        >>> CachePreset.from_dict(preset.to_dict()) == preset
+        True
     """
 
     name: str = "custom"
@@ -60,7 +68,7 @@ class CachePreset:
     sparse_v_threshold: float = 0.0
     encode_first: bool = False
     layers: tuple[tuple[int, LayerOverride], ...] = ()
-    _origin = None  # on an instance that `with_overrides` made: the preset that it changed
+    _origin = None  # the preset that `with_overrides` changed
 
     def __post_init__(self) -> None:
         for name, low in (("tile", 8), ("sinks", 0), ("recent_window", 0), ("min_statistics", 0)):
@@ -81,14 +89,22 @@ class CachePreset:
 
     @classmethod
     def field_names(cls) -> list[str]:
-        """The fields by name: what a preset file, and the overrides of a cache, may hold."""
+        """The names of all fields. A preset file and the overrides of a cache may hold these."""
         return [f.name for f in fields(cls)]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CachePreset:
-        """Build from plain data; ValueError names an unknown or impossible entry and what is allowed.
+        """Build a preset from plain data.
 
-        With an entry "preset", that one (a name, a path or a mapping) is the base that the others change.
+        An entry "preset" (a name, a path or a mapping) is the base, and the other entries change it.
+
+        Raises:
+            ValueError: for an unknown or invalid entry; the message says what is allowed.
+
+        Example:
+            >>> from turboquant_hf import CachePreset
+            >>> CachePreset.from_dict({"preset": "k4v4", "sinks": 8}).label
+            'k4v4 with sinks=8'
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"a preset is a mapping of fields, got {shown(data)}")
@@ -98,7 +114,7 @@ class CachePreset:
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` reads back, also after a way through JSON or YAML."""
+        """Plain data that `from_dict` reads back, also through JSON or YAML."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["keys"], data["values"] = quantizer_data(self.keys), quantizer_data(self.values)
         data["layers"] = [
@@ -109,10 +125,10 @@ class CachePreset:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> CachePreset:
-        """Read a preset file; its name defaults to the file's.
+        """Read a preset file. The default of its `name` is the name of the file.
 
         Raises:
-            ValueError: the file holds no preset, or `path` is a folder or no path.
+            ValueError: the file does not hold a preset, or `path` is a folder or not a path.
             FileNotFoundError: there is no such file.
         """
         if isinstance(path, str) and path in preset_names() and not Path(path).exists():
@@ -128,7 +144,16 @@ class CachePreset:
         return cls.from_dict({"name": path.stem, **data})
 
     def with_overrides(self, **overrides: Any) -> CachePreset:
-        """A copy with some fields replaced; `keys` and `values` may be plain data as in YAML."""
+        """A copy with some fields replaced. `keys` and `values` may be plain data, as in YAML.
+
+        Raises:
+            ValueError: for an unknown field or an invalid value.
+
+        Example:
+            >>> from turboquant_hf import load_preset
+            >>> load_preset("k4v4").with_overrides(recent_window=64).label
+            'k4v4 with recent_window=64'
+        """
         check_keys("preset", overrides, self.field_names())
         changed = replace(self, **overrides)
         if "name" not in overrides:
@@ -137,14 +162,14 @@ class CachePreset:
 
     @property
     def label(self) -> str:
-        """The name, and which fields differ from the preset that it names: "k4v4 with values=lossless, sinks=8"."""
+        """The name, and the fields that differ from the preset of that name: "k4v4 with values=lossless, sinks=8"."""
         base = self._origin or (load_preset(self.name) if self.name in preset_names() else self)
         names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(base, f.name)]
         changes = ", ".join(f"{name}={_described(getattr(self, name))}" for name in names)
         return f"{self.name} with {changes}" if changes else self.name
 
     def layer_quantizers(self, ordinal: int, num_layers: int) -> tuple[Quantizer, Quantizer]:
-        """Key and value quantizer of KV layer `ordinal` of `num_layers`: an override beats the boundary rule."""
+        """(key quantizer, value quantizer) of KV layer `ordinal`. An override has priority over the boundary rule."""
         keys, values = self.keys, self.values
         if min(ordinal, num_layers - 1 - ordinal) < self.boundary_layers:
             values = BOUNDARY_VALUES
@@ -154,19 +179,19 @@ class CachePreset:
         return keys, values
 
     def check_layers(self, num_layers: int) -> None:
-        """Raise ValueError for an override of a layer that a model with `num_layers` packed layers does not have."""
+        """Raise ValueError if there is an override for a layer beyond the `num_layers` packed layers of a model."""
         for index, _ in self.layers:
             if num_layers and not -num_layers <= index < num_layers:
                 raise ValueError(f"layers: {index} is not supported; allowed: the {num_layers} KV layers of this model")
 
     @property
     def first_encode(self) -> int:
-        """How many tokens a sequence has before any of it is packed."""
+        """The number of tokens at which the first tile is packed."""
         waits = self.keys.needs_statistics or self.values.needs_statistics
         return max(self.recent_window + self.tile, self.min_statistics if waits else 0)
 
     def validate(self, head_dim: int) -> None:
-        """Raise ValueError where a quantizer of this preset cannot serve `head_dim`."""
+        """Raise ValueError if a quantizer of this preset cannot serve `head_dim`."""
         quantizers = [self.keys, self.values]
         quantizers += [q for _, override in self.layers for q in (override.keys, override.values) if q is not None]
         for quantizer in quantizers:
@@ -174,11 +199,21 @@ class CachePreset:
 
 
 def load_preset(preset: str | Path | Mapping[str, Any] | CachePreset, **overrides: Any) -> CachePreset:
-    """A preset by name, by YAML path, as plain data or as it is, with `overrides` applied.
+    """A preset with some of its fields replaced.
+
+    Args:
+        preset: a shipped preset's name, the path of a YAML file, a mapping, or a `CachePreset`.
+        **overrides: any field of `CachePreset`.
 
     Raises:
-        ValueError: for a name that is neither a shipped preset nor a file, listing the shipped ones.
-        FileNotFoundError: for a path without a file.
+        ValueError: the name is not a shipped preset (the message lists them), or a field is unknown or invalid.
+        FileNotFoundError: there is no such file.
+
+    Example:
+        >>> from turboquant_hf import load_preset
+        >>> preset = load_preset("k4v4", recent_window=64)
+        >>> preset.name, preset.recent_window
+        ('k4v4', 64)
     """
     if isinstance(preset, Mapping):
         preset = CachePreset.from_dict(preset)
@@ -200,7 +235,13 @@ def load_preset(preset: str | Path | Mapping[str, Any] | CachePreset, **override
 
 
 def preset_names() -> list[str]:
-    """The shipped presets."""
+    """The names of the shipped presets, sorted.
+
+    Example:
+        >>> from turboquant_hf import preset_names
+        >>> "k4v4" in preset_names()
+        True
+    """
     return sorted(path.stem for path in config_path("cache").glob("*.yaml"))
 
 
@@ -254,7 +295,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _described(value: Any) -> str:
-    """A field's value in a label: a quantizer by its name and the options that are not its defaults."""
+    """A field's value for a label. A quantizer is shown by its name and the options that differ from the defaults."""
     if isinstance(value, tuple):
         layers = (f"{index}: {_described(override)}" for index, override in value)
         return "{" + ", ".join(layers) + "}"

@@ -1,13 +1,13 @@
-"""Registers the cache and the attention as soon as transformers' own modules for them are loaded, and not before.
+"""Registers the cache and the attention when transformers loads its modules for them, and not earlier.
 
-`import transformers` loads neither models nor generation: they take seconds, and come with the first model. Registering
-at `import turboquant_hf` would load them early. A finder on `sys.meta_path` waits for them instead:
+`import transformers` loads neither models nor generation. These take seconds, and the first model loads them.
+Registering at `import turboquant_hf` would load them early. A finder on `sys.meta_path` waits for them instead:
 
     transformers.generation.configuration_utils   -> the names are added to its tables, nothing else is imported
     transformers.modeling_utils, .generation.utils -> `register_attention`, `register_cache`,
                                                       `register_steps`
 
-The second waits until none of `WATCHED` is half loaded, because registering imports all of them.
+The second line also waits until no module of `WATCHED` is half loaded, because registering imports all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WATCHED = (TABLES, *NEEDED, *OURS)
 
 
 class RegisterLater(MetaPathFinder):
-    """Finds the modules of `WATCHED` as Python does, and notes when they begin and finish loading."""
+    """A finder for the modules of `WATCHED`: finds them as Python does, and notes when loading begins and ends."""
 
     def __init__(self) -> None:
         self.loading: set[str] = set()
@@ -59,7 +59,7 @@ class RegisterLater(MetaPathFinder):
         return spec
 
     def loaded(self, name: str) -> None:
-        """Do what the module `name`, whole by now, makes possible."""
+        """Register what is possible now that the module `name` is loaded."""
         if name == TABLES:
             add_cache_names(sys.modules[name])
         elif not self.loading:
@@ -69,12 +69,12 @@ class RegisterLater(MetaPathFinder):
         with self._lock:
             if self.registered:
                 return
-            self.registered = True  # the imports below end up here again
+            self.registered = True  # the imports below call this method again
             try:
                 for needed in NEEDED:
                     import_module(needed)
             except ImportError:
-                # A part of transformers that is half loaded itself led here; one of `NEEDED` is yet to come.
+                # A half-loaded part of transformers led here. A module of `NEEDED` is loaded later, and registers then.
                 self.registered = False
                 return
             attention, cache, generation = map(import_module, OURS)
@@ -84,7 +84,7 @@ class RegisterLater(MetaPathFinder):
 
 
 def install() -> None:
-    """Wait for transformers' modules; what is loaded already is served at once. Idempotent."""
+    """Wait for transformers' modules; register at once for those that are loaded already. Idempotent."""
     if any(isinstance(finder, RegisterLater) for finder in sys.meta_path):
         return
     finder = RegisterLater()

@@ -1,7 +1,7 @@
-"""`turboquant-hf run COMMAND ARGS...`: another Python program in this process, in which the names are registered.
+"""`turboquant-hf run COMMAND ARGS...`: runs another Python program in this process, with our cache names registered.
 
-A program that imports nothing of this package is told by transformers that "turboquant" is no cache. Here the package
-is imported first, and may also say what calls of `generate` get that name no cache, or only the cache.
+If a program does not import this package, transformers refuses the name "turboquant". This command imports the package
+first. It can also set a default cache and preset for calls of `generate` that name none.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import yaml
 
 HARNESSES = dict.fromkeys(("lm_eval", "lm-eval"), "turboquant_hf.evaluation.harness.lm_eval")
-"""Command -> the module that adds this package's models to it."""
+"""{command: the module that adds this package's models to it}."""
 SPAWNERS = ("accelerate", "torchrun", "deepspeed")
-"""Commands that start processes of their own, in which nothing of this package would be imported."""
+"""Commands that start their own processes, which would not import this package."""
 INTERPRETERS = ("python", "python3", Path(sys.executable).name)
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
         metavar="NAME",
-        help="turboquant or turboquant_static: the cache of calls of generate that name none "
+        help="turboquant or turboquant_static: the cache for calls of generate that name none "
         "(default: such calls stay uncompressed, and the log says so)",
     )
     parser.add_argument("--preset", metavar="NAME", help="preset or YAML file, for calls that name only the cache")
@@ -40,28 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a field of cache_config for calls that lack it, such as recent_window=64; may be repeated",
+        help="a field of cache_config for calls that do not set it, such as recent_window=64; may be repeated",
     )
     parser.add_argument("-m", dest="module", action="store_true", help="COMMAND is a module, as for python -m")
     parser.add_argument(
         "program",
         nargs=argparse.REMAINDER,
         metavar="COMMAND ARGS",
-        help="an installed Python command, a Python file, or a module with -m; what follows is its own",
+        help="an installed Python command, a Python file, or a module with -m, and its own arguments",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the program and return its exit status; its exceptions are shown as it would show them itself.
+    """Run the program and return its exit status. Its exceptions are shown as Python would show them.
 
     Raises:
-        ValueError: no program, one that is not Python, or options that are not understood.
+        ValueError: there is no program, the program is not Python, or an option is invalid.
     """
     name, arguments, module = _split(args.program, args.module)
     script = None if module else _script(name)
     main = _module(name) if module else script or _command(name)
 
-    # Loads transformers, which the command line does not; with it the names are registered (`import_hook.py`).
+    # This import loads transformers, and with it the names are registered (`import_hook.py`).
     from turboquant_hf.cache.defaults import set_cache_defaults
 
     config = _cache_config(args.preset, args.cache_config)
@@ -74,16 +74,16 @@ def run(args: argparse.Namespace) -> int:
         return _status(main)
     finally:
         if (args.cache or config) and not defaults.calls:
-            hint = "; its log-likelihood tasks do not generate: take --model turboquant" if harness else ""
+            hint = "; log-likelihood tasks do not call generate: use --model turboquant" if harness else ""
             print(
                 f"turboquant-hf run: {name} made no TurboQuant cache by generate: --cache, --preset and --cache-config "
-                f"changed nothing{hint}",
+                f"had no effect{hint}",
                 file=sys.stderr,
             )
 
 
 def _split(program: Sequence[str], module: bool) -> tuple[str, list[str], bool]:
-    """(name, arguments, is it a module) of what follows the options; a leading "--" or "python" is left out."""
+    """(name, arguments, whether it is a module) of the words after the options, without a leading "--" or "python"."""
     program = list(program)
     if program[:1] == ["--"]:
         program = program[1:]
@@ -98,7 +98,7 @@ def _split(program: Sequence[str], module: bool) -> tuple[str, list[str], bool]:
 
 
 def _cache_config(preset: str | None, pairs: Sequence[str]) -> dict[str, Any]:
-    """`cache_config` of the options, each value read as YAML; `set_cache_defaults` checks it."""
+    """The `cache_config` of the options, each value read as YAML. `set_cache_defaults` checks the fields."""
     config: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -109,7 +109,7 @@ def _cache_config(preset: str | None, pairs: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ValueError(f"cache-config={pair!r} is not supported; allowed: KEY=VALUE, VALUE in YAML") from error
     if preset is not None:
-        # The program may change its working folder before it generates.
+        # An absolute path: the program may change its working folder.
         config["preset"] = str(Path(preset).resolve()) if Path(preset).is_file() else preset
     return config
 
@@ -123,13 +123,13 @@ def _module(name: str) -> Callable[[], Any]:
 
 
 def _run_file(path: Path) -> None:
-    if path.is_file():  # of a folder, runpy does this itself
+    if path.is_file():  # runpy does this itself for a folder
         sys.path.insert(0, str(path.resolve().parent))
     runpy.run_path(str(path), run_name="__main__")
 
 
 def _script(name: str) -> Callable[[], Any] | None:
-    """A Python file or a folder with a __main__.py, else None."""
+    """What runs a Python file or a folder with a __main__.py; None if `name` is neither."""
     path = Path(name)
     if not (path.is_file() and path.suffix in (".py", ".pyz")) and not (path / "__main__.py").is_file():
         return None
@@ -138,11 +138,11 @@ def _script(name: str) -> Callable[[], Any] | None:
 
 
 def _command(name: str) -> Callable[[], Any]:
-    """What an installed package runs under this name, else the Python script of this name on the PATH."""
+    """What runs the command of an installed package, or a Python script on the PATH."""
     if name in SPAWNERS:
         raise ValueError(
-            f"COMMAND: {name} starts processes of its own, which would not know the caches; allowed: "
-            f"{name} before it, as in accelerate launch -m turboquant_hf.cli run COMMAND ARGS"
+            f"COMMAND: {name} starts its own processes, which would not know the caches; allowed: "
+            f"{name} before this command, as in accelerate launch -m turboquant_hf.cli run COMMAND ARGS"
         )
     for point in metadata.entry_points(group="console_scripts", name=name):
         return lambda point=point: point.load()()
@@ -155,12 +155,12 @@ def _command(name: str) -> Callable[[], Any]:
     with open(path, "rb") as file:
         first = file.readline()
     if not first.startswith(b"#!") or b"python" not in first:
-        raise ValueError(f"COMMAND: {path} is no Python program, so that nothing can be registered in it")
+        raise ValueError(f"COMMAND: {path} is not a Python program, so the caches cannot be registered in it")
     return lambda: _run_file(Path(path))
 
 
 def _status(main: Callable[[], Any]) -> int:
-    """Run `main` as a console command is run: what it returns is its exit status or a message."""
+    """Run `main` as a console command. It returns an exit status or a message."""
     try:
         status = main()
     except Exception:

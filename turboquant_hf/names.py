@@ -1,4 +1,4 @@
-"""Names: the two that `generate` learns, and what it calls a cache. Nothing is imported: loading it is free."""
+"""The two cache names that `generate` learns, and the names of its cache argument. This module imports nothing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ UPSTREAM = {
     CACHE_NAME: ("dynamic", ("DYNAMIC_CACHE_IMPLEMENTATIONS",)),
     STATIC_NAME: ("static", ("STATIC_CACHE_IMPLEMENTATIONS", "ALL_STATIC_CACHE_IMPLEMENTATIONS")),
 }
-"""Our names -> upstream's cache that is built first, and the tables beside the one of all names."""
+"""{our name: (upstream's cache that is built first, upstream's tables that the name is added to)}."""
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What generate calls the cache among a model's arguments: the second name up to transformers 5.23."""
+"""The names of a model's cache argument: "past_key_values" up to transformers 5.23, then "cache"."""
 
 
 def cache_argument(arguments: Mapping[str, Any]) -> str | None:
-    """The name under which a cache is among a model's arguments or outputs, or None where there is none."""
+    """The name of the cache in a model's arguments or outputs, or None if there is no cache."""
     return next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
 
 
 def add_cache_names(configuration_utils: ModuleType) -> None:
-    """Add both names to the tables of `transformers.generation.configuration_utils`. Idempotent."""
+    """Add our names to the tables of `transformers.generation.configuration_utils`. Idempotent."""
     for ours, (_, tables) in UPSTREAM.items():
         for table in ("ALL_CACHE_IMPLEMENTATIONS", *tables):
             names = getattr(configuration_utils, table, None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def config_path(*parts: str) -> Path:
-    """Path of a file or folder under ``configs/``, which need not exist.
+    """Path of a file or folder under ``configs/``. It need not exist.
 
     A wheel carries the folder as package data (``turboquant_hf/_configs``, see pyproject.toml); a source
     checkout and an editable install read the checkout's own ``configs/``.

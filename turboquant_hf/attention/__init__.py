@@ -1,4 +1,4 @@
-"""The attention implementation "turboquant": dense tensors go to SDPA, packed handles to the readers of tiles."""
+"""The attention implementation "turboquant": SDPA for dense tensors, kernels or pieces for packed handles."""
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -8,9 +8,9 @@ from turboquant_hf.cache import ATTENTION_NAME
 
 
 def register_attention() -> None:
-    """Add the name to transformers' attention and mask tables. Idempotent."""
+    """Add "turboquant" to transformers' tables of attentions and masks. Idempotent."""
     AttentionInterface.register(ATTENTION_NAME, turboquant_attention_forward)
-    # Without a mask function of the same name transformers passes no mask at all, and padding is lost.
+    # Without a mask function of the same name, transformers passes no mask at all, and padding is lost.
     AttentionMaskInterface.register(ATTENTION_NAME, turboquant_mask)
 
 

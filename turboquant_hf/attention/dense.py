@@ -1,4 +1,4 @@
-"""Attention over dense tensors: SDPA where it can, plain torch for what SDPA ignores or refuses."""
+"""Attention over dense tensors: by SDPA, or by plain torch for options that SDPA ignores or refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turboquant_hf.attention.mask import CausalMask
 from turboquant_hf.cache import PackedHandle
 
 SDPA_TAKES_BIAS = "position_bias" in inspect.signature(sdpa_attention_forward).parameters
-"""Early versions of transformers have SDPA swallow a position bias."""
+"""Whether transformers' SDPA applies a position bias. In early versions it ignores the bias."""
 
 
 def dense_attention(
@@ -81,7 +81,7 @@ def dense_attention(
     if position_bias is not None:
         scores = scores + position_bias
     if attention_mask is None and causal and q_length > 1:
-        # Aligned to the upper left as in SDPA: the rest is room that a static cache has not filled yet.
+        # Aligned to the upper left, as in SDPA: the slots behind are room that a static cache has not filled yet.
         attention_mask = torch.ones(q_length, kv_length, dtype=torch.bool, device=query.device).tril()[None, None]
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:

@@ -25,8 +25,8 @@ def fixed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a step's queries [B, Hq, q, D] over a fixed layer -> ([B, q, Hq, Dv], None).
 
-    The kernels know which slots are in use, the causal order and, from the step, which positions are padding. What they
-    do not serve reads dense tensors with the step's whole mask.
+    The kernels know which slots are in use and the causal order. The step tells them which positions are padding. Calls
+    that the kernels do not serve read dense tensors with the step's whole mask.
     """
     fixed = key.layer.fixed
     fixed.observe(query)

@@ -10,7 +10,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from turboquant_hf.cache.fixed import FixedStep
 
 _SLIDING = sliding_window_causal_mask_function(2)
-"""Only its code and the names in it are looked at."""
+"""A mask function to compare others with: only its code is looked at."""
 
 
 class UnknownMask(RuntimeError):
@@ -21,7 +21,7 @@ def fixed_mask(step: FixedStep, kv_length: int, mask_function: Callable, local_s
     """The mask [B or 1, 1, q, kv_length] of a fixed step (True: attend).
 
     Raises:
-        UnknownMask: the model asks for another rule than the causal one or a sliding window.
+        UnknownMask: the model's rule is neither the causal rule nor a sliding window.
     """
     if local_size is None and mask_function is causal_mask_function and kv_length == step.room:
         return step.full_mask()
@@ -31,7 +31,7 @@ def fixed_mask(step: FixedStep, kv_length: int, mask_function: Callable, local_s
 
 
 def _is_sliding(mask_function: Callable) -> bool:
-    """Whether this is what transformers makes of a sliding window and the causal rule, and nothing else."""
+    """Whether this is exactly transformers' combination of a sliding window and the causal rule."""
     parts = _parts(mask_function)
     return parts is not None and parts == _parts(_SLIDING)
 

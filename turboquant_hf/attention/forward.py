@@ -1,4 +1,4 @@
-"""The registered attention function."""
+"""`turboquant_attention_forward`: the attention function behind attn_implementation="turboquant"."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from turboquant_hf.cache.layer import NO_TRAINING
 
 try:
     from transformers.utils.output_capturing import _active_collector as collector
-except ImportError:  # another version of transformers: attentions are seen only where the model passes the option on
+except ImportError:  # other versions of transformers: only the option `output_attentions` asks for weights
     collector = None
 
 REFUSED = ("head_mask", "layer_head_mask", "cross_attn_head_mask")
-"""Options that no attention of transformers 5 honours; a forward hands whatever it is given on to the attention."""
+"""Options that no attention of transformers 5 honours. A forward passes unknown options on to the attention."""
 
 
 def turboquant_attention_forward(
@@ -33,7 +33,7 @@ def turboquant_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend, then let the cache encode what is old enough.
+    """Attention of new queries over a layer; the cache then encodes the tiles that are old enough.
 
     Args:
         query: [B, Hq, q, D].
@@ -41,7 +41,7 @@ def turboquant_attention_forward(
         attention_mask: [B, 1 or Hq, q, T] bool or additive, or None.
 
     Returns:
-        ([B, q, Hq, D], weights [B, Hq, q, T] where somebody asks for attentions, or None).
+        ([B, q, Hq, D], weights [B, Hq, q, T] if attentions are asked for, else None).
 
     Raises:
         ValueError: for a head mask, an integer mask, and for training with a packed cache.
@@ -57,7 +57,7 @@ def turboquant_attention_forward(
         return dense_attention(module, query, key, densified(value), attention_mask, **options)
     if module.training and torch.is_grad_enabled():
         raise ValueError(NO_TRAINING)
-    if query.dtype != key.dtype:  # under torch.autocast rotary embeddings leave it in float32
+    if query.dtype != key.dtype:  # under torch.autocast, rotary embeddings leave the query in float32
         query = query.to(key.dtype)
     if key.layer.in_step:
         return fixed_attention(module, query, key, value, attention_mask, current_step(), **options)
@@ -67,10 +67,10 @@ def turboquant_attention_forward(
 
 
 def wants_weights(options: dict[str, Any]) -> bool:
-    """Whether the attention weights are asked for, in so many words or by transformers' collector of outputs."""
+    """Whether the attention weights are asked for, by an option or by transformers' collector of outputs."""
     if options.get("output_attentions"):
         return True
-    # Traced code can ask the collector only where the whole model is traced.
+    # Traced code can ask the collector only if the whole model is traced.
     if collector is None or (torch.compiler.is_compiling() and not collector.compiling):
         return False
     return any("attentions" in name for name in collector.get() or ())

@@ -13,15 +13,17 @@ from turboquant_hf.attention.fixed_mask import fixed_mask
 from turboquant_hf.cache.fixed import current_step
 
 MAX_QUERIES = 16
-"""Queries that the kernels take at once; longer chunks are worth decoding the history for."""
+"""The most queries that the kernels take at once. For a longer chunk, decoding the history is faster."""
 
 
 class CausalMask(torch.Tensor):
-    """The causal rule for the newest q of kv tokens, and padding: bool [B, 1, q, kv], True where a query attends.
+    """The causal mask of the newest q of kv tokens with padding: bool [B, 1, q, kv], True where a query attends.
 
-    None cannot say this: transformers passes None for an empty static cache too, whose queries see the oldest keys.
-    The object holds no memory. The registered attention asks for its type, shape and fields; any torch function that
-    takes it gets the tensor, which is made once: slower, never wrong.
+    The object holds no memory. The registered attention reads its type, shape and fields. Any torch function gets the
+    mask as a tensor, which is made once: this is slower and never wrong.
+
+    None cannot stand for this mask: transformers also passes None for an empty static cache, whose queries are the
+    oldest tokens.
 
     Attributes:
         keys: bool [B, kv], False hides a position from all queries; None hides nothing.
@@ -57,7 +59,7 @@ class CausalMask(torch.Tensor):
         kwargs = kwargs or {}
         moved = kwargs.get("device")
         if func is torch.ops.aten._to_copy.default and moved is not None and kwargs.get("dtype") in (None, torch.bool):
-            mask = args[0]  # models spread over devices move their masks
+            mask = args[0]  # models that are spread over devices move their masks
             keys = None if mask.keys is None else mask.keys.to(moved)
             return cls(mask.shape[0], *mask.shape[2:], moved, keys)
         return func(*tree_map_only(cls, cls.dense, args), **tree_map_only(cls, cls.dense, kwargs))
@@ -77,9 +79,10 @@ def turboquant_mask(
 ) -> torch.Tensor | None:
     """The mask [B, 1, q, kv] (True: attend), or None where the plain causal rule needs none.
 
-    A single query that sees everything needs no mask; with padding it needs only the padding mask itself, which
-    is passed on as a view. A few queries, and a chunk behind a history without padding, get a `CausalMask`, which is no
-    tensor until somebody reads it. Everything else is `sdpa_mask`'s work.
+    - A single query without padding needs no mask. With padding, it gets a view of the padding mask.
+    - Up to `MAX_QUERIES` queries, and longer chunks without padding, get a `CausalMask`. It becomes a tensor only when
+      other code reads it.
+    - All other masks are made by `sdpa_mask`.
     """
     step = current_step()
     if step is not None:
@@ -107,10 +110,10 @@ def turboquant_mask(
 
 
 def _follows(offset: Any, q_length: int, kv_length: Any) -> bool:
-    """Whether these are the newest of `kv_length` tokens, and not all of them.
+    """Whether the queries are the newest of `kv_length` tokens, and there are older tokens.
 
-    A cache whose last query is its last key has no free slots: it grows, or it is full. Transformers' static caches
-    count on the device, and in Python only while they are empty.
+    If the last query is the last key, the cache has no free slots: it grows, or it is full. The static caches of
+    transformers have an offset on the device, and an offset in Python only while they are empty.
     """
     if torch.compiler.is_compiling() or not isinstance(offset, int) or not isinstance(kv_length, int):
         return False
@@ -118,12 +121,12 @@ def _follows(offset: Any, q_length: int, kv_length: Any) -> bool:
 
 
 def _is_unpadded(attention_mask: torch.Tensor, tokens: int) -> bool:
-    """Whether a mask [B, T] hides none of `tokens` tokens. Waits for the device if it must."""
+    """Whether a mask [B, T] hides none of the first `tokens` tokens. May wait for the device."""
     return attention_mask.shape[-1] >= tokens and bool(attention_mask[:, :tokens].all())
 
 
 def _key_mask(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:
-    """The padding mask [B, kv] of the keys: generate's mask covers what was fed, what the cache held before counts."""
+    """The padding mask [B, kv] of the keys. Tokens that generate's mask does not cover are visible."""
     seen = attention_mask.shape[-1]
     if seen < kv_length:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_length - seen), value=True)
@@ -131,9 +134,9 @@ def _key_mask(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> t
 
 
 def left_padding(mask: torch.Tensor) -> torch.Tensor:
-    """int64 [B or 1]: how many of the oldest positions no query of a mask [B or 1, 1, q, kv] sees.
+    """Left padding, int64 [B or 1]: the number of oldest positions that no query of a mask [B or 1, 1, q, kv] sees.
 
-    What only the newest queries do not see may be seen by later ones: a mask of the user's own says nothing of padding.
+    A position counts only if all queries ignore it, because a user's own mask may hide positions from some queries.
     """
     if isinstance(mask, CausalMask) and mask.keys is None:
         return torch.zeros(1, dtype=torch.int64)

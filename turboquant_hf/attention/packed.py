@@ -1,4 +1,4 @@
-"""Attention over a packed layer: by kernels where they serve the call, in pieces, or over dense tensors."""
+"""Attention over a packed layer: by kernels, in pieces, or over dense tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from turboquant_hf.kernels.dispatch import backend, decode_attention
 from turboquant_hf.quantizers.rotated import reads_packed
 
 
-@torch.compiler.disable  # the layer counts in Python
+@torch.compiler.disable  # the layer counts its tokens in Python
 def layer_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -27,23 +27,26 @@ def layer_attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over handles of a `TurboQuantLayer`, which then encodes."""
+    """Attention of query [B, Hq, q, D] over handles of a `TurboQuantLayer`. The layer then encodes.
+
+    Returns ([B, q, Hq, Dv], weights [B, Hq, q, T] or None).
+    """
     layer = key.layer
     tokens, length = query.shape[2], layer.get_seq_length()
-    # Models may change one of the two on the way (differential attention): then it is a tensor.
+    # A model may change keys or values before attention (differential attention); they are then tensors.
     whole = isinstance(value, PackedHandle) and value.layer is layer and key.length == layer.width
     causal = getattr(module, "is_causal", True) if options.get("is_causal") is None else options["is_causal"]
     if whole and attention_mask is not None and attention_mask.shape[-1] > length:
-        attention_mask = attention_mask[..., :length]  # a preallocated layer has slots that no token has reached
+        attention_mask = attention_mask[..., :length]  # a preallocated layer has empty slots
     if attention_mask is None and causal and 1 < tokens < length:
-        # These are the layer's newest tokens; SDPA's own rule aligns to the oldest.
+        # The queries are the layer's newest tokens, but SDPA's own causal rule aligns them to the oldest.
         attention_mask = CausalMask(query.shape[0], tokens, length, query.device)
     note_padding(layer, attention_mask, tokens)
     layer.observe(query)
     in_parts = whole and layer.reads_parts
     served = in_parts and not options["output_attentions"] and options.get("sinks") is None
     if attention_mask is not None and attention_mask.shape[1] != 1:
-        served = False  # the kernels know one mask for all heads
+        served = False  # the kernels take one mask for all heads
     packed = packed_attention(layer, query, attention_mask, **options) if served else None
     if packed is not None:
         output = (packed, None)
@@ -59,7 +62,7 @@ def layer_attention(
 
 
 def note_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_length: int) -> None:
-    """Learn the left padding from a prompt's mask, where nobody has told the layer before its first encode."""
+    """Learn the left padding from a prompt's mask, if it was not noted and nothing is encoded yet."""
     if attention_mask is None or q_length == 1 or layer.noted_starts is not None or layer.tiles.keys.count:
         return
     layer.learn_padding(left_padding(attention_mask).expand(layer.batch_size).tolist())
@@ -73,10 +76,10 @@ def packed_attention(
     scaling: float | None,
     **kwargs,
 ) -> torch.Tensor | None:
-    """[B, q, Hq, D] for query [B, Hq, q, D], or None where this call wants dense tensors.
+    """Attention by kernels: query [B, Hq, q, D] -> [B, q, Hq, D], or None if the call needs dense tensors.
 
-    Up to 16 queries of plain causal attention over rotated tiles are served. The mask of several, or of none, must be a
-    `CausalMask`: the kernels know the causal order, and take which keys are padding.
+    The kernels serve up to `MAX_QUERIES` queries of plain causal attention over rotated tiles. They apply the causal
+    order themselves and take the padding of the keys. A mask for several queries must therefore be a `CausalMask`.
     """
     if isinstance(attention_mask, CausalMask):
         keys = attention_mask.keys
@@ -109,7 +112,7 @@ def packed_attention(
 
 
 def _applies(layer: TurboQuantLayer, query: torch.Tensor, kwargs: dict) -> bool:
-    """Whether kernels serve this call; plain torch decodes the tiles once and leaves the rest to SDPA."""
+    """Whether kernels serve this call. On a GPU without kernels, dense attention is faster than their reference."""
     return (
         query.shape[2] <= MAX_QUERIES
         and layer.tiles.keys.count > 0

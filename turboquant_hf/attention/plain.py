@@ -1,4 +1,4 @@
-"""What no reader of packed tiles serves, asked in one place."""
+"""`is_plain`: the one place that knows which calls no reader of packed tiles serves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ ADDED = ("sliding_window", "position_bias", "sinks")
 
 
 def is_plain(options: Mapping[str, Any]) -> bool:
-    """Whether a call is causal attention over everything without dropout, and wants no weights.
+    """Whether a call is causal attention over all tokens, without dropout and without returned weights.
 
-    Soft-caps and `s_aux` are the reader's own business: kernels know them.
+    Soft-caps and `s_aux` are not asked about: some readers serve them.
     """
     return (
         not options.get("dropout")

@@ -1,4 +1,4 @@
-"""Attention over a preallocated layer in code that torch.compile traces: one op, which runs on the host each time."""
+"""Attention over a preallocated layer in code that torch.compile traces: one operator, which runs on the host."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def attend(
     softcap: float | None,
     token: torch.Tensor,
 ) -> torch.Tensor:
-    """Plain causal attention of the newest q tokens: [B, Hq, q, D] -> [B, q, Hq, Dv]; then the layer encodes.
+    """Plain causal attention of the newest q tokens: [B, Hq, q, D] -> [B, q, Hq, Dv]. The layer then encodes.
 
-    mask: [B, 1, q, max_len] bool or additive. values: the newest, [B, H, q, Dv].
+    values: those of the newest tokens, [B, H, q, Dv]. mask: [B, 1, q, max_len], bool or additive.
     """
     module = SimpleNamespace(is_causal=True, training=False, num_key_value_groups=query.shape[1] // values.shape[1])
     options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, "output_attentions": False}

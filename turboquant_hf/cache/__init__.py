@@ -1,4 +1,4 @@
-"""Storage, the layer that transformers talks to, the cache, and its registration with `generate`."""
+"""The packed KV cache: storage, the layers that transformers calls, the cache classes, registration with `generate`."""
 
 from turboquant_hf.cache.base import ATTENTION_NAME, PackedCache
 from turboquant_hf.cache.cache import TurboQuantCache

@@ -1,4 +1,4 @@
-"""What the growing and the preallocated cache have in common: packing of layers, padding, accounts of memory."""
+"""`PackedCache`: what the growing and the preallocated cache share: packing layers, padding, counting memory."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ ATTENTION_NAME = "turboquant"
 
 
 class LiveAttention:
-    """Called at every `update`: is the model's attention, which can be switched at any time, ours just now?"""
+    """Says at every `update` whether the model's attention is "turboquant" now: it can be switched at any time."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         decoder = config.get_text_config(decoder=True)
-        # Flat encoder-decoder configs are copied at every access; the copy would not see a switch.
+        # A flat encoder-decoder config returns a new copy at every access, and a copy would not see a switch.
         self.config = decoder if decoder is config.get_text_config(decoder=True) else config
 
     def __call__(self) -> bool:
         if torch.compiler.is_compiling():
             return self.config._attn_implementation == ATTENTION_NAME
-        # A configuration looks its attributes up in Python, 5 us in every layer of every step: ask behind its back.
+        # Attribute access on a configuration runs Python code, 5 us per layer and step: read its __dict__ instead.
         fields = object.__getattribute__(self.config, "__dict__")
         name = fields.get("_attn_implementation_internal") or self.config._attn_implementation
         return name == ATTENTION_NAME
@@ -42,22 +42,22 @@ class LiveAttention:
 
 
 def raw_nbytes(layers: Iterable[Any]) -> int:
-    """Bytes of the memory that the tensors of transformers' layers lie in, which may be more than the tensors show."""
+    """Bytes of the storages behind the tensors of transformers' layers. A storage can be larger than its tensor."""
     storages = (x.untyped_storage() for x in tensors_in([vars(layer) for layer in layers]))
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def check_config(config: Any) -> None:
-    """Raise ValueError for what is no model's configuration."""
+    """Raise ValueError if `config` is not a model's configuration."""
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config={shown(config)} is not supported; allowed: the model's configuration (model.config)")
 
 
 def owning_layers(config: PreTrainedConfig) -> int:
-    """How many of the first layers of the decoder keep keys and values of their own.
+    """The number of decoder layers that keep their own keys and values. They are the first layers.
 
-    The last layers of Gemma 3n and 4 read those of earlier layers, and T5's `num_hidden_layers` counts its encoder. A
-    cache that some versions of transformers make has layers beyond these, which nothing ever reaches.
+    In Gemma 3n and 4, the last layers read the keys and values of earlier layers. In T5, `num_hidden_layers` counts the
+    encoder. Some versions of transformers make a cache with more layers; a model never reaches those.
     """
     decoder = config.get_text_config(decoder=True)
     layers = getattr(decoder, "num_decoder_layers", None) if decoder.is_encoder_decoder else None
@@ -65,17 +65,17 @@ def owning_layers(config: PreTrainedConfig) -> int:
 
 
 def is_latent(config: PreTrainedConfig) -> bool:
-    """Whether a model has multi-head latent attention, which expands what it cached: it needs the dense tensor."""
+    """Whether a model has multi-head latent attention. It expands the cached latent, so it needs the dense tensor."""
     return getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
 
 
 def never_packed() -> bool:
-    """Of models that `is_latent` names."""
+    """The `reads_packed` of a model with latent attention."""
     return False
 
 
 class Compression:
-    """How what is held compares with a 16-bit cache, by the byte counts that a subclass has."""
+    """Compression ratios, from the byte counts of a subclass."""
 
     nbytes: int
     resident_nbytes: int
@@ -98,14 +98,14 @@ class PackedCache(Compression, Cache):
     """A cache whose full-attention layers are packed; the others are transformers' own.
 
     Attributes:
-        preset: of all its packed layers.
+        preset: the preset of all packed layers.
         graph: let `generate` record decode steps in CUDA graphs (`turboquant_hf.generation`).
-        graph_nbytes: of the graphs that a running `generate` has recorded over this cache; counted in `spare_nbytes`.
-        recorded: whether a running `generate` records its steps over this cache, and so compiles nothing.
+        graph_nbytes: bytes of the graphs that a running `generate` has recorded; counted in `spare_nbytes`.
+        recorded: whether a running `generate` records its steps over this cache. It then compiles nothing.
     """
 
     kinds: tuple[type, ...]
-    """Layers of transformers' that are packed."""
+    """The layer classes of transformers that packed layers replace."""
     preset: CachePreset
     offloader: Offloader | None = None
     graph = True
@@ -116,7 +116,7 @@ class PackedCache(Compression, Cache):
     def from_upstream(
         cls, cache: Cache, config: PreTrainedConfig, preset: CachePreset, offloading: bool = False
     ) -> PackedCache:
-        """Take over an empty cache of transformers': its special layers as they are, packed ones for the rest."""
+        """Build a packed cache from an empty cache of transformers. Its special layers are kept as they are."""
         new = cls.__new__(cls)
         vars(new).update(vars(cache))
         new.preset, new.layers = preset, list(cache.layers)
@@ -141,11 +141,11 @@ class PackedCache(Compression, Cache):
             self.layers[index] = self._packed(self.layers[index], *sides, reads_packed)
 
     def _packed(self, layer: CacheLayerMixin, keys: Quantizer, values: Quantizer, reads_packed: Any) -> CacheLayerMixin:
-        """What takes the place of one of transformers' empty layers."""
+        """Make the packed layer that replaces an empty layer of transformers."""
         raise NotImplementedError
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        """As upstream's: append [B, H, T, D] keys and values to a layer; returns what attention reads.
+        """Append [B, H, T, D] keys and values to a layer, as in upstream's caches; returns what attention reads.
 
         Raises:
             ValueError: the model has more layers than the cache was made for.
@@ -159,27 +159,27 @@ class PackedCache(Compression, Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Upstream's answer, spelled out: torch 2.11 can trace neither `super()` nor `bool` of a list here."""
+        """Upstream's rule, written out: torch 2.11 can trace neither `super()` nor `bool` of a list here."""
         return len(self.layers) > 0 and not self.recorded and all(layer.is_compileable for layer in self.layers)
 
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
-        """The layers that this package holds, in order."""
+        """The layers that hold packed tiles, in order; of a hybrid layer, its attention part."""
         return [part for part in map(packed_part, self.layers) if part is not None]
 
     @property
     def tokens(self) -> int:
-        """Tokens of a sequence that went in, padding included; 0 for a cache whose layers do not count them."""
+        """Tokens per sequence, padding included; 0 if no layer counts its tokens."""
         return max((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)), default=0)
 
     def note_padding(self, attention_mask) -> None:
         """Tell an empty cache where each sequence begins, from a 0/1 mask [B, T] of left-padded input.
 
-        `generate` does this itself. Without it padding still never reaches the output, but it counts as tokens
-        when sinks are chosen and keys are measured. None takes back what was said.
+        `generate` calls this itself. Without it, padding still never reaches the output. But padding then counts as
+        tokens when sinks are chosen and keys are measured. None removes an earlier note.
 
         Raises:
-            ValueError: the mask is no tensor.
+            ValueError: the mask is not a tensor.
         """
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             raise ValueError(
@@ -205,7 +205,7 @@ class PackedCache(Compression, Cache):
 
     @property
     def spare_nbytes(self) -> int:
-        """Bytes allocated ahead for tokens to come and to stage offloaded tiles, not counted in `nbytes`."""
+        """Bytes allocated ahead: room for new tokens, staging of offloaded tiles, graphs. `nbytes` leaves them out."""
         staging = self.offloader.staging_nbytes if self.offloader is not None else 0
         return sum(layer.spare_nbytes for layer in self.packed_layers) + staging + self.graph_nbytes
 
@@ -235,5 +235,5 @@ class PackedCache(Compression, Cache):
 
 
 def _times(dense: int, held: int) -> str:
-    """How a cache of `held` bytes compares with one of `dense`."""
+    """The words "2.00x smaller" for a cache of `held` bytes beside one of `dense` bytes."""
     return f"{dense / held:.2f}x smaller" if held <= dense else f"{held / dense:.2f}x larger"

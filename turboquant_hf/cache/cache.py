@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_device(device: Any) -> None:
-    """Raise ValueError for what `load` cannot put layers on."""
+    """Raise ValueError if `load` cannot put layers on `device`."""
     for one in device.values() if isinstance(device, Mapping) else [device]:
         try:
             torch.device("cpu" if one is None else one)
@@ -44,13 +44,26 @@ class TurboQuantCache(PackedCache, DynamicCache):
     Args:
         config: the model's configuration.
         preset: a shipped preset's name, the path of a YAML file, a mapping, or a `CachePreset`.
-        offloading: keep packed tiles in host memory and fetch them a layer ahead (`cache.offload`); for contexts beyond
-            the GPU's memory.
+        offloading: keep packed tiles in host memory and fetch them one layer ahead (`cache.offload`). This is for
+            contexts that do not fit into the GPU's memory.
         graph: let `generate` record decode steps in CUDA graphs (`turboquant_hf.generation`).
         **overrides: any field of `CachePreset`, such as `recent_window=0` or `boundary_layers=2`.
 
     Raises:
         ValueError: for an unknown preset or field, or a head dim that a quantizer cannot serve.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig
+        >>> from turboquant_hf import TurboQuantCache
+        >>> config = LlamaConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2)
+        >>> cache = TurboQuantCache(config, preset="k3v3")
+        >>> keys, values = torch.randn(2, 1, 2, 700, 64)
+        >>> read_keys, read_values = cache.update(keys, values, 0)
+        >>> read_keys.shape
+        torch.Size([1, 2, 700, 64])
+        >>> cache.nbytes < cache.dense_nbytes
+        True
     """
 
     kinds = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
@@ -71,7 +84,25 @@ class TurboQuantCache(PackedCache, DynamicCache):
 
     @classmethod
     def from_yaml(cls, path: str | Path, config: PreTrainedConfig, **overrides: Any) -> TurboQuantCache:
-        """The cache that a preset file describes."""
+        """An empty cache with the preset of a YAML file.
+
+        Args:
+            path: the preset file.
+            config: the model's configuration.
+            **overrides: as for a new cache.
+
+        Raises:
+            ValueError: the file holds no valid preset.
+            FileNotFoundError: there is no such file.
+
+        Example:
+            >>> from pathlib import Path
+            >>> from transformers import LlamaConfig
+            >>> from turboquant_hf import TurboQuantCache
+            >>> _ = Path("mine.yaml").write_text("preset: k4v4\\nrecent_window: 64\\n")
+            >>> TurboQuantCache.from_yaml("mine.yaml", LlamaConfig()).preset.recent_window
+            64
+        """
         return cls(config, preset=CachePreset.from_yaml(path), **overrides)
 
     @staticmethod
@@ -86,21 +117,29 @@ class TurboQuantCache(PackedCache, DynamicCache):
     ) -> MemoryEstimate:
         """Bytes that this cache takes behind a prompt, from the model's configuration alone; needs no weights.
 
-        Counted as `nbytes` and `resident_nbytes` count, with the attention that `generate` switches to. CUDA graphs and
-        what they run in are not counted.
+        The bytes are those of `nbytes` and `resident_nbytes` after a prompt that was read by the attention that
+        `generate` switches to. CUDA graphs and their memory pools are not counted.
 
         Args:
             config: the model's configuration.
-            tokens: of every sequence.
+            tokens: tokens of every sequence.
             preset: as for a new cache.
-            batch: sequences.
-            dtype: of the model; None is the configuration's own.
+            batch: number of sequences.
+            dtype: the model's dtype; None takes the configuration's.
             chunk: how many tokens of the prompt are read at a time (`prefill_chunk_size`); None reads it at once.
             **overrides: any field of `CachePreset`.
 
         Raises:
             ValueError: for an unknown preset or field, a head dim that a quantizer cannot serve, or a model whose
                 configuration does not tell what it caches.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> from turboquant_hf import TurboQuantCache
+            >>> config = LlamaConfig(num_hidden_layers=2, num_key_value_heads=8)
+            >>> estimate = TurboQuantCache.estimate(config, tokens=32_768, preset="k4v4")
+            >>> f"{estimate.dense_nbytes / 2**20:.0f} MiB in 16 bit, {estimate.compression_ratio:.1f}x less here"
+            '256 MiB in 16 bit, 3.6x less here'
         """
         from turboquant_hf.cache.estimate import MemoryPlan  # it builds caches
 
@@ -111,6 +150,19 @@ class TurboQuantCache(PackedCache, DynamicCache):
 
         Raises:
             CacheFileError: a layer holds something that cannot be written.
+            ValueError: `path` is a folder, or not a path.
+            OSError: the file cannot be written.
+
+        Example:
+            >>> import torch
+            >>> from transformers import LlamaConfig
+            >>> from turboquant_hf import TurboQuantCache
+            >>> config = LlamaConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2)
+            >>> cache = TurboQuantCache(config)
+            >>> _ = cache.update(*torch.randn(2, 1, 2, 700, 64), 0)
+            >>> cache.save("prompt.cache")
+            >>> TurboQuantCache.load("prompt.cache", config).tokens
+            700
         """
         save_cache(self, path)
 
@@ -122,13 +174,13 @@ class TurboQuantCache(PackedCache, DynamicCache):
 
         Args:
             path: the file.
-            config: of the model that will go on with the cache.
-            device: where it goes: a device, {layer index: device}, or None for where it was.
+            config: the configuration of the model that will use the cache.
+            device: where the layers go: a device, {layer index: device}, or None for the devices that they were on.
             offloading: as for a new cache.
 
         Raises:
-            CacheFileError: the file is damaged, no saved cache, or belongs to another model or format version.
-            ValueError: `config` is no configuration, or `device` no device.
+            CacheFileError: the file is damaged, is not a saved cache, or belongs to another model or format version.
+            ValueError: `config` is not a configuration, or `device` is not a device.
         """
         check_config(config)
         check_device(device)
@@ -138,7 +190,7 @@ class TurboQuantCache(PackedCache, DynamicCache):
         return cache
 
     def _pack_layers(self, config: PreTrainedConfig, offloading: bool = False) -> None:
-        # Early versions give assisted decoding, and models that could share layers and do not, a cache without layers.
+        # Early versions make a cache without layers for assisted decoding, and for models that may share layers.
         self.layers = self.layers or [DynamicLayer() for _ in range(owning_layers(config))]
         super()._pack_layers(config, offloading)
 

@@ -1,4 +1,4 @@
-"""What `keys` and `values` of a packed layer are: decoded copies, which can be read but not edited."""
+"""`keys` and `values` of a packed layer are decoded copies: they can be read, and editing them raises an error."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ HARMLESS = ("requires_grad_", "share_memory_")
 
 
 class DecodedCopy(torch.Tensor):
-    """A tensor that cannot be changed in place, nor can its views. Other results of it are ordinary tensors.
+    """A tensor that cannot be changed in place, and neither can its views. Other results are ordinary tensors.
 
-    Raises: RuntimeError for an operation that writes to it.
+    Raises: RuntimeError for an operation that writes to the tensor or to a view of it.
     """
 
     @classmethod
@@ -40,7 +40,7 @@ class DecodedCopy(torch.Tensor):
         return self.clone()
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        """Files hold an ordinary tensor, which torch.load accepts without this package."""
+        """A file holds an ordinary tensor, so that torch.load reads it without this package."""
         return self.clone().__reduce_ex__(protocol)
 
 
@@ -50,7 +50,7 @@ class DecodedProperty:
     Args:
         read: the layer's method that decodes.
 
-    Raises: AttributeError where it is assigned to.
+    Raises: AttributeError if the property is assigned to.
     """
 
     def __init__(self, read: Callable[[Any], torch.Tensor | None]) -> None:
@@ -67,7 +67,7 @@ class DecodedProperty:
 
 
 def _targets(func: Callable, args: tuple, kwargs: dict) -> tuple:
-    """Arguments that a torch function writes to."""
+    """The arguments that a torch function writes to."""
     name = func.__name__
     if name.startswith("__"):
         augmented = name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}")  # __iand__, but not __iter__
@@ -96,7 +96,7 @@ def tensors_in(item: Any) -> Iterator[torch.Tensor]:
 
 
 def _guarded(result: Any, read: set[int]) -> Any:
-    """`result` with every tensor that shares memory with what was read as a `DecodedCopy`."""
+    """`result`, in which every tensor that shares memory with `read` is a `DecodedCopy`. read: addresses."""
     if isinstance(result, torch.Tensor):
         shares = result.layout is torch.strided and _memory(result) in read
         return result.as_subclass(DecodedCopy if shares else torch.Tensor)

@@ -1,6 +1,6 @@
-"""What a process sets for calls of `generate` that say nothing, or not all, about their cache.
+"""Defaults of a process for calls of `generate` that do not name a cache, or do not name all of its options.
 
-`turboquant-hf run` uses this for clients that cannot be told: harnesses, servers, scripts of others.
+`turboquant-hf run` sets them for programs that have no option for the cache: harnesses, servers, scripts.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class CacheDefaults:
-    """The defaults in force, and what became of them.
+    """The defaults in force, and how often they were used.
 
     Attributes:
-        cache_implementation: for calls that name no cache; None leaves them to transformers.
-        cache_config: for calls whose cache is ours: fields that the call's own `cache_config` lacks. A call that names
-            its own preset is left as it is.
-        calls: how many calls of `generate` made a cache of ours.
+        cache_implementation: the name for calls that name no cache; None leaves such calls to transformers.
+        cache_config: fields that are added where a call uses one of our caches and its own `cache_config` lacks them.
+            A call that names its own preset stays as it is.
+        calls: how many calls of `generate` made one of our caches.
     """
 
     cache_implementation: str | None = None
@@ -37,24 +37,31 @@ _current: CacheDefaults | None = None
 
 
 def cache_defaults() -> CacheDefaults | None:
-    """What `set_cache_defaults` set last, or None."""
+    """The defaults that `set_cache_defaults` set last, or None."""
     return _current
 
 
 def set_cache_defaults(cache_implementation: str | None = None, **cache_config: Any) -> CacheDefaults:
-    """Set the defaults of this process, for every model, in place of earlier ones.
+    """Set the defaults of this process for every model; earlier defaults are replaced.
 
     Args:
         cache_implementation: "turboquant", "turboquant_static" or None.
-        **cache_config: what generate's `cache_config` takes: `preset`, fields of a preset, `attention`, `offloading`.
+        **cache_config: the fields of generate's `cache_config`: `preset`, fields of a preset, `attention`, `graph`,
+            `offloading`.
 
     Raises:
         ValueError: an unknown name, preset or field.
+
+    Example:
+        >>> from turboquant_hf.cache.defaults import clear_cache_defaults, set_cache_defaults
+        >>> set_cache_defaults("turboquant", preset="k3v3").cache_config
+        {'preset': 'k3v3'}
+        >>> clear_cache_defaults()
     """
     global _current
     if cache_implementation is not None and cache_implementation not in UPSTREAM:
         raise ValueError(f"cache={cache_implementation!r} is not supported; allowed: {', '.join(UPSTREAM)}")
-    from turboquant_hf.cache.registration import parse_cache_config  # it asks this module in every call of generate
+    from turboquant_hf.cache.registration import parse_cache_config  # that module imports this one
 
     parse_cache_config(cache_config)
     _current = CacheDefaults(cache_implementation, cache_config)
@@ -86,7 +93,7 @@ def complete(config: GenerationConfig, model_kwargs: Mapping[str, Any], model: s
 
 
 def _merge(own: Any, default: Mapping[str, Any]) -> Any:
-    """A call's own `cache_config`, with the default's fields where it lacks them and names no preset."""
+    """A call's own `cache_config`. Unless it names a preset, the default adds the fields that it lacks."""
     if own is None:
         return dict(default) or None
     if not isinstance(own, Mapping) or "preset" in own:

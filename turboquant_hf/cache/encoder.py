@@ -26,17 +26,17 @@ AGAIN = 2
 
 
 class Encoder:
-    """What the quantizers of a layer learn from its first tokens, and encode all tiles with.
+    """What the quantizers of a layer learn from its first tokens and use to encode all tiles.
 
     Args:
-        quantizers: of keys and values.
-        min_statistics: tokens that are seen before anything is encoded, by quantizers that learn.
+        quantizers: those of keys and values.
+        min_statistics: tokens to see before the first encode, for quantizers that learn.
 
     Attributes:
-        states: what keys' and values' quantizers have learned; empty before `fit`.
-        fitted: whether they have.
-        energy: sums of squares of the queries, float32 [B, H, D], and `count`, how many, [B, 1 or H, 1]; None where
-            none is known.
+        states: what the quantizers of keys and values have learned; empty before `fit`.
+        fitted: whether the states are learned, and frozen.
+        energy: the sum of squares of the queries, float32 [B, H, D]; None before the first query.
+        count: the number of queries in `energy`, [B, 1 or H, 1]; None before the first query.
         queried: tokens per sequence whose queries were counted.
         unsettled: int8 [B], how often a sequence may have to learn again: `AGAIN` times where it has shown nothing but
             repeats, once where it has learned from few other tokens. None where all have learned for good.
@@ -57,11 +57,11 @@ class Encoder:
 
     @property
     def observes(self) -> bool:
-        """Whether queries still count."""
+        """Whether queries are still counted."""
         return (not self.fitted or self.unsettled is not None) and self.quantizers.keys.needs_statistics
 
     def observe(self, query: torch.Tensor, heads: int, starts: torch.Tensor, position: int) -> None:
-        """Count queries [B, Hq, q, D] of the tokens from `position` on; `starts` [B] is each sequence's first."""
+        """Count queries [B, Hq, q, D] of the tokens from `position` on; `starts` [B]: first token of each sequence."""
         energy, count = query_energy(query.detach(), heads, starts, position)
         if self.energy is not None:
             energy, count = self.energy + energy, self.count + count
@@ -69,7 +69,7 @@ class Encoder:
         self.queried += query.shape[2]
 
     def buffers(self, shape: tuple[int, int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`energy` and `count` as buffers that steps on the device add to; shape: (B, H, D)."""
+        """Make `energy` and `count` buffers to which steps on the device add; shape: (B, H, D)."""
         energy = torch.zeros(shape, dtype=torch.float32, device=device)
         count = torch.zeros(*shape[:2], 1, dtype=torch.float32, device=device)
         if self.energy is not None:
@@ -85,7 +85,7 @@ class Encoder:
     def fit(self, tiles: Sides, weight: torch.Tensor, length: int) -> None:
         """Freeze the statistics of tiles [B, H, N, T, D] with weight [B, N, T] in a layer of `length` tokens.
 
-        Queries count if they are known of at least half of the tokens.
+        Queries are used if they were seen for at least half of the tokens.
         """
         rms = self._query_rms(length)
         self.states = self.quantizers.map(lambda quantizer, x: quantizer.fit(x, weight, rms), tiles)
@@ -152,12 +152,12 @@ class Encoder:
         queried: int,
         unsettled: torch.Tensor | None,
     ) -> None:
-        """Go on from what another encoder knew."""
+        """Continue from what another encoder had learned."""
         self.states, self.fitted, self.unsettled = states, fitted, unsettled
         self.energy, self.count, self.queried = energy, count, queried
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every array by fn(array), which changes the batch or the place."""
+        """Replace every array by fn(array); fn changes the batch or the device."""
         self.states = self.states.map(lambda state: {name: fn(x) for name, x in state.items()})
         if self.energy is not None:
             self.energy, self.count = fn(self.energy), fn(self.count)
@@ -191,5 +191,5 @@ def _with_rows(state: State, rows: torch.Tensor, new: State) -> State:
 
 
 def nan_for_inf(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """Stored scales are clamped, which would make a plausible number of an infinity."""
+    """x with NaN for infinity: stored scales are clamped, which would turn infinity into a plausible number."""
     return x if quantizer.marks_infinity else torch.where(x.isinf(), torch.nan, x)

@@ -1,7 +1,7 @@
-"""Memory of a cache before there is one: from a model's configuration, a preset and a number of tokens.
+"""Estimates the memory of a cache from a model's configuration, a preset and a number of tokens.
 
-No formula of a layer's bytes stands here. A cache of the model is filled with tensors on the meta device, which have
-shapes and take no memory, and is then asked what it holds by the properties that every cache has.
+There is no formula of a layer's bytes here. A real cache is filled with tensors on the meta device, which have shapes
+and take no memory. The cache then reports its bytes by the same properties as any cache.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from turboquant_hf.config import CachePreset
 from turboquant_hf.quantizers import Quantizer
 
 MOST = 1 << 31
-"""Tokens beyond which nobody asks for the longest context."""
+"""The largest number of tokens that `longest_context` tries."""
 
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Layers that keep the same things, and their bytes together.
+    """The layers of one kind, and the bytes that they hold together.
 
     Attributes:
         kind: "packed", "packed + recurrent", "sliding window", "recurrent", "sliding window + recurrent", "indexed"
@@ -57,17 +57,17 @@ class LayerMemory:
 
 @dataclass(frozen=True)
 class MemoryEstimate(Compression):
-    """Bytes of a cache behind a prompt.
+    """The bytes of a cache that holds a prompt.
 
     Attributes:
         preset: the label of the preset.
-        tokens: of every sequence.
-        batch: sequences.
-        nbytes: in use, as `cache.nbytes`.
-        resident_nbytes: with the room allocated ahead, as `cache.resident_nbytes`.
-        dense_nbytes: of the same tokens in a 16-bit cache, as `cache.dense_nbytes`.
-        released_nbytes: the part of all three that sliding-window layers hold only until the next token: transformers
-            keeps a slice of what it read last, and with it all of that in memory.
+        tokens: tokens of every sequence.
+        batch: number of sequences.
+        nbytes: bytes in use, as `cache.nbytes`.
+        resident_nbytes: `nbytes` and the room allocated ahead, as `cache.resident_nbytes`.
+        dense_nbytes: bytes of the same tokens in a 16-bit cache, as `cache.dense_nbytes`.
+        released_nbytes: the part of the three above that sliding-window layers free with the next token. Transformers
+            keeps a slice of the last tensor that it read, and the slice keeps the whole tensor in memory.
         shared_nbytes: the part of `nbytes` that layers share (rotations).
         token_nbytes, dense_token_nbytes: what one more token of one sequence takes in packed tiles, and in 16 bit; and
             in layers that grow and are not packed.
@@ -95,14 +95,14 @@ class MemoryEstimate(Compression):
 
 
 class MemoryPlan:
-    """Estimates for one model. What its layers keep is found out once.
+    """Estimates for one model. The plan finds out once what the layers keep.
 
     Args:
         config: the model's configuration.
-        dtype: of the model; None is the configuration's own, and bfloat16 where it names none.
+        dtype: the model's dtype; None takes the configuration's, or bfloat16 if it names none.
 
     Raises:
-        ValueError: `config` is no configuration, or does not tell what the model caches.
+        ValueError: `config` is not a configuration, or does not tell what the model caches.
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
@@ -124,22 +124,22 @@ class MemoryPlan:
         chunk: int | None = None,
         observed: bool = True,
     ) -> TurboQuantCache | TurboQuantStaticCache:
-        """A cache to be asked for its bytes, filled with a prompt on the meta device.
+        """A cache on the meta device that holds a prompt.
 
         Args:
-            tokens: of every sequence.
-            preset: of the cache.
-            batch: sequences.
-            max_cache_len: room of a preallocated cache; None is a growing one.
+            tokens: tokens of every sequence.
+            preset: the cache's preset.
+            batch: number of sequences.
+            max_cache_len: room of a preallocated cache; None makes a growing cache.
             chunk: tokens of the prompt that are read at a time; None reads it at once.
-            observed: whether our attention reads the prompt, which counts queries until the first tile is packed.
+            observed: whether our attention reads the prompt. It counts queries until the first tile is packed.
         """
         check_whole("tokens", tokens, 1)
         check_whole("batch", batch, 1)
         if max_cache_len is None:
             cache = TurboQuantCache(self.config, preset)
         else:
-            check_whole("max_cache_len", max_cache_len, tokens)  # what is asked about has to fit
+            check_whole("max_cache_len", max_cache_len, tokens)  # the prompt must fit
             cache = TurboQuantStaticCache(self.config, max_cache_len, preset)
         if chunk is not None:
             check_whole("chunk", chunk, 1)
@@ -151,7 +151,7 @@ class MemoryPlan:
             layer, pair = cache.layers[index], _pair(seen, batch, tokens)
             packed = packed_part(layer)
             if pair is not None and packed is not None:
-                # Packed layers that are alike are filled once: the same object then stands for all of them.
+                # Equal packed layers are filled once, and one object then stands for all of them.
                 what = packed.quantizers, *(x.shape for x in pair)
                 if what not in filled:
                     filled[what] = _fill(packed, *pair, observed)
@@ -207,7 +207,7 @@ class MemoryPlan:
 
 
 def longest_context(nbytes: int, held: Callable[[int], int]) -> int:
-    """The most tokens whose bytes, `held(tokens)`, fit into `nbytes`; 0 where one does not, at most `MOST`."""
+    """The largest number of tokens whose bytes, `held(tokens)`, fit into `nbytes`; from 0 to `MOST`."""
     low = next((n for n in (1 << power for power in range(MOST.bit_length() - 1, -1, -1)) if held(n) <= nbytes), 0)
     high = min(2 * low, MOST)
     while high - low > 1:
@@ -224,7 +224,7 @@ def _kind(held: bool, pair: Any, window: int | None, seen: Any) -> str:
 
 
 def _pair(seen: Any, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Keys and values [batch, H, tokens, D] as those of a probed layer; None where it keeps none."""
+    """Keys and values [batch, H, tokens, D] in the shape of a probed layer; None if it keeps none."""
     keys, values = getattr(seen, "keys", None), getattr(seen, "values", None)
     if not isinstance(keys, torch.Tensor) or keys.dim() != 4:
         return None
@@ -232,7 +232,7 @@ def _pair(seen: Any, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _fill(layer: TurboQuantLayer, keys: torch.Tensor, values: torch.Tensor, observed: bool) -> TurboQuantLayer:
-    """A packed layer behind a prompt."""
+    """Put a prompt into a packed layer."""
     layer.allocate(keys[:, :, :0], values[:, :, :0])
     layer.encoder = encoder = ShapesEncoder(layer.encoder.quantizers, layer.encoder.min_statistics)
     if observed and encoder.observes:
@@ -244,7 +244,7 @@ def _fill(layer: TurboQuantLayer, keys: torch.Tensor, values: torch.Tensor, obse
 
 
 class ShapesEncoder(Encoder):
-    """Encodes tensors without numbers: room is taken for tiles, and for what is learned, and nothing is written."""
+    """An encoder for meta tensors: it takes room for tiles and for what is learned, and writes nothing."""
 
     def fit(self, tiles: Sides, weight: torch.Tensor, length: int) -> None:
         self.states = self.quantizers.map(_empty_state, tiles)
@@ -256,13 +256,13 @@ class ShapesEncoder(Encoder):
 
 
 def _empty_state(quantizer: Quantizer, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a quantizer learns from tiles [B, H, N, T, D], without the numbers: the shapes are those of any one head."""
+    """Arrays in the shapes of what a quantizer learns from tiles [B, H, N, T, D]; one head shows the shapes."""
     learned = quantizer.fit(torch.zeros(1, 1, 1, *tiles.shape[3:]), torch.ones(1, 1, tiles.shape[3]), None)
     return {name: tiles.new_empty((*tiles.shape[:2], *x.shape[2:]), dtype=x.dtype) for name, x in learned.items()}
 
 
 def _fill_raw(layer: Any, keys: torch.Tensor, values: torch.Tensor, last: int) -> None:
-    """A layer of transformers' behind the same prompt, whose `last` tokens come on their own."""
+    """Put the same prompt into a layer of transformers; the newest `last` tokens come in a call of their own."""
     if hasattr(layer, "max_cache_len"):
         layer.lazy_initialization(keys, values)
         return
@@ -279,7 +279,7 @@ def _token_nbytes(layer: Any) -> float:
 
 
 def _released_nbytes(cache: Any) -> int:
-    """What growing sliding-window layers let go of with the next token, which is stored here."""
+    """The bytes that growing sliding-window layers free with the next token. Stores that token."""
     released = 0
     for layer in cache.layers:
         if getattr(layer, "is_sliding", False) and not hasattr(layer, "max_cache_len"):

@@ -1,14 +1,14 @@
 """Decode steps over arrays that stay at their addresses, so that a CUDA graph can record one step and replay it.
 
-A growing cache counts its tokens in Python and moves its arrays when they grow. For the length of a decoding loop
-(`generation.steps`) its layers are fixed instead:
+A growing cache counts its tokens in Python and moves its arrays when they grow. While a decoding loop runs
+(`generation.steps`), the layers of the cache are fixed instead:
 
     tiles      as they are, with room for the tiles of the coming steps
     raw tail   a ring of R slots; the token at position p lies in slot p % R
     counts     int32 [3] on the device: tiles encoded, tokens held, and a kernel's ticket
 
 A step appends to the ring and attends by the counts, both on the device. Between two steps, the host encodes the tiles
-that are due by the layer's own rule (`TurboQuantLayer.commit`): it knows how many tokens were replayed.
+that are due by the layer's own rule (`Storage.commit`). The host knows how many tokens were replayed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.quantizers.rotated import reads_packed
 
 WORKSPACE_ROWS = 16
-"""Query rows per KV head that the shared workspace is made for; a step with more gets memory of its own."""
+"""Query rows per KV head for which the shared workspace is made; a step with more rows gets its own memory."""
 _LOCAL = threading.local()
 _LOCK = threading.Lock()
 _WARMED: set[tuple] = set()
-"""What `FixedLayer` has warmed, a few names per kind of layer."""
+"""The kinds of layers that `FixedLayer` has warmed, one entry per kind."""
 _SERIALS = itertools.count()
 
 
 def current_step() -> FixedStep | None:
-    """The fixed step that this thread's forward pass belongs to, if any."""
+    """The `FixedStep` that this thread's forward pass belongs to, or None."""
     return getattr(_LOCAL, "step", None)
 
 
@@ -46,13 +46,13 @@ class FixedStep:
     """A context around one forward pass over a fixed cache: positions and masks that never leave the device.
 
     Args:
-        counts: int32 [3], of any layer of the cache: all layers hold the same tokens.
-        tokens: how many new tokens per sequence the step brings.
+        counts: int32 [3], the counts of any layer of the cache: all layers hold the same tokens.
+        tokens: new tokens per sequence in this step.
         room: positions that the cache has room for.
         padding: bool [B, room], False hides a position; None hides nothing.
 
     Attributes:
-        length: int64 [], the tokens held before the step.
+        length: int64 [], tokens held before the step.
     """
 
     def __init__(self, counts: torch.Tensor, tokens: int, room: int, padding: torch.Tensor | None) -> None:
@@ -69,11 +69,11 @@ class FixedStep:
         _LOCAL.step = None
 
     def positions(self) -> torch.Tensor:
-        """Of the new tokens, int64 [tokens]."""
+        """Positions of the new tokens, int64 [tokens]."""
         return self.length + torch.arange(self.tokens, device=self.length.device)
 
     def full_mask(self) -> torch.Tensor:
-        """bool [B or 1, 1, tokens, room]: causal, padding hidden. For readers that take dense tensors."""
+        """The causal mask without padding, bool [B or 1, 1, tokens, room], for attention over dense tensors."""
         if None not in self._masks:
             seen = torch.arange(self.room, device=self.length.device) <= self.positions()[:, None]
             self._masks[None] = self._with_padding(seen, self.padding)
@@ -99,10 +99,10 @@ class FixedStep:
 
 
 class FixedLayer:
-    """The arrays of one `TurboQuantLayer` as a step sees them; everything here runs on the device alone.
+    """The arrays of one `TurboQuantLayer` at fixed addresses, and what a step does with them on the device.
 
     Args:
-        layer: its tail is a `RingTail`.
+        layer: a layer whose tail is a `RingTail`.
         workspaces: (device, B * H, D) -> the decode kernel's workspace, shared by the layers of a cache.
 
     Attributes:
@@ -135,7 +135,7 @@ class FixedLayer:
             self.statistics = layer.encoder.buffers((*shape[:2], self.head_dims.keys), layer.device)
 
     def _warm(self, layer: Any) -> None:
-        """Make, once per process, what kernels keep for good (rotations, tables): a recording could not copy it."""
+        """Make the rotations and tables that kernels keep for good, once per process: a recording cannot copy them."""
         what = (self.quantizers, self.head_dims, layer.num_heads, self.dtype, layer.device)
         if what not in _WARMED and layer.device.type == "cuda":
             for side in SIDES:
@@ -150,7 +150,7 @@ class FixedLayer:
         return all(map(is_, self._places, layer.places))
 
     def is_ready(self, layer: Any, tokens: int) -> bool:
-        """Whether a step of `tokens` can be replayed as things are. Asked for every layer in every step: no loops."""
+        """Whether a step of `tokens` can be replayed now. Asked for every layer in every step, so it has no loops."""
         return (
             layer.tail.start + layer.tail.count == self._known[1]
             and layer.tiles.keys.count == self._known[0]
@@ -159,18 +159,18 @@ class FixedLayer:
         )
 
     def tell(self, tiles: int, length: int) -> None:
-        """Bring the counts on the device to what the host knows."""
+        """Set the counts on the device to what the host knows."""
         if self._known != (tiles, length):
             self.counts[0].fill_(tiles)
             self.counts[1].fill_(length)
             self._known = (tiles, length)
 
     def replayed(self, tokens: int) -> None:
-        """A step has counted `tokens` on the device."""
+        """Note that a step has counted `tokens` on the device."""
         self._known = (self._known[0], self._known[1] + tokens)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store [B, H, q, D] new tokens in the ring, and in the sinks while those fill."""
+        """Store new tokens [B, H, q, D] in the ring, and in the sinks until those are full."""
         raw = RawTokens(*self.ring), RawTokens(*self.sinks)
         append_tokens(keys, values, FixedTokens(*raw, self.starts, self.counts[:2], self.counts[2:], self.room))
 
@@ -182,8 +182,8 @@ class FixedLayer:
                 add_queries(query, energy, count[:, :, 0], self.counts[:2], self.starts)
 
     def attend(self, query: torch.Tensor, *, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-        """`decode_attention` over what is held (where `reads_packed`): [B, Hq, q, D] -> [B, Hq, q, Dv]."""
-        # Anew in every step: some states have the means of all tiles put together from two parts.
+        """`decode_attention` over all tokens held: [B, Hq, q, D] -> [B, Hq, q, Dv]. Needs `reads_packed`."""
+        # Made again in every step, because some quantizers put the means of all tiles together from two arrays.
         parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
         sides = [quantizer.packed_side(tiles, state, dim) for quantizer, tiles, state, dim in parts]
         raw = RawTokens(*self.sinks), RawTokens(*self.ring)
@@ -199,7 +199,7 @@ class FixedLayer:
         return unrolled(ring, decoded, sinks, self.starts, self.counts, self.tile, self.room)
 
     def reorder(self, index: torch.Tensor) -> None:
-        """Pick the sequences `index` [B] in place: beams change between two replays."""
+        """Replace the batch by the sequences `index` [B], in place: beams change between two replays."""
         arrays = [x for part in (*self.tiles, *self.states) for x in part.values()]
         arrays += [*self.ring, *self.sinks, self.starts, *(self.statistics or ())]
         arrays += [] if self.unsettled is None else [self.unsettled]
@@ -210,7 +210,7 @@ class FixedLayer:
 def _first_state(
     quantizer: Quantizer, dim: int, shape: tuple[int, int, int], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """A state for steps before the first tile. shape: sequences, heads, tokens of a tile."""
+    """A state for steps before the first tile. shape: (sequences, heads, tokens per tile)."""
     batch, heads, tile = shape
     state = quantizer.empty_state(heads, dim, tile, device)
     return {name: x.expand(batch, *x.shape[1:]).contiguous() for name, x in state.items()}

@@ -1,4 +1,4 @@
-"""A whole cache fixed for decode steps: which caches can be, and what a recorded step over one depends on."""
+"""`FixedCache`: fixes all layers of a cache for decode steps, and says which caches cannot be fixed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from turboquant_hf.cache.fixed_sliding import RingSlidingLayer
 from turboquant_hf.cache.hybrid import packed_part
 
 SMALL_ROOM = 16
-"""Tiles that are allocated at once for the tokens of a call, whatever the cache holds already."""
+"""Tiles that are always allocated at once for the tokens of a call, however little the cache holds."""
 
 
 class FixedCache:
-    """Fixes the layers of a `TurboQuantCache` for the steps of one decoding loop, and releases them.
+    """Fixes the layers of a `TurboQuantCache` for the steps of one decoding loop, and then releases them.
 
     Args:
-        cache: holds a prompt; see `why_not`.
+        cache: a cache that holds a prompt and for which `why_not` gives None.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -31,11 +31,15 @@ class FixedCache:
         self._packed: list = []
 
     def prepare(self, tokens: int, expected: int) -> tuple:
-        """Room for a step of `tokens` in every layer; what a recorded step points to, to be compared by equality.
+        """Make room for a step of `tokens` in every layer.
 
         Args:
-            expected: tokens that the call may still bring. Their room is allocated at once where it is small: 2,048
-                tokens, or a tenth of what is held. Otherwise it grows by that much at a time.
+            tokens: new tokens of the step.
+            expected: tokens that the call may still bring. Their room is allocated at once up to 2,048 tokens or a
+                tenth of what is held, whichever is more. Otherwise the room grows by that much at a time.
+
+        Returns:
+            The addresses that a recorded step points to. A recording is valid while this value stays equal.
         """
         if self._where and all(layer.fixed and layer.fixed.is_ready(layer, tokens) for layer in self._packed):
             return (*self._where, *(x.data_ptr() for x in self._foreign()))
@@ -54,24 +58,24 @@ class FixedCache:
         return (*self._where, *(x.data_ptr() for x in self._foreign()))
 
     def step(self, tokens: int, padding: torch.Tensor | None) -> FixedStep:
-        """The context of a forward pass that brings `tokens`."""
+        """The context of a forward pass with `tokens` new tokens."""
         return FixedStep(self.first.counts, tokens, self.first.room, padding)
 
     def holds_tokens(self) -> bool:
-        """Whether a prompt is in."""
+        """Whether the cache holds a prompt."""
         return all(layer.tail.count or layer.tiles.keys.count for layer in self.cache.packed_layers)
 
     def why_not(self) -> str | None:
-        """Why this cache's layers cannot be fixed, or None; looked up until they are."""
+        """Why this cache's layers cannot be fixed, or None. Not asked again once they are fixed."""
         return None if self._where else why_not(self.cache)
 
     @property
     def room(self) -> int:
-        """Positions that a padding mask covers."""
+        """Length of a padding mask: all positions that the cache has room for."""
         return self.first.room
 
     def replayed(self, tokens: int) -> None:
-        """Count in every layer what a step has stored on the device."""
+        """Count in every layer the `tokens` that a step has stored on the device."""
         for layer in self._packed:
             layer.replayed(tokens)
         for layer in self.cache.layers:
@@ -79,7 +83,7 @@ class FixedCache:
                 layer.replayed(tokens)
 
     def release(self) -> None:
-        """The cache as it was found: ordinary layers, free to grow."""
+        """Give the cache its ordinary layers back, which can grow."""
         self._where = ()
         for index, layer in enumerate(self.cache.layers):
             if isinstance(layer, RingSlidingLayer):
@@ -88,7 +92,7 @@ class FixedCache:
             layer.unfix()
 
     def snapshot(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Copies of what a step adds to or overwrites and no counter takes back: recurrent states, statistics."""
+        """(array, copy) of the arrays that cannot be undone by a counter: recurrent states and statistics."""
         statistics = [x for layer in self.cache.packed_layers for x in layer.fixed.statistics or ()]
         return [(x, x.clone()) for x in (*self._foreign(), *statistics)]
 

@@ -1,4 +1,4 @@
-"""A sliding-window layer whose keys and values stay at their addresses during decode steps."""
+"""`RingSlidingLayer`: a sliding-window layer whose arrays stay at their addresses during decode steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from turboquant_hf.cache.ring import STEP_TOKENS
 
 
 class RingSlidingLayer(DynamicSlidingWindowLayer):
-    """transformers' growing sliding-window layer with its tokens in a ring, for `cache.fixed`.
+    """The sliding-window layer of transformers with its tokens in a ring, for the steps of `cache.fixed`.
 
-    A step writes its tokens to their slots and reads the whole ring, [B, H, window - 1 + STEP_TOKENS, D];
-    `FixedStep.window_mask` hides what is outside the window. `release` gives the ordinary layer back.
+    A step writes its tokens to their slots and reads the whole ring, [B, H, window - 1 + STEP_TOKENS, D].
+    `FixedStep.window_mask` hides what is outside the window. `release` makes an ordinary layer again.
 
     Args:
-        layer: the layer to take over; it holds tokens.
+        layer: the layer to take over. It must hold tokens.
     """
 
     def __init__(self, layer: DynamicSlidingWindowLayer) -> None:
@@ -41,14 +41,14 @@ class RingSlidingLayer(DynamicSlidingWindowLayer):
         return layer
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
-        """Only inside a fixed step: [B, H, q, D] in, both rings out."""
+        """Store [B, H, q, D] keys and values; returns both rings. Works only inside a fixed step."""
         where = current_step().positions() % self.ring[0].shape[2]
         for ring, new in zip(self.ring, (key_states, value_states), strict=True):
             ring.index_copy_(2, where, new)
         return self.ring
 
     def replayed(self, tokens: int) -> None:
-        """A step has stored `tokens`."""
+        """Count the `tokens` that a step has stored."""
         self.cumulative_length += tokens
 
     def get_seq_length(self, *args: Any) -> torch.Tensor | int:
@@ -59,7 +59,7 @@ class RingSlidingLayer(DynamicSlidingWindowLayer):
         return self.ring[0].shape[2], 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; the ring still holds what an earlier window sees."""
+        """Forget the newest tokens. The ring still holds the tokens that the earlier window sees."""
         if tokens_to_remove < 0:
             self.cumulative_length += int(tokens_to_remove)
 

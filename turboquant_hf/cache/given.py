@@ -1,4 +1,4 @@
-"""What can be wrong with a cache that the user gives to `generate`, as far as it shows before anything runs."""
+"""Checks of a cache that the user gives to `generate`, made before anything runs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 from turboquant_hf.cache.serialization import model_fields
 
 SHAPES = ("num_hidden_layers", "num_key_value_heads", "head_dim", "layer_types", "kv_lora_rank")
-"""Fields of a configuration that decide how many layers a cache has, and of which kind and shape."""
+"""The fields of a configuration that decide the number, the kinds and the shapes of a cache's layers."""
 
 
 def check_given(model: Any, cache: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    """Raise ValueError where a cache belongs to another model, or is not shorter than the prompt that comes with it.
+    """Raise ValueError if a cache belongs to another model, or is not shorter than the prompt that comes with it.
 
-    `generate` takes the whole prompt, cached tokens included, and feeds what follows them. It counts the cached tokens
-    and cannot compare them: that the prompt begins with exactly these tokens is the caller's business.
+    `generate` takes the whole prompt, cached tokens included, and feeds only what follows the cached tokens. It knows
+    their number and not the tokens themselves: the caller must pass a prompt that begins with exactly these tokens.
     """
     mine, theirs = cache.model_fields, model_fields(model.config)
     for name in SHAPES:
@@ -35,7 +35,7 @@ def check_given(model: Any, cache: Any, generation_config: Any, model_kwargs: di
 
 
 def _prompt_tokens(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
-    """Tokens of the prompt, cached ones included, as its mask has them; None where that cannot be told."""
+    """Tokens of the prompt, cached ones included, by the length of its mask; None if there is no such mask."""
     if model.config.is_encoder_decoder:
         return None
     mask = model_kwargs.get("attention_mask")

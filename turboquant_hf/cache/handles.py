@@ -1,7 +1,7 @@
-"""What `update` returns when the attention can read packed tiles: a stand-in for the dense tensor.
+"""`PackedHandle`: what `update` returns when the attention can read packed tiles, in place of the dense tensor.
 
-The registered attention takes the layer behind it. Any other code that touches it gets the decoded tensor: slower,
-never wrong.
+The registered attention reads the layer behind the handle. Any other code that uses the handle gets the decoded tensor,
+which is slower and never wrong.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class PackedHandle:
-    """Keys or values of one layer as they were when the handle was made, [B, H, T, D].
+    """The keys or values of one layer, [B, H, T, D], with the length that they had when the handle was made.
 
-    Shape, dtype and device are known at once; `dense()` decodes, and so does every torch function, operator,
+    Shape, dtype and device are known without decoding. `dense()` decodes, and so does every torch function, operator,
     index or unknown attribute.
     """
 
@@ -56,7 +56,7 @@ class PackedHandle:
         return self.shape if dim is None else self.shape[dim]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """The handle itself where nothing would change (models that share KV between layers call this)."""
+        """The handle itself if nothing would change. Models that share keys and values between layers call this."""
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         target = probe.to(*args, **kwargs)
         if target.dtype == self.dtype and target.device == self.device:

@@ -1,4 +1,4 @@
-"""A layer with a recurrent state and full attention (Falcon-H1, Zamba2): KV is packed, the state stays upstream's."""
+"""A layer with a recurrent state and full attention (Falcon-H1, Zamba2): only its keys and values are packed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from turboquant_hf.cache.layer import TurboQuantLayer
 
 OF_ATTENTION = ("keys", "values", "is_initialized")
 RECURRENT = ("conv_states", "recurrent_states")
-"""The attributes in which transformers' layers keep what they carry from token to token."""
+"""The attributes in which transformers' layers keep their recurrent states."""
 
 
 def _of_both_parts(name: str) -> Callable[..., None]:
-    """A method that does to the recurrent state and to the keys and values what its name says."""
+    """A method that calls `name` for the recurrent state, and then for the keys and values."""
 
     def method(self: HybridLayer, *args: Any) -> None:
         getattr(LinearAttentionLayer, name)(self, *args)
@@ -27,11 +27,11 @@ def _of_both_parts(name: str) -> Callable[..., None]:
 
 
 class HybridLayer(LinearAttentionAndFullAttentionLayer):
-    """What a `LinearAttentionAndFullAttentionLayer` is, with the attention's part kept by a `TurboQuantLayer`.
+    """A `LinearAttentionAndFullAttentionLayer` whose keys and values are kept by a `TurboQuantLayer`.
 
     Args:
-        layer: an empty one of transformers', whose recurrent part is taken over.
-        packed: holds the keys and values.
+        layer: an empty layer of transformers, whose recurrent part is taken over.
+        packed: the layer that holds the keys and values.
     """
 
     is_compileable = False
@@ -41,7 +41,7 @@ class HybridLayer(LinearAttentionAndFullAttentionLayer):
         self.packed = packed
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Positional: keys and values. By name: states of the recurrent part."""
+        """Upstream passes keys and values by position, and states of the recurrent part by name."""
         if args:
             self.packed.lazy_initialization(*args)
         else:
@@ -86,7 +86,7 @@ class HybridLayer(LinearAttentionAndFullAttentionLayer):
         self.packed.batch_select_indices(indices)
 
     def _map_states(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Upstream leaves the recurrent part of these two operations out."""
+        """Apply fn to the recurrent states: upstream does not, in these two operations."""
         for name in RECURRENT:
             setattr(self, name, map_state(fn, getattr(self, name, None)))
 
@@ -99,7 +99,7 @@ def map_state(fn: Callable[[torch.Tensor], Any], held: Any) -> Any:
 
 
 def packed_part(layer: Any) -> TurboQuantLayer | None:
-    """What this package holds of a cache's layer, if anything."""
+    """The part of a cache's layer that holds packed tiles, or None."""
     if isinstance(layer, HybridLayer):
         return layer.packed
     return layer if isinstance(layer, TurboQuantLayer) else None

@@ -1,4 +1,4 @@
-"""One attention layer's cache behind transformers' layer protocol; the same class for every quantizer."""
+"""`TurboQuantLayer`: the packed cache of one attention layer, behind the layer protocol of transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NO_TRAINING = "a packed cache keeps no gradients and serves no training: pass us
 
 
 def autocast(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values in one dtype: under torch.autocast rotary embeddings leave keys in float32, values are narrow."""
+    """Keys and values in one dtype: under torch.autocast, rotary embeddings leave only the keys in float32."""
     kind = keys.device.type
     if keys.dtype == values.dtype or not torch.is_autocast_enabled(kind):
         return keys, values
@@ -45,7 +45,7 @@ class _RefuseBackward(torch.autograd.Function):
 
 
 def refuse_backward(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """x as it is, tied to the graph of `source`: `backward` then says why it cannot work, instead of losing terms."""
+    """x itself, tied to the autograd graph of `source`, so that `backward` raises instead of losing terms."""
     return _RefuseBackward.apply(x, source)
 
 
@@ -58,14 +58,14 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
     Args:
         preset: sizes and limits.
         keys, values: this layer's quantizers.
-        returns_handles: asked at every `update`: does the live attention implementation read packed tiles?
+        returns_handles: called at every `update`; says whether the live attention implementation reads packed tiles.
         offloader: keeps the tiles in host memory (`cache.offload`); None leaves them on the layer's device.
     """
 
     is_compileable = False
     is_sliding = False
     reads_parts = True
-    """Whether attention may read tiles and tail apart: by kernels, or in pieces."""
+    """Whether attention may read tiles and tail separately, by kernels or in pieces."""
     is_croppable = True
     supports_early_init = True
 
@@ -101,9 +101,9 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         return tuple(refuse_backward(x, key_states) for x in dense) if key_states.requires_grad else dense
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Store [B, H, T, D] keys and values; nothing of them is encoded before `commit`.
+        """Store [B, H, T, D] keys and values raw. `commit` encodes them later.
 
-        In a `FixedStep` they are stored and counted on the device only; see `replayed`.
+        In a `FixedStep`, keys and values are stored and counted on the device only; see `replayed`.
         """
         if key_states.is_cuda and not self.in_step and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NO_CAPTURE)
@@ -130,7 +130,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
             self.encoder.observe(query, self.num_heads, self.sinks.starts, self.tokens - tokens)
 
     def handles(self) -> tuple[PackedHandle, PackedHandle]:
-        """What stands for the dense keys and values."""
+        """The handles that stand for the dense keys and values."""
         return PackedHandle(self, "keys"), PackedHandle(self, "values")
 
     # ------------------------------------------------------------------ steps at fixed addresses
@@ -143,7 +143,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
     def fix(self, tokens: int, ahead: int, workspaces: dict[tuple, torch.Tensor]) -> FixedLayer:
         """Keep every array at its address, with room for a step of `tokens` and for `ahead` tiles; see `cache.fixed`.
 
-        What is in place already stays: a recorded step remains valid while this returns the same object.
+        Arrays with enough room stay where they are. A recorded step remains valid while this returns the same object.
         """
         self._leave_inference_mode()
         self.commit()
@@ -162,7 +162,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         return self.fixed
 
     def unfix(self) -> None:
-        """Back to arrays that may move."""
+        """Go back to arrays that may move."""
         if self.fixed is not None:
             self.fixed = None
             tail = TailBuffer(*self.tail.arrays, self.tail_capacity)
@@ -170,7 +170,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
             self.tail = tail
 
     def replayed(self, tokens: int) -> None:
-        """Count what a step has stored on the device, and encode what is due by now."""
+        """Count the `tokens` that a step has stored on the device, and encode the tiles that are due."""
         self.tail.count += tokens
         self.fixed.replayed(tokens)
         if self.fixed.statistics is not None:
@@ -181,7 +181,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
     # ------------------------------------------------------------------ reading
 
     def dense(self, side: Side) -> torch.Tensor:
-        """All keys or values, [B, H, width, D] in the model's dtype, for code that cannot read tiles."""
+        """All keys or values, decoded: [B, H, width, D] in the model's dtype."""
         return self.fixed.dense(side) if self.in_step else self.held(side)
 
     @DecodedProperty
@@ -195,13 +195,13 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         return self.dense("values") if self.is_initialized else None
 
     def get_seq_length(self, *args) -> torch.Tensor | int:
-        """Tokens per sequence; inside a `FixedStep` those before the step, on the device."""
+        """Tokens per sequence. Inside a `FixedStep`: the tokens before the step, as a tensor on the device."""
         return current_step().length if self.in_step else self.tokens
 
     @property
     def width(self) -> int:
-        """Tokens of the dense tensors, and of the handles that stand for them."""
-        # A fixed step reads whole arrays: how much of them is in use is known on the device only.
+        """Length of the dense tensors, and of the handles that stand for them."""
+        # A fixed step reads whole arrays, because only the device knows how much of them is in use.
         return self.fixed.room if self.in_step else self.tokens
 
     def get_mask_sizes(self, query_length) -> tuple[int, int]:
@@ -261,7 +261,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         super().map(fn)
 
     def _leave_inference_mode(self) -> None:
-        """Copy what was made under torch.inference_mode(), which nobody may write to outside it."""
+        """Copy arrays that were made under torch.inference_mode(): they cannot be written to outside that mode."""
         if not torch.is_inference_mode_enabled() and self.tail.arrays.keys.is_inference():
             self.map(torch.clone)
 
@@ -277,11 +277,11 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
             self.map(lambda x: x.to(self.device, non_blocking=True))
 
     def note_padding(self, starts: list[int] | None) -> None:
-        """Say where each sequence's real tokens begin, before anything is stored: one position a sequence, or None."""
+        """Note, before anything is stored, where the real tokens begin: one position per sequence, or None."""
         self.noted_starts = None if starts is None else list(starts)
 
     def learn_padding(self, starts: list[int]) -> None:
-        """The same for a layer that holds raw tokens already; nothing may be encoded yet."""
+        """The same for a layer that already holds raw tokens. Nothing may be encoded yet."""
         if starts == self.sinks.first:
             return
         self.unfix()

@@ -1,4 +1,4 @@
-"""A layer that measures quantizers: new tokens are encoded before they are attended to (`CachePreset.encode_first`)."""
+"""`MeasuringLayer`: encodes new tokens before attention reads them, to measure quantizers (`encode_first`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from turboquant_hf.cache.sides import Side
 
 
 class MeasuringLayer(TurboQuantLayer):
-    """A `TurboQuantLayer` of which nothing but sinks and the recent window is read raw, once something is encoded.
+    """A `TurboQuantLayer` that reads only sinks and the recent window raw, once something is encoded.
 
     Attributes:
-        raw: for a while, encode after attention as other layers do; `evaluation` reads its prompts so.
+        raw: True encodes after attention, as other layers do. `evaluation` sets it while it reads a prompt.
     """
 
     raw = False
@@ -33,10 +33,10 @@ class MeasuringLayer(TurboQuantLayer):
             self.commit()
 
     def dense(self, side: Side) -> torch.Tensor:
-        """All keys or values [B, H, T, D] as if what is older than the recent window were encoded.
+        """All keys or values [B, H, T, D], as if all tokens older than the recent window were encoded.
 
-        The newest tokens fill no tile yet. The tile they are tried in is filled up with the packed tokens before it: a
-        mean of few tokens would flatter.
+        The newest of these tokens do not fill a tile yet, so they are encoded on trial. The packed tokens before them
+        complete the trial tile, because the mean of only a few tokens would make the error too small.
         """
         dense, tile, stored = super().dense(side), self.preset.tile, self.stored
         count = self.tail.count - self.preset.recent_window

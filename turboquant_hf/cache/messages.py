@@ -1,4 +1,4 @@
-"""What users are told about a model: one line per class and situation, with what it means for memory."""
+"""Log lines about a model: one line per class and situation. Each says what the situation means for memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from turboquant_hf.cache.hybrid import packed_part
 logger = logging.get_logger("turboquant_hf")
 
 AS_WITHOUT = "memory is what it is without turboquant_hf"
-OWN_STATE = f"the model keeps its state in its own way, in no cache of generate's: nothing is compressed, {AS_WITHOUT}."
+OWN_STATE = f"the model keeps its own state, in no cache of generate's: nothing is compressed, {AS_WITHOUT}."
 USE_CACHE_OFF = "use_cache=False, so there is no cache to compress; allowed: use_cache=True."
 
 
@@ -22,7 +22,7 @@ def tell(model: Any, text: str) -> None:
 
 
 def tell_coverage(model: Any, cache: Any) -> None:
-    """Say which layers of a cache are not packed although they keep every token, or that nothing is packed."""
+    """Log which layers keep every token and are not packed, or that nothing is packed."""
     packed = cache.packed_layers
     others = [layer for layer in cache.layers if packed_part(layer) is None and isinstance(layer, CacheLayerMixin)]
     growing = [type(layer).__name__ for layer in others if not getattr(layer, "is_sliding", False)]
@@ -44,7 +44,7 @@ def tell_coverage(model: Any, cache: Any) -> None:
 
 
 def tell_unused(model: Any, given: Any, returned: Any) -> None:
-    """Say that a model has read a prompt without putting it into the cache that it was given."""
+    """Log that a model has read a prompt and left the given cache empty."""
     if returned is not None and returned is not given:
         what = f"a {type(returned).__name__} replaced the {type(given).__name__} (PEFT's prefix tuning does this)"
     else:
@@ -77,14 +77,14 @@ def tell_attentions(model: Any, attention: str) -> None:
     hint = ' "sdpa" returns no attentions; "eager" and "turboquant", set by hand, do.' if attention == "sdpa" else ""
     tell(
         model,
-        f'this call asks for attentions, so it runs with the model\'s own attention "{attention}", which has the cache '
-        f"decoded at every step and shows it no queries: same memory, slower, less accurate.{hint}",
+        f'this call asks for attentions, so it runs with the model\'s own attention "{attention}", which reads decoded '
+        f"tensors at every step and shows the cache no queries: same memory, slower, less accurate.{hint}",
     )
 
 
 def tell_advice(model: Any, attention: str, better: str) -> None:
     tell(
         model,
-        f'the model\'s attention is "{attention}", which has the cache decoded at every step and shows it no queries: '
-        f'same memory, but model.set_attn_implementation("{better}") is faster and more accurate.',
+        f'the model\'s attention is "{attention}", which reads decoded tensors at every step and shows the cache no '
+        f'queries: same memory, but model.set_attn_implementation("{better}") is faster and more accurate.',
     )

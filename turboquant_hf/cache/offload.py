@@ -1,9 +1,11 @@
-"""Packed tiles in host memory, fetched a layer ahead of the attention that reads them.
+"""Packed tiles in host memory, fetched one layer ahead of the attention that reads them.
 
-Tiles live in (pinned) host memory. When a layer is updated, its own tiles are staged in one of two buffers on its
-device, if they are not there already, and the copy of the next layer's tiles into the other buffer starts on a stream
-of its own: it runs while this layer attends. So a device never holds more than two layers' tiles, and what travels is
-packed bytes. Sinks, tail and statistics stay on the device.
+- Tiles live in (pinned) host memory. Sinks, tail and statistics stay on the device.
+- The device has two staging buffers. When a layer is updated, its tiles are copied into one of them, unless they are
+  there already.
+- At the same moment, the copy of the next layer's tiles into the other buffer starts on a stream of its own. It runs
+  while this layer attends.
+- A device therefore never holds more than two layers' tiles, and only packed bytes travel.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from turboquant_hf.cache.store import TileStore
 from turboquant_hf.quantizers import Quantizer
 
 ALIGNMENT = 256
-"""Bytes: where an array may begin in a staging buffer."""
+"""Bytes: an array begins at a multiple of this in a staging buffer."""
 
 
 class HostTileStore(TileStore):
-    """A `TileStore` whose arrays are on the host; `view` gives tiles on the device, staged by `owner`."""
+    """A `TileStore` whose arrays are on the host. `view` gives tiles on the device, which `owner` stages."""
 
     def __init__(self, fields, batch: int, heads: int, device: torch.device, owner: Offloader) -> None:
         super().__init__(fields, batch, heads, torch.device("cpu"))
@@ -71,7 +73,7 @@ class HostTileStore(TileStore):
         self._pin()
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Change the batch on the host; a function that moves to a device changes nothing here."""
+        """Change the batch on the host. A function that moves arrays to a device has no effect here."""
         self.owner.forget(self)
         super().map(lambda array: fn(array).to("cpu"))
         self._pin()
@@ -94,7 +96,7 @@ class HostTileStore(TileStore):
 
 
 class Slot:
-    """One staging buffer: bytes on a device, and whose tiles it holds or is getting."""
+    """One staging buffer: bytes on a device, and the stores whose tiles it holds or is receiving."""
 
     def __init__(self) -> None:
         self.buffer: torch.Tensor | None = None
@@ -108,18 +110,18 @@ class Slot:
 
 
 class Offloader:
-    """Stages the tiles of a cache's packed layers, in the order of the layers; one for a cache."""
+    """Stages the tiles of a cache's packed layers, in the order of the layers. A cache has one offloader."""
 
     def __init__(self) -> None:
         self.layers: list[Any] = []
         self._devices: dict[torch.device, tuple[list[Slot], Any]] = {}
 
     def store(self, fields, batch: int, heads: int, device: torch.device) -> HostTileStore:
-        """What takes the place of a `TileStore`."""
+        """Make the store that replaces a `TileStore`."""
         return HostTileStore(fields, batch, heads, device, self)
 
     def enter(self, layer) -> None:
-        """A layer is about to attend: have its tiles at hand, and start to copy those of the next one."""
+        """Prepare a layer that is about to attend: stage its tiles, and start to copy those of the next layer."""
         for current in (layer, self._after(layer)):
             if current is not None and current.is_initialized and current.tiles[0].count:
                 self._stage(current.tiles, keep=layer.tiles)
@@ -139,7 +141,7 @@ class Offloader:
                 slot.ready = None
 
     def forget(self, store: HostTileStore) -> None:
-        """Drop what is staged of a layer whose tiles change in another way than by new ones."""
+        """Drop the staged tiles of a layer whose existing tiles change."""
         slots, _ = self._of(store.device)
         for slot in slots:
             if store in slot.stores:
@@ -149,7 +151,7 @@ class Offloader:
 
     @property
     def staging_nbytes(self) -> int:
-        """Bytes of the buffers on all devices."""
+        """Bytes of the staging buffers on all devices."""
         slots = [slot for pair, _ in self._devices.values() for slot in pair]
         return sum(slot.buffer.numel() for slot in slots if slot.buffer is not None)
 
@@ -178,7 +180,7 @@ class Offloader:
                 places.append((store, name, array, size))
                 size += -(-array.numel() * array.itemsize // ALIGNMENT) * ALIGNMENT
         if stream is not None:
-            # What still reads this buffer, and what wrote the host's tiles, was launched on the device's own stream.
+            # Earlier readers of this buffer, and the copies to the host, were launched on the device's current stream.
             stream.wait_stream(torch.cuda.current_stream(device))
         if slot.buffer is None or slot.buffer.numel() < size:
             slot.buffer = None

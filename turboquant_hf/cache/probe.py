@@ -1,8 +1,8 @@
-"""What a model keeps in its cache, learned from its configuration alone.
+"""Finds out what a model keeps in its cache, from the model's configuration alone.
 
-There is no table of families. The decoder is built on the meta device, which holds shapes and no numbers, and reads two
-tokens. Its cache then shows what every layer keeps, in the shapes of the model's own code. This takes no memory, and a
-second or two for a large model.
+There is no table of model families. The decoder is built on the meta device, which holds shapes and no numbers, and
+reads two tokens. Its cache then shows what every layer keeps, in the shapes of the model's own code. This takes no
+memory, and one or two seconds for a large model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from turboquant_hf.names import CACHE_ARGUMENTS
 
 TOKENS = 2
-"""Of the prompt that is read: some models have a way of their own for a single token."""
+"""Tokens of the prompt that is read. It is not one, because some models treat a single token differently."""
 
 
 def probed_layers(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
@@ -32,10 +32,10 @@ def probed_layers(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[list[An
 
     Args:
         config: the model's configuration.
-        dtype: of the model.
+        dtype: the model's dtype.
 
     Raises:
-        ValueError: the model cannot be built or run without numbers, or uses no cache of transformers'.
+        ValueError: the model cannot be built or run without numbers, or uses no cache of transformers.
     """
     try:
         return _run(config, dtype)
@@ -61,14 +61,14 @@ def _run(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[list[Any], list[
 
 @lru_cache(maxsize=256)
 def cache_parameter(kind: type) -> str:
-    """The first of `CACHE_ARGUMENTS` that the forward of a class of models takes: `cache` from transformers 5.24 on."""
+    """The argument by which a model class takes its cache: `cache` from transformers 5.24 on."""
     taken = inspect.signature(kind.forward).parameters
     return next((name for name in CACHE_ARGUMENTS if name in taken), CACHE_ARGUMENTS[-1])
 
 
 def _decoder(config: PreTrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
     """The text decoder on the meta device, in eval mode."""
-    # Eager masks and batched experts never ask for a number. Without a padding token nothing looks for it.
+    # Eager masks and batched experts read no numbers. Without a padding token, no code searches for it.
     options = {"dtype": dtype, "attn_implementation": "eager"}
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)

@@ -49,10 +49,10 @@ ATTENTION_CHOICES = ("auto", "keep")
 
 
 def register_cache() -> bool:
-    """Add the name and wrap the one method that builds caches. Idempotent.
+    """Add both names and wrap the method that builds caches. Idempotent.
 
     Returns:
-        False when this version of transformers refuses the name; `past_key_values=` works all the same.
+        False if this version of transformers refuses a name; `past_key_values=` still works then.
     """
     add_cache_names(configuration_utils)
     wrap_once("_prepare_cache_for_generation", _wrap, needed=True)
@@ -86,7 +86,7 @@ def _wrap(original):
         _check_attention(self)
         asks = asks_for_attentions(self, generation_config)
         if asks:
-            undo_switch(self)  # an earlier call may have made one; attentions are the model's own, to the last bit
+            undo_switch(self)  # an earlier call may have switched; attentions must be the model's own, to the last bit
         if wanted and getattr(generation_config, "is_assistant", False):
             # An assistant's cache is cropped at every step and is small: let transformers choose.
             generation_config.cache_implementation = None
@@ -104,12 +104,12 @@ def _wrap(original):
             return result
         preset, attention, offloading, graph = parse_cache_config(generation_config.cache_config)
         generation_config.cache_implementation = UPSTREAM[wanted][0]
-        # With chunks, upstream's static cache is allocated at once: it is only a pattern here.
+        # Upstream would allocate its static cache at once for a prompt in chunks; here it only shows the layers.
         chunk, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
         if getattr(bound["generation_mode"], "value", None) == "assisted_generation":
-            # Candidates that are looked up in the prompt are checked, and cropped, even beyond the last token.
+            # Assisted decoding checks candidates beyond the last token of the answer, and crops them.
             bound["max_cache_length"] += STEP_TOKENS + (generation_config.prompt_lookup_num_tokens or 0)
-        kept = self.__dict__.pop("_cache", None)  # early versions hold on to a static cache, to use it again
+        kept = self.__dict__.pop("_cache", None)  # early versions keep a static cache for the next call
         try:
             result = original(**bound)
         finally:
@@ -134,7 +134,7 @@ def _wrap(original):
 
 
 def _choose_attention(model: Any, attention: str, asks: bool) -> None:
-    """Switch to the attention that reads packed tiles, or say why not.
+    """Switch to the attention that reads packed tiles, or log why not.
 
     Args:
         attention: the user's choice, one of `ATTENTION_CHOICES`.
@@ -149,9 +149,9 @@ def _choose_attention(model: Any, attention: str, asks: bool) -> None:
 
 
 def _restore_mask(model: Any, generation_config: GenerationConfig, model_kwargs: dict, batch_size: int) -> None:
-    """Give flash attention the mask of ones back by which it leaves out a static cache's empty slots.
+    """Restore the mask of ones that flash attention needs to leave out the empty slots of a static cache.
 
-    Newer versions drop such a mask, but not for the cache that they know by the name "static".
+    Newer versions drop a mask of ones, except for their own cache named "static".
     """
     length = getattr(generation_config, "_mask_length", None)
     if length and model_kwargs.get("attention_mask", 0) is None and is_flash_attention_requested(model.config):
@@ -160,9 +160,9 @@ def _restore_mask(model: Any, generation_config: GenerationConfig, model_kwargs:
 
 
 def _advise(model: Any, cache: PackedCache) -> None:
-    """Say what a cache of the user's own does not compress, and how it could be read better."""
+    """Log which layers the user's own cache does not compress, and which attention would read it better."""
     if not model._supports_default_dynamic_cache():
-        return  # the prefill shows what becomes of the cache
+        return  # whether the model uses the cache is known after the prefill
     tell_coverage(model, cache)
     if cache.packed_layers and why_dense(model):
         tell_dense(model, why_dense(model))
@@ -171,7 +171,7 @@ def _advise(model: Any, cache: PackedCache) -> None:
 
 
 def parse_cache_config(cache_config: Any):
-    """(preset, attention choice, offloading, graph) from generate's `cache_config`, which is left as it is."""
+    """(preset, attention choice, offloading, graph) from generate's `cache_config`, which is not changed."""
     if cache_config is not None and not isinstance(cache_config, Mapping):
         raise ValueError(
             f"cache_config={cache_config!r} is not supported; allowed: a mapping, such as "
@@ -190,7 +190,7 @@ def parse_cache_config(cache_config: Any):
 
 
 def _check_room(cache: TurboQuantStaticCache, tokens: int) -> None:
-    """Raise ValueError, before anything runs, where prompt and answer do not fit into a cache that the user gave."""
+    """Raise ValueError, before anything runs, if prompt and answer do not fit into the user's own cache."""
     room = [layer.max_cache_len for layer in cache.packed_layers]
     if room and tokens > room[0]:
         raise ValueError(
@@ -215,13 +215,13 @@ def _convert(model: Any, cache: Any, preset: Any, offloading: Any, model_kwargs:
 
 
 def _pack(cache: Any, config: Any, preset: Any, offloading: Any) -> PackedCache:
-    """Our cache in place of upstream's empty dynamic or static one."""
+    """Our cache, made from upstream's empty dynamic or static cache."""
     ours = TurboQuantStaticCache if isinstance(cache, StaticCache) else TurboQuantCache
     return ours.from_upstream(cache, config, preset, offloading)
 
 
 def _prompt_mask(model_kwargs: dict, cache: PackedCache):
-    """The prompt's 2D mask, where it speaks of left padding in an empty cache."""
+    """The prompt's 2D mask, if it can tell the left padding of an empty cache."""
     mask = model_kwargs.get("attention_mask")
     return None if "decoder_attention_mask" in model_kwargs or cache.tokens else mask
 
@@ -230,12 +230,12 @@ def _check_attention(model: Any) -> None:
     if attention_of(model) == ATTENTION_NAME and not model._can_set_attn_implementation():
         raise ValueError(
             f'{type(model).__name__} has its attention in its own code and cannot use attn_implementation="'
-            f'{ATTENTION_NAME}"; load it without, cache_implementation="{CACHE_NAME}" then gives it dense tensors.'
+            f'{ATTENTION_NAME}"; load it without. cache_implementation="{CACHE_NAME}" then gives it dense tensors.'
         )
 
 
 def _watch_prefill(original: Callable) -> Callable:
-    """Say so where a model has read its prompt past the cache: PEFT's prefix tuning swaps it, RWKV ignores it."""
+    """Log if a model has read its prompt without the cache: PEFT's prefix tuning replaces it, RWKV ignores it."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -253,7 +253,7 @@ def _watch_prefill(original: Callable) -> Callable:
 
 
 def _refuse_continuous_batching(original: Callable) -> Callable:
-    """`generate_batch` has a paged cache of its own; say so instead of silently using that."""
+    """Raise an error for `generate_batch`, which would silently use its own paged cache."""
 
     @functools.wraps(original)
     @answers_clients

@@ -8,15 +8,14 @@ from turboquant_hf.cache.sides import Sides
 from turboquant_hf.cache.store import Tail
 
 STEP_TOKENS = 16
-"""New tokens that one decode step may bring (candidates of assisted decoding, prompt lookup); a longer chunk is stored
-by another way."""
+"""The most new tokens of a decode step (candidates of assisted decoding, prompt lookup). A longer chunk is no step."""
 
 
 class RingTail(Tail):
     """The tail of a fixed layer: keys and values in rings [B, H, R, D], R = `slots`.
 
     Attributes:
-        start: position of the oldest raw token, which is the end of the packed tiles.
+        start: position of the oldest raw token; the packed tiles end there.
         count: raw tokens held.
     """
 
@@ -31,7 +30,7 @@ class RingTail(Tail):
         return torch.arange(self.start, self.start + self.count, device=device) % self.slots
 
     def view(self) -> Sides:
-        """Keys and values [B, H, count, D] in order: views where they do not wrap round, else copies."""
+        """Keys and values [B, H, count, D] in order: views, or copies if the tokens wrap round the ring."""
         first = self.start % self.slots
         if first + self.count <= self.slots:
             return self.arrays.map(lambda ring: ring[:, :, first : first + self.count])
@@ -42,7 +41,7 @@ class RingTail(Tail):
         self.start, self.count = self.start + tokens, self.count - tokens
 
     def own(self) -> None:
-        """A ring never borrows a block of the model's."""
+        """Do nothing: unlike `TailBuffer`, a ring never keeps a block of the model."""
 
 
 def unrolled(
@@ -58,10 +57,12 @@ def unrolled(
 
     Args:
         ring: [B, H, R, D], the tokens behind the tiles.
-        decoded: [B, H, N * tile, D], the tiles, of which counts[0] are in use; None where none is.
-        sinks: [B, H, S, D]; they stand over their positions where those lie inside the tiles.
-        starts: int64 [B], every sequence's first position.
+        decoded: [B, H, N * tile, D], the decoded tiles, of which counts[0] are in use; None if there are none.
+        sinks: [B, H, S, D]; they replace the decoded values at their positions.
+        starts: int64 [B], the first real position of every sequence.
         counts: int32, tiles encoded and tokens held.
+        tile: tokens per tile.
+        room: length of the result.
     """
     position = torch.arange(room, device=ring.device)
     packed = counts[0] * tile

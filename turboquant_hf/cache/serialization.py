@@ -1,10 +1,13 @@
 """Caches on disk: one safetensors file, its header's metadata in JSON.
 
-A file holds what each layer holds: packed tiles, tail, sinks and frozen statistics of the packed ones, the fields of
-transformers' own (sliding windows, recurrent states). Beside them: the format's version, the preset, what of the
-model's configuration decides its keys and values, a checksum of every tensor, and per packed layer one token as it was
-decoded. That is decoded again on loading, so that a file whose bytes are read by other rules than those that wrote it
-is refused instead of misread.
+The tensors are what each layer holds:
+
+- a packed layer: tiles, tail, sinks and frozen statistics
+- a layer of transformers (sliding window, recurrent state): its fields
+
+The metadata holds the format's version, the preset, the fields of the model's configuration that decide its keys and
+values, and a checksum of every tensor. Each packed layer also stores one token as it was decoded. Loading decodes that
+token again. A version that reads the bytes by other rules therefore refuses the file.
 """
 
 from __future__ import annotations
@@ -36,15 +39,27 @@ MODEL_FIELDS = (
     "vocab_size", "layer_types", "sliding_window", "attention_chunk_size", "kv_lora_rank", "num_kv_shared_layers",
     "rope_theta", "rope_parameters",
 )  # fmt: skip
-"""What of a model's configuration decides its keys and values. Weights are not compared."""
+"""The fields of a model's configuration that decide its keys and values. Weights are not compared."""
 WITNESS_ERROR = 0.02
-"""How far a token may be decoded from what the file says it was, relative: devices differ in rounding."""
+"""The largest relative difference between a decoded token and the file's copy: devices round differently."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 class CacheFileError(ValueError):
-    """A file is no cache, is damaged, or belongs to another model or version; the message says which."""
+    """A file is not a saved cache, is damaged, or belongs to another model or version. The message says which.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from transformers import LlamaConfig
+        >>> from turboquant_hf import CacheFileError, TurboQuantCache
+        >>> _ = Path("broken.cache").write_text("not a cache")
+        >>> try:
+        ...     TurboQuantCache.load("broken.cache", LlamaConfig())
+        ... except CacheFileError as error:
+        ...     print(str(error).partition(":")[0])
+        broken.cache is damaged or no saved cache
+    """
 
 
 def save_cache(cache, path: str | Path) -> None:
@@ -52,8 +67,8 @@ def save_cache(cache, path: str | Path) -> None:
 
     Raises:
         CacheFileError: a layer holds something that cannot be written.
-        ValueError: `path` is a folder, or no path at all.
-        OSError: the disk's own complaint.
+        ValueError: `path` is a folder, or not a path.
+        OSError: the file cannot be written.
     """
     if not isinstance(path, (str, Path)) or Path(path).is_dir():
         raise ValueError(f"path={shown(path)} is not supported; allowed: the path of a file")
@@ -89,13 +104,16 @@ def save_cache(cache, path: str | Path) -> None:
 
 
 def read_cache(path: str | Path, config: PreTrainedConfig) -> tuple[CachePreset, Callable[[Any, Any], None]]:
-    """(the preset that a file's cache was made with, what fills a new cache of that preset from the file).
+    """Read the header of a file.
 
-    The second takes the cache and where its layers go: a device, {layer index: device}, or None for the devices that
-    they were saved from. Nothing is read beyond the header before it is called.
+    Returns:
+        (preset, fill): the preset of the saved cache, and a function that fills a new cache of that preset. The call is
+        fill(cache, device), where device is a device, {layer index: device}, or None for the devices that the layers
+        were saved from. Only `fill` reads the tensors.
 
     Raises:
-        CacheFileError: see there. FileNotFoundError: there is no such file.
+        CacheFileError: the file is not a saved cache, is damaged, or belongs to another model or version.
+        FileNotFoundError: there is no such file.
     """
     with _reading(path) as file:
         header = file.metadata() or {}
@@ -125,11 +143,11 @@ def model_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def config_field(config: PreTrainedConfig, name: str) -> Any:
-    """A field of a configuration, or None: older ones do not say, and layers may differ in it."""
+    """A field of a configuration. None if it has no such field, or if its layers differ in the field."""
     try:
         return getattr(config, name, None)
     except Exception as error:
-        # Configs whose layers differ raise an error of their own, which not every version is able to import.
+        # Configs whose layers differ raise this error. Not every version has the class, so it is compared by name.
         if type(error).__name__ != "AmbiguousGlobalPerLayerAttributeError":
             raise
         return None
@@ -142,7 +160,7 @@ def _fill(cache, path: str | Path, content: dict[str, Any], device: Any) -> None
             raise CacheFileError(f"{path} has {len(layers)} layers, this model {len(cache.layers)}")
 
         def read(name: str) -> torch.Tensor:
-            # Files are memory-mapped: what stays must be a copy.
+            # Files are memory-mapped, so a tensor that is kept must be a copy.
             x = file.get_tensor(name).clone()
             if _checksum(x) != content["checksums"].get(name):
                 raise CacheFileError(f"{path} is damaged: {name} does not match its checksum")
@@ -166,7 +184,7 @@ def _kind(layer: Any) -> str:
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[Any]:
-    """The open file; whatever goes wrong with what it holds becomes a CacheFileError."""
+    """Open a file. Any error in its content becomes a CacheFileError."""
     check_file("path", path, "a saved cache")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -224,7 +242,7 @@ def _fill_packed(layer: TurboQuantLayer, described: dict, prefix: str, read: Cal
         scale = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0.0
         if not torch.allclose(got, expected, rtol=0.0, atol=float(WITNESS_ERROR * scale), equal_nan=True):
             name = layer.quantizers.of(side).name
-            raise CacheFileError(f"layer {prefix[:-1]} was written by other rules than this version reads {name} by")
+            raise CacheFileError(f"layer {prefix[:-1]} was written by rules for {name} that this version does not read")
 
 
 # ---------------------------------------------------------------------- layers of transformers
@@ -242,7 +260,7 @@ def _raw_fields(layer: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any, name: str, tensors: Tensors) -> Any:
-    """JSON for what transformers' layers hold: tensors by name, containers and torch's own words as pairs."""
+    """JSON for a field of a transformers layer: tensors by name, containers and torch's types as [kind, content]."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):

@@ -1,7 +1,7 @@
-"""Errors that reach the clients of a server, such as `transformers serve`, as one sentence.
+"""Shows errors to the clients of a server, such as `transformers serve`, as one sentence.
 
-A web server answers an exception that it does not know with a bare "500 Internal Server Error"; the sentence stays in
-a traceback of the server, if anywhere. Starlette, below FastAPI, turns its own HTTPException into an answer.
+A web server answers an unknown exception with "500 Internal Server Error", and the client never sees the message.
+Starlette, on which FastAPI is built, sends the message of its own HTTPException to the client.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NO_CONTINUOUS_BATCHING = (
 
 
 def answers_clients(function: Callable) -> Callable:
-    """Let a ValueError of `function` be logged, and answered with its sentence, where a web server may be running."""
+    """Log a ValueError of `function` and make it an answer to the client, if a web server may be running."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any):

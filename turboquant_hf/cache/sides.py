@@ -10,7 +10,7 @@ SIDES: tuple[Side, Side] = ("keys", "values")
 
 
 class Sides(NamedTuple):
-    """Something of the keys, and the same of the values."""
+    """A pair: one thing for the keys, and the same kind of thing for the values."""
 
     keys: Any
     values: Any
@@ -19,5 +19,5 @@ class Sides(NamedTuple):
         return getattr(self, side)
 
     def map(self, fn: Callable[..., Any], *others: Sides) -> Sides:
-        """fn of either side, and of the same side of `others`."""
+        """Sides(fn(keys, ...), fn(values, ...)); `others` give further arguments, side by side."""
         return Sides(*map(fn, self, *others))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TurboQuantStaticCache(PackedCache, StaticCache):
-    """A packed cache of one size: compiled code sees the same shapes at every step.
+    """A packed cache of a fixed size: compiled code sees the same shapes at every step.
 
     Sliding-window, linear-attention and other special layers are transformers' own static ones.
 
@@ -34,6 +34,16 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
     Raises:
         ValueError: for an unknown preset or field, a length that is not a positive number, or a head dim that a
             quantizer cannot serve; from `update`, when more tokens come than fit.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig
+        >>> from turboquant_hf import TurboQuantStaticCache
+        >>> config = LlamaConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2)
+        >>> cache = TurboQuantStaticCache(config, max_cache_len=1024)
+        >>> keys, _ = cache.update(*torch.randn(2, 1, 2, 700, 64), 0)
+        >>> keys.shape, cache.tokens
+        (torch.Size([1, 2, 1024, 64]), 700)
     """
 
     kinds = (StaticLayer,)
@@ -53,7 +63,7 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
         check_whole("max_cache_len", max_cache_len, 1)
         self.preset = load_preset(preset, **overrides)
         StaticCache.__init__(self, config=config, max_cache_len=max_cache_len)
-        # Early versions leave a cache without layers where a model could share layers and does not.
+        # Early versions make a cache without layers for models that may share layers.
         self.layers = self.layers or [StaticLayer(max_cache_len) for _ in range(owning_layers(config))]
         self._pack_layers(config)
 
@@ -80,9 +90,16 @@ class TurboQuantStaticCache(PackedCache, StaticCache):
         dtype: torch.dtype | None = None,
         **overrides: Any,
     ) -> MemoryEstimate:
-        """As `TurboQuantCache.estimate`: a prompt of `tokens` (None: as many as fit) in room for `max_cache_len`.
+        """As `TurboQuantCache.estimate`, for a prompt of `tokens` in room for `max_cache_len`; None is a full cache.
 
-        On a GPU the kernels' workspace comes on top, less than 1 %.
+        On a GPU, the kernels' workspace is not counted. It takes less than 1 %.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> from turboquant_hf import TurboQuantStaticCache
+            >>> config = LlamaConfig(num_hidden_layers=2, num_key_value_heads=8)
+            >>> TurboQuantStaticCache.estimate(config, max_cache_len=32_768).tokens
+            32768
         """
         from turboquant_hf.cache.estimate import MemoryPlan  # it builds caches
 

@@ -1,4 +1,4 @@
-"""One layer of a preallocated cache: a growing layer with room for all of its tokens, that may be traced."""
+"""`TurboQuantStaticLayer`: a layer with room for all tokens from the start, which torch.compile can trace."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from turboquant_hf.quantizers import Quantizer
 
 
 class TurboQuantStaticLayer(TurboQuantLayer):
-    """A `TurboQuantLayer` whose tiles are allocated at once, and whose dense tensors have one shape for good.
+    """A `TurboQuantLayer` whose tiles are allocated at once, and whose dense tensors keep one shape.
 
-    Code that torch.compile traces calls the ops of `cache.traced` and reads nothing that steps change.
+    Traced code calls the ops of `cache.traced`. It reads nothing that changes from step to step.
 
     Args:
         preset, keys, values, returns_handles: as of `TurboQuantLayer`.
@@ -43,7 +43,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.token = traced.new_token(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or one from another process, has a name of its own."""
+        """Give a copy, or a layer from another process, its own token."""
         vars(self).update(state)
         self.token = traced.new_token(self)
 
@@ -57,7 +57,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """Take [B, H, q, D] keys and values; returns what attention reads, as handles or dense [B, H, max_len, D].
 
         Raises:
-            ValueError: more tokens than fit, or what does not continue this layer.
+            ValueError: the tokens do not fit, or the tensors do not continue this layer.
         """
         if not torch.compiler.is_compiling():
             return super().update(key_states, value_states)
@@ -84,7 +84,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return whole
 
     def get_seq_length(self, *args) -> torch.Tensor | int:
-        """Tokens held; in traced code on the device, but for an empty layer."""
+        """Tokens held. In traced code this is a tensor on the device, except for an empty layer."""
         if torch.compiler.is_compiling():
             return traced.length(self.token, self.device) if self.is_initialized else 0
         return super().get_seq_length()
@@ -103,7 +103,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
 
 class TracedHandle(PackedHandle):
-    """A handle in traced code, which knows the new tokens [B, H, q, D] and nothing of what the layer holds."""
+    """A handle in traced code. It knows the new tokens [B, H, q, D], and nothing of the layer's arrays."""
 
     def __init__(self, layer: TurboQuantStaticLayer, side: Side, new: torch.Tensor) -> None:
         self.layer, self.side, self.new, self.length = layer, side, new, layer.max_cache_len

@@ -1,4 +1,4 @@
-"""What a packed layer holds, and what can be done with it: one description for every kind of layer."""
+"""`Storage`: what a packed layer holds, and all operations on it. Every kind of packed layer is built on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Storage:
-    """Sinks | packed tiles | tail, and the encoder between them.
+    """Sinks | packed tiles | tail, and the encoder that turns the tail into tiles.
 
     Args:
         preset: sizes and limits.
@@ -28,12 +28,12 @@ class Storage:
         offloader: keeps the tiles in host memory (`cache.offload`); None leaves them on the layer's device.
 
     Attributes:
-        tiles: a `TileStore` of keys and one of values: tile n holds positions [n * tile, (n + 1) * tile).
-        tail: what follows the tiles, raw.
+        tiles: a `TileStore` of keys and one of values; tile n holds positions [n * tile, (n + 1) * tile).
+        tail: the raw tokens behind the tiles.
         sinks: the first real tokens of every sequence, raw.
         encoder: the quantizers, and what they have learned.
-        step: what the attention keeps of one decode step for the next (`attention/step.py`).
-        noted_starts: where sequences begin, as far as somebody has said so.
+        step: the prepared kernel call of the next decode step (`attention/step.py`), or None.
+        noted_starts: where the sequences begin, if somebody has noted it, else None.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Storage:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything but what was noted."""
+        """Forget everything except the noted padding."""
         self.is_initialized = False
         if self.offloader is not None and self.tiles is not None:
             self.offloader.forget(self.tiles.keys)
@@ -58,7 +58,7 @@ class Storage:
         self.step: Any = None
 
     def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make empty arrays for the batch, heads, dims, dtype and device of [B, H, T, D] states (T may be 0)."""
+        """Make empty arrays for the sizes, dtype and device of keys and values [B, H, T, D] (T may be 0)."""
         check_pair(key_states, value_states)
         for quantizer, x in zip(self.quantizers, (key_states, value_states), strict=True):
             quantizer.validate(x.shape[-1], self.preset.tile)
@@ -105,23 +105,23 @@ class Storage:
 
     @property
     def tail_capacity(self) -> int:
-        """Raw tokens that steps need room for once tiles are encoded as soon as they are due."""
+        """Raw tokens that the tail has room for: the recent window, a tile that fills up, and a step's tokens."""
         return self.preset.recent_window + self.preset.tile + STEP_TOKENS
 
     @property
     def places(self) -> tuple:
-        """What a step points to: the same objects for as long as the addresses stay."""
+        """The objects that a step points to. They are the same objects as long as the addresses stay."""
         keys, values = self.tiles
         return keys.arrays, values.arrays, self.states, self.tail.arrays, self.sinks.arrays, self.sinks.starts
 
     @property
     def nbytes(self) -> int:
-        """Bytes that hold this layer's tokens and what is needed to read them."""
+        """Bytes of this layer's tokens and of everything that is needed to read them."""
         return sum(part.nbytes for part in (*self.tiles, self.tail, self.sinks, self.encoder)) if self.tiles else 0
 
     @property
     def spare_nbytes(self) -> int:
-        """Bytes allocated ahead for tokens to come."""
+        """Bytes allocated ahead for new tokens."""
         return sum(part.spare_nbytes for part in (*self.tiles, self.tail)) if self.tiles else 0
 
     @property
@@ -132,7 +132,7 @@ class Storage:
     # ------------------------------------------------------------------ writing
 
     def check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Raise ValueError for what does not continue these arrays."""
+        """Raise ValueError if keys and values do not continue these arrays."""
         leading = (self.batch_size, self.num_heads, key_states.shape[-2] if key_states.dim() > 1 else 0)
         for name, x, dim in zip(SIDES, (key_states, value_states), self.head_dims, strict=True):
             if x.shape != (*leading, dim) or x.dtype != self.dtype or x.device != self.device:
@@ -150,7 +150,7 @@ class Storage:
         if ready == 0 or not encoder.has_seen_enough(self.tokens - min(self.sinks.first, default=0)):
             self.tail.own()
             return
-        self.step = None  # it would keep the arrays that are replaced here
+        self.step = None  # it would keep the old arrays in memory
         if not encoder.fitted or encoder.unsettled is not None:
             whole = self.tail.count // tile  # the recent window is measured too
             seen = self._tail_tiles(whole), self.weight(stored, whole)
@@ -167,7 +167,7 @@ class Storage:
         return self.tail.view().map(lambda x: x[:, :, : count * tile].unflatten(2, (count, tile)))
 
     def weight(self, start: int, tiles: int) -> torch.Tensor:
-        """[B, tiles, T] float32 from position `start` on: 0 for padding and sinks, which are kept apart, else 1."""
+        """Weights [B, tiles, T] float32 from position `start` on: 0 for padding and sinks, else 1."""
         position = torch.arange(start, start + tiles * self.preset.tile, device=self.device)
         counts = position >= self.sinks.starts[:, None] + self.preset.sinks
         return counts.float().unflatten(1, (tiles, self.preset.tile))
@@ -177,7 +177,7 @@ class Storage:
     def held(self, side: Side, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Positions [start, stop) of keys or values, [B, H, stop - start, D] in the model's dtype; all by default.
 
-        A view of the raw tokens where nothing of them is packed.
+        The result is a view of the raw tokens if none of the positions is packed.
         """
         tile, stored, parts = self.preset.tile, self.stored, []
         stop = self.tokens if stop is None else stop
@@ -192,12 +192,12 @@ class Storage:
         return torch.cat(parts, dim=2)  # a copy: some quantizers decode to a view of the tiles
 
     def decode(self, side: Side, start: int, stop: int) -> torch.Tensor:
-        """Tiles [start, stop) of keys or values, [B, H, tokens, D]; sinks are not in their places."""
+        """Tiles [start, stop) of keys or values, decoded: [B, H, tokens, D]. The slots of sinks hold no data."""
         quantizer, store, dim = self.quantizers.of(side), self.tiles.of(side), self.head_dims.of(side)
         return quantizer.decode(store.view(start, stop), self.states.of(side), dim, self.dtype).flatten(2, 3)
 
     def packed_sides(self, *, spare: bool = False) -> list[PackedSide]:
-        """Keys and values of rotated quantizers as decode kernels read them; `spare`: and the room for more tiles."""
+        """Keys and values as decode kernels read them, for rotated quantizers. `spare` adds the room for more tiles."""
         parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
         return [
             quantizer.packed_side(store.arrays if spare else store.view(), state, dim)
@@ -207,7 +207,7 @@ class Storage:
     # ------------------------------------------------------------------ changing
 
     def cut(self, keep: int) -> None:
-        """Keep the first `keep` tokens. A cut inside a packed tile decodes the rest of that tile into the tail."""
+        """Keep the first `keep` tokens. A cut inside a tile decodes the part of the tile that is kept into the tail."""
         if keep >= self.stored:
             self.tail.crop(keep - self.stored)
             return
@@ -219,7 +219,7 @@ class Storage:
         self.tail.append(*rest)
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every array by fn(array), which changes the batch or the place."""
+        """Replace every array by fn(array); fn changes the batch or the device."""
         self.step = None
         for part in (*self.tiles, self.tail, self.sinks, self.encoder):
             part.map(fn)
@@ -227,7 +227,7 @@ class Storage:
     # ------------------------------------------------------------------ files
 
     def export(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """What a file holds of this layer: what JSON can say, and arrays by name."""
+        """(description for JSON, arrays by name): what a file holds of this layer."""
         if not self.is_initialized:
             return {"noted": self.noted_starts, "filled": False}, {}
         self.commit()
@@ -260,7 +260,7 @@ class Storage:
     def restore(self, described: dict[str, Any], take: Callable[..., torch.Tensor], device: torch.device) -> None:
         """Fill an empty layer with what `export` gave.
 
-        take: name[, shape[, dtype]] -> an array on `device`, of that shape and dtype.
+        take: a function (name[, shape[, dtype]]) -> the array on `device`; checks its shape and dtype.
         """
         batch, heads, *dims = described["shape"]
         dtype, self.noted_starts = getattr(torch, described["dtype"]), described["first"]
@@ -285,7 +285,7 @@ class Storage:
 
 
 def check_pair(keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Raise ValueError for a first block that no cache can be made of."""
+    """Raise ValueError if no arrays can be made for this first block of keys and values."""
     for name, x in (("keys", keys), ("values", values)):
         if x.dtype not in DTYPES:
             raise ValueError(f"{name}: dtype={x.dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")

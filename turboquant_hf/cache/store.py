@@ -1,8 +1,8 @@
-"""Storage of one layer: sinks, packed tiles, tail. Tensors and counts only; the layer above decides when.
+"""The three parts of a layer's storage: sinks, packed tiles, tail. They hold tensors and counts, and decide nothing.
 
-Positions are those of the padded batch: tile n holds positions [n * tile, (n + 1) * tile) of every sequence, the
-tail holds what follows the last tile. Sinks are a second copy of the first real tokens of each sequence; inside a
-tile their slots are not used.
+- Positions are those of the padded batch. Tile n holds positions [n * tile, (n + 1) * tile) of every sequence.
+- The tail holds the tokens behind the last tile.
+- Sinks are a raw copy of the first real tokens of each sequence. The slots of these tokens in a tile are not read.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FIRST_TOKENS = 512
 
 
 class TileStore:
-    """Named arrays [B, H, capacity, *field.shape], filled up to `count` tiles.
+    """Packed tiles: named arrays [B, H, capacity, *field.shape], of which the first `count` tiles are in use.
 
-    `arrays` is another dict whenever one of them has moved.
+    When an array moves, `arrays` becomes a new dict, so that readers can compare it by identity.
     """
 
     def __init__(self, fields: dict[str, Field], batch: int, heads: int, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class TileStore:
         return next(iter(self.arrays.values())).shape[2]
 
     def extend(self, added: int) -> dict[str, torch.Tensor]:
-        """Count `added` tiles more and return their views, to be written; only growing the capacity copies."""
+        """Count `added` more tiles and return views of them, to be written. Copies only if the capacity grows."""
         self.reserve(self.count + added)
         self.count += added
         return self.view(self.count - added)
@@ -49,7 +49,7 @@ class TileStore:
     def encode(
         self, quantizer: Quantizer, tiles: torch.Tensor, state: dict, weight: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], dict]:
-        """Add tiles [B, H, N, T, D]; returns what was written, and the state by which it is to be read."""
+        """Encode and add tiles [B, H, N, T, D]; returns the packed arrays, and the state that decodes them."""
         packed = self.extend(tiles.shape[2])
         quantizer.encode_into(tiles, state, weight, packed)
         return packed, quantizer.make_room(tiles, state, weight, packed, self.view(0, self.count - tiles.shape[2]))
@@ -81,13 +81,13 @@ class TileStore:
             array.copy_(packed[name])
 
     def reserve(self, tiles: int, exact: bool = False) -> None:
-        """Have room for `tiles`, and unless `exact` for some more, so that growing copies seldom."""
+        """Make room for `tiles` tiles, and for some more unless `exact`, so that growing rarely copies."""
         if tiles <= self.capacity:
             return
         capacity = tiles if exact else tiles + max(MIN_SPARE_TILES, tiles // SPARE_SHARE)
         grown = {}
         for name in list(self.arrays):
-            array = self.arrays.pop(name)  # one of them at a time is held twice
+            array = self.arrays.pop(name)  # only one array at a time is held twice
             grown[name] = array.new_empty((*array.shape[:2], capacity, *array.shape[3:]))
             grown[name][:, :, : self.count] = array[:, :, : self.count]
         self.arrays = grown
@@ -98,7 +98,7 @@ class TileStore:
         return {name: array[:, :, start:stop] for name, array in self.arrays.items()}
 
     def resident(self) -> dict[str, torch.Tensor]:
-        """All stored tiles where they lie: on the host if they are offloaded."""
+        """All stored tiles where they are kept: on the host if they are offloaded."""
         return self.view()
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -151,7 +151,7 @@ class TailBuffer(Tail):
 
     Args:
         keys, values: give batch, heads, head dims, dtype and device.
-        capacity: tokens that are usually held; more are kept only until the next `drop_front`.
+        capacity: the standard capacity. More tokens are held only until the next `drop_front`.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
@@ -162,7 +162,7 @@ class TailBuffer(Tail):
         self._borrowed = False
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens. A long first block is kept as it is, without a copy, until `drop_front`."""
+        """Add tokens. A long first block is kept without a copy until `drop_front` or `own`."""
         added = keys.shape[2]
         if self.count == 0 and added > self.slots:
             self.arrays, self.count, self._borrowed = Sides(keys, values), added, True
@@ -174,21 +174,21 @@ class TailBuffer(Tail):
         self.count += added
 
     def drop_front(self, tokens: int) -> None:
-        """Forget the oldest `tokens` and fall back to the standard capacity.
+        """Forget the oldest `tokens` and return to the standard capacity.
 
-        The rest moves to new arrays: views of the old ones may be what attention is about to read.
+        The rest moves to new arrays, because attention may still read views of the old ones.
         """
         rest = self.arrays.map(lambda array: array[:, :, tokens : self.count])
         self.count -= tokens
         self._take(rest, self._room_for(self.count))
 
     def own(self) -> None:
-        """Copy a block that was kept as the model gave it: it may be a view into something larger."""
+        """Copy a block that was kept without a copy: it may be a view into a larger tensor."""
         if self._borrowed:
             self._resize(self._room_for(self.count))
 
     def _room_for(self, tokens: int) -> int:
-        """The standard capacity, or an eighth more than `tokens` where that is less, or `tokens` where that is more."""
+        """Capacity for `tokens`: an eighth more, at most the standard capacity; rounded up if they exceed it."""
         if tokens > self.standard:
             return -(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS
         return min(self.standard, max(FIRST_TOKENS, tokens + tokens // 8))
@@ -213,8 +213,10 @@ class TailBuffer(Tail):
 class SinkBuffer:
     """The first `size` real tokens of every sequence, keys and values, [B, H, size, D] each.
 
-    `starts` holds the position of each sequence's first real token (its left padding), a tensor [B]; `first` is the
-    same as a list, and `latest` no smaller than its largest, so that steps need not wait for the device.
+    Attributes:
+        starts: int64 [B], the position of each sequence's first real token, which is its left padding. `first` is the
+            same as a list.
+        latest: a number that is at least the largest of `starts`, so that steps need not wait for the device.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, size: int, starts: list[int]) -> None:
@@ -229,13 +231,13 @@ class SinkBuffer:
 
     @property
     def first(self) -> list[int]:
-        """`starts` as a list; after a change of the batch this waits for the device, once."""
+        """`starts` as a list. The first access after a change of the batch waits for the device."""
         if self._first is None:
             self._first = self.starts.tolist()
         return self._first
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
-        """Copy what of tokens [position, position + T) belongs to the sinks."""
+        """Copy those of the tokens [position, position + T) that are sinks."""
         if not self.size or not keys.shape[2] or position >= self.latest + self.size:
             return
         slots = self.positions() - position
@@ -249,7 +251,7 @@ class SinkBuffer:
         return self.starts[:, None] + torch.arange(self.size, device=self.starts.device)
 
     def overlay(self, dense: torch.Tensor, side: Side, start: int, stop: int) -> torch.Tensor:
-        """Write the sinks over positions [start, stop) of dense [B, H, T, D], which holds positions from `start` on.
+        """Write the sinks into dense [B, H, T, D], which holds positions [start, stop).
 
         Works in place and returns `dense`.
         """
@@ -262,7 +264,7 @@ class SinkBuffer:
                 part = sinks[:, :, low - self.first[0] : high - self.first[0]]
                 dense[:, :, low - start : high - start] = part
             return dense
-        # Slots outside repeat an edge position with the value that belongs there: scatter needs no mask.
+        # Sinks outside [start, stop) write an edge position's own value again, so that scatter needs no mask.
         where = self.positions().clamp(min=start, max=stop - 1)
         source = where - self.starts[:, None]
         inside = (source >= 0) & (source < self.size)
@@ -276,7 +278,7 @@ class SinkBuffer:
         self.reordered()
 
     def reordered(self) -> None:
-        """`starts` has changed by a choice among its entries: what is known of it as a list is looked up again."""
+        """Note that `starts` was replaced by a choice among its entries. The list is kept only if all are equal."""
         alike = self._first is not None and len(set(self._first)) == 1
         self._first = self._first[:1] * self.starts.shape[0] if alike else None
 

@@ -1,4 +1,4 @@
-"""Which attention a model runs: the switch to "turboquant", and back."""
+"""Switches a model's attention to "turboquant", and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from turboquant_hf.cache.base import ATTENTION_NAME, is_latent
 from turboquant_hf.cache.messages import tell_switch
 
 RECORD = "_turboquant_switched_from"
-"""The attribute by which a switched model remembers {where a configuration is: its attention before the switch}."""
+"""The attribute in which a switched model keeps {path of a configuration: its attention before the switch}."""
 
 
 def attention_of(model: Any) -> str | None:
@@ -19,13 +19,13 @@ def attention_of(model: Any) -> str | None:
 
 
 def default_attention(model: Any) -> str:
-    """What transformers picks by itself: models that SDPA cannot serve (soft-caps, sinks) start with "eager"."""
+    """The attention that transformers picks: "sdpa", or "eager" for models with soft-caps or sinks."""
     interface_only = getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", True)
     return "eager" if interface_only else "sdpa"
 
 
 def why_dense(model: Any) -> str | None:
-    """What keeps a model from reading packed tiles under any attention, or None."""
+    """What prevents a model from reading packed tiles under any attention, or None."""
     if is_latent(model.config):
         return "multi-head latent attention"
     if not model._can_set_attn_implementation():
@@ -34,12 +34,12 @@ def why_dense(model: Any) -> str | None:
 
 
 def could_switch(model: Any) -> bool:
-    """Whether "turboquant" would serve the model better than the default attention that it has."""
+    """Whether the model has the default attention and could use "turboquant" instead."""
     return attention_of(model) == default_attention(model) and why_dense(model) is None
 
 
 def use_turboquant_attention(model: Any) -> bool:
-    """Switch a model from the default attention to the one that reads packed tiles; others are left alone."""
+    """Switch a model from the default attention to "turboquant"; returns whether it has that attention now."""
     if attention_of(model) == ATTENTION_NAME:
         return True
     if not could_switch(model):
@@ -53,10 +53,10 @@ def use_turboquant_attention(model: Any) -> bool:
 
 
 def restore_attention(model: torch.nn.Module) -> bool:
-    """Give a model the attention back that it had before `generate` switched it to "turboquant".
+    """Restore the attention that a model had before `generate` switched it to "turboquant".
 
-    A model whose attention was set to "turboquant" by hand gets the one that transformers picks by itself. Others are
-    left as they are. A wrapper around the model (PEFT, torch.compile, data parallel) will do.
+    A model whose attention was set to "turboquant" by hand gets the attention that transformers picks. A model with
+    another attention is left as it is. A wrapper around the model (PEFT, torch.compile, data parallel) works too.
 
     Args:
         model: any module that is, or holds, a transformers model.
@@ -65,7 +65,17 @@ def restore_attention(model: torch.nn.Module) -> bool:
         Whether anything changed.
 
     Raises:
-        ValueError: for what is no module.
+        ValueError: `model` is not a module.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from turboquant_hf import restore_attention
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
+        >>> ids = torch.ones(1, 4, dtype=torch.long)
+        >>> _ = model.generate(ids, max_new_tokens=2, pad_token_id=0, cache_implementation="turboquant")
+        >>> restore_attention(model), model.config._attn_implementation
+        (True, 'sdpa')
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model={type(model).__name__} is not supported; allowed: a model (torch.nn.Module)")
@@ -78,7 +88,7 @@ def restore_attention(model: torch.nn.Module) -> bool:
 
 
 def undo_switch(model: torch.nn.Module) -> bool:
-    """Undo what `use_turboquant_attention` did to this model. A choice that the user made since then stays."""
+    """Undo the switch of this model. If the user has chosen another attention since then, that choice stays."""
     before = vars(model).pop(RECORD, None)
     if before is None or attention_of(model) != ATTENTION_NAME:
         return False
@@ -87,25 +97,25 @@ def undo_switch(model: torch.nn.Module) -> bool:
 
 
 def asks_for_attentions(model: Any, generation_config: Any) -> bool:
-    """Whether a call of generate wants attention weights, by its arguments or by the model's configuration."""
+    """Whether a call of generate asks for attention weights, by its arguments or by the model's configuration."""
     holders = (generation_config, model.config, model.config.get_text_config(decoder=True))
     return any(getattr(holder, "output_attentions", False) for holder in holders)
 
 
 def _set(model: Any, names: dict[str, str]) -> None:
-    """Write names of attentions over "turboquant", each where it belongs; "" stands for all that is not named."""
+    """Replace "turboquant" in every configuration by names[path], or by names[""] where the path is missing."""
     for where, config in _configs(model).items():
         if config._attn_implementation == ATTENTION_NAME:
             config._attn_implementation_internal = names.get(where, names[""])
 
 
 def _configs(model: torch.nn.Module) -> dict[str, PreTrainedConfig]:
-    """{where it is: configuration} of a model ("") and its parts, every object once."""
+    """{path: configuration} of a model (path "") and its parts. Every object appears once."""
     modules = [(name, getattr(module, "config", None)) for name, module in model.named_modules()]
     waiting = [(name, config) for name, config in modules if isinstance(config, PreTrainedConfig)]
     found: dict[str, PreTrainedConfig] = {}
     seen: set[int] = set()
-    for where, config in waiting:  # grows on the way
+    for where, config in waiting:  # grows while it is read
         if id(config) not in seen:
             seen.add(id(config))
             found[where] = config

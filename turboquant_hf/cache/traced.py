@@ -1,10 +1,9 @@
-"""A preallocated layer inside torch.compile: ops whose bodies are the layer's own Python.
+"""Operators for preallocated layers inside torch.compile. Their bodies are the layer's own Python.
 
-- A compiler sees of a layer its `token` alone: an int64 [1] in host memory that names the layer. The arrays and their
-  counts stay the layer's business, so one graph serves every step and the next cache of the same size.
-- Every op says that it writes the token. Compilers therefore keep all ops, in their order.
-- The bodies decide on the host. CUDA graphs cannot record them, so they carry the tag that makes compilers split the
-  graph there.
+- The compiler sees only the `token` of a layer: an int64 [1] in host memory that names the layer. It does not see the
+  arrays and counts, so one graph serves every step and the next cache of the same size.
+- Every operator says that it writes the token. Compilers therefore keep all operators, in their order.
+- The bodies decide on the host, so CUDA graphs cannot record them. A tag makes compilers split the graph there.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # from torch 2.8 on
 
 
 def new_token(layer: Any) -> torch.Tensor:
-    """A name for a layer, by which ops find it for as long as it lives."""
+    """A new token by which operators find the layer as long as it lives."""
     with _LOCK:
         number = next(_NUMBERS)
         _LAYERS[number] = layer
-    with torch.inference_mode(False):  # ops could not "write" it outside that mode
+    with torch.inference_mode(False):  # an inference tensor could not be "written" outside that mode
         return torch.tensor([number], dtype=torch.int64, device="cpu")
 
 
@@ -38,7 +37,7 @@ def layer_of(token: torch.Tensor) -> Any:
 
 
 def host_op(name: str) -> Callable[[Callable], Any]:
-    """Make a function of tensors and a `token` an op that runs on the host each time."""
+    """A decorator: make a function of tensors and a `token` an operator, whose body runs on the host each time."""
     options = {} if _UNSAFE is None else {"tags": [_UNSAFE]}
     return torch.library.custom_op(f"turboquant_hf::{name}", mutates_args=("token",), **options)
 
@@ -53,7 +52,7 @@ def length(token: torch.Tensor, device: torch.device) -> torch.Tensor:
 def append(keys: torch.Tensor, values: torch.Tensor, token: torch.Tensor) -> None:
     """Store new keys [B, H, q, D] and values [B, H, q, Dv].
 
-    Copies: a layer may keep a long block as it came, and compiled code uses the memory of its tensors again.
+    Both are copied, because a layer may keep a long block without a copy, and compiled code reuses the memory.
     """
     layer_of(token).append(keys.clone(), values.clone())
 

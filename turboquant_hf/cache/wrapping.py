@@ -1,4 +1,4 @@
-"""How this package stands in front of methods of transformers' `GenerationMixin`."""
+"""`wrap_once`: wraps methods of transformers' `GenerationMixin`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable
 from transformers.generation.utils import GenerationMixin
 
 MARK = "_turboquant_original"
-"""The attribute by which a wrapper carries what it wraps."""
+"""The attribute of a wrapper that holds the original method."""
 
 
 def wrap_once(method: str, wrap: Callable[[Callable], Callable], *, needed: bool = False) -> None:
     """Replace a method of `GenerationMixin` by wrap(method). Idempotent.
 
     Raises:
-        AttributeError: this version of transformers has no such method, and it is `needed`; others are left alone.
+        AttributeError: this version of transformers has no such method, and it is `needed`. A missing method that is
+            not needed is skipped.
     """
     original = getattr(GenerationMixin, method) if needed else getattr(GenerationMixin, method, None)
     if original is not None and not hasattr(original, MARK):

@@ -1,4 +1,4 @@
-"""What drives decode steps: recorded graphs in place of the model's forward, for the length of `generate`'s loop."""
+"""Decode steps as recorded graphs: they replace the model's forward while a loop of `generate` runs."""
 
 from turboquant_hf.generation.hook import register_steps
 

@@ -1,4 +1,4 @@
-"""Put `DecodeSteps` in front of a model's forward while `generate` decodes over one of our caches."""
+"""Puts `DecodeSteps` in front of a model's forward while `generate` decodes over one of our caches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
 
 
 def register_steps() -> None:
-    """Wrap the decoding loops. Idempotent; a call without one of our caches passes through."""
+    """Wrap the decoding loops. A call without one of our caches passes through. Idempotent."""
     for name in LOOPS:
         wrap_once(name, _wrap)
 
@@ -52,7 +52,7 @@ def _wrap(original: Callable) -> Callable:
 
 _LOCK = threading.Lock()
 _LOCAL = threading.local()
-"""`steps`: by model, the `DecodeSteps` of this thread's loop."""
+"""`steps` of this thread: {id of a model: the `DecodeSteps` of its loop}."""
 
 
 def _with_forward(model: Any, steps: DecodeSteps, config: Any, run: Callable[[], Any]) -> Any:
@@ -75,12 +75,12 @@ def _with_forward(model: Any, steps: DecodeSteps, config: Any, run: Callable[[],
 
 
 def _lend(model: Any) -> None:
-    """Let `model.forward` ask for the steps of the calling thread; counted, since threads may share a model."""
+    """Let `model.forward` call the steps of the calling thread. Loops are counted: threads may share a model."""
     with _LOCK:
         if "_turboquant_loops" not in vars(model):
             original = model.forward
 
-            @functools.wraps(original)  # generate looks at the signature
+            @functools.wraps(original)  # generate reads the signature
             def forward(*args: Any, **kwargs: Any) -> Any:
                 steps = vars(_LOCAL).get("steps", {}).get(id(model))
                 return (original if steps is None else steps)(*args, **kwargs)
@@ -97,7 +97,7 @@ def _give_back(model: Any) -> None:
 
 
 def why_not(model: Any, cache: Any, config: Any) -> str | None:
-    """Why the steps of this call are not recorded: None where they are, "" for a reason that needs no word."""
+    """Why the steps of this call are not recorded: None if they are, "" for a reason that is not logged."""
     if not cache.packed_layers or getattr(model, "_compiled_call_impl", None) is not None:
         return ""
     if "forward" in vars(model) and "_turboquant_loops" not in vars(model):

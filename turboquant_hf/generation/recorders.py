@@ -1,4 +1,4 @@
-"""How a decode step is recorded and replayed: as a CUDA graph, or, to test the steps without a GPU, by calling it."""
+"""Recorders of decode steps: `CudaGraph`, and `Repeat` for tests without a GPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ASKING = {
 
 
 class RefuseWaiting(TorchDispatchMode):
-    """Raises RuntimeError at the first operation, of this thread, that a CUDA graph could not record.
+    """Raises RuntimeError at the first operation of this thread that a CUDA graph cannot record.
 
-    A recording that such an operation breaks cannot be ended cleanly: it is found in the step before.
+    A recording that such an operation breaks cannot be ended cleanly. The step before it therefore runs in this mode.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -33,7 +33,7 @@ class RefuseWaiting(TorchDispatchMode):
 
 
 def _crosses(name: str, args: tuple, kwargs: dict) -> bool:
-    """Whether a copy goes between the host and a CUDA device."""
+    """Whether a copy goes between pageable host memory and a CUDA device."""
     source = args[1] if name == "copy_" else args[0]
     target = args[0].device if name == "copy_" else kwargs.get("device") or source.device
     if not isinstance(source, torch.Tensor):
@@ -52,7 +52,7 @@ class CudaGraph:
         pool: the memory pool of an earlier graph that never runs at the same time, or None for a new one.
 
     Raises:
-        Whatever `call` raises; RuntimeError where it asks for something that a graph cannot record.
+        Whatever `call` raises; RuntimeError if it does something that a graph cannot record.
     """
 
     def __init__(self, call: Callable[[], Any], device: torch.device, pool: Any = None) -> None:
@@ -82,17 +82,17 @@ class CudaGraph:
 
     @staticmethod
     def guard() -> AbstractContextManager:
-        """Around a call that is to be recorded later: finds what cannot be."""
+        """A context for a call that will be recorded later; raises if it cannot be."""
         return RefuseWaiting()
 
     def replay(self) -> Any:
-        """Run it; returns the recorded output, whose tensors the next replay overwrites."""
+        """Run the graph; returns the recorded output, whose tensors the next replay overwrites."""
         self.graph.replay()
         return self.output
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, random: torch.Generator, device: torch.device) -> None:
-    """End a recording that has failed; the random state and the allocator are what they were before it."""
+    """End a recording that has failed, with the random state and the allocator as they were before."""
     try:
         graph.capture_end()
     except RuntimeError:
@@ -101,7 +101,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, random: torch.Generator, device: torch
 
 
 class Repeat:
-    """The interface of `CudaGraph` without one: `replay` calls. For tests on a CPU."""
+    """The interface of `CudaGraph` without a graph: `replay` calls the function. For tests on a CPU."""
 
     nbytes, pool = 0, None
 
@@ -114,4 +114,4 @@ class Repeat:
 
 
 RECORDERS: dict[str, type] = {"cuda": CudaGraph}
-"""By the kind of device; on any other, steps run as they are."""
+"""Recorders by kind of device. On any other device, steps run as they are."""

@@ -1,8 +1,8 @@
-"""Decode steps as recorded graphs: what stands in a model's `forward` for the length of one decoding loop.
+"""`DecodeSteps`: replaces a model's `forward` during one decoding loop, and replays decode steps as graphs.
 
-The first step of a shape runs as it is over the fixed cache (it loads kernels and handles), the second is recorded and
-replayed, all others are replayed. Between two steps the host encodes what is due; where that moves an array, the next
-step is recorded again.
+- The first step of a shape runs as it is over the fixed cache. This loads kernels and handles.
+- The second step is recorded and replayed. All further steps are replayed.
+- Between two steps, the host encodes the tiles that are due. If that moves an array, the next step is recorded again.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from turboquant_hf.generation.recorders import RECORDERS
 from turboquant_hf.names import CACHE_ARGUMENTS
 
 RECENT_STEPS = 32
-"""Steps among which recordings are counted."""
+"""The number of newest steps in which recordings are counted."""
 MOST_RECORDINGS = 4
-"""Of a step of one shape within `RECENT_STEPS`: where addresses change more often, recording is not worth its time."""
+"""The most recordings of one shape within `RECENT_STEPS`. If addresses change more often, recording costs too much."""
 MOST_SHAPES = 20
-"""Different steps recorded within `RECENT_STEPS`: where more differ, most are seen once."""
+"""The most shapes recorded within `RECENT_STEPS`. If there are more, most of them occur only once."""
 
 
 class DecodeSteps:
-    """A forward function that replays graphs where it can, and calls the model's own everywhere else.
+    """A forward function that replays graphs if it can, and calls the model's own forward otherwise.
 
     Args:
-        model: whose class's `forward` is called; an attribute of the instance is, if anything, another thread's loop.
-        cache: the cache of the loop; calls with another one are passed on.
+        model: the model. The `forward` of its class is called: an attribute of the instance belongs to another loop.
+        cache: the cache of the loop. Calls with another cache are passed on.
         expected: tokens per sequence that the loop may still bring.
     """
 
@@ -63,20 +63,20 @@ class DecodeSteps:
         return self.forward(**kwargs)
 
     def refuse(self, reason: str) -> None:
-        """Run every further step as it is, and say so once."""
+        """Run every further step as it is, and log the reason once."""
         self.close()
         self.refused = True
         tell_eager_steps(self.model, reason)
 
     def close(self) -> None:
-        """Free the graphs, and leave the cache as it was found."""
+        """Free the graphs, and release the cache."""
         self._graphs.clear()
         self.fixed.release()
         self.cache.graph_nbytes, self.cache.recorded = 0, False
 
     @property
     def device(self) -> torch.device:
-        """Of the cache's layers, which hold tokens."""
+        """The device of the cache's layers, which hold tokens."""
         return self.cache.packed_layers[0].device
 
     # ------------------------------------------------------------------ what a call is
@@ -123,7 +123,7 @@ class DecodeSteps:
         return call
 
     def _first(self, inputs: _Inputs, tokens: int) -> Any:
-        """A step as it is, over the fixed cache; where that fails the states are taken back."""
+        """Run a step as it is, over the fixed cache. If it fails, restore the states from before the step."""
         kept = self.fixed.snapshot()
         try:
             with RECORDERS[self.device.type].guard():
@@ -148,14 +148,14 @@ class DecodeSteps:
         inputs = inputs.static()
         try:
             graph = RECORDERS[self.device.type](self._call(inputs, tokens), self.device, pool)
-        except Exception as error:  # whatever a model's own code runs into during a recording, the step runs as it is
+        except Exception as error:  # any error of a model's own code means that the step runs as it is
             raise _NotRecordable(_first_line(error)) from error
         recorded = self._graphs[inputs.key] = _Recorded(graph, inputs, where)
         self.cache.graph_nbytes = sum(recorded.graph.nbytes for recorded in self._graphs.values())
         return recorded
 
     def _is_padded(self, kwargs: dict) -> bool:
-        """Whether the loop's 2D mask hides anything: looked up once, later steps only add ones to it."""
+        """Whether the loop's 2D mask hides anything. Looked up once, because later steps only add ones."""
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             return False
@@ -170,7 +170,7 @@ class _NotRecordable(Exception):
 
 @dataclass
 class _Recorded:
-    """A graph, its inputs, and what it points to."""
+    """A graph, its inputs, and the addresses that it points to."""
 
     graph: Any
     inputs: _Inputs
@@ -178,10 +178,10 @@ class _Recorded:
 
 
 class _Inputs:
-    """The arguments of a step: tensors, which are copied into a graph's own, and the rest, which must stay the same.
+    """The arguments of a step. Tensors are copied into the graph's own tensors; all else must stay the same.
 
-    A 2D attention mask grows with the context: it becomes `padding`, as long as the cache has room, or None where it
-    hides nothing.
+    A 2D attention mask grows with the context. It becomes `padding`, which is as long as the cache has room, or None if
+    the mask hides nothing.
 
     Raises: _NotRecordable for an argument that cannot be compared.
     """
@@ -197,14 +197,14 @@ class _Inputs:
         self._leaves, self._spec = tree_flatten(kwargs)
         shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in self._leaves)
         try:
-            # The layout of a step includes which cache it is: caches compare by identity.
+            # The key includes the cache, which compares by identity.
             self.key = (shapes, str(self._spec), room, self._padded)
             hash(self.key)
         except TypeError as error:
             raise _NotRecordable(f"an argument of its steps cannot be compared ({error})") from error
 
     def static(self) -> _Inputs:
-        """The same inputs in tensors of their own, which stay where they are."""
+        """The same inputs in new tensors, which stay at their addresses."""
         new = object.__new__(_Inputs)
         vars(new).update(vars(self))
         new._leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in self._leaves]
@@ -214,7 +214,7 @@ class _Inputs:
         return new
 
     def load(self, other: _Inputs) -> None:
-        """Take over another step's values."""
+        """Copy the values of another step's inputs."""
         for mine, new in zip(self._leaves, other._leaves, strict=True):
             if isinstance(mine, torch.Tensor):
                 mine.copy_(new)
@@ -225,7 +225,7 @@ class _Inputs:
         self.padding[:, : mask.shape[1]] = mask
 
     def arguments(self) -> dict:
-        """What `forward` is called with."""
+        """The arguments of `forward`."""
         kwargs = tree_unflatten(self._leaves, self._spec)
         if self._masked:
             kwargs["attention_mask"] = self.padding
@@ -233,7 +233,7 @@ class _Inputs:
 
 
 def _copied(output: Any) -> Any:
-    """A recorded output with tensors of its own: the next replay overwrites the graph's."""
+    """A copy of a recorded output, because the next replay overwrites the graph's tensors."""
     if isinstance(output, torch.Tensor):
         return output.clone()
     if isinstance(output, dict):  # ModelOutput among them

@@ -208,10 +208,10 @@ def test_its_command_line_reads_log_likelihoods_through_the_cache(tasks, tiny_fo
         return results["results"]["rolling"]["bits_per_byte,none"], results["config"].get("turboquant_preset")
 
     plain, _ = bits("hf", "--cache", "turboquant")
-    assert "take --model turboquant" in capsys.readouterr().err  # one pass reads no cache
+    assert "use --model turboquant" in capsys.readouterr().err  # one pass reads no cache
     coarse, name = bits("turboquant", "--preset", "k2v2", "--cache-config", "recent_window=0")
     assert name == "k2v2" and abs(coarse - plain) > 1e-3
-    assert "take --model turboquant" not in capsys.readouterr().err
+    assert "use --model turboquant" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
