@@ -144,16 +144,7 @@ class CachePreset:
         return cls.from_dict({"name": path.stem, **data})
 
     def with_overrides(self, **overrides: Any) -> CachePreset:
-        """A copy with some fields replaced. `keys` and `values` may be plain data, as in YAML.
-
-        Raises:
-            ValueError: for an unknown field or an invalid value.
-
-        Example:
-            >>> from turboquant_hf import load_preset
-            >>> load_preset("k4v4").with_overrides(recent_window=64).label
-            'k4v4 with recent_window=64'
-        """
+        """A copy with some fields replaced; see `load_preset`. `keys` and `values` may be plain data, as in YAML."""
         check_keys("preset", overrides, self.field_names())
         changed = replace(self, **overrides)
         if "name" not in overrides:
@@ -211,9 +202,8 @@ def load_preset(preset: str | Path | Mapping[str, Any] | CachePreset, **override
 
     Example:
         >>> from turboquant_hf import load_preset
-        >>> preset = load_preset("k4v4", recent_window=64)
-        >>> preset.name, preset.recent_window
-        ('k4v4', 64)
+        >>> load_preset("k4v4", recent_window=64).label
+        'k4v4 with recent_window=64'
     """
     if isinstance(preset, Mapping):
         preset = CachePreset.from_dict(preset)

@@ -1,17 +1,17 @@
-"""Words that tables, pictures and files have in common: each is spelt here, once."""
+"""Words that tables, pictures and files share. Each is defined here once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 UNCOMPRESSED = "uncompressed"
-"""What the model with transformers' own cache is called in every file."""
+"""The name, in every file, of the model with transformers' own cache."""
 
 
 def cache_label(name: str, dtype: str | None) -> str:
-    """The name of a row's cache as a reader sees it: the uncompressed one has as many bits as its dtype.
+    """The name of a row's cache for readers. The uncompressed cache also shows its dtype.
 
-    `dtype` is None for runs of earlier versions that do not say it.
+    dtype: None for runs of earlier versions, which do not record it.
     """
     return f"{name} ({dtype})" if name == UNCOMPRESSED and dtype else name
 

@@ -1,4 +1,4 @@
-"""The caches that the model level compares: how each is made, filled and weighed."""
+"""The caches that the model level compares: how each is made and filled, and its bytes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class Candidate:
     """One line of a comparison.
 
     Attributes:
-        name: of the cache; preset: of a packed one.
-        make: (config, tokens it must hold) -> an empty cache.
-        attention: implementation that reads it.
-        compiled: steps run under torch.compile with CUDA graphs.
-        approximate: quantizes in its own way: its error is not one of the arithmetic, and no bound applies.
+        name: name of the cache.
+        make: (config, tokens that it must hold) -> an empty cache.
+        preset: preset of a packed cache, else None.
+        attention: the attention implementation that reads the cache.
+        compiled: whether steps run under torch.compile with CUDA graphs.
+        approximate: whether the cache quantizes in its own way. No bound applies to its error.
     """
 
     name: str
@@ -48,7 +49,7 @@ def _quantized(backend: str, nbits: int | None, config, length: int):
     from transformers import QuantizedCache
 
     options = {} if nbits is None else {"nbits": nbits}
-    if backend == "hqq":  # it refuses axis 0, the default
+    if backend == "hqq":  # HQQ refuses the default, axis 0
         options |= {"axis_key": 1, "axis_value": 1}
     return QuantizedCache(backend=backend, config=config, **options)
 
@@ -68,9 +69,9 @@ RIVALS: dict[str, Candidate] = {
 
 
 def candidates(group: Group, cell: tuple[int, int]) -> Iterator[Candidate]:
-    """16-bit caches first: others are compared with them.
+    """The candidates of a cell. The 16-bit caches come first, because others are compared with them.
 
-    Raises: ValueError for a rival that does not exist.
+    Raises: ValueError for an unknown name of a cache.
     """
     for name in group.caches:
         if name not in RIVALS:
@@ -98,8 +99,8 @@ def _turboquant_static(preset: str, config, length: int):
 def fill(cache, group: Group, batch: int, tokens: int, device: torch.device, attention: str = "sdpa") -> None:
     """Put the same random prompt into any cache, layer by layer, the way a prefill does.
 
-    `attention` is what the model uses just now. A layer that is read packed takes its tokens in pieces and sees the
-    queries; every other layer takes them at once.
+    attention: the attention that the model uses. A packed layer that it reads takes the tokens in pieces and sees the
+        queries. Every other layer takes all tokens at once.
     """
     shape = group.shape
     for index in range(group.layers):
@@ -120,17 +121,17 @@ def fill(cache, group: Group, batch: int, tokens: int, device: torch.device, att
                 side[:, :, start : start + count] = new
             start += count
         cache.update(*sides, index)
-        del sides  # before the next layer's are made: at long context they weigh gigabytes
+        del sides  # free them before the next layer's are made: at long context they take gigabytes
 
 
 def _store(handle, query: torch.Tensor) -> None:
-    """What the registered attention does with a piece of a prompt, but for attending."""
+    """Do what the registered attention does with a piece of a prompt, without attending."""
     handle.layer.observe(query)
     handle.layer.commit()
 
 
 def held_nbytes(cache) -> int:
-    """Bytes that a step reads of a cache: what a packed layer holds, every tensor of another."""
+    """Bytes that a step reads: what packed layers hold, and every tensor of other layers."""
     total = 0
     for layer in cache.layers:
         if isinstance(layer, TurboQuantLayer):
@@ -143,7 +144,7 @@ def held_nbytes(cache) -> int:
 
 
 def _tensor_nbytes(x: Any) -> int:
-    """Bytes of the plain tensors in an attribute: inside tuples, mappings and tensor subclasses."""
+    """Bytes of the plain tensors in an attribute, also inside tuples, mappings and tensor subclasses."""
     if isinstance(x, (tuple, list)):
         return sum(_tensor_nbytes(item) for item in x)
     if isinstance(x, dict):
@@ -156,5 +157,5 @@ def _tensor_nbytes(x: Any) -> int:
 
 
 def resident_nbytes(device: torch.device) -> int:
-    """Bytes of live tensors by the allocator's count; 0 where there is none."""
+    """Bytes of live tensors by the allocator's count; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

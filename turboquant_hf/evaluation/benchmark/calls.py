@@ -1,4 +1,4 @@
-"""One call of `model.generate`: its tokens are given, the clock is read at a few of them, the last logits are kept."""
+"""One timed call of `model.generate` with given tokens. It reads the clock at some tokens and keeps logits."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from turboquant_hf.evaluation.benchmark.caches import held_nbytes, resident_nbyt
 from turboquant_hf.evaluation.harness.models import cache_parameter
 
 KEPT = 4
-"""Steps whose logits are kept, the last ones of a call."""
+"""The number of last steps of a call whose logits are kept."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A cache as `generate` is asked for it.
+    """One way to ask `generate` for a cache.
 
     Attributes:
-        name: in the tables; options: arguments of generate.
-        packed: a cache of this package; `cache_config` then gets the preset.
-        continues: the cache of a call can be given to the next one, to be timed in turns.
-        compiled: generate compiles the model's forward.
-        records: its steps run as recorded graphs, where the device has any.
+        name: name in the tables.
+        options: arguments of generate.
+        packed: whether it is a cache of this package. `cache_config` then gets the preset.
+        continues: whether the cache of a call can be given to the next call, to be timed in turns.
+        compiled: whether generate compiles the model's forward.
+        records: whether steps run as recorded graphs, on devices that record.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Variant:
     records: bool = False
 
     def arguments(self, preset: str | None) -> dict[str, Any]:
-        """What generate gets."""
+        """The arguments of generate."""
         if not self.packed:
             return dict(self.options)
         return {**self.options, "cache_config": {**self.options.get("cache_config", {}), "preset": preset}}
@@ -56,21 +57,24 @@ VARIANTS = {
     "graph": Variant("turboquant", _TURBOQUANT, packed=True, records=True),
     "static": Variant("turboquant_static", {"cache_implementation": "turboquant_static"}, packed=True, continues=False),
 }
-"""In the order in which a cell measures them: what others are checked against goes first."""
+"""In the order of measuring: a cache against which others are checked comes first."""
 
 
 @dataclass
 class Call:
-    """What came of a call.
+    """The result of a call.
 
     Attributes:
-        first_s: seconds until the first token is known; total_s: of the whole call.
-        ms: per token, behind the first steps (graphs are recorded there, code is compiled).
-        first: logits of the prompt, [B, vocabulary] float32; logits: of the last `KEPT` steps, oldest first.
-        cache, sequences: as they are at the end; the newest token of `sequences` is not in the cache yet.
+        first_s: seconds until the first token is known.
+        total_s: seconds of the whole call.
+        ms: milliseconds per token, without the first steps, in which graphs are recorded and code is compiled.
+        first: logits of the prompt, [B, vocabulary] float32.
+        logits: logits of the last `KEPT` steps, oldest first.
+        cache: the cache at the end of the call.
+        sequences: token ids at the end of the call. The cache does not hold the newest token yet.
         recorded: whether the last step ran over a cache that is fixed for graphs.
-        held_bytes: of the cache at the last step: graphs and room for tokens to come included.
-        peak_bytes: of the allocator, less what it held before the call; 0 where there is no allocator.
+        held_bytes: bytes of the cache at the last step, with graphs and room for new tokens.
+        peak_bytes: the allocator's peak, minus what it held before the call; 0 on a CPU.
     """
 
     first_s: float
@@ -86,11 +90,11 @@ class Call:
 
 
 class Watch(LogitsProcessor):
-    """Reads the clock, keeps logits, and leaves generate one token to choose: all caches then get the same ones.
+    """Reads the clock, keeps logits, and lets generate choose only the given token, so that all caches get the same.
 
     Args:
-        tokens: to choose, one per step, [steps] on the model's device.
-        warmup: steps before the timed ones.
+        tokens: the tokens to choose, one per step, [steps] on the model's device.
+        warmup: steps before the timed steps.
     """
 
     def __init__(self, tokens: torch.Tensor, warmup: int) -> None:
@@ -122,9 +126,9 @@ def call(model: Any, ids: torch.Tensor, tokens: torch.Tensor, warmup: int, cache
     """Generate the given `tokens` [steps] behind `ids` [B, T].
 
     Args:
-        warmup: steps before the timed ones, at most steps - 2.
-        cache: of an earlier call, which holds all of `ids` but the newest token; None for a new one.
-        **arguments: of generate.
+        warmup: steps before the timed steps, at most steps - 2.
+        cache: the cache of an earlier call, which holds all of `ids` except the newest token; None for a new cache.
+        **arguments: further arguments of generate.
     """
     device, watch = ids.device, Watch(tokens, warmup)
     given = {} if cache is None else {cache_parameter(type(model)): cache}
@@ -150,7 +154,7 @@ def call(model: Any, ids: torch.Tensor, tokens: torch.Tensor, warmup: int, cache
 
 @contextmanager
 def _watched(model: Any, watch: Watch) -> Iterator[None]:
-    """Show `watch` the cache that generate makes: what it holds is known while a call runs, graphs included."""
+    """Show `watch` the cache that generate makes, so that its bytes are read while the call runs and graphs exist."""
     original, name = model.prepare_inputs_for_generation, cache_parameter(type(model))
 
     @functools.wraps(original)
@@ -167,7 +171,7 @@ def _watched(model: Any, watch: Watch) -> Iterator[None]:
 
 @contextmanager
 def attention(model: Any, variant: Variant) -> Iterator[None]:
-    """For a call that is given a cache; and whatever a call has switched or compiled, it is undone afterwards."""
+    """Set the attention for a call with a given cache. Afterwards, undo everything that calls switched or compiled."""
     try:
         if variant.packed:
             model.set_attn_implementation(ATTENTION_NAME)
@@ -177,26 +181,26 @@ def attention(model: Any, variant: Variant) -> Iterator[None]:
 
 
 def undo(model: Any) -> None:
-    """The model's own attention, and nothing compiled."""
+    """Restore the model's own attention, and drop compiled code."""
     restore_attention(model)
     if vars(model).pop("_compiled_call", None) is not None:
         torch.compiler.reset()
 
 
 def now(device: torch.device) -> float:
-    """The host's clock when the device has done all its work, in seconds."""
+    """The host's clock in seconds, read after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def all_nbytes(cache: Any) -> int:
-    """Bytes that a cache holds, what it has allocated ahead included."""
+    """Bytes that a cache holds, with the room allocated ahead."""
     return cache.nbytes + cache.spare_nbytes if hasattr(cache, "spare_nbytes") else held_nbytes(cache)
 
 
 def random_prompt(batch: int, tokens: int, vocab: int, device: torch.device) -> torch.Tensor:
-    """Token ids [batch, tokens], the same for the same arguments."""
+    """Random token ids [batch, tokens]; equal arguments give equal ids."""
     generator = torch.Generator().manual_seed(tokens)
     return torch.randint(0, vocab, (batch, tokens), generator=generator).to(device)
 
@@ -204,7 +208,7 @@ def random_prompt(batch: int, tokens: int, vocab: int, device: torch.device) -> 
 def answer(length: int, steps: int, presets: tuple[str, ...], vocab: int, device: torch.device) -> torch.Tensor:
     """At least `steps` token ids to generate behind a prompt of `length`.
 
-    The last step encodes no tile: it can then be repeated over the bytes that it has read.
+    The last step encodes no tile. It can therefore be repeated over the same bytes.
     """
     sizes = [(preset.recent_window, preset.tile) for preset in map(load_preset, presets)]
     while any((length + steps - 1 - window) % tile == 0 for window, tile in sizes):

@@ -1,4 +1,4 @@
-"""Level of capacity: what a cache of a million tokens and more holds, and the time of a decode step over it."""
+"""Capacity level: the bytes of a cache with a million tokens and more, and the time of a decode step over it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from turboquant_hf.generation.recorders import RECORDERS
 from turboquant_hf.generation.steps import DecodeSteps
 
 FIRST = 3
-"""Steps until one is replayed: as it is, recorded, replayed."""
+"""The number of the first step that is replayed: the steps before run as they are, and are recorded."""
 
 
 class GraphStepper(Stepper):
-    """Steps by recorded graphs, as in a loop of generate."""
+    """Takes steps by recorded graphs, as in a loop of generate."""
 
     def __init__(self, model: Any, cache: Any, expected: int) -> None:
         super().__init__(model, False)
@@ -40,7 +40,7 @@ class GraphStepper(Stepper):
 
 
 def run_group(group: Group, device: torch.device, bandwidth: float, steps: int, recorder: Recorder) -> None:
-    """Rows of every cell and preset, with graphs and without."""
+    """Measure every cell and preset, with graphs and without."""
     model = None
     for batch, tokens in group.cells:
         common = {
@@ -61,7 +61,7 @@ def run_cache(
     model: Any, candidate: Any, group: Group, cell: tuple[int, int], bandwidth: float, steps: int,
     row: dict[str, Any], recorder: Recorder,
 ) -> None:  # fmt: skip
-    """Fill a cache, check and time its steps; a packed one's with graphs too, where the device records any."""
+    """Fill a cache, check and time its steps. A packed cache is also timed with graphs, if the device records them."""
     batch, tokens = cell
     device, baseline = model.device, {}
     plain = Stepper(model, False)
@@ -93,12 +93,12 @@ def run_cache(
 
 
 def check_graph(model: Any, plain: Stepper, cache: Any, batch: int, baseline: dict[str, Reference]) -> dict[str, Any]:
-    """A replayed step beside the same cache read densely; the noise is that of the eager step's check."""
+    """Check a replayed step against the same cache read densely. The noise is that of the eager step's check."""
     ids, layer = plain.first_ids(batch), cache.packed_layers[0]
     graphs = GraphStepper(model, cache, FIRST + 1)
     for turn in range(FIRST + layer.preset.tile):
         logits = graphs.step(cache, ids).float()
-        # The last step of a tile is followed by its encoding: a dense read would see other bytes.
+        # A step that fills a tile encodes it afterwards. A dense read would then see other bytes.
         if turn >= FIRST - 1 and (cache.tokens - layer.preset.recent_window) % layer.preset.tile:
             break
     graphs.close()
@@ -113,7 +113,7 @@ def check_graph(model: Any, plain: Stepper, cache: Any, batch: int, baseline: di
 def _timed(
     row: dict[str, Any], stepper: Stepper, cache: Any, model: Any, bandwidth: float, batch: int, steps: int
 ) -> dict[str, Any]:
-    """The row with the time of a step as a user waits for it, where the check has passed."""
+    """The row, with the time of a step by the host's clock if the check has passed."""
     read = held_nbytes(cache) + read_nbytes(model)
     row = {**row, "bytes": read, "floor_ms": 1e3 * read / bandwidth, "ms": None}
     if row.get("reason"):

@@ -1,4 +1,4 @@
-"""Whether the logits of a decode step are right, so that its speed counts."""
+"""Checks the logits of a decode step, so that the speed of wrong steps is not reported."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from turboquant_hf.evaluation.benchmark.steps import Stepper
 from turboquant_hf.evaluation.benchmark.timing import relative_error
 
 ERROR_BOUNDS = {torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float32: 1e-3}
-"""Relative error of the logits up to which a speed always counts: what roundings of the dtype make of eight layers."""
+"""The relative error of the logits that is always accepted: the rounding errors of the dtype over eight layers."""
 NOISE_FACTOR = 2
-"""A larger error counts up to so many times the noise of the cell: random weights alone may round to the bound."""
+"""A larger error is accepted up to this factor times the noise of the cell, since random weights amplify roundings."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What caches are checked against.
+    """The logits against which caches are checked.
 
     Attributes:
-        logits: of one step, [B, vocabulary] float32.
-        noise: relative error between that step and another correct one in the same dtype, see `rounding_noise`.
+        logits: logits of one step, [B, vocabulary] float32.
+        noise: relative error between two correct computations of that step in the same dtype, see `rounding_noise`.
     """
 
     logits: torch.Tensor
@@ -39,11 +39,13 @@ class Reference:
 def check(
     model: PreTrainedModel, stepper: Stepper, cache, candidate: Candidate, batch: int, baseline: dict[str, Reference]
 ) -> dict[str, Any]:
-    """The numerical check of one cache: its error, what it is an error from, and a reason where it is too large.
+    """Check one cache: its error, what it was compared with, and a reason if the error is too large.
 
-    A packed cache is compared with itself read densely through SDPA, another 16-bit cache with DynamicCache; of a
-    cache that quantizes in its own way only the distance from DynamicCache is known. The cache is one step further
-    afterwards.
+    - A packed cache is compared with itself, read densely through SDPA.
+    - Another 16-bit cache is compared with DynamicCache.
+    - A cache that quantizes in its own way is compared with DynamicCache, and no bound applies.
+
+    The check takes one step of the cache.
     """
     ids, found = stepper.first_ids(batch), {}
     if candidate.reads_packed and not candidate.compiled:
@@ -73,9 +75,9 @@ def check(
 
 
 def judge(error: float, noise: float, dtype: torch.dtype) -> dict[str, Any]:
-    """The bound on an error, and a reason where it is above: `ERROR_BOUNDS`, or `NOISE_FACTOR` times the noise.
+    """The bound of an error, and a reason if the error is larger: `ERROR_BOUNDS`, or `NOISE_FACTOR` times the noise.
 
-    Noise counts up to the fixed bound: what is larger is no rounding.
+    Noise above the fixed bound is not counted, because it is more than rounding.
     """
     fixed = ERROR_BOUNDS[dtype]
     bound = max(fixed, NOISE_FACTOR * min(noise, fixed))
@@ -85,11 +87,11 @@ def judge(error: float, noise: float, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def rounding_noise(stepper: Stepper, cache, ids: torch.Tensor, logits: torch.Tensor) -> float:
-    """Relative error of `logits`, those of a cache's newest step by SDPA, from the same step by another SDPA backend.
+    """Relative difference between `logits`, a cache's newest step by SDPA, and the same step by another SDPA backend.
 
-    The math backend computes in float32: both are correct, and differ by roundings of the dtype. Where it has no
-    memory the memory-efficient one takes its place. 0 where neither can, or where the logits are not finite. The cache
-    ends with that step, as it came.
+    Both are correct and differ by roundings of the dtype. The other backend is the math backend, which computes in
+    float32, or the memory-efficient backend if there is not enough memory. The result is 0 if neither runs, or if the
+    logits are not finite. The cache holds the same tokens afterwards.
     """
     lengths = [layer.get_seq_length() for layer in cache.layers]
     cache.crop(-1)
@@ -106,7 +108,7 @@ def rounding_noise(stepper: Stepper, cache, ids: torch.Tensor, logits: torch.Ten
 
 
 def settle(stepper: Stepper, cache: TurboQuantCache, ids: torch.Tensor) -> None:
-    """Take steps until the next one encodes no tile: dense and packed reads then see the same bytes."""
+    """Take steps until the next step encodes no tile, so that dense and packed reads see the same bytes."""
     layer = cache.packed_layers[0]
     while layer.tail.count + 1 - layer.preset.recent_window >= layer.preset.tile:
         stepper.step(cache, ids)

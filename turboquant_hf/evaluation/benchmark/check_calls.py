@@ -1,4 +1,4 @@
-"""Whether the logits of a call of generate are right, so that its times count."""
+"""Checks the logits of a call of generate, so that the times of wrong calls are not reported."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from turboquant_hf.evaluation.benchmark.steps import Stepper
 from turboquant_hf.evaluation.benchmark.timing import relative_error
 
 QUANTIZED = 0.3
-"""Distance from DynamicCache's logits that quantizing may cause; unrelated logits are 1.4 away."""
+"""The relative distance from DynamicCache's logits that quantizing may cause. Unrelated logits have 1.4."""
 
 
 def check_call(
     model: Any, made: Call, newest: int, variant: Variant, preset: str | None, baseline: dict[str, Reference]
 ) -> dict[str, Any]:
-    """The numerical check of a call: its error, what it is an error from, and a reason where it is too large.
+    """Check a call: its error, what it was compared with, and a reason if the error is too large.
 
-    The first call with a preset is compared with its own cache read densely through SDPA, where the newest token can be
-    taken back; with DynamicCache otherwise, within `QUANTIZED`. Further calls with the preset (graphs on and off, fixed
-    size) are compared with the first. 16-bit caches are compared with DynamicCache. The cache keeps its length.
+    - The first call with a preset is compared with its own cache, read densely through SDPA. If the newest token cannot
+      be taken back, it is compared with DynamicCache, within `QUANTIZED`.
+    - Further calls with the preset (graphs on and off, fixed size) are compared with the first call.
+    - 16-bit caches are compared with DynamicCache.
+
+    The cache keeps its length.
 
     Args:
         newest: the token of the last step.
-        baseline: what later calls of the cell are compared with, filled here.
+        baseline: the logits with which later calls of the cell are compared. Filled here.
     """
     logits = torch.stack(made.logits)
     if not logits.isfinite().all():
@@ -59,10 +62,10 @@ def check_call(
 def check_first(
     model: Any, first: torch.Tensor, exact: torch.Tensor | None, lossless: torch.Tensor | None = None
 ) -> dict[str, Any]:
-    """The check of a prompt's logits [B, vocabulary] against those of DynamicCache, read in one piece.
+    """Check a prompt's logits [B, vocabulary] against those of DynamicCache, which reads the prompt in one piece.
 
-    lossless: where later pieces have read packed tokens, the logits of the same pieces with that preset. These are
-    checked then: how far quantizing moves the logits of random weights says nothing of the code.
+    lossless: logits of the same pieces with the preset "lossless", if later pieces have read packed tokens. These are
+        checked instead, because quantizing moves the logits of random weights even if the code is right.
     """
     if exact is None:
         return {"error": None, "reason": "nothing to check against: DynamicCache was not measured"}
@@ -82,19 +85,19 @@ def _judge_quantized(error: float) -> dict[str, Any]:
 
 
 def _error(logits: torch.Tensor, exact: torch.Tensor) -> float:
-    """Median relative error of the last steps, [steps, B, vocabulary] each."""
+    """Median over the last steps of the relative error between two [steps, B, vocabulary]."""
     count = min(len(logits), len(exact))
     return statistics.median(relative_error(a, b) for a, b in zip(logits[-count:], exact[-count:], strict=True))
 
 
 def _can_repeat(model: Any, made: Call) -> bool:
-    """Whether the last step can be taken back, and computed by SDPA."""
+    """Whether the last step can be taken back and computed by SDPA."""
     slides = any(getattr(layer, "is_sliding", False) for layer in made.cache.layers)
     return not slides and model.get_correct_attn_implementation(None) == "sdpa"
 
 
 def _dense(model: Any, made: Call, newest: int) -> torch.Tensor:
-    """Logits [B, vocabulary] of the last step over the same cache, as dense tensors through SDPA."""
+    """Logits [B, vocabulary] of the last step over the same cache, read as dense tensors through SDPA."""
     made.cache.crop(-1)
     restore_attention(model)
     return Stepper(model, False).step(made.cache, _ids(made, newest)).float().clone()
@@ -105,7 +108,7 @@ def _ids(made: Call, newest: int) -> torch.Tensor:
 
 
 def _noise(model: Any, made: Call, newest: int, logits: torch.Tensor) -> float:
-    """Relative error between the last step and another correct one; the dtype's bound where none can be computed."""
+    """Relative error between two correct computations of the last step; the dtype's bound if there is only one."""
     if not _can_repeat(model, made):
         return ERROR_BOUNDS[model.dtype]
     restore_attention(model)

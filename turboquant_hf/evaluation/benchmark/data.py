@@ -1,4 +1,4 @@
-"""Random keys, values and queries with the traits of a real model's, and caches filled with them."""
+"""Random keys, values and queries that resemble those of a real model, and layers filled with them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import CachePreset
 
 SCORE_STD = 2.0
-"""Standard deviation of the scores q.k / sqrt(D), without what all keys share."""
+"""Standard deviation of the scores q.k / sqrt(D), without the mean that all keys share."""
 OUTLIERS = 1 / 32
-"""Share of key channels that are eight times as large as the rest."""
+"""Share of the key channels that are eight times as large as the others."""
 
 
 class Source:
     """An endless stream of tokens of one layer: channels of unequal scale, a few outliers, a mean that all keys share.
 
-    Streams with the same arguments give the same numbers, if drawn in pieces of the same sizes (`chunks`); queries are
-    a stream of their own.
+    Streams with equal arguments give equal numbers if they are drawn in pieces of equal sizes (`chunks`). Queries are a
+    separate stream.
 
     Args:
-        batch, heads, group, dim: sequences, KV heads, query heads a KV head, channels.
+        batch, heads, group, dim: sequences, KV heads, query heads per KV head, channels per head.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Source:
         return torch.randn(shape, generator=self._generator, device=self.device)
 
     def keys_and_values(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, H, tokens, D] each."""
+        """The next keys and values, [B, H, tokens, D] each."""
         shape = (self.batch, self.heads, tokens, self.dim)
         options = {"generator": self._generator, "device": self.device, "dtype": self.dtype}
         keys = torch.randn(shape, **options).mul_(self._key_scale.to(self.dtype)).add_(self._key_mean.to(self.dtype))
         return keys, torch.randn(shape, **options).mul_(self._value_scale.to(self.dtype))
 
     def queries(self, tokens: int) -> torch.Tensor:
-        """[B, H * group, tokens, D]."""
+        """The next queries, [B, H * group, tokens, D]."""
         scale = self._query_scale.repeat_interleave(self.group, dim=0).to(self.dtype)
         shape = (self.batch, self.heads * self.group, tokens, self.dim)
         options = {"generator": self._query_generator, "device": self.device, "dtype": self.dtype}
@@ -57,7 +57,7 @@ class Source:
 
 
 def chunks(batch: int, tokens: int, most: int = 65536) -> list[int]:
-    """Sizes of the pieces in which `tokens` tokens of `batch` sequences are made."""
+    """The sizes of the pieces in which `tokens` tokens of `batch` sequences are drawn."""
     piece = max(most // batch // 128 * 128, 128)
     return [min(piece, tokens - start) for start in range(0, tokens, piece)]
 
@@ -66,7 +66,7 @@ def packed_layer(preset: CachePreset, source: Source, tokens: int) -> TurboQuant
     """A cache layer that holds `tokens` tokens of `source`, encoded by the preset's own quantizers.
 
     Raises:
-        ValueError: `tokens` are too few for this preset to pack anything.
+        ValueError: there are too few tokens for this preset to pack any.
     """
     if tokens < preset.first_encode:
         raise ValueError(f"tokens={tokens} is not supported with {preset.name}; allowed: from {preset.first_encode}")

@@ -1,4 +1,4 @@
-"""Encode level: what packing a prompt costs, beside the time of the layer that made its keys and values."""
+"""Encode level: the time to pack a prompt, beside the time of the decoder layer that makes its keys and values."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from turboquant_hf.evaluation.benchmark.timing import kernel_seconds, measure, r
 from turboquant_hf.kernels import dispatch
 
 ERROR_BOUND = 1e-2
-"""Largest relative difference of the decoded tensors from those of the plain encoder: about one code in a thousand."""
+"""The largest accepted relative difference from the plain encoder: about one code in a thousand."""
 CHECKED_TILES = 16
 
 
 def run_group(
     group: Group, names: list[str] | None, device: torch.device, bandwidth: float, recorder: Recorder
 ) -> None:
-    """Rows of every cell: the decoder layer's prefill, then each preset's encode."""
+    """Measure every cell: the decoder layer's prefill, then each preset's encode."""
     for batch, tokens in group.cells:
         common = {
             "level": "encode", "shape": group.shape.name, "dtype": group.dtype, "batch": batch, "tokens": tokens,
@@ -49,7 +49,7 @@ def run_group(
 
 
 def layer_prefill(group: Group, batch: int, tokens: int, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of one decoder layer over a prompt, without any cache, by SDPA flash."""
+    """Milliseconds of one decoder layer over a prompt without a cache, by SDPA flash."""
     config = model_config(group.shape, layers=1, tokens=tokens)
     with torch.no_grad(), torch.device(device):
         layer = LlamaDecoderLayer(config, 0).to(group.torch_dtype).eval()
@@ -77,10 +77,10 @@ def layer_prefill(group: Group, batch: int, tokens: int, device: torch.device) -
 def encode_row(
     preset: CachePreset, group: Group, batch: int, tokens: int, device: torch.device, bandwidth: float
 ) -> dict[str, Any]:
-    """Time of update, observe and commit of a new layer over a whole prompt, as a prefill calls them.
+    """Time of update, observe and commit of a new layer over a whole prompt, as in a prefill.
 
-    `ms` is what the device's kernels take, since in a prefill the host is layers ahead of the device; `alone_ms` is one
-    call that the device waits for.
+    `ms` is the time of the device's kernels, because the host is ahead of the device in a prefill. `alone_ms` is the
+    time of one call, for which the device waits.
     """
     shape = group.shape
     source = Source(batch, shape.kv_heads, shape.group, shape.head_dim, group.torch_dtype, device)
@@ -112,12 +112,12 @@ def encode_row(
 
 
 def encode_error(layer: TurboQuantLayer, keys: torch.Tensor, values: torch.Tensor) -> float:
-    """Largest relative difference, over keys and values, from what the plain encoder stores with the same states.
+    """The larger of the relative differences of keys and of values from the plain encoder with the same states.
 
-    The newest packed tiles are compared: nothing in them is a sink.
+    The newest packed tiles are compared, because they hold no sinks.
 
     Raises:
-        ValueError: nothing was packed.
+        ValueError: nothing is packed.
     """
     stored, tile = layer.tiles[0].count, layer.preset.tile
     if stored == 0:

@@ -1,4 +1,4 @@
-"""Level of generate: whole calls of `model.generate` with all layers of a model, one cache beside another."""
+"""Generate level: whole calls of `model.generate` with all layers of a model, one cache beside another."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from turboquant_hf.evaluation.benchmark.steps import without_cudnn
 from turboquant_hf.generation.recorders import RECORDERS
 
 WARMUP = {"cuda": 8, "cpu": 1}
-"""Steps of a call before the timed ones."""
+"""Steps of a call before the timed steps."""
 TURN, ROUNDS = 16, 5
-"""Timed steps of a turn, and turns of every cache."""
+"""Timed steps per turn, and turns per cache."""
 CALLS = 10
-"""Calls with prompts of different lengths, and as many with equal ones."""
+"""The number of calls with prompts of different lengths, and of calls with equal lengths."""
 SHORT = 16
-"""Tokens that such a call generates."""
+"""Tokens that each of these calls generates."""
 CHUNK_ROUNDS = 2
 
 
 def variants(group: Group, cell: tuple[int, int], compiles: bool = True) -> list[tuple[Variant, str | None]]:
-    """(variant, preset) of a cell, in the order of `VARIANTS`; a compiled rival only where the group names the cell.
+    """(variant, preset) of a cell, in the order of `VARIANTS`. Compiled caches only in cells that the group names.
 
-    Raises: ValueError for a variant that does not exist.
+    Raises: ValueError for an unknown variant.
     """
     for name in group.caches:
         if name not in VARIANTS:
@@ -58,7 +58,7 @@ def variants(group: Group, cell: tuple[int, int], compiles: bool = True) -> list
 def run_group(
     group: Group, device: torch.device, bandwidth: float, steps: int, compiles: bool, recorder: Recorder
 ) -> None:
-    """Rows of every cell of a group."""
+    """Measure every cell of a group."""
     run = {"calls": run_calls, "lengths": run_lengths, "chunks": run_chunks}[group.what]
     model = None
     for batch, tokens in group.cells:
@@ -76,7 +76,7 @@ def run_group(
 
 
 def warm_up(model: Any, group: Group) -> None:
-    """Load what the first calls of a process load: libraries, kernels."""
+    """Load the libraries and kernels that the first calls of a process load."""
     ids = random_prompt(1, 1024, group.shape.vocab, model.device)
     for variant, preset in variants(group, (0, 0)):
         call(model, ids, ids[0, :SHORT], 1, **variant.arguments(preset))
@@ -87,7 +87,7 @@ def run_calls(
     model: Any, group: Group, cell: tuple[int, int], bandwidth: float, steps: int, compiles: bool,
     common: dict[str, Any], recorder: Recorder,
 ) -> None:  # fmt: skip
-    """A call with each cache, and then further ones in turns, which give the ratios."""
+    """Make a call with each cache, then further calls in turns, which give the ratios."""
     batch, tokens = cell
     warmup = WARMUP[model.device.type]
     ids = random_prompt(batch, tokens, group.shape.vocab, model.device)
@@ -113,16 +113,16 @@ def run_calls(
             recorder.add(row)
             made = None
         undo(model)
-    with suppress(torch.OutOfMemoryError):  # the times of the calls stand then
+    with suppress(torch.OutOfMemoryError):  # the times of the single calls are kept then
         take_turns(model, kept, new, min(steps, TURN))
     compare(rows)
 
 
 def take_turns(model: Any, kept: list[tuple[dict, Variant, Call]], tokens: torch.Tensor, steps: int) -> None:
-    """Further calls over the caches of finished ones: medians of their times, and of each round's ratios.
+    """Make further calls in turns over the caches of finished calls: medians of the times and of each round's ratios.
 
-    DynamicCache takes two turns on a GPU, with cuDNN's attention and without: its faster one counts. The one with cuDNN
-    drops out where its first round is far slower, since cuDNN may plan anew at every length.
+    On a GPU, DynamicCache takes two turns, with cuDNN's attention and without. The faster one counts. The turn with
+    cuDNN is dropped if its first round is far slower, because cuDNN may plan again at every length.
     """
     warmup = WARMUP[model.device.type]
     turns = [(row, variant, made, False) for row, variant, made in kept]
@@ -162,13 +162,13 @@ def _rival(kept: list[tuple[dict, Variant, Call]], name: str) -> dict | None:
 
 
 def _eager(kept: list[tuple[dict, Variant, Call]], own: dict) -> dict | None:
-    """The row without graphs of the same preset."""
+    """The row of the same preset without graphs."""
     name = VARIANTS["eager"].name
     return next((row for row, _, _ in kept if row["cache"] == name and row["preset"] == own["preset"]), None)
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Ratios to DynamicCache's row, where none was taken in turns, and to the floor."""
+    """Add the ratios to the floor, and to DynamicCache's row where turns gave none."""
     dynamic = next((row for row in rows if row["cache"] == "DynamicCache"), {})
     for row in rows:
         if dynamic.get("held_bytes") and row.get("held_bytes"):
@@ -184,7 +184,7 @@ def run_lengths(
     model: Any, group: Group, cell: tuple[int, int], bandwidth: float, steps: int, compiles: bool,
     common: dict[str, Any], recorder: Recorder,
 ) -> None:  # fmt: skip
-    """Ten calls with prompts of ten lengths, in turns with ten of their mean: what a new length costs per call."""
+    """Ten calls with prompts of ten lengths, in turns with ten calls of the mean length: the cost of a new length."""
     batch, tokens = cell
     new = answer(tokens, SHORT, group.presets, group.shape.vocab, model.device)
     equal = random_prompt(batch, tokens, group.shape.vocab, model.device)
@@ -213,7 +213,7 @@ def run_chunks(
     model: Any, group: Group, cell: tuple[int, int], bandwidth: float, steps: int, compiles: bool,
     common: dict[str, Any], recorder: Recorder,
 ) -> None:  # fmt: skip
-    """A prompt by pieces of `group.chunk` tokens and at once: seconds until the first token, in turns."""
+    """Seconds until the first token of a prompt, in pieces of `group.chunk` tokens and at once, in turns."""
     batch, tokens = cell
     ids = random_prompt(batch, tokens, group.shape.vocab, model.device)
     new = answer(tokens, 3, group.presets, group.shape.vocab, model.device)
@@ -247,7 +247,7 @@ def run_chunks(
 
 
 def compare_chunks(rows: list[dict[str, Any]]) -> None:
-    """Times of rows that passed their check, and their ratios to DynamicCache read alike and to one piece."""
+    """Add the ratios of rows that passed their check: to DynamicCache in the same pieces, and to one piece."""
     for row in rows:
         times = row.pop("all_s")
         if not row.get("reason"):

@@ -1,4 +1,4 @@
-"""Kernel level: decode attention of one layer, every backend beside every SDPA that PyTorch has."""
+"""Kernel level: decode attention of one layer, every backend beside every SDPA backend of PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from turboquant_hf.kernels.decode import History, PackedSide, RawTokens, Scoring
 from turboquant_hf.kernels.decode import reference as decode_reference
 
 ERROR_BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-3}
-"""Largest relative error at which a speed counts: a few roundings of the dtype, of tf32 products in float32."""
+"""The largest accepted relative error: a few roundings of the dtype, or of tf32 products for float32."""
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -34,13 +34,13 @@ SDPA = {
     "math": SDPBackend.MATH,
 }
 REPEATED_LIMIT = 2**30
-"""Bytes of repeated keys and values up to which SDPA over one KV head per query head is tried too."""
+"""SDPA over repeated KV heads is tried if the repeated keys and values have at most this many bytes."""
 
 
 def backends(device: torch.device, asked: list[str] | None = None) -> list[str]:
-    """The names of TURBOQUANT_BACKEND to measure: all fast ones on a CUDA device, plain torch elsewhere.
+    """The values of TURBOQUANT_BACKEND to measure: all fast backends on a CUDA device, plain torch elsewhere.
 
-    Raises: ValueError for a name that does not exist.
+    Raises: ValueError for an unknown name.
     """
     for name in asked or ():
         if name not in dispatch.BACKENDS:
@@ -52,7 +52,7 @@ def backends(device: torch.device, asked: list[str] | None = None) -> list[str]:
 
 @contextmanager
 def using_backend(name: str) -> Iterator[None]:
-    """TURBOQUANT_BACKEND is `name` within the block."""
+    """Set TURBOQUANT_BACKEND to `name` within the block."""
     before = os.environ.get(dispatch.VARIABLE)
     os.environ[dispatch.VARIABLE] = name
     try:
@@ -82,13 +82,13 @@ class Inputs:
     def rotated(
         cls, layer: TurboQuantLayer, query: torch.Tensor, workspace: torch.Tensor | None = None
     ) -> list[Inputs]:
-        """`of_layer`, and of so many copies of the layer that calls in turn find none of it in a cache."""
+        """`of_layer` for several copies of the layer, so many that calls in turn find no data in the L2 cache."""
         count = rotation_count(tile_nbytes(layer), query.device)
         layers = [layer, *(copy.deepcopy(layer) for _ in range(1, count))]
         return [cls.of_layer(one, query, workspace) for one in layers]
 
     def attend(self) -> torch.Tensor:
-        """By the backend that TURBOQUANT_BACKEND names."""
+        """Attend by the backend that TURBOQUANT_BACKEND names."""
         scoring = Scoring(self.scaling, sparse_v_threshold=self.sparse_v_threshold)
         return dispatch.decode_attention(self.query, self.history, scoring, workspace=self.workspace)
 
@@ -97,7 +97,7 @@ class Inputs:
         return self.query.shape[-1] ** -0.5
 
     def exact(self) -> torch.Tensor:
-        """The reference in float32, a sequence at a time: [B, Hq, 1, D]."""
+        """The reference in float32, one sequence at a time: [B, Hq, 1, D]."""
         return torch.cat([self._exact_sequence(b) for b in range(self.query.shape[0])])
 
     def _exact_sequence(self, index: int) -> torch.Tensor:
@@ -114,7 +114,7 @@ class Inputs:
 
 
 def run_group(group: Group, names: list[str], device: torch.device, bandwidth: float, recorder: Recorder) -> None:
-    """Rows of every cell: SDPA over the dense tensors first, then each preset by each backend."""
+    """Measure every cell: SDPA over the dense tensors first, then each preset by each backend."""
     for batch, tokens in group.cells:
         common = {
             "level": "kernel", "shape": group.shape.name, "dtype": group.dtype, "batch": batch, "tokens": tokens,
@@ -148,8 +148,8 @@ def run_dense(
         ways, reasons = {}, []
         for way, attend in _ways(query, source.group, nbytes).items():
             if name == "math" and way != "grouped":
-                continue  # it repeats heads itself, and is never the fastest
-            with catch_warnings(record=True) as told:  # SDPA says in warnings why a backend does not serve
+                continue  # this backend repeats heads itself and is never the fastest
+            with catch_warnings(record=True) as told:  # SDPA warns why a backend does not serve
                 simplefilter("always")
                 try:
                     with sdpa_kernel(backend) if backend is not None else nullcontext():
@@ -173,7 +173,7 @@ def run_dense(
 
 
 def _ways(query: torch.Tensor, group: int, nbytes: int) -> dict[str, Callable[..., torch.Tensor]]:
-    """How SDPA can be told that query heads share a KV head; all give [B, Hq, 1, D]."""
+    """The ways to tell SDPA that query heads share a KV head. All give [B, Hq, 1, D]."""
 
     def grouped(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return scaled_dot_product_attention(query, keys, values, enable_gqa=group > 1)
@@ -212,7 +212,7 @@ def run_packed(
 ) -> None:
     """One row per backend over a filled layer."""
     device, (batch, heads, _, dim), kv_heads = query.device, query.shape, layer.num_heads
-    # As a model's steps have it: made once. Without, every recorded call would clear one of its own first.
+    # Made once, as in a model's steps. Otherwise every recorded call would first clear a workspace of its own.
     workspace = dispatch.decode_workspace(batch * kv_heads, heads // kv_heads, dim, device)
     copies = Inputs.rotated(layer, query, workspace)
     nbytes = tile_nbytes(layer)
@@ -220,7 +220,7 @@ def run_packed(
     exact = copies[0].exact()
     for name in names:
         with recorder.guard({**row, "backend": name}), using_backend(name):
-            dispatch.backend(device)  # says why the backend is not available
+            dispatch.backend(device)  # raises the reason if the backend is not available
             error = relative_error(copies[0].attend(), exact)
             checked = {**row, "backend": name, "error": error}
             if error > ERROR_BOUNDS[query.dtype]:

@@ -1,4 +1,4 @@
-"""Whole-model level: decode steps of a randomly initialised model, one cache after another."""
+"""Model level: decode steps of a randomly initialised model, one cache after another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from turboquant_hf.evaluation.benchmark.turns import time_in_turns
 
 SIXTEEN_BIT = ("DynamicCache", "StaticCache")
 CLOSE = 1.5
-"""A cache this many times slower than another, each timed alone, is not worth timing in turns."""
+"""A cache that is this many times slower than another, each timed alone, is not timed in turns."""
 
 
 def model_config(shape: Shape, layers: int, tokens: int) -> PreTrainedConfig:
@@ -43,17 +43,17 @@ def model_config(shape: Shape, layers: int, tokens: int) -> PreTrainedConfig:
         pad_token_id=None,
         **shape.options,
     )
-    if shape.family == "llama":  # others may need attention that SDPA has not: their models choose
+    if shape.family == "llama":  # other families may need an attention that SDPA lacks, so their models choose
         config._attn_implementation = "sdpa"
     return config
 
 
 ROUTER = 16.0
-"""Factor of random router weights: an expert that rounding exchanges for another one then carries next to no weight."""
+"""Factor of random router weights. If rounding exchanges an expert for another, the expert then has little weight."""
 
 
 def build_model(group: Group, device: torch.device) -> PreTrainedModel:
-    """Random weights of the group's shape."""
+    """A model of the group's shape with random weights."""
     torch.manual_seed(0)
     config = model_config(group.shape, group.layers, max(tokens for _, tokens in group.cells))
     before = torch.get_default_dtype()
@@ -70,7 +70,7 @@ def build_model(group: Group, device: torch.device) -> PreTrainedModel:
 
 
 def read_nbytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that a decode step of one sequence reads: no embedding table, of experts those it picks."""
+    """Bytes of weights that a decode step of one sequence reads: only the chosen experts, and no embedding table."""
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is table
     picked = getattr(model.config, "num_experts_per_tok", None), getattr(model.config, "num_local_experts", None)
@@ -82,7 +82,7 @@ def read_nbytes(model: PreTrainedModel) -> int:
 
 
 def run_group(group: Group, device: torch.device, bandwidth: float, steps: int, recorder: Recorder) -> None:
-    """Rows of every cell, one per cache; ratios are to the fastest 16-bit cache of the cell."""
+    """Measure every cell, one row per cache. Ratios are to the fastest 16-bit cache of the cell."""
     with torch.no_grad(), without_cudnn():
         model = build_model(group, device)
         read = read_nbytes(model)
@@ -109,13 +109,13 @@ def add_turns(
     measured: list[tuple[dict[str, Any], Candidate]],
     steps: int,
 ) -> None:
-    """Ratios anew for eager packed caches, timed in turns with the 16-bit caches that may be the fastest."""
+    """Replace the ratios of eager packed caches by those of turns with the fastest 16-bit caches."""
     eager = [(row, candidate) for row, candidate in measured if not candidate.compiled and row.get("ms") is not None]
     plain = {row["ms"]: candidate for row, candidate in eager if row["cache"] in SIXTEEN_BIT}
     others = [candidate for ms, candidate in plain.items() if ms <= CLOSE * min(plain)]
     for row, candidate in eager:
         if candidate.reads_packed and others:
-            with suppress(torch.OutOfMemoryError):  # all of them at once may be too much
+            with suppress(torch.OutOfMemoryError):  # all caches at once may not fit
                 ratio = time_in_turns(model, group, cell, candidate, others, steps)
                 row |= {"ratio_to_fp16": ratio, "speedup": 1 / ratio, "in_turns": True}
             Recorder.release()
@@ -132,7 +132,7 @@ def run_cache(
     baseline: dict[str, Reference],
     recorder: Recorder,
 ) -> dict[str, Any]:
-    """Fill a cache, check it, time its steps; `baseline` keeps what the cell's next caches are checked against."""
+    """Fill a cache, check it, and time its steps. `baseline` keeps the logits for the checks of the next caches."""
     batch, tokens = cell
     device = model.device
     stepper = Stepper(model, candidate.compiled)
@@ -163,7 +163,7 @@ def run_cache(
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Ratios of times (below 1: faster) to the best 16-bit cache, of the same mode and of any."""
+    """Add the ratios of times (below 1: faster) to the best 16-bit cache, of the same mode and of any mode."""
     timed = [row for row in rows if row.get("ms") is not None]
     for row in timed:
         fp16 = [r for r in timed if r["cache"] in SIXTEEN_BIT]

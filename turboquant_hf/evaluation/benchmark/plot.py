@@ -1,4 +1,4 @@
-"""Time against context length, both on log axes, beside the time that the bytes alone need."""
+"""Pictures of time against context length, on log axes, with the time that reading the bytes needs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from turboquant_hf.evaluation.labels import LEVELS, UNCOMPRESSED, cache_label
 
 COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")
-"""One per preset; its floor has the same. Uncompressed lines are black and grey."""
+"""One colour per preset, also for its floor. Uncompressed lines are black and grey."""
 GREYS = ("0.0", "0.35", "0.55", "0.7", "0.8")
 MARKERS = "os^vDPX<>"
-"""One per cache or backend."""
+"""One marker per cache or backend."""
 COLUMNS = 3
 BASELINES = ("DynamicCache", "StaticCache", "sdpa", "decoder layer")
 
 
 def plot_level(rows: Sequence[Mapping[str, Any]], level: str, path: Path, about: str = "") -> bool:
-    """Write a PNG with one panel per (shape, dtype, batch); False where no row of this level has a time."""
+    """Write a PNG with one panel per (shape, dtype, batch). Returns False if no row of this level has a time."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -59,7 +59,7 @@ def plot_level(rows: Sequence[Mapping[str, Any]], level: str, path: Path, about:
         found, names = axis.get_legend_handles_labels()
         handles |= dict(zip(names, found, strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    # To the left: in the middle a long title would run under the legend of a single panel.
+    # On the left: a long centred title would run under the legend of a single panel.
     heading = "\n".join(filter(None, (LEVELS[level].title, about)))
     figure.suptitle(heading, fontsize=11, x=0.01, horizontalalignment="left")
     figure.savefig(path, metadata={"Software": None})
@@ -67,7 +67,7 @@ def plot_level(rows: Sequence[Mapping[str, Any]], level: str, path: Path, about:
 
 
 def _styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """label -> colour by preset, marker by cache or backend, dashes for what was compiled."""
+    """{label: style}: colour by preset, marker by cache or backend, dashes for compiled steps."""
     presets = list(dict.fromkeys(row["preset"] for row in rows if row.get("preset")))
     names = list(dict.fromkeys(row.get("cache") or row["backend"] for row in rows))
     plain = list(dict.fromkeys(row.get("cache") or row["backend"] for row in rows if not row.get("preset")))
@@ -83,7 +83,7 @@ def _styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _floors(axis, rows: Sequence[Mapping[str, Any]], level: str, styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Dotted, in the colour of the lines that it bounds: bytes over copy bandwidth, and no other work."""
+    """Draw the floors: bytes divided by copy bandwidth, dotted, in the colour of the lines that they bound."""
     unit = "floor_us" if level == "kernel" else "floor_ms"
     floors: dict[str | None, dict[int, float]] = {}
     for row in rows:
@@ -103,7 +103,7 @@ def _panel(row: Mapping[str, Any]) -> tuple[str, str, int]:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """What one line shows: the cache or the backend, its preset, and whether it was compiled."""
+    """The label of a line: the cache or backend, its preset, and whether it was compiled."""
     name = row.get("cache") or row["backend"]
     parts = [row["preset"], name] if row.get("preset") and not row.get("cache") else [name, row.get("preset")]
     return " ".join(part for part in parts if part) + (", compiled" if row.get("mode") == "compiled" else "")

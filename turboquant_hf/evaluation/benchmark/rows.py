@@ -1,4 +1,4 @@
-"""Rows of a benchmark as they come: printed, kept on disk, and failures with their reason."""
+"""Collects the rows of a benchmark: prints them, keeps them on disk, and turns failures into rows with a reason."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 PARTIAL = "partial.json"
 IDENTITY = ("level", "what", "shape", "dtype", "batch", "tokens", "chunk", "cache", "backend", "preset", "mode")
 SHOWN = ("us", "ms", "overhead_s", "first_token_s")
-"""What says most about a row, the first that it has."""
+"""The figures to print for a row: the first of these that it has."""
 
 
 class Recorder:
-    """Collects rows; after each one `partial.json` in `folder` holds all so far, should the run be killed.
+    """Collects rows. After each row, `partial.json` in `folder` holds all rows so far, in case the run is killed.
 
-    A run that finds such a file takes over the cells that were complete (`resume`).
+    A run that finds such a file takes over the complete cells (`resume`).
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -33,7 +33,7 @@ class Recorder:
             self._earlier = [row for row in json.loads((folder / PARTIAL).read_text()) if row.get("complete")]
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Keep a row, show it on standard error, and return it."""
+        """Keep a row, print it on standard error, and return it."""
         self.rows.append(row)
         identity = " ".join(str(row[key]) for key in IDENTITY if row.get(key) is not None)
         value = next((f"{row[unit]:.4g} {unit}" for unit in SHOWN if row.get(unit) is not None), None)
@@ -48,9 +48,9 @@ class Recorder:
 
     @contextmanager
     def cell(self, cell: Mapping[str, Any]) -> Iterator[bool]:
-        """Rows that belong together, which all have the fields of `cell`; yields False where they are there already.
+        """A context for rows that share the fields of `cell`. Yields False if these rows exist already.
 
-        Cells that failed as a whole are measured again.
+        Cells in which every row failed are measured again.
         """
         found = [row for row in self._earlier if cell.items() <= row.items()]
         self._earlier = [row for row in self._earlier if row not in found]
@@ -68,24 +68,24 @@ class Recorder:
 
     @contextmanager
     def guard(self, row: dict[str, Any]) -> Iterator[None]:
-        """What fails within the block becomes `row` with a reason: one cell must not cost the others."""
+        """Turn a failure within the block into `row` with a reason, so that the other cells are still measured."""
         try:
             yield
         except Exception as error:
             lines = str(error).splitlines() or [""]
             self.add({**row, "reason": f"{type(error).__name__}: {lines[0]}"[:300]})
-        # Outside of the handler: a live exception keeps the frames, and with them the tensors, that it passed.
+        # Outside the handler: a live exception keeps its frames, and with them their tensors.
         self.release()
 
     @staticmethod
     def release() -> None:
-        """Give unused device memory back."""
+        """Return unused device memory to the device."""
         gc.collect()
         if torch.cuda.is_available():
-            with suppress(RuntimeError):  # after a fault on the device every call fails: the rows then say so
+            with suppress(RuntimeError):  # after a fault on the device every call fails, and the rows say so
                 torch.cuda.empty_cache()
 
     def finish(self) -> None:
-        """The rows are elsewhere now."""
+        """Remove `partial.json`: the rows are in metrics.json now."""
         if self._folder is not None:
             (self._folder / PARTIAL).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a benchmark runs: shapes and groups of cells, read from a YAML file and narrowed by flags."""
+"""The settings of a benchmark: shapes and groups of cells, read from a YAML file and narrowed by flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turboquant_hf.evaluation.labels import LEVELS
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 WHATS = ("calls", "lengths", "chunks")
-"""Whole calls; calls with prompts of ten lengths beside calls with equal ones; prompts that are read in pieces."""
+"""What the generate level measures: whole calls, calls with prompts of ten lengths, prompts read in pieces."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Shape:
     """The sizes of a decoder: channels, query heads, KV heads, channels per head, MLP width, vocabulary.
 
     Attributes:
-        family: the model type by which transformers knows the configuration.
+        family: the model type of the configuration in transformers.
         options: further fields of that configuration.
     """
 
@@ -43,17 +43,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Group:
-    """Cells (batch, tokens) that one level measures alike.
+    """Cells (batch, tokens) that one level measures in the same way.
 
     Attributes:
-        presets: of the packed caches.
-        caches: names of rivals at the model level (`caches.RIVALS`), of variants at the level of generate
+        presets: presets of the packed caches.
+        caches: names of rivals at the model level (`caches.RIVALS`), or of variants at the generate level
             (`calls.VARIANTS`).
-        layers: of the model.
-        static_cells: cells at which caches of fixed size (of ours, with the first preset) are measured under
-            torch.compile too; each takes a compilation of half a minute.
-        what: of the level of generate, one of `WHATS`.
-        chunk: tokens per piece of a prompt, where `what` is "chunks".
+        layers: layers of the model.
+        static_cells: cells in which caches of fixed size are also measured under torch.compile. Our cache has the first
+            preset there. Each cell takes a compilation of half a minute.
+        what: what the generate level measures, one of `WHATS`.
+        chunk: tokens per piece of a prompt, if `what` is "chunks".
     """
 
     shape: Shape
@@ -89,10 +89,10 @@ OPTIONS = {"shape", "cells", "dtype", "presets", "caches", "layers", "static_cel
 
 
 def read_groups(data: Mapping[str, Any], section: str, levels: Iterable[str] = LEVELS) -> dict[str, list[Group]]:
-    """level -> its groups in `data[section]`.
+    """{level: its groups} of `data[section]`.
 
     Raises:
-        ValueError: for an unknown section, shape or field, or an impossible cell.
+        ValueError: for an unknown section, shape or field, or an invalid cell.
     """
     shapes = read_shapes(data)
     if section not in data:
@@ -132,7 +132,7 @@ def narrow(
     presets: Sequence[str] | None = None,
     dtype: str | None = None,
 ) -> list[Group]:
-    """Groups with what the flags replace; a shape that no group has borrows the first group's cells."""
+    """The groups, with the settings that flags replace. A shape without a group takes the first group's cells."""
     chosen = list(groups)
     if names:
         chosen = []

@@ -1,4 +1,4 @@
-"""Decode steps of a model, eager or compiled, and their time."""
+"""`Stepper`: takes and times decode steps of a model, eager or compiled."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from turboquant_hf.evaluation.harness.models import cache_parameter
 
 SPARE = 16
-"""Tokens that a cache of fixed size has room for beside prompt, warm-up and timed steps."""
+"""Extra tokens for which a cache of fixed size has room, after prompt, warm-up and timed steps."""
 
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """SDPA without cuDNN, which plans anew (65 ms) at every length and so would lose every decode step."""
+    """Turn cuDNN off in SDPA: it plans again at every length (65 ms), so it would be the slowest in every step."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -28,9 +28,9 @@ def without_cudnn() -> Iterator[None]:
 
 
 class Stepper:
-    """Feeds one token per sequence at a time, as `generate` does: greedy, and waiting for each token.
+    """Feeds one token per sequence at a time, as `generate` does: greedy, waiting for each token.
 
-    compiled: by `torch.compile(mode="reduce-overhead")`, that is with CUDA graphs.
+    compiled: whether steps run by `torch.compile(mode="reduce-overhead")`, which uses CUDA graphs.
     """
 
     def __init__(self, model, compiled: bool) -> None:
@@ -42,7 +42,7 @@ class Stepper:
 
     @property
     def warmup(self) -> int:
-        """Steps before the timed ones: launchers are built, graphs recorded."""
+        """Steps before the timed steps, in which launchers are built and graphs are recorded."""
         return 8 if self._model.device.type == "cuda" else 1
 
     def first_ids(self, batch: int) -> torch.Tensor:
@@ -56,10 +56,10 @@ class Stepper:
         return output.logits[:, -1]
 
     def time(self, cache, batch: int, steps: int) -> dict[str, Any]:
-        """Milliseconds per step: medians on the device's clock (events around the forward) and on the host's.
+        """Milliseconds per step: medians by the device's clock (events around the forward) and by the host's.
 
-        The host's includes choosing the token and waiting for it. Steps that encode a tile (one in 128) are in the
-        mean, and in the slowest step, where they fall.
+        The host's time includes choosing the token and waiting for it. The mean and the slowest step also show steps
+        that encode a tile (one in 128).
         """
         clock = Clock(self, cache, batch)
         clock.take(steps)
@@ -77,7 +77,7 @@ class Stepper:
 
 
 class Clock:
-    """Times the steps that one cache takes, after some to warm up."""
+    """Times the steps of one cache, after some warm-up steps."""
 
     def __init__(self, stepper: Stepper, cache, batch: int) -> None:
         self._stepper, self._cache = stepper, cache
@@ -91,7 +91,7 @@ class Clock:
         self.host_ms.clear()
 
     def take(self, steps: int) -> list[float]:
-        """Milliseconds of so many more steps on the device's clock; both clocks' times are kept."""
+        """Take more steps and return their milliseconds by the device's clock. The times of both clocks are kept."""
         if self.cuda:
             torch.cuda.synchronize()
         for _ in range(steps):

@@ -1,4 +1,4 @@
-"""The rows of a benchmark as Markdown, short enough to paste."""
+"""The rows of a benchmark as short Markdown tables."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ GENERATE = {
     "overhead_s": ("more s per call, ten lengths", "{:.3f}"), "held_bytes": ("held GiB", "{:.2f}"),
     "memory_saved": ("x less held", "{:.2f}"), "peak_bytes": ("peak GiB", "{:.2f}"), "error": ("error", "{:.1e}"),
 }  # fmt: skip
-"""Columns of the levels of whole calls, one table per shape; x DynamicCache: times faster, x floor: times its time."""
+"""Columns of the levels of whole calls. "x DynamicCache" is a speed-up; "x floor" is a multiple of the floor's time."""
 TITLES = {
     "lengths": "ten calls, prompts of ten lengths beside equal ones",
     "chunks": "a long prompt, at once and in pieces",
 }
-"""Of rows of the level of generate that are no plain calls, by `what`."""
+"""Titles of the other rows of the generate level, by `what`."""
 
 
 def to_markdown(rows: Sequence[Mapping[str, Any]], about: str = "") -> str:
-    """One table per level; a row without a speed says why."""
+    """One table per level. A row without a speed says why."""
     parts = [about] if about else []
     for level, columns in COLUMNS.items():
         own = [row for row in rows if row["level"] == level]
@@ -67,7 +67,7 @@ def _table_of(row: Mapping[str, Any]) -> tuple:
 
 
 def _calls_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One table of a shape: a line per cell and cache."""
+    """The table of one shape, with a line per cell and cache."""
     first = rows[0]
     kept = {key: spec for key, spec in GENERATE.items() if any(row.get(key) is not None for row in rows)}
     lines = [f"| cell | cache | {' | '.join(name for name, _ in kept.values())} |", "|---|---|" + "---|" * len(kept)]

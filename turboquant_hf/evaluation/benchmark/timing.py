@@ -1,4 +1,4 @@
-"""Time on a device: medians of CUDA graph replays, or of plain calls where no graph can be captured."""
+"""Times on a device: medians of CUDA graph replays, or of plain calls if no graph can be captured."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 
 CALLS = 12
-"""Calls in one graph, at least: a replay's own launch is then a small part."""
+"""The least number of calls in one graph, so that the launch of a replay is a small part."""
 ROTATION = 150 * 2**20
-"""Bytes that the buffers of one rotation should have together: three times the L2 cache of an H100 (50 MB)."""
+"""Bytes of all buffers of one rotation: three times the L2 cache of an H100 (50 MB)."""
 
 
 STEADY = 0.1
-"""Spread up to which a measurement stands as it is; graphs of one kernel have .01."""
+"""The largest spread of a measurement that is not repeated. Graphs of one kernel have 0.01."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median, the spread (80th less 20th percentile, over the median) and how it was taken."""
+    """Seconds of one call: the median, the spread ((80th - 20th percentile) / median), and the method."""
 
     seconds: float
     spread: float
@@ -33,7 +33,7 @@ class Timing:
 
 
 def rotation_count(nbytes: int, device: torch.device, most: int = 32) -> int:
-    """How many buffers of `nbytes` to rotate over, so that no call finds its input in a cache."""
+    """The number of buffers of `nbytes` to rotate over, so that no call finds its input in the L2 cache."""
     if device.type != "cuda":
         return 1
     return max(1, min(most, -(-ROTATION // max(nbytes, 1))))
@@ -47,11 +47,11 @@ def measure(
     least: int = 15,
     graph: bool = True,
 ) -> Timing:
-    """Median time of one call, over `calls` in turn: the same work on different buffers.
+    """Median time of one call. `calls` do the same work on different buffers, in turn.
 
-    Runs for about `seconds` and at least `least` rounds. On a CUDA device all calls are captured in one graph, whose
-    replays are timed by events; without a graph the events include what the host adds. Replays whose spread is above
-    `STEADY` were disturbed, and are timed again, three times at most.
+    Runs for about `seconds` and at least `least` rounds. On a CUDA device, all calls are captured in one graph, and
+    events time its replays. Without a graph, the events include the host's time. Replays with a spread above `STEADY`
+    were disturbed, and are timed again, at most three times.
     """
     if device.type != "cuda":
         return _measure_host(calls, seconds, min(least, 5))
@@ -76,7 +76,7 @@ def measure(
 
 
 def steadiest(take: Callable[[], Timing], attempts: int = 3) -> Timing:
-    """The first of `attempts` whose spread is at most `STEADY`, or the one with the least spread (not time)."""
+    """The first of `attempts` whose spread is at most `STEADY`, else the attempt with the least spread (not time)."""
     taken: list[Timing] = []
     for _ in range(attempts):
         taken.append(take())
@@ -118,9 +118,9 @@ def _summary(taken: Sequence[float], method: str) -> Timing:
 
 
 def kernel_seconds(call: Callable[[], object], device: torch.device, rounds: int = 5) -> float | None:
-    """Seconds that the device spends in the kernels and copies of one call, whatever the host does; None on a CPU.
+    """Seconds that the device spends in the kernels and copies of one call; None on a CPU.
 
-    What a call costs where the device has other work to do while the host prepares it.
+    This is the cost of a call if the device has other work while the host prepares the call.
     """
     if device.type != "cuda":
         return None
@@ -143,6 +143,6 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm of `exact`; NaN and infinities give infinity."""
+    """Norm of the difference divided by the norm of `exact`; infinity if NaN or infinity occurs."""
     error = ((found.double() - exact.double()).norm() / exact.double().norm()).item()
     return error if error == error else float("inf")

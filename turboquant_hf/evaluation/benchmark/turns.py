@@ -1,4 +1,4 @@
-"""Decode steps of several caches in turns, for steps that the host bounds: its speed changes from second to second."""
+"""Times decode steps of several caches in turns, because the host bounds them and its speed changes by the second."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from turboquant_hf.evaluation.benchmark.settings import Group
 from turboquant_hf.evaluation.benchmark.steps import SPARE, Clock, Stepper
 
 TURN = 4
-"""Steps that a cache takes before it is the next one's turn."""
+"""Steps per turn."""
 
 
 def time_in_turns(
     model, group: Group, cell: tuple[int, int], own: Candidate, others: Sequence[Candidate], steps: int
 ) -> float:
-    """own's time / the fastest other's: the median of rounds in which each takes a few steps.
+    """Ratio of own's time to the fastest other's: the median of rounds in which each cache takes a few steps.
 
     Args:
         cell: (batch, tokens of the prompt).
-        steps: of every cache in all.
+        steps: steps of every cache in all.
     """
     batch, tokens = cell
     rounds = max(1, steps // TURN)

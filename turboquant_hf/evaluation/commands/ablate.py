@@ -1,4 +1,4 @@
-"""Each ingredient on and off, by KL against the uncompressed model."""
+"""`turboquant-hf ablate`: each part of a preset on and off, by KL against the uncompressed model."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", type=Path, default=config_path("eval", "ablate.yaml"), help="YAML: section -> name -> change"
     )
-    parser.add_argument("--section", action="append", metavar="NAME", help="only sections that begin so; repeatable")
+    parser.add_argument(
+        "--section", action="append", metavar="NAME", help="only sections whose names begin with this; may be repeated"
+    )
     flags.add_window_arguments(parser, context=768, windows=1)
     flags.add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the output folder lacks, print one table, draw ablate.png; 0 when done."""
+    """Measure what the output folder lacks, print one table, draw ablate.png. Returns 0."""
     asked = Run.of(args)
     variants = read_variants(Path(asked.variants), asked.section)
-    # Rows of different sections are often the same preset under two names. How long statistics take is seen only
-    # where the text comes chunk by chunk.
+    # Rows of different sections are often the same preset under two names. The effect of `min_statistics` shows only
+    # if the text comes chunk by chunk.
     rows = [(replace(preset, name=""), section.startswith("statistics")) for section, _, preset in variants]
     unique = list(dict.fromkeys(rows))
 
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_variants(path: Path, sections: Sequence[str] | None = None) -> list[tuple[str, str, CachePreset]]:
-    """(section, name, preset) of every row asked for.
+    """(section, name, preset) of every requested row.
 
     Raises:
         ValueError: for a section that is not in the file, or a row without a base or with an unknown field.
@@ -71,7 +73,7 @@ def read_variants(path: Path, sections: Sequence[str] | None = None) -> list[tup
 
 
 def variant(change: Mapping[str, Any]) -> CachePreset:
-    """The base preset with nothing raw but its sinks and the first 256 tokens' attention, then changed."""
+    """The base preset, changed. Only its sinks stay raw, and attention over the first 256 tokens."""
     change = dict(change)
     if "base" not in change:
         raise ValueError(f"variant {change!r} is not supported; allowed: a mapping with 'base' and fields of a preset")
@@ -87,7 +89,7 @@ def variant(change: Mapping[str, Any]) -> CachePreset:
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """KL against the bits per channel that a cache of this context holds, raw tokens included, and the Pareto front."""
+    """Draw KL against the bits per channel of a cache of this context, with raw tokens, and the Pareto front."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Widths layer by layer under a budget, from each layer's own effect on the model's answer."""
+"""`turboquant-hf allocate`: chooses widths layer by layer under a budget, by each layer's effect on the answers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         default=3.0,
-        help="bits of codes per channel, mean of keys and values, of the flat preset whose bytes are spent "
-        "(default: %(default)s)",
+        help="bits of codes per channel, mean of keys and values: the best flat preset with these bits sets the bytes "
+        "to spend (default: %(default)s)",
     )
     parser.add_argument(
         "--widths",
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, choose, check, write the preset and metrics.json; 0 when done."""
+    """Measure, choose and check; write the preset and metrics.json. Returns 0."""
     asked = Run.of(args)
     if not min(asked.widths) <= asked.budget <= max(asked.widths):
         raise ValueError(
@@ -110,10 +110,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def sensitivity(asked: Run, layers: int) -> Costs:
-    """KL of each side of each layer alone at each width, all else lossless: a run of its own, folder `sensitivity`.
+    """KL of each side of each layer alone at each width, all else lossless. This is a run in the folder `sensitivity`.
 
-    Only the `probe` widths are measured layer by layer. The others follow the nearest probed one by the ratio of what
-    all layers together lose at the two widths, which saves most of the work.
+    Only the `probe` widths are measured layer by layer. Another width gets the KL of the nearest probed width, times
+    the ratio of the KL of all layers together at the two widths. This saves most of the work.
     """
     part = asked.part("sensitivity", tool="allocate, sensitivity")
     widths = sorted({*asked.widths, *asked.probe})
@@ -144,16 +144,16 @@ def sensitivity(asked: Run, layers: int) -> Costs:
 def choose(
     costs: Costs, asked: Run, layers: int, head_dim: int
 ) -> tuple[dict[tuple[str, int], int], list[CachePreset]]:
-    """(role, layer) -> width, and the flat presets of the budget, the bytes of whose strongest are spent."""
+    """({(role, layer): width}, the flat presets of the budget). The bytes of the strongest flat preset are spent."""
     rivals = flat_rivals(asked.widths, asked.budget)
-    # Pairs of equal code widths differ in their scales: the bytes to spend are those of the strongest rival.
+    # Flat presets of equal code widths differ in the bytes of their scales. The strongest of them sets the budget.
     rival = min(rivals, key=lambda preset: flat_cost(costs, preset, asked.widths, layers))
     bits = sum(bits_per_channel(rival, head_dim, layers)) / 2
     return choose_widths(costs, price_list(asked.widths, head_dim), layers, bits), rivals
 
 
 def verdict(results: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence on the allocated preset (first) beside the best of its flat rivals, window by window."""
+    """A sentence that compares the allocated preset (first) with the best of its flat rivals, window by window."""
     ours, rival = results[0], min(results[1:], key=lambda row: row["kl"])
     outcome = "beats" if ours["kl"] < rival["kl"] else "does not beat"
     bits = [(row["key_bits"] + row["value_bits"]) / 2 for row in (ours, rival)]
@@ -177,7 +177,7 @@ def _head_dim(config) -> int:
 
 
 def _one_side(role: str, width: int, layer: int | None = None) -> CachePreset:
-    """Nothing rounded but the keys or the values of one layer, or of all."""
+    """A preset that rounds only the keys or the values of one layer, or of all layers."""
     quantizer = key_quantizer(width) if role == "keys" else value_quantizer(width)
     name = f"{role} {width}" if layer is None else f"{role} {width}, layer {layer}"
     lossless = CachePreset(name=name, keys="lossless", values="lossless", **MEASURED_ALONE)

@@ -1,4 +1,4 @@
-"""Published methods and other libraries' caches in the harness of `perplexity`."""
+"""`turboquant-hf baselines`: published methods and other libraries' caches in the harness of `perplexity`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flags.add_window_arguments(parser, context=1024, windows=1)
     parser.add_argument(
-        "--recent-window", type=int, default=0, help="raw recent tokens of every method beside the fed chunk"
+        "--recent-window", type=int, default=0, help="recent tokens that every method keeps raw, besides the fed chunk"
     )
     flags.add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the output folder lacks and print the tables; 0 when done."""
+    """Measure what the output folder lacks and print the tables. Returns 0."""
     asked = Run.of(args)
     methods = yaml.safe_load(Path(asked.methods).read_text())
     presets, notes = read_methods(methods, load_config(asked.model), asked.recent_window)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_methods(methods: dict[str, Any], config, recent_window: int) -> tuple[list[CachePreset], list[str]]:
-    """Presets of all kinds that can be measured here, and a sentence on each that cannot."""
+    """(presets that can be measured here, a sentence on each that cannot)."""
     presets = resolve_presets(methods.get("presets", ()), recent_window=recent_window)
     for name, data in methods.get("non_uniform", {}).items():
         presets.append(non_uniform_preset(name, **data, recent_window=recent_window))
@@ -76,7 +76,7 @@ def read_methods(methods: dict[str, Any], config, recent_window: int) -> tuple[l
 
 
 def prune(asked: Run, setting: dict[str, Any]) -> None:
-    """A run of its own, in the folder `pruned`: each press of kvpress, with each preset behind it."""
+    """A separate run in the folder `pruned`: each press of kvpress, followed by each preset."""
     _, text = read_text(asked)
     part = asked.part("pruned", tool="prune, then quantize").with_settings(contents=fingerprint(text, setting))
     tokens = load_tokenizer(asked.model)(text, return_tensors="pt", verbose=False).input_ids[0]

@@ -30,24 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--settings", type=Path, default=config_path("eval", "benchmark.yaml"), help="YAML of shapes and cells"
     )
     parser.add_argument("--only", nargs="+", choices=LEVELS, default=list(LEVELS), help="levels to measure")
-    parser.add_argument("--quick", action="store_true", help="the few cells of the section `quick`")
+    parser.add_argument("--quick", action="store_true", help="only the few cells of the section `quick`")
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="shapes of the settings, instead of all used there")
     parser.add_argument("--batch", type=whole(1), nargs="+", metavar="N", help="sequences; combined with --tokens")
     parser.add_argument("--tokens", type=whole(1), nargs="+", metavar="N", help="tokens in the cache")
-    parser.add_argument("--preset", nargs="+", metavar="NAME", help="names or YAML paths")
+    parser.add_argument("--preset", nargs="+", metavar="NAME", help="preset names or YAML paths")
     parser.add_argument("--dtype", help="float16, bfloat16 or float32")
-    parser.add_argument("--backend", nargs="+", metavar="NAME", help="of TURBOQUANT_BACKEND, for kernel and encode")
     parser.add_argument(
-        "--steps", type=whole(1), default=None, help="timed decode steps of a model (32, of generate 55; 3 on a CPU)"
+        "--backend", nargs="+", metavar="NAME", help="values of TURBOQUANT_BACKEND, for the kernel and encode levels"
     )
-    parser.add_argument("--no-compile", action="store_true", help="generate: leave out StaticCache, which compiles")
+    parser.add_argument(
+        "--steps", type=whole(1), default=None, help="timed decode steps of a model (32; generate: 55; on a CPU: 3)"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="generate level: leave out StaticCache, which is compiled"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="folder for metrics.json, config.yaml and plots")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the run's folder, print a table; 0 when done."""
-    # Each level imports transformers' models, which --help can do without.
+    """Measure, write the run's folder, print a table. Returns 0."""
+    # Imported here, because the levels import transformers' models and --help does not need them.
     from turboquant_hf.evaluation.benchmark import capacity, encode, generate, kernels, model, settings, table
     from turboquant_hf.evaluation.benchmark.rows import Recorder
     from turboquant_hf.evaluation.benchmark.timing import copy_bandwidth
@@ -99,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def windows_of(groups: Mapping[str, Sequence[Group]]) -> dict[str, int]:
-    """Recent windows of the presets; one that cannot be read is a row with a reason, and has none here."""
+    """Recent windows of the presets. A preset that cannot be read is left out here; its row has a reason."""
     presets = []
     for name in dict.fromkeys(name for own in groups.values() for group in own for name in group.presets):
         with suppress(ValueError, OSError):
@@ -108,7 +112,7 @@ def windows_of(groups: Mapping[str, Sequence[Group]]) -> dict[str, int]:
 
 
 def write(asked: Run, metrics: dict[str, Any]) -> None:
-    """metrics.json, config.yaml and one picture per level."""
+    """Write metrics.json, config.yaml and one picture per level."""
     from turboquant_hf.evaluation.benchmark.plot import plot_level
 
     if asked.output is None:

@@ -1,4 +1,4 @@
-"""`turboquant-hf check`: does a preset leave this model's answers alone, and if not, which one does?"""
+"""`turboquant-hf check`: whether a preset keeps this model's answers, and if not, which preset does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turboquant_hf.evaluation.harness.texts import read_text
 from turboquant_hf.evaluation.presets.named import MEASURED_ALONE
 
 SAFER = ("k3v3", "k4v4", "k8v4")
-"""Presets in the order of what they keep."""
+"""Presets by increasing fidelity."""
 LIMIT = 0.1
 
 
@@ -25,12 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model_arguments(parser)
     flags.add_text_arguments(parser)
     parser.add_argument("--preset", metavar="NAME", default=DEFAULT_PRESET, help="preset name or YAML path")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="KL per token that is put up with (%(default)s)")
-    parser.add_argument("--context", type=int, default=512, help="tokens of the text that are read (%(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="largest KL per token that is accepted (%(default)s)"
+    )
+    parser.add_argument("--context", type=int, default=512, help="tokens of the text to read (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a sentence; 0 when the preset stays below the limit, 1 when it does not."""
+    """Print a sentence. Returns 0 if the preset stays below the limit, else 1."""
     asked = Run.of(args)
     if not asked.limit >= 0:
         raise ValueError(f"limit={asked.limit:g} is not supported; allowed: 0 and more")
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What `check_fidelity` found; `safer` names a preset that stays under the limit, where this one does not."""
+    """The result of `check_fidelity`. If the preset is above the limit, `safer` names one that stays below it."""
 
     preset: str
     kl: float
@@ -65,7 +67,7 @@ class Fidelity:
 
     @property
     def sentence(self) -> str:
-        """What a user needs to know."""
+        """The result in words."""
         figures = f"KL {self.kl:.3g} per token, limit {self.limit:g}"
         if self.faithful:
             return f"{self.preset} stays close to the uncompressed model: {figures}, top-1 {self.top1:.1%}"
@@ -89,8 +91,8 @@ def check_fidelity(
 ) -> Fidelity:
     """Compare the logits of the compressed and the uncompressed model on the beginning of `text`.
 
-    Nothing but the sinks is read raw, so that the quantizers themselves are judged. Warns when the KL per token is
-    above `limit`, naming the first of `SAFER` that keeps it below.
+    Only the sinks are read raw, so that the quantizers themselves are judged. If the KL per token is above `limit`, a
+    warning names the first preset of `SAFER` that stays below it.
 
     Raises:
         ValueError: when the text is shorter than `context` tokens.

@@ -1,4 +1,4 @@
-"""Error of every quantizer on given vectors beside the theory: MSE, inner-product error, bias."""
+"""`turboquant-hf distortion`: MSE, inner-product error and bias of every quantizer on given vectors, beside theory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.resources import config_path
 
 UPPER_BOUND = 3**0.5 * torch.pi / 2
-"""TurboQuant's bound on the relative MSE is this times 4^-bits; no quantizer of b bits is below 4^-b."""
+"""TurboQuant's bound on the relative MSE is this factor times 4^-bits. No quantizer of b bits is below 4^-b."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "values that --model makes of a text (--model packaged: SmolLM2)."
     )
     parser.add_argument(
-        "--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file, instead of synthetic ones"
+        "--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file, instead of synthetic vectors"
     )
     parser.add_argument(
         "--layers",
@@ -59,13 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head-dim", type=flags.whole(1), default=128, help="channels of the synthetic vectors (%(default)s)"
     )
     parser.add_argument(
-        "--quantizers", type=Path, default=config_path("eval", "distortion.yaml"), help="YAML of name-bits: quantizer"
+        "--quantizers",
+        type=Path,
+        default=config_path("eval", "distortion.yaml"),
+        help="YAML file of name-bits: quantizer",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic vectors (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table per source, write metrics.json and distortion.png; 0 when done."""
+    """Measure, print a table per source, write metrics.json and distortion.png. Returns 0."""
     asked = Run.of(args)
     check_output(asked)
     with asked.quantizers.open() as file:
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_sources(asked: Run) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Name -> (queries [H, n, D], vectors [H, T, D]), as --model, --vectors or neither of them asks."""
+    """{name: (queries [H, n, D], vectors [H, T, D])}, from --model, from --vectors, or synthetic."""
     if asked.model is not None:
         model, tokenizer = load_model(
             asked.model, dtype=asked.dtype, device=asked.device, attn_implementation=ATTENTION_NAME
@@ -126,7 +129,7 @@ def measure_all(
 
 
 def theory(widths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> dict[str, list[float]]:
-    """Relative MSE by width of a code: Lloyd-Max on Gaussian coordinates, and the bounds."""
+    """Relative MSE by code width: Lloyd-Max on Gaussian coordinates, and the bounds."""
     return {
         "bits": list(widths),
         "lloyd_max": [distortion(lloyd_max(b)) for b in widths],
@@ -136,7 +139,7 @@ def theory(widths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> dict[str, list[float]]
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """MSE and inner-product error against real bits, one row of panels per source, a line for each family of names."""
+    """Draw MSE and inner-product error against real bits: a row of panels per source, a line per family of names."""
     from matplotlib.figure import Figure
 
     sources = list(dict.fromkeys(row["source"] for row in results))

@@ -1,4 +1,4 @@
-"""What a model's cache takes, from its configuration alone: by layer, at a length; the longest context in a memory."""
+"""`turboquant-hf inspect`: a cache's memory from the model's configuration, and the longest context in a memory."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ UNITS = {
 }
 ALLOWED = "a number of bytes, or one with KiB, MiB, GiB, TiB, KB, MB, GB or TB"
 BUILDERS = ("CausalLM", "ImageTextToText", "Seq2SeqLM", "SpeechSeq2Seq", "")
-"""Kinds of Auto classes, the first that knows a configuration builds its model."""
+"""Kinds of Auto classes. The first that knows a configuration builds its model."""
 REASONS = {
     "packed": "packed",
-    "packed + recurrent": "packed; the recurrent state stays, it does not grow",
+    "packed + recurrent": "packed; the recurrent state is left as it is: it does not grow",
     "sliding window": "left as they are: at most the window",
     "recurrent": "left as they are: a state that does not grow",
     "sliding window + recurrent": "left as they are: at most the window, and a state that does not grow",
@@ -39,7 +39,7 @@ REASONS = {
     "raw": "left as they are: a kind of layer that this package does not know",
     "none": "keep nothing of their own",
 }
-"""What becomes of a kind of layer, and why."""
+"""What happens to each kind of layer, and why."""
 
 
 def memory_size(text: str) -> int:
@@ -59,7 +59,7 @@ def weights_size(text: str) -> str | int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="hub id, folder, GGUF file, a config.json, or 'packaged' (SmolLM2-135M)")
     parser.add_argument(
-        "--tokens", type=whole(1), help="of every sequence (default: the longest the model is made for)"
+        "--tokens", type=whole(1), help="tokens of every sequence (default: the longest context of the model)"
     )
     parser.add_argument("--batch", type=whole(1), default=1, help="sequences (%(default)s)")
     parser.add_argument(
@@ -71,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=weights_size,
         default="yes",
         metavar="yes|no|SIZE",
-        help="of --memory, leave room for the weights: in the model's dtype (yes, the default), none, or so much",
+        help="part of --memory for the weights: yes (in the model's dtype, the default), no, or a size",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: the configuration's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: the configuration's)")
     parser.add_argument(
         "--prefill-chunk", type=whole(1), metavar="TOKENS", help="prompt tokens read at a time (default: all at once)"
     )
@@ -81,14 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables or JSON; 0 when done."""
+    """Print the tables or JSON. Returns 0."""
     found = inspect_model(args)
     print(json.dumps(found["json"], indent=2) if args.json else _page(found, args))
     return 0
 
 
 def inspect_model(args: argparse.Namespace) -> dict[str, Any]:
-    """What `run` prints, as `MemoryEstimate`s, and as plain data under "json"."""
+    """The content of what `run` prints: `MemoryEstimate`s, and plain data under "json"."""
     config = load_config(args.model)
     plan = MemoryPlan(config, getattr(torch, args.dtype) if args.dtype else None)
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -136,7 +136,7 @@ def inspect_model(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of a configuration's model, tied ones once. The model is built on the meta device: it takes no memory.
+    """Number of parameters of a configuration's model; tied weights count once. Built on the meta device.
 
     Raises:
         ValueError: transformers has no class for it.

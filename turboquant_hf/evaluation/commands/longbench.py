@@ -1,6 +1,7 @@
-"""LongBench-E (arXiv 2308.14508): its 13 English and code tasks, read through a cache, in a table like TurboQuant's.
+"""`turboquant-hf longbench`: the 13 English and code tasks of LongBench-E (arXiv 2308.14508), read through a cache.
 
-`--prompts` takes LongBench's `dataset2prompt.json` for numbers that are to be compared with published ones.
+The table is laid out like that of the TurboQuant paper. To compare with published numbers, give LongBench's
+`dataset2prompt.json` to `--prompts`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from turboquant_hf.evaluation.tasks.longbench import (
 from turboquant_hf.evaluation.tasks.prompts import check_tasks
 
 CHAT_ROOM = 100
-"""Tokens left for a chat template around a prompt."""
+"""Tokens reserved for a chat template around a prompt."""
 BUCKETS = (("0-4k", 0, 4000), ("4-8k", 4000, 8000), ("8k+", 8000, float("inf")))
-"""LongBench-E's classes of length, in words of context."""
+"""LongBench-E's classes of length, in words of the context."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all 13")
     parser.add_argument("--limit", type=flags.whole(1), default=None, help="samples per task; default: all")
     parser.add_argument(
-        "--max-length", type=flags.whole(1), default=None, help="prompt tokens; default: what the model takes"
+        "--max-length",
+        type=flags.whole(1),
+        default=None,
+        help="most prompt tokens; default: the longest context of the model",
     )
     parser.add_argument(
         "--chat", action=argparse.BooleanOptionalAction, default=True, help="use the chat template, if any"
@@ -58,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the output folder lacks and print a table; 0 when done."""
+    """Measure what the output folder lacks and print a table. Returns 0."""
     asked = Run.of(args)
     check_tasks(asked.tasks, list(TASKS))
     caches = resolve_caches(asked.preset, asked.recent_window)
@@ -93,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def predict(model, tokenizer, preset, name: str, template: str, row: dict[str, Any], asked: Run) -> dict[str, Any]:
-    """One sample's greedy answer through one cache, with what its metric needs."""
+    """The greedy answer to one sample through one cache, with the data that its metric needs."""
     task = TASKS[name]
     limit = model.config.get_text_config(decoder=True).max_position_embeddings - task.new_tokens - CHAT_ROOM
     prompt = encode_prompt(
@@ -108,7 +112,7 @@ def predict(model, tokenizer, preset, name: str, template: str, row: dict[str, A
     stop = decoding.stop_tokens(model, tokenizer)
     if task.stop_at_newline:
         stop |= {tokenizer("\n", add_special_tokens=False).input_ids[-1]}
-        # The answer may not be empty.
+        # The answer must not be empty.
         logits = logits.index_fill(1, torch.tensor(sorted(stop), device=logits.device), -torch.inf)
     tokens = decoding.decode_greedy(model, logits, kv, task.new_tokens, stop)[0]
     packed = isinstance(kv, TurboQuantCache) and any(layer.tiles[0].count for layer in kv.packed_layers)
@@ -124,7 +128,7 @@ def predict(model, tokenizer, preset, name: str, template: str, row: dict[str, A
 
 
 def score(task: str, records: list[dict[str, Any]]) -> float:
-    """Mean of the task's metric over predictions, in percent."""
+    """Mean of the task's metric over all predictions, in percent."""
     from turboquant_hf.evaluation.metrics import load_metric
 
     lines = [record["prediction"] for record in records]
@@ -136,7 +140,7 @@ def score(task: str, records: list[dict[str, Any]]) -> float:
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scores by cache and task, over all samples and by LongBench-E's classes of length; and by cache."""
+    """Scores by cache and task, over all samples and by class of length; and mean scores by cache."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in records:
         groups.setdefault((record["preset"], record["task"]), []).append(record)
@@ -161,7 +165,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(metrics: dict[str, Any], dtype: str) -> str:
-    """One line per cache: bits per channel, how much smaller, mean score by category, and the mean over tasks."""
+    """One line per cache: bits per channel, compression, mean score by category, and the mean over tasks."""
     results = metrics["results"]
     categories = [c for c in CATEGORIES if any(row["category"] == c for row in results)]
     rows = []
@@ -169,7 +173,7 @@ def table(metrics: dict[str, Any], dtype: str) -> str:
         own = [row for row in results if row["preset"] == preset]
         by_category = [_mean([r["score"] for r in own if r["category"] == c]) for c in categories]
         average = _mean([r["score"] for r in own])
-        # Records say 16 bit of every dense cache, whatever its dtype.
+        # Records give 16 bits for every dense cache, whatever its dtype.
         sizes = uncompressed_size(dtype) if preset == UNCOMPRESSED else (size["bits"], size["smaller"])
         rows.append([cache_label(preset, dtype), *sizes, *by_category, average])
     return format_table(rows, ["cache", "bits", "smaller", *categories, "average"])

@@ -1,7 +1,8 @@
-"""Needle in a haystack: a fact at a known depth of a prompt of known length, asked for at its end.
+"""`turboquant-hf needle`: needle in a haystack. A fact lies at a known depth of a prompt, whose end asks for the fact.
 
-Each prompt is prefilled through the cache in chunks, its answer decoded greedily through the same cache. Accuracy says
-whether the answer came out; the likelihood of the true answer says how close it was, also where accuracy saturates.
+Each prompt is prefilled through the cache in chunks, and the answer is decoded greedily through the same cache.
+Accuracy says whether the answer is right. The likelihood of the true answer also tells caches apart if all answers are
+right.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from turboquant_hf.evaluation.tasks.prompts import run_prompts
 
 PRESETS = ("k4v4", "k3v3", "k2v2", "paper-mse-3", "paper-mse-2")
 EXTRA_TOKENS = 3
-"""Tokens decoded beyond the answer's own number, where it has not come out yet."""
+"""Additional tokens that are decoded, beyond the number in the answer, if the answer has not appeared."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model_arguments(parser, output="results/needle")
     flags.add_text_arguments(parser)
     flags.add_preset_argument(parser, PRESETS)
-    parser.add_argument("--style", choices=sorted(STYLES), default="number", help="kind of needle (%(default)s)")
+    parser.add_argument("--style", choices=sorted(STYLES), default="number", help="wording of the needle (%(default)s)")
     parser.add_argument(
         "--lengths",
         type=flags.whole(1),
         nargs="+",
         default=[512, 1024, 2048],
         metavar="TOKENS",
-        help="of a prompt (default: 512 1024 2048)",
+        help="tokens of a prompt (default: 512 1024 2048)",
     )
     parser.add_argument(
         "--depths",
@@ -45,18 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
         metavar="SHARE",
-        help="where the needle begins, 0 to 1 (default: 0 0.25 0.5 0.75 1)",
+        help="depths at which the needle begins, 0 to 1 (default: 0 0.25 0.5 0.75 1)",
     )
     parser.add_argument(
         "--trials", type=int, default=1, help="prompts for every length and depth, run as one batch (%(default)s)"
     )
     flags.add_reading_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of keys, numbers and places (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of keys, numbers and places (%(default)s)")
     flags.add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the output folder lacks, print a table, draw the heatmaps; 0 when done."""
+    """Measure what the output folder lacks, print a table, draw the heatmaps. Returns 0."""
     asked = Run.of(args)
     check(asked)
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(asked: Run) -> None:
-    """Raise ValueError for settings that no prompt can be made of."""
+    """Raise ValueError if no prompt can be made from these settings."""
     if asked.style not in STYLES:
         raise ValueError(f"style={asked.style!r} is not supported; allowed: {', '.join(STYLES)}")
     if asked.trials < 1:
@@ -84,7 +85,7 @@ def check(asked: Run) -> None:
 
 
 def make_units(asked: Run, names: list[str]) -> list[dict[str, Any]]:
-    """One unit per (preset, length, depth); depth None is the control, a prompt of the baseline without its needle."""
+    """One unit per (preset, length, depth). Depth None is the control: a prompt without a needle, for the baseline."""
     return [
         {"preset": name, "style": asked.style, "length": length, "depth": depth}
         for length in asked.lengths
@@ -94,7 +95,7 @@ def make_units(asked: Run, names: list[str]) -> list[dict[str, Any]]:
 
 
 def predict(model, haystack: Haystack, preset, unit: dict[str, Any], asked: Run) -> dict[str, Any]:
-    """Answers of one unit's trials, decoded as one batch through one cache."""
+    """The answers of one unit's trials, decoded as one batch through one cache."""
     style, length = STYLES[unit["style"]], unit["length"]
     seeds = [f"{asked.seed}/{unit['style']}/{length}/{trial}" for trial in range(asked.trials)]
     prompts, answers = zip(*(make_trial(haystack, style, length, unit["depth"], seed) for seed in seeds), strict=True)
@@ -115,7 +116,7 @@ def predict(model, haystack: Haystack, preset, unit: dict[str, Any], asked: Run)
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean accuracy and answer NLL (nats per token) of every cell; the control is kept apart."""
+    """Mean accuracy and answer NLL (nats per token) of every cell. The control is separate."""
     rows = [
         {
             **{key: record[key] for key in ("preset", "style", "length", "depth")},
@@ -129,7 +130,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(metrics: dict[str, Any], dtype: str) -> str:
-    """One line per (length, preset): accuracy at every depth, and the mean answer NLL."""
+    """One line per (length, preset): accuracy at every depth, and the mean NLL of the answer."""
     results = metrics["results"]
     depths = sorted({row["depth"] for row in results})
     groups: dict[tuple[int, str], dict[float, dict]] = {}
@@ -154,7 +155,7 @@ def _mean(rows, key: str) -> float:
 
 
 def draw(metrics: dict[str, Any], output: Path, dtype: str) -> None:
-    """Heatmaps of accuracy by length and depth for each cache, and of what it loses to the uncompressed one."""
+    """Draw heatmaps of each cache: accuracy by length and depth, and its difference from the uncompressed cache."""
     results = metrics["results"]
     grids = {
         preset: {(r["length"], r["depth"]): r["accuracy"] for r in results if r["preset"] == preset}

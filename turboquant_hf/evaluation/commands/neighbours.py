@@ -1,4 +1,4 @@
-"""Nearest-neighbour search over quantized vectors: recall and indexing time beside faiss's codecs."""
+"""`turboquant-hf neighbours`: nearest-neighbour search over quantized vectors, beside faiss's codecs."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vectors", type=Path, help="embeddings [rows, channels] in a .npy or .pt file; default: synthetic clusters"
     )
-    parser.add_argument("--rows", type=whole(1), default=10_000, help="how many vectors are indexed (%(default)s)")
-    parser.add_argument("--queries", type=whole(1), default=500, help="rows that are searched for (%(default)s)")
+    parser.add_argument("--rows", type=whole(1), default=10_000, help="vectors to index (%(default)s)")
+    parser.add_argument("--queries", type=whole(1), default=500, help="rows to search for (%(default)s)")
     parser.add_argument("--dim", type=whole(1), default=128, help="channels of the synthetic vectors (%(default)s)")
     parser.add_argument("--bits", type=whole(1), nargs="+", default=[2, 4], help="widths of the codecs (default: 2 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of rows and queries (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of rows and queries (%(default)s)")
     parser.add_argument(
         "--output", type=Path, default=None, help="folder for config.yaml, metrics.json and neighbours.png"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write metrics.json and neighbours.png; 0 when done."""
+    """Measure, print a table, write metrics.json and neighbours.png. Returns 0."""
     asked = Run.of(args)
     check_output(asked)
     base, queries = read_vectors(asked)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_vectors(asked: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """(base [rows, D], queries [n, D]), all of norm 1; queries are rows of their own."""
+    """(base [rows, D], queries [n, D]), all of norm 1. No query is in the base."""
     needed = asked.rows + asked.queries
     if asked.vectors is None:
         x = clusters(needed, asked.dim, asked.seed)
@@ -63,7 +63,7 @@ def read_vectors(asked: Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def clusters(count: int, dim: int, seed: int = 0) -> torch.Tensor:
-    """Points around 64 centres with a decaying spectrum, as embeddings have it."""
+    """Points around 64 centres with a decaying spectrum, like embeddings."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, dim + 1).pow(-0.5)
     centres = torch.randn(64, dim, generator=generator) * spectrum
@@ -89,7 +89,7 @@ Search = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def codecs(dim: int, widths: Sequence[int]) -> list[tuple[str, float, Callable[[torch.Tensor], Search]]]:
-    """(name, real bits per channel, base -> search) of all codecs at hand; one line where faiss is missing."""
+    """(name, real bits per channel, base -> search) of all available codecs. Prints a line if faiss is missing."""
     found = []
     for width in widths:
         ours = {"mse": QUANTIZERS["mse"](bits=width, scale="unbiased")}
@@ -115,7 +115,7 @@ def codecs(dim: int, widths: Sequence[int]) -> list[tuple[str, float, Callable[[
 
 def _ours(quantizer) -> Callable[[torch.Tensor], Search]:
     def index(base: torch.Tensor) -> Search:
-        # A linear estimator is q times the decoded vector, so that search is one matrix product.
+        # A linear estimator is q times the decoded vector, so a search is one matrix product.
         decoded = round_trip(quantizer, base[None])[0]
         return lambda queries, k: (queries @ decoded.T).topk(k, dim=1).indices
 
@@ -139,7 +139,7 @@ def _faiss(make) -> Callable[[torch.Tensor], Search]:
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Recall against rank, and indexing time."""
+    """Draw recall against rank, and indexing time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")

@@ -1,9 +1,10 @@
 """`turboquant-hf perplexity`: presets beside the uncompressed model on a text.
 
-A chunk is stored before it is attended to: outside the recent window nothing is read raw, not even a token's own
-neighbours, which in generation wait raw in the tail until their tile is full. So these figures are what the
-quantizers cost at their worst; `--raw-chunk` gives generation's own order. `--repeat` puts a run of one token, or of a
-few, into the text: statistics that were taken of it must not spoil what follows.
+By default, a chunk is encoded before attention reads it. Outside the recent window, nothing is then read raw. In
+generation, the newest tokens stay raw in the tail until their tile is full. The figures therefore show the quantizers
+at their worst. `--raw-chunk` gives the order of generation.
+
+`--repeat` puts a run of one token, or of a few tokens, into the text. Statistics of this run must not spoil what follows.
 """
 
 from __future__ import annotations
@@ -29,18 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recent-window", type=int, default=None, metavar="TOKENS", help="override the presets' recent window"
     )
-    parser.add_argument("--raw-chunk", action="store_true", help="attend to a chunk before it is rounded")
+    parser.add_argument("--raw-chunk", action="store_true", help="attend to a chunk before it is encoded")
     parser.add_argument("--repeat", metavar="TEXT", help="put a run of copies of TEXT's tokens into every window")
     parser.add_argument("--repeat-tokens", type=flags.whole(1), default=384, help="tokens of the run (%(default)s)")
     parser.add_argument(
-        "--repeat-at", type=flags.whole(0), default=0, help="tokens before it; only what follows counts (%(default)s)"
+        "--repeat-at",
+        type=flags.whole(0),
+        default=0,
+        help="tokens before the run; only what follows it counts (%(default)s)",
     )
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
     flags.add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the output folder lacks and print a table; 0 when done."""
+    """Measure what the output folder lacks and print a table. Returns 0."""
     asked = Run.of(args)
     presets = resolve_presets(asked.preset, recent_window=asked.recent_window, encode_first=not asked.raw_chunk)
 

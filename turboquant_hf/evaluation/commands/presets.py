@@ -1,4 +1,4 @@
-"""The shipped presets side by side: real bits per channel and expected compression, computed from the byte layout."""
+"""`turboquant-hf presets`: bits per channel and expected compression of the shipped presets, from the byte layout."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", action="extend", nargs="+", metavar="NAME", help="preset names or YAML paths; default: all shipped"
     )
     sizes = {"type": whole(1), "metavar": "N"}
-    parser.add_argument("--head-dim", nargs="+", default=[128], help="channels of a head (128)", **sizes)
+    parser.add_argument("--head-dim", nargs="+", default=[128], help="channels per head (128)", **sizes)
     parser.add_argument(
-        "--tokens", nargs="+", default=list(SIZES), help="prompts whose memory is shown (512 2048 32768)", **sizes
+        "--tokens",
+        nargs="+",
+        default=list(SIZES),
+        help="lengths of the prompts whose memory is shown (512 2048 32768)",
+        **sizes,
     )
     parser.add_argument("--layers", default=32, help="KV layers (%(default)s)", **sizes)
     parser.add_argument("--kv-heads", default=8, help="KV heads per layer (%(default)s)", **sizes)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; 0 when done."""
+    """Print the table. Returns 0."""
     header = ["preset"]
     for dim in args.head_dim:
         header += [f"K bits d={dim}", "V bits", *(f"at {size(tokens)}" for tokens in args.tokens)]
@@ -61,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 OWN = re.compile(r"k\d+v\d+")
-"""Names of this project's own presets."""
+"""The pattern of the names of this project's own presets."""
 
 
 def own_first() -> list[str]:
@@ -70,7 +74,7 @@ def own_first() -> list[str]:
 
 
 def description(preset: str) -> str:
-    """What the first lines of a preset's file say about it, by name or path."""
+    """The first comment of a preset's file, found by name or path."""
     path = Path(preset) if Path(preset).suffix in (".yaml", ".yml") else config_path("cache", f"{preset}.yaml")
     lines = path.read_text(encoding="utf-8").splitlines()
     return " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))

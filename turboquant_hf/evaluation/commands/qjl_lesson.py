@@ -1,7 +1,8 @@
-"""Why there is no QJL in the default: `prod` against `mse` at equal bits, from one inner product to the model's answer.
+"""`turboquant-hf qjl-lesson`: why the default has no QJL. Compares `prod` with `mse` at equal bits.
 
-The sketch makes each inner product unbiased and noisy. Softmax forgives a common shrinking of all scores (it is a
-slightly higher temperature) and amplifies noise, so that an estimator with more variance and no bias loses.
+The sketch of `prod` makes each inner product unbiased and noisy. Softmax tolerates a bias that shrinks all scores
+alike, because that is only a slightly higher temperature. Softmax amplifies noise. The estimator without bias but with
+more variance therefore loses.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model_arguments(parser)
     flags.add_text_arguments(parser)
-    parser.add_argument("--bits", type=whole(2), nargs="+", default=[2, 3, 4], help="widths compared, from 2 (2 3 4)")
+    parser.add_argument("--bits", type=whole(2), nargs="+", default=[2, 3, 4], help="widths to compare, from 2 (2 3 4)")
     parser.add_argument("--head-dim", type=whole(1), default=128, help="channels of the random vectors (%(default)s)")
     parser.add_argument("--context", type=whole(1), default=768, help="tokens per window (%(default)s)")
     parser.add_argument(
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print tables and findings, write metrics.json, findings.md and qjl_lesson.png; 0 when done."""
+    """Measure, print tables and findings, write metrics.json, findings.md and qjl_lesson.png. Returns 0."""
     asked = Run.of(args)
     check_output(asked)
     vectors = vector_errors(asked.bits, asked.head_dim)
@@ -86,14 +87,14 @@ def gaussian(heads: int, count: int, dim: int, seed: int) -> torch.Tensor:
 
 
 def vector_errors(widths: Sequence[int], dim: int, tokens: int = 4096) -> list[dict[str, Any]]:
-    """Bias and variance of q.k^ at equal widths of a code; variance is D x that of unit vectors."""
+    """Bias and variance of q.k^ at equal code widths. The variance is D x that of unit vectors."""
     keys, queries = gaussian(1, tokens, dim, 0), gaussian(1, 256, dim, 1)
     rows = []
     for name, options in METHODS.items():
         for width in widths:
             quantizer = quantizer_from({**options, "bits": width}, "keys")
             found = errors(keys, round_trip(quantizer, keys), queries)
-            # What is left of the error once its slope, a change of temperature, is taken out.
+            # The error without its slope, because the slope is only a change of temperature.
             variance = max(found["inner"] - found["bias"] ** 2, 0.0)
             rows.append(
                 {"method": name, "bits": width, "bias": found["bias"], "variance": variance, "error": found["inner"]}
@@ -138,7 +139,7 @@ def hamming_errors(dim: int, pairs: int = 512, sketches: int = 8) -> list[dict[s
             asymmetric.append(math.sqrt(math.pi / 2) / dim * ((query @ sketch.T) * signs).sum(-1))
             symmetric.append(torch.cos(math.pi * ((query @ sketch.T).sign() != signs).float().mean(-1)))
         for name, estimate in (("asymmetric", torch.cat(asymmetric)), ("symmetric", torch.cat(symmetric))):
-            # Softmax reads the score of one key against another's: the estimate's own spread is what moves it.
+            # Softmax compares the scores of keys, so the spread of the estimate is what changes it.
             rows.append(
                 {
                     "estimator": name,
@@ -168,7 +169,7 @@ def softmax_errors(widths: Sequence[int], dim: int, tokens: int = 1024) -> list[
 
 
 def model_errors(asked: Run) -> list[dict[str, Any]]:
-    """KL and perplexity with only the keys quantized, all else equal, and of both turbo4 as they were shipped."""
+    """KL and perplexity with only the keys quantized, and those of both turbo4 presets as they were shipped."""
     options = {"sinks": 0, "recent_window": 0, "min_statistics": 0, "encode_first": True}
     presets = [
         CachePreset(name=f"{name} {width} (keys)", keys={**data, "bits": width}, values="lossless", **options)
@@ -190,7 +191,7 @@ PHRASES = {
     "mse": "mse", "mse, unbiased": "mse with the unbiased scale", "prod": "prod",
     "prod, orthogonal": "prod with an orthogonal sketch",
 }  # fmt: skip
-"""The methods as a sentence names them."""
+"""The names of the methods in a sentence."""
 
 
 def _listed(values: Mapping[str, str]) -> str:
@@ -200,7 +201,7 @@ def _listed(values: Mapping[str, str]) -> str:
 
 
 def findings(vectors, sizes, hamming, softmax, results) -> list[str]:
-    """What the figures say, in sentences that hold whatever they are."""
+    """The figures in sentences, which are worded to be true for any figures."""
     width = max(row["bits"] for row in vectors)
     error = {row["method"]: row for row in vectors if row["bits"] == width}
     spread = {row["method"]: row for row in softmax if row["bits"] == width}
@@ -248,7 +249,7 @@ def findings(vectors, sizes, hamming, softmax, results) -> list[str]:
 
 
 def plot(metrics: Mapping[str, Any], path: Path) -> None:
-    """Error by width, the two 1-bit estimators, softmax, and the model's KL."""
+    """Draw the error by width, the two 1-bit estimators, softmax, and the model's KL."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")

@@ -1,4 +1,4 @@
-"""One page from the metrics.json files of any runs: a self-contained HTML file, and Markdown without the pictures."""
+"""`turboquant-hf report`: one page from metrics.json files, as HTML with pictures and as Markdown without."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, write report.html and report.md; 0 when done."""
+    """Read the runs, write report.html and report.md. Returns 0."""
     runs = read_runs(args.folders)
     sections = build(runs)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -27,16 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1024],
         metavar="TOKENS",
-        help="of a prompt, at most (default: 1024)",
+        help="most tokens of a prompt (default: 1024)",
     )
     parser.add_argument("--samples", type=int, default=2, help="prompts per task and length (%(default)s)")
     flags.add_reading_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (%(default)s)")
     flags.add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the output folder lacks and print a table; 0 when done."""
+    """Measure what the output folder lacks and print a table. Returns 0."""
     asked = Run.of(args)
     check_tasks(asked.tasks, list(TASKS))
     if asked.samples < 1:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def predict(model, haystack: Haystack, preset, unit: dict[str, Any], asked: Run) -> dict[str, Any]:
-    """One prompt's greedy answer through one cache, and its score."""
+    """The greedy answer to one prompt through one cache, and its score."""
     task = TASKS[unit["task"]]
     example = make_example(haystack, unit["task"], unit["length"], f"{asked.seed}/{unit['sample']}")
     cache = decoding.new_cache(model, preset)
@@ -92,7 +92,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(metrics: dict[str, Any], dtype: str) -> str:
-    """One line per (length, cache): percent by task, and their mean."""
+    """One line per (length, cache): the score of every task in percent, and their mean."""
     results = metrics["results"]
     tasks = list(dict.fromkeys(row["task"] for row in results))
     rows = []

@@ -1,7 +1,8 @@
-"""`turboquant-hf sparse-v`: what it saves not to read the values of unlikely tiles, and what it costs.
+"""`turboquant-hf sparse-v`: the time saved, and the quality lost, by not reading the values of unlikely tiles.
 
-Quality and the share of tiles that are left out come from a model that reads the end of a long text token by token;
-the time that a share saves is measured on one layer of Llama-3.1-8B's shape whose keys make so many tiles unlikely.
+- A model reads the end of a long text token by token. This gives the quality and the share of unread tiles.
+- The saved time is measured on one layer of Llama-3.1-8B's shape, whose keys are changed so that this share of the
+  tiles is unlikely.
 """
 
 from __future__ import annotations
@@ -39,20 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_text_arguments(parser)
     parser.add_argument("--preset", metavar="NAME", default=DEFAULT_PRESET, help="preset name or YAML path")
     parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="of a probability (%(default)s)"
+        "--thresholds",
+        type=float,
+        nargs="+",
+        default=list(THRESHOLDS),
+        help="thresholds of the relative probability (%(default)s)",
     )
-    parser.add_argument("--context", type=int, default=4096, help="tokens that are read at once (%(default)s)")
-    parser.add_argument("--steps", type=int, default=128, help="tokens that follow one by one (%(default)s)")
+    parser.add_argument("--context", type=int, default=4096, help="tokens to read at once (%(default)s)")
+    parser.add_argument("--steps", type=int, default=128, help="tokens to read one by one behind them (%(default)s)")
     parser.add_argument(
         "--layer-tokens",
         type=flags.whole(0),
         default=131072,
-        help="tokens of the layer that is timed, 0: none (%(default)s)",
+        help="tokens of the timed layer; 0: time none (%(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print two tables; 0 when done."""
+    """Measure and print two tables. Returns 0."""
     asked = Run.of(args)
     if not str(asked.device).startswith("cuda"):
         raise ValueError(f"device={asked.device!r} is not supported: models use sparse V on a GPU alone; allowed: cuda")
@@ -94,10 +99,11 @@ def run(args: argparse.Namespace) -> int:
 def measure_model(
     model, tokens: torch.Tensor, context: int, preset: CachePreset, thresholds: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """A row per threshold, 0 first, from tokens [1, T] of which the first `context` are read at once.
+    """A row per threshold, 0 first. Of the tokens [1, T], the first `context` are read at once.
 
-    `unread` is the share of packed tiles whose values were not read (by KV head); `kl` is from the uncompressed model,
-    in nats per token, and `kl_added` from the same cache with all values read.
+    - `unread`: share of packed tiles whose values were not read, per KV head.
+    - `kl`: KL from the uncompressed model, in nats per token.
+    - `kl_added`: KL from the same cache with all values read.
     """
     prompt, rest = tokens[:, :context], tokens[:, context:]
     dense = DynamicCache(config=model.config)
@@ -117,20 +123,22 @@ def measure_model(
 
 
 def decode(model, tokens: torch.Tensor, cache: TurboQuantCache) -> tuple[torch.Tensor, float]:
-    """Log-probabilities [T, V] after each of tokens [1, T], fed one by one, and the share of tiles left unread."""
+    """(log-probabilities [T, V] after each of tokens [1, T], share of unread tiles). Tokens are fed one by one."""
     found, tiles = [], 0
     query_heads = model.config.get_text_config().num_attention_heads
     dispatch.unread_tiles()
     for token in tokens.split(1, dim=1):
         found.append(forward(model, token, cache).logits[0, -1].float().log_softmax(dim=-1))
         for layer in cache.packed_layers:
-            times = -(-query_heads // layer.num_heads // MAX_ROWS)  # rounded up: a tile counts for so many rows at once
+            times = -(
+                -query_heads // layer.num_heads // MAX_ROWS
+            )  # rounded up: a kernel counts a tile once per MAX_ROWS rows
             tiles += layer.tiles[0].count * layer.num_heads * times
     return torch.stack(found), dispatch.unread_tiles() / tiles
 
 
 def distances(found: torch.Tensor, exact: torch.Tensor, all_read: torch.Tensor) -> dict[str, float]:
-    """KL of log-probabilities [T, V] from two others, and how often the likeliest token is that of `exact`."""
+    """KL of log-probabilities [T, V] from two others, and how often the most likely token is that of `exact`."""
     kl, added = (fidelity.divergences(reference, found).double().mean().item() for reference in (exact, all_read))
     same = (found.argmax(dim=-1) == exact.argmax(dim=-1)).double().mean().item()
     return {"kl": kl, "kl_added": added, "top1": same}
@@ -138,7 +146,7 @@ def distances(found: torch.Tensor, exact: torch.Tensor, all_read: torch.Tensor) 
 
 @torch.no_grad()
 def measure_layer(preset: CachePreset, tokens: int, threshold: float, device: torch.device) -> list[dict[str, Any]]:
-    """Microseconds of decode attention: all values read, then by share of unlikely tiles; each beside its error."""
+    """Microseconds of decode attention with all values read, and by share of unlikely tiles, each with its error."""
     workspace = dispatch.decode_workspace(LAYER["batch"] * LAYER["heads"], LAYER["group"], LAYER["dim"], device)
     source = Source(**LAYER, dtype=torch.bfloat16, device=device)
     layer, query = packed_layer(preset, source, tokens), source.queries(1)
@@ -159,9 +167,9 @@ def measure_layer(preset: CachePreset, tokens: int, threshold: float, device: to
 
 
 def make_unlikely(layer: TurboQuantLayer, query: torch.Tensor, share: float) -> None:
-    """Move a random share of the tiles of every head where none of its queries [1, Hq, 1, D] finds them likely.
+    """Make a random share of every head's tiles unlikely for its queries [1, Hq, 1, D], by moving the tiles' means.
 
-    Raises: ValueError for keys that are not stored around a mean of their tile.
+    Raises: ValueError for keys that are stored without a mean per tile.
     """
     if "mean" not in layer.tiles[0].arrays:
         raise ValueError(f"preset={layer.preset.name!r} stores no means to move; allowed: --layer-tokens 0")

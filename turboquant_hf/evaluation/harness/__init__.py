@@ -1,4 +1,4 @@
-"""What evaluations share: run descriptions and folders, models and texts, decoding and fidelity through a cache.
+"""What the commands share: run descriptions and folders, models and texts, decoding and fidelity through a cache.
 
-`lm_eval.py` is the model class for another harness, EleutherAI's lm-evaluation-harness.
+`lm_eval.py` is a model class for EleutherAI's lm-evaluation-harness.
 """

@@ -1,4 +1,4 @@
-"""Answers read through a cache: prefill in chunks, greedy decoding, the likelihood of a given answer."""
+"""Answers through a cache: prefill in chunks, greedy decoding, the likelihood of a given answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turboquant_hf.evaluation.harness.models import forward
 
 
 def new_cache(model, preset: CachePreset | None) -> Cache:
-    """An empty cache for `model`; None is the uncompressed one."""
+    """An empty cache for `model`. Preset None gives the uncompressed cache."""
     return DynamicCache(config=model.config) if preset is None else TurboQuantCache(model.config, preset)
 
 
@@ -38,7 +38,7 @@ def decode_greedy(
 ) -> list[list[int]]:
     """Up to `steps` most likely tokens for each of B sequences, from logits [B, V].
 
-    Ends before a token of `stop`, and for all sequences once `enough` says so of what there is.
+    A sequence ends before a token of `stop`. All sequences end when `enough` returns True for what is decoded so far.
     """
     chosen = []
     for step in range(steps):
@@ -52,7 +52,7 @@ def decode_greedy(
 
 
 def _cut(chosen: list[list[int]], stop: Collection[int]) -> list[list[int]]:
-    """Tokens by step -> by sequence, each up to its first token of `stop`."""
+    """Turn tokens by step into tokens by sequence, each up to its first token of `stop`."""
     sequences = [list(tokens) for tokens in zip(*chosen, strict=True)]
     return [s[: next((i for i, token in enumerate(s) if token in stop), len(s))] for s in sequences]
 
@@ -63,7 +63,7 @@ def answer_nll(model, logits: torch.Tensor, cache: Cache, answers: list[list[int
 
     Args:
         logits: [B, V] after the prompt.
-        cache: of the prompt; left as it is.
+        cache: the cache of the prompt; it is not changed.
         answers: B token lists, which may differ in length.
     """
     length = max(map(len, answers))

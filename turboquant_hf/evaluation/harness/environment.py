@@ -1,4 +1,4 @@
-"""What a figure depends on beside its settings: versions, hardware, day. Kept beside the metrics of a run."""
+"""The environment of a run: versions, hardware, day. It is kept beside the metrics."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ENVIRONMENT = "environment.yaml"
 
 
 def device_name(device: torch.device) -> str:
-    """The card, or the processor's kind."""
+    """The name of the GPU, or the kind of processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def versions() -> dict[str, str | None]:
-    """Package -> version; None for one that is not installed."""
+    """{package: version}; None for a package that is not installed."""
     found = {"turboquant_hf": __version__, "python": platform.python_version(), "cuda": torch.version.cuda}
     for name in ("torch", "triton", "transformers"):
         try:
@@ -35,7 +35,7 @@ def versions() -> dict[str, str | None]:
 
 
 def write_environment(output: Path, device: str) -> None:
-    """Write environment.yaml. It is no part of the metrics, which are the same bytes on every day."""
+    """Write environment.yaml. It is separate from the metrics, whose bytes are the same on every day."""
     try:
         hardware = device_name(torch.device(device))
     except (RuntimeError, AssertionError):  # a name that torch does not know, or no such device
@@ -45,7 +45,7 @@ def write_environment(output: Path, device: str) -> None:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Date, hardware, versions, dtype and recent window of a run's folder, as far as it says."""
+    """Date, hardware, versions, dtype and recent window of a run, as far as its folder records them."""
     found: dict[str, Any] = {}
     for name, keys in ((ENVIRONMENT, None), ("config.yaml", ("dtype", "recent_window"))):
         path = folder / name

@@ -1,7 +1,7 @@
-"""How close the compressed model's answers stay: perplexity, KL divergence, top-1 agreement, through the real cache.
+"""Measures how close the compressed model's answers stay: perplexity, KL divergence, top-1 agreement.
 
-A window is fed in chunks, to the uncompressed model and to every preset side by side, so that each scored token
-attends to packed history. (One pass over a window would never read what it has just stored.)
+A window is fed in chunks to the uncompressed model and to every preset, through the real cache. Each scored token
+therefore attends to packed history. (One pass over a whole window would never read what it has just stored.)
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from turboquant_hf.evaluation.presets.memory import average_bits
 from turboquant_hf.evaluation.presets.named import recent_windows
 
 GROUP = 8
-"""Presets measured beside one uncompressed model: more save its time, fewer lose less when a run is killed."""
+"""Presets per unit, beside one uncompressed model. More save its time; fewer lose less if a run is killed."""
 COLUMNS = ("preset", "perplexity", "kl", "top1", "key_bits", "value_bits", "compression_ratio")
 HEADER = ("preset", "perplexity", "KL", "top-1", "K bits", "V bits", "smaller")
 
 Windows = Sequence[torch.Tensor]
 Record = dict[str, Any]
-"""Sums over the scored tokens of a window: those of the uncompressed model, and those of each preset."""
+"""Sums over the scored tokens of a window, of the uncompressed model and of each preset."""
 
 
 def cut_windows(tokens: torch.Tensor, context: int, windows: int) -> list[torch.Tensor]:
-    """`windows` windows of `context` tokens [1, context], spread evenly, without overlap; fewer in a short text.
+    """`windows` windows of `context` tokens [1, context], spread evenly, without overlap; fewer for a short text.
 
     Raises:
         ValueError: when the text is too short for one window.
@@ -88,7 +88,7 @@ def measure(
 
 
 def check_windows(windows: Windows, presets: Sequence[CachePreset], chunk: int) -> int:
-    """The first scored position, the same for all presets; ValueError where it lies behind the windows' end."""
+    """The first scored position, the same for all presets; ValueError if it lies behind the windows' end."""
     if chunk < 1:
         raise ValueError(f"chunk={chunk} is not supported; allowed: at least 1")
     start = first_scored(presets, chunk)
@@ -116,9 +116,10 @@ def measure_window(
 
     Tokens before position `scored` are read like the others and do not count.
 
-    What lies before `start` is read raw, in one piece, and packed then, whatever the preset: one that waits for its
-    statistics would otherwise be flattered by a longer history that was computed from raw tokens. `gradual` says which
-    presets get it chunk by chunk and encode as they do in use.
+    For every preset, the tokens before `start` are read raw in one piece, and packed then. Otherwise a preset that
+    waits for its statistics would seem better, because more of its history would be computed from raw tokens.
+
+    gradual: the presets that get these tokens chunk by chunk instead, and encode them as in use.
     """
     tokens = window.to(model.device)
     dense = DynamicCache(config=model.config)
@@ -152,7 +153,7 @@ def measure_window(
 
 
 def _prefill_raw(model, tokens: torch.Tensor, cache) -> None:
-    """Read tokens [1, T] in one piece that is packed after it was attended to, whatever the cache's preset says."""
+    """Read tokens [1, T] in one piece, which is packed after attention, whatever the cache's preset says."""
     measuring = [layer for layer in getattr(cache, "packed_layers", []) if isinstance(layer, MeasuringLayer)]
     for layer in measuring:
         layer.raw = True
@@ -164,9 +165,9 @@ def _prefill_raw(model, tokens: torch.Tensor, cache) -> None:
 def combine(records: Sequence[Record]) -> tuple[float, list[dict[str, Any]]]:
     """(baseline perplexity, one result per preset) from the records of the windows, each with the same presets.
 
-    `kl` is the mean of KL(uncompressed || compressed) per scored token, in nats, `kl_by_window` that of each window;
-    `top1` is the share of tokens whose most likely successor is the same. `resident_bytes` is what the cache holds at
-    the end of the last window, spare included.
+    - `kl`: mean of KL(uncompressed || compressed) per scored token, in nats; `kl_by_window`: the mean of each window.
+    - `top1`: share of tokens whose most likely successor is the same.
+    - `resident_bytes`: what the cache holds at the end of the last window, with the room allocated ahead.
     """
     counts = [record["baseline"]["tokens"] for record in records]
     tokens = sum(counts)
@@ -196,11 +197,11 @@ def run_fidelity(
     """`measure` as a resumable run of several processes (see `run_units`): one unit per window and group of presets.
 
     Args:
-        run: with the flags of a model and a text, `chunk`, and `context` and `windows` where `cut` is left out.
-        summarize: (baseline perplexity, results) -> what metrics.json holds beside model, text and windows.
-        finish: shows the metrics and writes what else belongs into the folder.
+        run: has the flags of a model and a text, and `chunk`; also `context` and `windows` if `cut` is left out.
+        summarize: (baseline perplexity, results) -> the content of metrics.json besides model, text and windows.
+        finish: shows the metrics and writes further files into the folder.
         cut: tokens [T] of the text -> windows.
-        gradual, scored: as `measure_window` has them.
+        gradual, scored: as for `measure_window`.
     """
     name, text = read_text(run)
     run = run.with_settings(contents=fingerprint(text, *presets))
@@ -236,7 +237,7 @@ def run_fidelity(
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """One line per preset of a run's metrics, below that of the uncompressed model."""
+    """One line per preset of a run's metrics, below the line of the uncompressed model."""
     rows = [uncompressed_row(metrics["baseline"]["perplexity"], metrics["dtype"])]
     return format_table([*rows, *([row[c] for c in COLUMNS] for row in metrics["results"])], HEADER)
 
@@ -248,7 +249,7 @@ def uncompressed_row(perplexity: float, dtype: str) -> list[Any]:
 
 
 def uncompressed_size(dtype: str) -> tuple[float, float]:
-    """(bits per channel, times smaller than 16 bit) of the uncompressed cache, which has as many bits as its dtype."""
+    """(bits per channel, times smaller than 16 bit) of the uncompressed cache. Its dtype gives the bits."""
     bits = 8.0 * getattr(torch, dtype).itemsize
     return bits, 16 / bits
 

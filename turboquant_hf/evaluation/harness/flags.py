@@ -1,4 +1,4 @@
-"""Flags that several commands have."""
+"""Flags that several commands share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, output: str | None = No
         "--model", default="packaged", help="hub id, folder, GGUF file, or 'packaged' (SmolLM2-135M, the default)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: float32 on a CPU, else bfloat16")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights; default: float32 on a CPU, else bfloat16"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -63,7 +65,7 @@ def add_window_arguments(parser: argparse.ArgumentParser, context: int, windows:
     """--context, --windows, --chunk: which parts of a text are read, and how."""
     parser.add_argument("--context", type=int, default=context, help="tokens per window (default: %(default)s)")
     parser.add_argument(
-        "--windows", type=int, default=windows, help="how many windows, spread over the text (default: %(default)s)"
+        "--windows", type=int, default=windows, help="number of windows, spread over the text (default: %(default)s)"
     )
     parser.add_argument("--chunk", type=int, default=128, help="tokens fed at a time (default: %(default)s)")
 
@@ -81,15 +83,15 @@ def add_reading_arguments(parser: argparse.ArgumentParser, chunk: int = 512) -> 
         type=whole(0),
         default=None,
         metavar="TOKENS",
-        help="override the presets'; 0 leaves nothing raw but the sinks, the question and the answer included",
+        help="override the presets' recent window; with 0 only the sinks stay raw, and not the question or the answer",
     )
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add --config, and let `Run.of` tell a flag that was given from one that was not. Call after all other flags."""
+    """Add --config, and let `Run.of` know which flags were given. Call this after all other flags."""
     defaults = vars(parser.parse_args([]))
-    for action in parser._actions:  # their defaults are about to go; help still has to show them
+    for action in parser._actions:  # the defaults are removed below, and help must still show them
         if action.help and action.dest in defaults:
             action.help = action.help.replace("%(default)s", str(defaults[action.dest]))
     parser.set_defaults(**dict.fromkeys(defaults), defaults=defaults)

@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and how a command that is not resumed writes them."""
+"""The folder of a run: the names of its files, and functions that write them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl
 
 
 def check_output(run: Run) -> None:
-    """Raise ValueError where a finished run lies: it is never repeated silently."""
+    """Raise ValueError if the folder holds a finished run, which is never repeated silently."""
     if run.output is not None and is_finished(run.output):
         raise ValueError(f"output={str(run.output)!r} holds a finished run; name another or remove the folder")
 
@@ -28,7 +28,7 @@ def is_finished(output: Path) -> bool:
 
 
 def write_run(run: Run, metrics: Mapping[str, Any], indent: int = 2) -> None:
-    """config.yaml, environment.yaml and metrics.json of one run; nothing without an output folder."""
+    """Write config.yaml, environment.yaml and metrics.json of one run; nothing without an output folder."""
     if run.output is None:
         return
     run.output.mkdir(parents=True, exist_ok=True)
@@ -38,12 +38,12 @@ def write_run(run: Run, metrics: Mapping[str, Any], indent: int = 2) -> None:
 
 
 def with_tool(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics that say which command they are of."""
+    """The metrics with the name of the command."""
     return {"tool": run.tool, **metrics}
 
 
 def write_whole(path: Path, text: str) -> None:
-    """All or nothing: other processes and later runs never see half a file."""
+    """Write a file, all or nothing: other processes and later runs never see half a file."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)

@@ -1,7 +1,7 @@
 """`--model turboquant` for EleutherAI's lm-evaluation-harness: log-likelihoods that are read through the packed cache.
 
-The harness's own `hf` model computes a log-likelihood in one forward pass, which never reads a cache: any preset then
-looks lossless. Here each text is fed in chunks through a `TurboQuantCache`. Importing this module registers the model;
+The harness's own `hf` model computes a log-likelihood in one forward pass, which never reads a cache. Any preset would
+look lossless. Here each text is fed in chunks through a `TurboQuantCache`. Importing this module registers the model;
 `turboquant-hf run lm_eval --model turboquant ...` imports it.
 """
 
@@ -24,14 +24,16 @@ from turboquant_hf.evaluation.harness.models import forward
 from turboquant_hf.evaluation.presets.named import MEASURED_ALONE
 from turboquant_hf.names import CACHE_NAME
 
-logger = logging.getLogger("lm_eval.models.turboquant")  # below the harness's logger, which shows information too
+logger = logging.getLogger(
+    "lm_eval.models.turboquant"
+)  # a child of the harness's logger, which also shows the level INFO
 
 PADDING = 32
 """Rows of one batch differ by at most this many tokens. A batch starts to pack when its longest row has enough tokens
-for its statistics; those of the shorter rows then come from fewer."""
+for its statistics. The statistics of shorter rows then come from fewer tokens."""
 
 Request = tuple[Any, list[int], list[int]]
-"""What the harness asks for: (its texts or None, context tokens, continuation tokens)."""
+"""A request of the harness: (its texts or None, context tokens, continuation tokens)."""
 
 
 @register_model("turboquant")
@@ -41,11 +43,12 @@ class TurboQuantLM(HFLM):
     Args:
         pretrained, **options: as for `hf`. Fields of a `CachePreset`, such as `recent_window=0`, change the preset.
         preset: name, YAML file or `CachePreset`; default: that of `turboquant-hf run --preset`, else k4v4.
-        chunk: tokens fed at a time. A chunk is stored before it is attended to, as in `turboquant-hf perplexity`;
-            `encode_first=False` has it attended to raw. Generation encodes as in use, unless `encode_first` is given.
+        chunk: tokens fed at a time. A chunk is encoded before attention reads it, as in `turboquant-hf perplexity`.
+            With `encode_first=False`, attention reads it raw. Generation encodes as in use, unless `encode_first` is
+            given.
 
     Raises:
-        ValueError: an unknown preset or field, a model of which nothing is packed, an encoder-decoder, or an adapter.
+        ValueError: an unknown preset or field, a model without a packed layer, an encoder-decoder, or an adapter.
     """
 
     def __init__(self, pretrained: Any, preset: Any = None, chunk: int = 128, **options: Any) -> None:
@@ -80,7 +83,7 @@ class TurboQuantLM(HFLM):
         return self._reported(super().loglikelihood_rolling, requests, disable_tqdm)
 
     def _reported(self, method, requests: list, disable_tqdm: bool) -> list:
-        """Say how many scored tokens attended to packed ones: short tasks would look lossless without a word."""
+        """Log how many scored tokens attended to packed tokens, because short tasks would look lossless."""
         self._scored = self._scored_packed = 0
         results = method(requests, disable_tqdm=disable_tqdm)
         share = f"turboquant_hf: {self._scored_packed} of {self._scored} scored tokens attended to packed tokens"
@@ -97,8 +100,8 @@ class TurboQuantLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation in nats, is it the greedy one) for each request."""
-        rows: dict[tuple[int, ...], list[int]] = {}  # what the model reads -> the requests that it answers
+        """(log-likelihood of the continuation in nats, whether it is the greedy continuation) for each request."""
+        rows: dict[tuple[int, ...], list[int]] = {}  # tokens that the model reads -> the requests that they answer
         for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise ValueError(f"a continuation of {len(continuation)} tokens; allowed: up to {self.max_length}")
@@ -120,7 +123,7 @@ class TurboQuantLM(HFLM):
         return answers
 
     def _batches(self, rows: list[tuple[int, ...]], size: int | None) -> list[list[tuple[int, ...]]]:
-        """Rows, longest first, in batches of like lengths; of equal ones where padding would enter a layer's state."""
+        """Batches of rows of similar lengths, longest first; of equal lengths if padding would enter a state."""
         if not rows:
             return []
         if size is None:
@@ -139,8 +142,8 @@ class TurboQuantLM(HFLM):
         """Feed rows of token ids through a cache.
 
         Returns:
-            Of each row of n tokens: log-probabilities [n - 1] of its second to last token, whether each was the most
-            likely one [n - 1], and all log-probabilities [V] behind its last token.
+            For each row of n tokens: log-probabilities [n - 1] of the second to the last token, whether each was the
+            most likely token [n - 1], and all log-probabilities [V] behind the last token.
         """
         width = max(map(len, rows))
         tokens = torch.full((len(rows), width), self.tokenizer.pad_token_id or 0)
@@ -188,7 +191,7 @@ class TurboQuantLM(HFLM):
             return torch.cat(list(self._chunks(inps, torch.ones_like(inps))), dim=1)
 
     def _count(self, read: int, scored: int) -> None:
-        """Count the last `scored` of `read` tokens, and those of them whose chunk found packed tiles."""
+        """Count the last `scored` of `read` tokens, and those of them whose chunk attended to packed tiles."""
         first, self._scored = self.preset.first_encode, self._scored + scored
         if read >= first:
             chunks = -(-first // self.chunk) - self.preset.encode_first
@@ -206,7 +209,7 @@ class TurboQuantLM(HFLM):
 
 
 def _cache_config(preset: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """generate's `cache_config` of these model arguments; those of the process stand behind them."""
+    """generate's `cache_config`: these model arguments, completed by the defaults of the process."""
     defaults = cache_defaults()
     if defaults is not None:
         defaults.calls += 1

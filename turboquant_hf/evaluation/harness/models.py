@@ -1,4 +1,4 @@
-"""Models to measure on, with a default that needs no hub: SmolLM2-135M from a PyPI package."""
+"""Loads models. The default needs no hub: SmolLM2-135M from a PyPI package."""
 
 import contextlib
 import copy
@@ -46,7 +46,7 @@ def load_model(
     Args:
         name_or_path: hub id, local folder, ``.gguf`` file, or ``None`` / ``"packaged"`` for the packaged
             SmolLM2-135M-Instruct (converted once, about 20 s; then about a second).
-        dtype: dtype of the weights, ``"auto"`` for the checkpoint's own.
+        dtype: dtype of the weights, ``"auto"`` for the checkpoint's dtype.
         device: one device, or ``"auto"`` to spread the model over all of them.
         attn_implementation: name of an attention registered with transformers; ``None`` keeps its default.
 
@@ -64,19 +64,19 @@ def load_model(
 
 
 def load_tokenizer(name_or_path: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, named as for `load_model`."""
+    """Only the tokenizer; the name is as for `load_model`."""
     source, file_options = _source(name_or_path)
     return AutoTokenizer.from_pretrained(source, **file_options)
 
 
 def load_config(name_or_path: str | Path | None = None) -> PreTrainedConfig:
-    """The configuration alone, named as for `load_model`."""
+    """Only the configuration; the name is as for `load_model`."""
     source, file_options = _source(name_or_path)
     return AutoConfig.from_pretrained(source, **file_options)
 
 
 def _source(name_or_path: str | Path | None) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes: a hub id or folder, and the name of a GGUF file in it."""
+    """The arguments of `from_pretrained`: a hub id or folder, and the name of a GGUF file in it."""
     if name_or_path is None or name_or_path == PACKAGED:
         return str(packaged_folder()), {}
     path = Path(name_or_path)
@@ -90,7 +90,7 @@ def _source(name_or_path: str | Path | None) -> tuple[str, dict[str, str]]:
 
 
 def forward(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, **options: Any) -> ModelOutput:
-    """The model's output for tokens [B, T] that go on where `cache` ends; they are appended to it."""
+    """The model's output for tokens [B, T] behind those of `cache`, to which they are appended."""
     return model(**{"input_ids": tokens, cache_parameter(type(model)): cache, "use_cache": True, **options})
 
 
@@ -109,7 +109,7 @@ def packaged_folder() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         converted = Path(scratch, folder.name)
         _convert(gguf, converted)
-        # A rename is atomic; it fails when another process finished first, whose folder is as good.
+        # A rename is atomic. It fails if another process finished first, whose folder is just as good.
         try:
             converted.rename(folder)
         except OSError:
@@ -119,7 +119,7 @@ def packaged_folder() -> Path:
 
 
 def _packaged_gguf() -> tuple[Path, str]:
-    """The GGUF file of the installed distribution, found in its file list without an import, and its hash."""
+    """The GGUF file of the installed distribution and its hash, found in the file list without an import."""
     try:
         entries = metadata.files(PACKAGED_DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -142,11 +142,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         )
     tokenizer = _smollm2_tokenizer(gguf)
 
-    # A model loaded from GGUF refuses save_pretrained, so its weights move to one that never was.
+    # A model loaded from GGUF refuses save_pretrained, so its weights move to a new model.
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.rms_norm_eps = 1e-5  # the file has its float32 neighbour
+    config.rms_norm_eps = 1e-5  # the file holds the nearest float32
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -159,7 +159,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _dequantized() -> dict:
-    """Arguments to unpack GGUF weights with every transformers; newer ones keep them packed if they can."""
+    """Arguments to unpack GGUF weights: newer versions of transformers keep them packed if they can."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
@@ -206,7 +206,7 @@ def _smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars, and put both settings back."""
+    """Silence transformers' warnings and progress bars, and restore both settings afterwards."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The description of a run: which command, with which settings, into which folder. It never changes."""
+"""`Run`: the description of a run. It names the command, the settings and the folder, and never changes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import yaml
 from turboquant_hf.resources import config_path
 
 EXCLUSIVE = ("text", "dataset")
-"""Flags of which a command takes one: the later source wins."""
+"""Flags that exclude each other: the later source wins."""
 NOT_SETTINGS = {"command", "config", "defaults"}
-"""What the parser knows beside the flags."""
+"""Attributes of the parsed arguments that are not settings."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a command was asked for. A setting reads as an attribute: `run.context`, `run.output`.
+    """The request of a command. A setting is read as an attribute: `run.context`, `run.output`.
 
     Attributes:
-        tool: the command's name; metrics.json and config.yaml say it, so that a report need not guess.
-        values: setting by flag, read-only; lists become tuples.
+        tool: the command's name. metrics.json and config.yaml record it, so that a report need not guess.
+        values: {flag: setting}, read-only. Lists become tuples.
     """
 
     tool: str
@@ -39,15 +39,15 @@ class Run:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Run:
-        """The run that a command line asks for: defaults, overridden by --config, overridden by the flags given.
+        """The run of a command line: defaults, overridden by --config, overridden by the given flags.
 
-        The dtype is settled where a model is named.
+        The dtype is chosen here if the command has a model.
 
         Raises:
             ValueError: the file has a field that is not a flag of this command; a device that is not there.
         """
         found = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-        if hasattr(args, "defaults"):  # of a command with --config, see `flags.add_settings`
+        if hasattr(args, "defaults"):  # the command has --config, see `flags.add_settings`
             found = _merged(args.defaults, _read_config(args.config, set(args.defaults)), found)
         if found.get("output") is not None:
             found["output"] = Path(found["output"])
@@ -70,7 +70,7 @@ class Run:
         return replace(self, values={**self.values, **settings})
 
     def part(self, folder: str, tool: str) -> Run:
-        """A run of its own inside this one: in a folder of the output folder, under a name of its own."""
+        """A separate run inside this run, in a folder of its output folder, under another name."""
         output = self.output and self.output / folder
         return replace(self, tool=tool, values={**self.values, "output": output})
 
@@ -80,7 +80,7 @@ class Run:
 
 
 def resolve_dtype(device: str, dtype: str | None = None) -> str:
-    """The dtype asked for, or the device's usual one.
+    """The requested dtype, or the usual dtype of the device.
 
     Raises:
         ValueError: a device that is not there.

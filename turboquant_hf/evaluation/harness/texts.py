@@ -1,4 +1,4 @@
-"""Texts to measure on, with a default that every CPython carries."""
+"""Loads texts. The default is part of every CPython."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from turboquant_hf.evaluation.harness.run import Run
 
 
 def read_text(run: Run) -> tuple[str, str]:
-    """(name, text) of what --text or --dataset asks for."""
+    """(name, text) of --text or --dataset."""
     if run.text:
         return " ".join(Path(path).name for path in run.text), load_text(run.text)
     if run.dataset:
@@ -18,7 +18,7 @@ def read_text(run: Run) -> tuple[str, str]:
 
 
 def packaged_text() -> str:
-    """English prose that every CPython carries: the language reference behind ``help()``, about 0.5 MB."""
+    """English prose that is part of every CPython: the language reference of ``help()``, about 0.5 MB."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[key] for key in sorted(topics))

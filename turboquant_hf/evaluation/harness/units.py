@@ -1,10 +1,16 @@
 """Resumable runs: one results folder per run, one line per finished unit.
 
-A folder holds `config.yaml` (command and settings), `predictions.jsonl` (one JSON line per unit, appended and flushed
-as each finishes) and, once all units are there, `metrics.json` and `environment.yaml` (versions, hardware and day).
-Metrics are computed from the lines in the order of the units, so a run that was killed and started again ends with the
-same metrics and predictions, byte by byte, as an unbroken one. Under `accelerate launch` the units are shared out over
-the processes; each appends to a file of its own, and the main process merges them.
+| file | content |
+|---|---|
+| `config.yaml` | command and settings |
+| `predictions.jsonl` | one JSON line per unit, appended and flushed when the unit finishes |
+| `metrics.json` | the metrics, once all units are finished |
+| `environment.yaml` | versions, hardware and day, once all units are finished |
+
+- Metrics are computed from the lines in the order of the units. A run that was killed and started again therefore ends
+  with the same metrics and predictions, byte by byte, as an unbroken run.
+- Under `accelerate launch`, the processes share the units. Each appends to its own file, and the main process merges
+  the files.
 """
 
 from __future__ import annotations
@@ -26,9 +32,9 @@ from turboquant_hf.evaluation.harness.folder import CONFIG, METRICS, PREDICTIONS
 from turboquant_hf.evaluation.harness.run import Run
 
 HASHES = ("contents",)
-"""Settings that say little to a reader: the last to be named where several differ."""
+"""Settings to name last when several differ: they tell a reader little."""
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the others to finish their share."""
+"""How long a process waits for the other processes."""
 
 Unit = Mapping[str, Any]
 
@@ -43,12 +49,12 @@ def run_units(
     """Predict every unit that the folder of `run` does not hold yet, and return the metrics of all.
 
     Args:
-        run: all its settings but the output folder are recorded and must agree with the folder's. Without an output
-            folder the run leaves nothing behind.
-        units: what to predict, each a small mapping of plain values, all different.
-        load: device -> a function from a unit to its prediction (plain data). Called only where work is left.
+        run: all settings except the output folder are recorded, and must agree with those of the folder. Without an
+            output folder, the run writes no files.
+        units: what to predict. Each is a small mapping of plain values, and no two are equal.
+        load: device -> a function from a unit to its prediction (plain data). Called only if work is left.
         summarize: predictions, each merged with its unit, in the order of `units` -> metrics (plain data).
-        finish: shows the metrics and writes what else belongs into the folder; main process only.
+        finish: shows the metrics and writes further files into the folder. Only the main process calls it.
 
     Raises:
         ValueError: the folder belongs to other settings (the message names the field), or a line cannot be read.
@@ -59,7 +65,9 @@ def run_units(
     output = run.output
     if output is None:
         if state.num_processes > 1:
-            raise ValueError("output=None is not supported by several processes; allowed: a folder that all can see")
+            raise ValueError(
+                "output=None is not supported by several processes; allowed: a folder that all of them can read"
+            )
         with tempfile.TemporaryDirectory() as scratch:
             return run_units(run.with_settings(output=Path(scratch)), units, load, summarize, finish)
     if is_finished(output):
@@ -107,7 +115,7 @@ def run_units(
 
 
 def fingerprint(*contents: Any) -> str:
-    """Of what a setting only names, such as the text in a file: a folder of other contents is not continued."""
+    """Hashes of content that a setting only names, such as a text file: other content needs another folder."""
     return hashlib.sha256("\0".join(map(repr, contents)).encode()).hexdigest()[:16]
 
 
@@ -119,7 +127,7 @@ def _check_config(output: Path, run: Run) -> None:
     if not path.is_file():
         write_whole(path, yaml.safe_dump(config, sort_keys=False))
         return
-    known = {"tool": run.tool, **yaml.safe_load(path.read_text())}  # earlier versions do not say it
+    known = {"tool": run.tool, **yaml.safe_load(path.read_text())}  # earlier versions do not record it
     for key in sorted(known.keys() | config.keys(), key=lambda key: (key in HASHES, key)):
         if known.get(key) != config.get(key):
             raise ValueError(
@@ -133,7 +141,7 @@ def _key(unit: Unit) -> str:
 
 
 def _drop_half_line(path: Path) -> None:
-    """Cut off what a killed process left after its last whole line."""
+    """Cut off an incomplete last line, which a killed process has left."""
     if path.is_file():
         data = path.read_bytes()
         os.truncate(path, data.rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""Vectors to quantize, and the errors of their inner products: what distortion, neighbours and qjl-lesson share."""
+"""Vectors to quantize, and the errors of their inner products. distortion, neighbours and qjl-lesson share them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SINKS = 4
 
 
 def synthetic(tokens: int, dim: int, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Isotropic vectors, and key-like ones: a shared mean and a few strong channels that queries do not share."""
+    """Isotropic vectors, and vectors like keys: a shared mean and a few strong channels that queries do not share."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4, tokens, dim, generator=generator)
     queries = torch.randn(4, 256, dim, generator=generator)
@@ -29,7 +29,7 @@ def synthetic(tokens: int, dim: int, seed: int = 0) -> dict[str, tuple[torch.Ten
 
 
 def load_vectors(path: Path) -> torch.Tensor:
-    """Rows of a .npy or .pt file, float32 [rows, channels]."""
+    """The rows of a .npy or .pt file, float32 [rows, channels]."""
     if path.suffix == ".npy":
         import numpy
 
@@ -45,10 +45,10 @@ def load_vectors(path: Path) -> torch.Tensor:
 
 @torch.inference_mode()
 def capture(model, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(queries, keys, values) of every compressed layer as attention sees them, [heads, T, D] each, sinks left out.
+    """(queries, keys, values) of every packed layer as attention sees them, [heads, T, D] each, without sinks.
 
-    The model's attention implementation is "turboquant", which shows its queries to the cache. The queries of a
-    group of heads are laid end to end, so that they have as many heads as the keys.
+    The model's attention implementation must be "turboquant", which shows the queries to the cache. The queries of a
+    group of heads are concatenated, so that they have as many heads as the keys.
     """
     cache = TurboQuantCache(model.config, load_preset("lossless", recent_window=tokens.shape[1]))
     seen: dict[int, torch.Tensor] = {}
@@ -64,7 +64,7 @@ def capture(model, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tenso
 
 
 def directions(vectors: torch.Tensor) -> torch.Tensor:
-    """Random queries for vectors that come without."""
+    """Random queries, for vectors without queries of their own."""
     return torch.randn(vectors.shape[0], 256, vectors.shape[2], generator=torch.Generator().manual_seed(1))
 
 
@@ -83,10 +83,10 @@ def round_trip(quantizer: Quantizer, vectors: torch.Tensor, queries: torch.Tenso
 
 
 def errors(vectors: torch.Tensor, decoded: torch.Tensor, queries: torch.Tensor) -> dict[str, float]:
-    """Errors of `decoded` [H, T, D], relative, so that they compare with the theory's for unit vectors.
+    """Relative errors of `decoded` [H, T, D], to be compared with the theory for unit vectors.
 
-    mse: |k - k^|^2 / |k|^2. inner: D (q.k - q.k^)^2 / (|q|^2 |k|^2). bias: the slope of q.k^ over q.k, less 1.
-    At most 256 queries per head, evenly spaced, stand for all.
+    mse: |k - k^|^2 / |k|^2. inner: D (q.k - q.k^)^2 / (|q|^2 |k|^2). bias: the slope of q.k^ over q.k, minus 1.
+    At most 256 queries per head are used, evenly spaced.
     """
     step = max(queries.shape[1] // 256, 1)
     queries = queries[:, ::step].float()

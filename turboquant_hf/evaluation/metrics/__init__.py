@@ -1,7 +1,7 @@
-"""LongBench's metrics as local `evaluate` modules: loaded by path, so that they work without the hub.
+"""LongBench's metrics as local `evaluate` modules. They are loaded by path, so they work without the hub.
 
-The definitions are those of LongBench's own scorer (arXiv 2308.14508): a prediction scores its best against any of its
-references, 0 to 1, and a metric is the mean over predictions.
+The definitions are those of LongBench's own scorer (arXiv 2308.14508). The score of a prediction, 0 to 1, is the best
+over its references. A metric is the mean over predictions.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from datasets import Features, Sequence, Value
 
 
 class ReferenceMetric(evaluate.Metric, ABC):
-    """A metric whose subclass says how one prediction scores against one reference; see `_compute`."""
+    """Base class of the metrics. A subclass scores one prediction against one reference."""
 
     @abstractmethod
     def score(self, prediction: str, reference: str, **options) -> float:
-        """0 to 1. (Abstract also because `evaluate` takes the first concrete class that it sees in a file.)"""
+        """The score, 0 to 1. It is abstract because `evaluate` takes the first concrete class in a file."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -4,9 +4,9 @@ from turboquant_hf.evaluation.metrics import ReferenceMetric
 
 
 class Classification(ReferenceMetric):
-    """1 / (how many classes the prediction names) when the right one is among them, else 0.
+    """1 / (number of classes that the prediction names) if the right class is among them, else 0.
 
-    A class whose name is part of the right one's does not count. `classes` lists all names.
+    A class whose name is part of the right class's name does not count. `classes` lists all names.
     """
 
     def score(self, prediction: str, reference: str, classes: list[str]) -> float:

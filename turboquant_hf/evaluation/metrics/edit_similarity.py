@@ -6,7 +6,7 @@ from turboquant_hf.evaluation.metrics import ReferenceMetric
 
 
 class EditSimilarity(ReferenceMetric):
-    """fuzzywuzzy's `ratio` / 100 of the first line that is code: 2 * matching characters / all, in whole percent."""
+    """fuzzywuzzy's `ratio` / 100 of the first line of code: 2 * matching characters / all, in whole percent."""
 
     def score(self, prediction: str, reference: str) -> float:
         lines = prediction.lstrip("\n").split("\n")

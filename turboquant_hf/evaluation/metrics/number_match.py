@@ -6,7 +6,7 @@ from turboquant_hf.evaluation.metrics import ReferenceMetric
 
 
 class NumberMatch(ReferenceMetric):
-    """The share of the numbers in the prediction that are the reference's first number; 0 where there is none."""
+    """The share of the numbers in the prediction that equal the reference's first number; 0 if there are none."""
 
     def score(self, prediction: str, reference: str) -> float:
         numbers = re.findall(r"\d+", prediction)

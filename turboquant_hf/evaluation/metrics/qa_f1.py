@@ -10,7 +10,7 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class QAF1(ReferenceMetric):
-    """F1 of the words that prediction and reference share; case, punctuation and articles do not count, as in SQuAD."""
+    """F1 of the words that prediction and reference share. As in SQuAD, case, punctuation and articles do not count."""
 
     def score(self, prediction: str, reference: str) -> float:
         ours, theirs = words(prediction), words(reference)

@@ -21,12 +21,12 @@ class RougeL(ReferenceMetric):
 
 
 def sentences(text: str) -> list[list[str]]:
-    # A blank between two full stops counts as a sentence of one empty word there.
+    # In that package, a blank between two full stops counts as a sentence of one empty word.
     return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
 
 
 def longest_common_subsequence(x: list[str], y: list[str]) -> list[str]:
-    """One of the longest; among equals the one that drops from `y` first, seen from the end."""
+    """A longest common subsequence. Among several, the one that drops from `y` first, seen from the end."""
     length = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
     for i, a in enumerate(x, 1):
         for j, b in enumerate(y, 1):

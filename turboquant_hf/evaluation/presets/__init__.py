@@ -1,1 +1,1 @@
-"""What is known of a preset without a model: its bits, its bytes, and presets of given widths."""
+"""What can be computed about a preset without a model: its bits, its bytes, and presets of given widths."""

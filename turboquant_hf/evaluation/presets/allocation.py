@@ -1,4 +1,4 @@
-"""Widths layer by layer: what they cost, the choice under a budget, the preset that it makes."""
+"""Chooses widths layer by layer: prices, the choice under a budget, and the preset that results."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from turboquant_hf.quantizers import Quantizer
 ROLES = ("keys", "values")
 
 Costs = dict[tuple[str, int, int], float]
-"""(role, layer, width) -> KL when only that side of that layer has that width."""
+"""{(role, layer, width): KL if only that side of that layer has that width}."""
 
 
 def choose_widths(
     costs: Costs, prices: Mapping[tuple[str, int], float], layers: int, budget: float
 ) -> dict[tuple[str, int], int]:
-    """(role, layer) -> width of least summed cost that stays in a budget: a knapsack over all layers and both sides.
+    """{(role, layer): width} with the least total cost within a budget: a knapsack over all layers and both sides.
 
     Args:
         costs: as `sensitivity` returns them.
         prices: (role, width) -> real bits per channel.
         layers: KV layers.
-        budget: mean of the prices chosen, at most.
+        budget: the largest allowed mean of the chosen prices.
 
     Raises:
-        ValueError: where the cheapest widths cost more than the budget.
+        ValueError: the cheapest widths cost more than the budget.
     """
     slots = [(role, layer) for role in ROLES for layer in range(layers)]
     limit = budget * len(slots) + 1e-6
@@ -49,14 +49,14 @@ def choose_widths(
 
 
 def price_list(widths: Sequence[int], head_dim: int) -> dict[tuple[str, int], float]:
-    """(role, width) -> real bits per channel of 16-bit input, scales and means included."""
+    """{(role, width): real bits per channel of 16-bit input}, scales and means included."""
     sides = {("keys", w): key_quantizer(w) for w in widths} | {("values", w): value_quantizer(w) for w in widths}
     tile = CachePreset().tile
     return {side: quantizer.bits_per_channel(head_dim, tile) for side, quantizer in sides.items()}
 
 
 def allocated_preset(choice: Mapping[tuple[str, int], int], name: str) -> CachePreset:
-    """The commonest widths as the preset's own, the others as overrides of their layers."""
+    """A preset with the most common widths, and overrides for the layers with other widths."""
     layers = 1 + max(layer for _, layer in choice)
     chosen = {role: [choice[role, layer] for layer in range(layers)] for role in ROLES}
     key_bits, value_bits = (max(sorted(set(side)), key=side.count) for side in chosen.values())
@@ -72,7 +72,7 @@ def allocated_preset(choice: Mapping[tuple[str, int], int], name: str) -> CacheP
 
 
 def flat_rivals(widths: Sequence[int], budget: float) -> list[CachePreset]:
-    """Flat presets whose codes have `budget` bits, mean of keys and values; if there are none, the largest below it."""
+    """Flat presets whose codes have `budget` bits, mean of keys and values; if there are none, the largest below."""
     pairs = [(k, v) for k in widths for v in widths if k + v <= 2 * budget + 1e-6]
     most = max(k + v for k, v in pairs)
     return [flat_preset(k, v) for k, v in pairs if k + v == most]

@@ -35,15 +35,15 @@ def average_bits(cache) -> tuple[float, float]:
 
 
 def resident_compression(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv_heads: int) -> float:
-    """Bytes of a 16-bit cache / bytes allocated for this one, behind a prompt of so many bfloat16 tokens.
+    """Bytes of a 16-bit cache divided by the bytes allocated for this cache, for a prompt of bfloat16 tokens.
 
-    `TurboQuantCache.compression_ratio` of one sequence. Below 1 the cache takes more than a 16-bit one.
+    This is `TurboQuantCache.compression_ratio` of one sequence. Below 1, the cache is larger than a 16-bit cache.
     """
     return _estimate(preset, head_dim, tokens, layers, kv_heads).compression_ratio
 
 
 def used_compression(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv_heads: int) -> float:
-    """The same without the room that is allocated ahead: `TurboQuantCache.compression_ratio_in_use`."""
+    """The same without the room allocated ahead: `TurboQuantCache.compression_ratio_in_use`."""
     return _estimate(preset, head_dim, tokens, layers, kv_heads).compression_ratio_in_use
 
 
@@ -51,11 +51,11 @@ MEMORY_NOTE = (
     "Times smaller than a 16-bit cache behind a prompt of so many tokens. First what the cache takes, the room "
     "allocated ahead included; in brackets the bytes in use."
 )
-"""What a reader of `memory_cell` is told."""
+"""The explanation of `memory_cell` for readers."""
 
 
 def memory_cell(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv_heads: int) -> str:
-    """Memory behind a prompt as a reader sees it: resident bytes first, those in use beside; see `MEMORY_NOTE`."""
+    """The cell of a table: compression by resident bytes, and in brackets by bytes in use; see `MEMORY_NOTE`."""
     place = (head_dim, tokens, layers, kv_heads)
     resident = resident_compression(preset, *place)
     larger = ": larger than 16 bit" if resident < 1 else ""
@@ -69,6 +69,6 @@ def _estimate(preset: CachePreset, head_dim: int, tokens: int, layers: int, kv_h
 
 @lru_cache(maxsize=8)
 def _plan(head_dim: int, layers: int, kv_heads: int) -> MemoryPlan:
-    """Of any model of these sizes: the rest of it does not matter here."""
+    """The memory plan of a model with these sizes. The other fields of the model do not matter."""
     heads = {"num_attention_heads": kv_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     return MemoryPlan(LlamaConfig(num_hidden_layers=layers, vocab_size=8, **heads), torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Presets as the flags of a command name them."""
+"""Presets by the flags of a command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from turboquant_hf.config import CachePreset, load_preset
 from turboquant_hf.evaluation.labels import UNCOMPRESSED
 
 MEASURED_ALONE = {"recent_window": 0, "encode_first": True, "min_statistics": 256}
-"""Nothing but the sinks is read raw once 256 tokens were seen, whatever a preset waits for."""
+"""Fields with which only the sinks are read raw once 256 tokens are seen, for any preset."""
 
 
 def resolve_presets(names: Iterable[str], **overrides: Any) -> list[CachePreset]:
@@ -19,12 +19,11 @@ def resolve_presets(names: Iterable[str], **overrides: Any) -> list[CachePreset]
 
 
 def resolve_caches(names: Iterable[str], recent_window: int | None) -> dict[str, CachePreset | None]:
-    """Cache name -> preset, "uncompressed" (None) first; names may be presets or YAML files.
+    """{cache name: preset}, with "uncompressed" (None) first. Names may be presets or YAML files.
 
-    `recent_window=0` also encodes new tokens before they are attended to (`CachePreset.encode_first`): nothing but the
-    sinks is then read raw, not the newest chunk of the prompt and not the answer's own tokens; presets that wait longer
-    for their statistics wait for 256 tokens. Otherwise the question, at least, would be read raw, and a short prompt
-    would hide the loss that is being measured.
+    `recent_window=0` also encodes new tokens before attention reads them (`CachePreset.encode_first`), and waits for at
+    most 256 tokens of statistics. Only the sinks are then read raw. Otherwise the question, at least, would be read
+    raw, and a short prompt would hide the loss that is measured.
 
     Raises:
         ValueError: an unknown preset, or two of the same name.
@@ -45,7 +44,7 @@ def resolve_caches(names: Iterable[str], recent_window: int | None) -> dict[str,
 
 
 def check_packed(caches: Mapping[str, CachePreset | None], length: int) -> None:
-    """Raise ValueError where prompts of up to `length` tokens are too short for a preset to pack anything."""
+    """Raise ValueError if prompts of up to `length` tokens are too short for a preset to pack anything."""
     for name, preset in caches.items():
         if preset is not None and length < preset.first_encode:
             raise ValueError(
@@ -55,5 +54,5 @@ def check_packed(caches: Mapping[str, CachePreset | None], length: int) -> None:
 
 
 def recent_windows(presets: Iterable[CachePreset | None]) -> dict[str, int]:
-    """Preset -> the newest tokens that it keeps raw: what metrics.json says of the presets of a run."""
+    """{preset: number of newest tokens that it keeps raw}, for metrics.json."""
     return {preset.name: preset.recent_window for preset in presets if preset is not None}

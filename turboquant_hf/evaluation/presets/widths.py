@@ -6,9 +6,9 @@ from turboquant_hf.config import BOUNDARY_VALUES, CachePreset, load_preset
 from turboquant_hf.quantizers import Quantizer
 
 KEY_WIDTHS = {2: "k2v2", 3: "k3v3", 4: "k4v4", 8: "k8v4"}
-"""Width of conditioned keys -> the shipped preset that defines them."""
+"""{width of conditioned keys: the shipped preset that defines them}."""
 VALUE_WIDTHS = {2: "k2v2", 3: "k3v3", 4: "k4v4", 8: None}
-"""The same for values; 8-bit values are those of boundary layers."""
+"""The same for values. 8-bit values are those of boundary layers."""
 
 
 def key_quantizer(bits: int) -> Quantizer:

@@ -1,4 +1,4 @@
-"""Metrics of earlier versions, in the form that commands write today. The only place where a report guesses."""
+"""Brings metrics of earlier versions into the form of today. This is the only place where a report guesses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from turboquant_hf.evaluation.labels import UNCOMPRESSED
 
 
 def brought_up_to_date(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The same metrics with the name of the command, and with "uncompressed" where "baseline" stood in a row."""
+    """The same metrics with the name of the command, and with "uncompressed" instead of "baseline" in rows."""
     metrics = {"tool": None, **metrics}
     if metrics["tool"] is None:
         metrics["tool"] = _tool(metrics)
@@ -22,7 +22,7 @@ def brought_up_to_date(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tool(metrics: Mapping[str, Any]) -> str:
-    """Which command wrote metrics that do not say it, by the fields of their first row; "" where none fits."""
+    """The command that wrote metrics without its name, by the fields of the first row; "" if none fits."""
     rows = metrics.get("results")
     first = rows[0] if isinstance(rows, list) and rows else {}
     fields = first.keys() if isinstance(first, Mapping) else set()

@@ -14,7 +14,7 @@ from turboquant_hf.evaluation.labels import cache_label
 from turboquant_hf.evaluation.report.earlier import brought_up_to_date
 
 ORDER = ("benchmark", "perplexity", "needle", "retrieval", "longbench", "baselines", "ablate", "allocate", "distortion")
-"""Commands in the order of the page; others follow by folder."""
+"""Commands in the order of the page. Other runs follow by folder."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class FinishedRun:
 
     Attributes:
         tool: the command that wrote it.
-        metrics: of metrics.json.
-        conditions: date, hardware, versions, dtype and recent window, as far as the folder says.
+        metrics: the content of metrics.json.
+        conditions: date, hardware, versions, dtype and recent window, as far as the folder records them.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class FinishedRun:
         return self.metrics.get("dtype") or self.conditions.get("dtype")
 
     def label(self, preset: str) -> str:
-        """How the page names a row's cache."""
+        """The name of a row's cache on the page."""
         return cache_label(preset, self.dtype)
 
 
@@ -55,7 +55,7 @@ def read_runs(folders: Iterable[Path]) -> list[FinishedRun]:
     """The runs under some folders, in the order of the page.
 
     Raises:
-        ValueError: where no metrics.json lies under the folders, or one cannot be read.
+        ValueError: there is no metrics.json under the folders, or one cannot be read.
     """
     runs = [_read(path) for path in sorted({path for folder in folders for path in folder.rglob(METRICS)})]
     if not runs:

@@ -1,4 +1,4 @@
-"""Heatmaps of a share by prompt length and needle depth."""
+"""Draws heatmaps of a share by prompt length and needle depth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 SHARES, DIFFERENCES = "cividis", "PuOr"
-"""Colours that people who see no red or green tell apart as well; from dark, and from orange, to light and violet."""
+"""Colour maps that colour-blind readers can read: dark to light, and orange to violet."""
 CELL = (1.15, 0.62)
 """Width and height of a cell in inches."""
 
@@ -21,7 +21,7 @@ def plot_heatmap(path: Path | IO[bytes], grid: Grid, title: str, signed: bool = 
 
 
 def plot_heatmaps(path: Path | IO[bytes], grids: Mapping[str, Grid], signed: bool = False, columns: int = 2) -> None:
-    """Several of them by title, in one PNG with one scale of colours."""
+    """Write several heatmaps by title into one PNG, with one scale of colours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter

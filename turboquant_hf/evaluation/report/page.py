@@ -1,4 +1,4 @@
-"""Sections of a report as one self-contained HTML page, and as Markdown without the pictures."""
+"""Writes the sections of a report as one self-contained HTML page, and as Markdown without pictures."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _html_table(table: Table) -> str:
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The same words and tables."""
+    """The page as Markdown: the same words and tables, without pictures."""
     parts = [f"# {title}"]
     for section in sections:
         parts.append(f"## {section.title}")
@@ -84,7 +84,7 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as a reader wants it: four digits, thousands apart."""
+    """A value as text: four digits, with separators between thousands."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -9,7 +9,7 @@ LABEL_SHIFTS = (3, *(sign * step for step in range(8, 400, 8) for sign in (-1, 1
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats in both coordinates (smaller is better), by the first coordinate."""
+    """Indices of the points that no other point beats in both coordinates (smaller is better), by the first one."""
     front, best = [], float("inf")
     for index in sorted(range(len(points)), key=lambda i: points[i]):
         if points[index][1] < best:
@@ -41,7 +41,7 @@ def draw_pareto(points: Mapping[str, tuple[float, float]]) -> bytes:
     taken: list[tuple[float, float, float]] = []
     for index in sorted(range(len(places)), key=lambda i: (i not in front, -places[i][1])):
         name, (x, y) = list(points)[index], axis.transData.transform(places[index]) * 72 / figure.dpi
-        # The first height, in points, at which the label covers none that is written: about 4 by 8 points per letter.
+        # The lowest height, in points, at which the label overlaps no other label: a letter takes about 4 by 8 points.
         free = (s for s in LABEL_SHIFTS if not any(_meet((x, y + s, 4 * len(name)), other) for other in taken))
         shift = next(free, LABEL_SHIFTS[0])
         taken.append((x, y + shift, 4 * len(name)))

@@ -25,7 +25,7 @@ def run_section(run: FinishedRun) -> Section:
         LAYOUTS.get(run.tool, _plain)(run, section)
     for more in filter(None, (run.metrics.get("pruned"), run.metrics.get("layer"))):
         section.tables.append(tables.plain_table(more))
-    if run.tool != "needle":  # whose folder has a picture per cache: the page shows them in one
+    if run.tool != "needle":  # a folder of `needle` has a picture per cache, and the page draws all of them in one
         section.pictures += [(path.stem, path.read_bytes()) for path in sorted(run.folder.glob("*.png"))]
     findings = list(run.metrics.get("findings", []))
     if section.tables or section.pictures or findings:
@@ -64,4 +64,4 @@ LAYOUTS = {
     **dict.fromkeys(("retrieval", "longbench"), _tasks),
     **dict.fromkeys(("perplexity", "baselines", "ablate", "allocate", "qjl-lesson"), _fidelity),
 }
-"""Command -> how its section is laid out; any other run gets a table of what its rows hold."""
+"""{command: the layout of its section}. Any other run gets a table of all fields of its rows."""

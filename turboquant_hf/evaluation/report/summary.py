@@ -1,4 +1,4 @@
-"""What a report says first: one row per preset over all runs, the Pareto plot, and memory by context."""
+"""The first sections of a report: one row per preset over all runs, the Pareto plot, and memory by context."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ LAYERS, KV_HEADS = 32, 8
 
 
 def summary(runs: Sequence[FinishedRun]) -> Section:
-    """One row per preset: what it costs and what it keeps, and the Pareto plot.
+    """One row per preset with its cost and quality, and the Pareto plot.
 
-    KL and perplexity compare only on one text: they come from the perplexity run that measured the most presets, or
-    from one of baselines where there is none. What other experiments compare are no presets.
+    KL and perplexity can be compared only on one text. They come from the perplexity run with the most presets, or from
+    a run of baselines if there is none. The rows of other experiments are not presets.
     """
     found = {run.folder: (run, _by_preset(run)) for run in runs if run.tool in SUMMARIZED}
     main, _ = max(
@@ -82,12 +82,12 @@ def _add_pareto(section: Section, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def _by_preset(run: FinishedRun) -> dict[str, dict[str, Any]]:
-    """preset -> the summary's columns that this run can fill."""
+    """{preset: the columns of the summary that this run can fill}."""
     found: dict[str, dict[str, Any]] = {}
     means: dict[tuple[str, str], list[float]] = {}
     largest: dict[str, int] = {}
     if run.tool == "benchmark" and str(run.metrics.get("device", "")).startswith("CPU"):
-        return {}  # neither the times of a CPU nor savings beside its float32 belong beside a GPU's
+        return {}  # times of a CPU, and savings relative to its float32, cannot be compared with those of a GPU
     for row in run.rows:
         if not row.get("preset"):
             continue
@@ -107,7 +107,7 @@ def _by_preset(run: FinishedRun) -> dict[str, dict[str, Any]]:
 
 
 def memory(summarized: Section) -> Section:
-    """Shipped presets of the summary: what a whole cache takes beside a 16-bit one, by length and head dim."""
+    """The memory of a whole cache relative to a 16-bit cache, by length and head dim, for the shipped presets."""
     shipped = set(preset_names())
     names = [row[0] for table in summarized.tables for row in table.rows if row[0] in shipped]
     section = Section("Memory")

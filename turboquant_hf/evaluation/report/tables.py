@@ -1,4 +1,4 @@
-"""Tables of a report, from the rows of one run, and the sentences on how it was made."""
+"""Tables of a report from the rows of one run, and the sentences on how the run was made."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SPEED = {
     "copy_share": "of copy", "share_of_prefill": "of the layer's prefill", "resident_bytes": "bytes held",
     "memory_saved": "times less", "peak_bytes": "bytes at most", "error": "error", "reason": "why not",
 }  # fmt: skip
-"""Columns of a benchmark's tables, where its rows have them."""
+"""Columns of a benchmark's tables, if its rows have them."""
 
 
 def about(run: FinishedRun) -> list[str]:
-    """What a run measured, and with what: version, hardware, date, dtype and recent window."""
+    """A sentence on a run: what it measured, version, hardware, date, dtype and recent window."""
     metrics, found = run.metrics, run.conditions
     keys = ("model", "text", "context", "windows", "rows", "queries", "copy_gbps")
     parts = [f"{k}: {cell(metrics[k])}" for k in keys if isinstance(metrics.get(k), (str, int, float))]
@@ -41,7 +41,7 @@ def about(run: FinishedRun) -> list[str]:
 
 
 def _recent_windows(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """Newest tokens that the caches keep raw: one number where they agree."""
+    """The number of newest tokens that the caches keep raw; one number if they agree."""
     windows = metrics.get("recent_windows") or {}
     if len(set(windows.values())) > 1:
         return ", ".join(f"{name} {tokens}" for name, tokens in windows.items())
@@ -50,7 +50,7 @@ def _recent_windows(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> str
 
 
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Any list of rows: its scalars, with mappings one level down as columns of their own."""
+    """A table of any rows: their scalars, and the scalars of mappings one level down."""
     flat = []
     for row in rows:
         wide = {}
@@ -62,7 +62,7 @@ def plain_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def speed_tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """A table for each level of a benchmark, of the columns that its rows fill."""
+    """A table per level of a benchmark, with the columns that its rows fill."""
     tables = []
     for level in dict.fromkeys(row["level"] for row in results):
         rows = [row for row in results if row["level"] == level]
@@ -87,7 +87,7 @@ def task_table(run: FinishedRun) -> Table:
 
 
 def needle_grids(run: FinishedRun, key: str) -> dict[str, dict[tuple[int, float], float]]:
-    """Cache -> (length, depth) -> the value of `key`."""
+    """{cache: {(length, depth): value of `key`}}."""
     grids: dict[str, dict[tuple[int, float], float]] = {}
     styles = {row.get("style") for row in run.rows}
     for row in run.rows:
@@ -99,7 +99,7 @@ def needle_grids(run: FinishedRun, key: str) -> dict[str, dict[tuple[int, float]
 
 
 def needle_tables(run: FinishedRun) -> list[Table]:
-    """Means over the depths, by length: needles found, and how unlikely the right answer was."""
+    """Means over the depths, by length: share of needles found, and NLL of the right answer."""
     lengths = sorted({row["length"] for row in run.rows})
     tables = []
     for key, caption in (("accuracy", "share of needles found"), ("nll", "nats per token of the right answer")):

@@ -1,4 +1,4 @@
-"""transformers' own QuantizedCache (quanto, HQQ) in the harness that measures presets."""
+"""Puts transformers' own QuantizedCache (quanto, HQQ) into the harness that measures presets."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def make_cache(config, preset: CachePreset):
 
 @dataclass(frozen=True)
 class ForeignPreset(CachePreset):
-    """Stands for a QuantizedCache with these options; of the preset's own fields only the sizes are read."""
+    """A preset that stands for a QuantizedCache with these options. Only its sizes are read from the preset fields."""
 
     options: tuple[tuple[str, Any], ...] = ()
 
 
 class MeasuredQuantizedCache(QuantizedCache):
-    """transformers' QuantizedCache, with the bytes of its real tensors where `fidelity.measure` looks for them."""
+    """transformers' QuantizedCache with the byte counts that `fidelity.measure` reads, from its real tensors."""
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +52,7 @@ class MeasuredQuantizedCache(QuantizedCache):
 
 
 class _PackedView:
-    """What `average_bits` reads of a layer: each side reports its bytes over its elements."""
+    """The part of a layer that `average_bits` reads: each side reports its bytes and elements."""
 
     def __init__(self, layer) -> None:
         self.preset, self.dtype, self.head_dims = CachePreset(), layer.keys.dtype, (0, 0)

@@ -1,4 +1,4 @@
-"""KVQuant's ingredients as a quantizer of this evaluation: levels fitted to the data, sparse outliers."""
+"""The parts of KVQuant as a quantizer for this evaluation: levels fitted to the data, sparse outliers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from turboquant_hf.quantizers import Field, Quantizer
 
 @dataclass(frozen=True)
 class NonUniform(Quantizer):
-    """KVQuant's ingredients (arXiv 2401.18079): levels fitted to the data, per-channel keys, sparse outliers.
+    """The parts of KVQuant (arXiv 2401.18079): levels fitted to the data, per-channel keys, sparse outliers.
 
-    Differs from KVQuant in that keys are post-RoPE, levels are fitted to the first tiles of each sequence instead of
-    to a calibration set weighted by Fisher information, and outliers are the same number in every tile.
+    Differences from KVQuant:
+
+    - Keys are post-RoPE.
+    - Levels are fitted to the first tiles of each sequence, and not to a calibration set weighted by Fisher
+      information.
+    - Every tile has the same number of outliers.
 
     Attributes:
         bits: width of a code.
-        outliers: share of a tile's numbers that are kept in fp16, with their 16-bit places.
+        outliers: share of a tile's numbers that are kept in fp16, with 16-bit positions.
         axis: "channel" (keys: a channel's tokens in the tile share a scale and a shift) or "token" (values).
     """
 
@@ -54,7 +58,7 @@ class NonUniform(Quantizer):
         codes = torch.stack(
             [torch.bucketize(x, m) for x, m in zip(unit.contiguous(), middle.contiguous(), strict=True)]
         )
-        # Flat places of a tile fit 16 bits; those above 32,767 are stored as negative numbers.
+        # Flat positions in a tile fit into 16 bits. Those above 32,767 are stored as negative numbers.
         places = torch.where(places > 32767, places - 65536, places).to(torch.int16)
         return {
             "codes": pack(codes.to(torch.uint8), self.bits), "scale": scale, "shift": shift, "places": places,
@@ -78,13 +82,13 @@ class NonUniform(Quantizer):
         return max(round(self.outliers * head_dim * tile), 1)
 
     def _normalised(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Rows [..., R, L] in [-1, 1] without their outliers; the stored scale, shift, places and outliers."""
+        """(rows [..., R, L] in [-1, 1] without outliers, the stored scale, shift, positions and outliers)."""
         centre = rows.median(dim=-1, keepdim=True).values
         spread = (rows - centre).abs().mean(dim=-1, keepdim=True).clamp(min=1e-9)
         count = self._count(*rows.shape[-2:])
         places = ((rows - centre) / spread).abs().flatten(-2).topk(count, dim=-1).indices
         outliers = rows.flatten(-2).gather(-1, places).to(torch.float16)
-        # An outlier's own place takes the row's middle, so that it does not widen the range.
+        # The position of an outlier gets the middle of the row, so that it does not widen the range.
         inner = (
             rows.flatten(-2).scatter(-1, places, centre.expand_as(rows).flatten(-2).gather(-1, places)).view_as(rows)
         )

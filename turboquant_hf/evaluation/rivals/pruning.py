@@ -1,4 +1,4 @@
-"""Prune, then quantize: what kvpress leaves of a prompt, packed, and the text that follows read through it."""
+"""Prunes, then quantizes: packs what kvpress leaves of a prompt, and reads the following text through it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ def measure_pruned(
     chunk: int,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Prune the first half of a window with kvpress, load what is left into each preset, score the second half.
+    """Prune the first half of a window with kvpress, pack the rest with each preset, score the second half.
 
-    `bits` are real bits per channel of the tokens that there were, pruned ones included.
+    `bits` are real bits per channel and original token, pruned tokens included.
 
-    kvpress 0.5.5 asks for transformers below 5.3 and reads a `cache_position` that later versions no longer pass (with
-    it handed in, it runs up to the version that renames `past_key_values`, which raises KeyError). It replaces a
-    layer's `keys` and `values`, which a packed layer does not allow: so it prunes a DynamicCache, and the survivors
-    are packed afterwards.
+    - kvpress 0.5.5 requires transformers below 5.3, because it reads a `cache_position` that later versions do not
+      pass. With `cache_position` passed here, it runs up to the version that renames `past_key_values`, which raises
+      KeyError.
+    - kvpress assigns a layer's `keys` and `values`, which a packed layer does not allow. It therefore prunes a
+      DynamicCache, and the remaining tokens are packed afterwards.
     """  # fmt: skip
     import kvpress
 

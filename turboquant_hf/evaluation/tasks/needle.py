@@ -10,10 +10,10 @@ from turboquant_hf.evaluation.tasks.haystack import Haystack
 
 @dataclass(frozen=True)
 class Style:
-    """Wording of one kind of needle; {key} and {value} are filled in.
+    """The wording of one kind of needle. {key} and {value} are filled in.
 
-    The lead, the last words of the prompt, are the needle's own up to the value: what is measured is whether the
-    cache finds the place again, not how a small model words an answer.
+    The prompt ends in the needle's own words up to the value. This measures whether the cache finds the place again,
+    and not how a small model words an answer.
     """
 
     needle: str
@@ -62,7 +62,7 @@ STYLES = {
 def make_trial(haystack: Haystack, style: Style, length: int, depth: float | None, seed: str) -> tuple[list[int], str]:
     """(prompt of exactly `length` tokens, true answer); the same seed gives the same fact in the same text.
 
-    Without a depth the needle and its distractors are left out and the text is that much longer.
+    Without a depth, there are no needle and no distractors, and the text is longer by their tokens.
     """
     rng = random.Random(seed)
     keys = rng.sample(style.keys, 1 + style.distractors)

@@ -1,4 +1,4 @@
-"""Runs over prompts: each unit is read through one of the caches of --preset."""
+"""Runs over prompts, each read through one of the caches of --preset."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_prompts(
     """`run_units` over prompts cut from a haystack, each read through one of the caches of `run.preset`.
 
     Args:
-        make_units: names of the caches, the uncompressed one first -> units, each with its "preset".
+        make_units: names of the caches, "uncompressed" first -> units, each with its "preset".
         predict: (model, haystack, preset, unit, run) -> prediction.
     """
     caches = resolve_caches(run.preset, run.recent_window)
@@ -45,7 +45,7 @@ def run_prompts(
 
 
 def check_tasks(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise ValueError for a task that does not exist: a settings file is not checked by the parser."""
+    """Raise ValueError for an unknown task: the parser does not check a settings file."""
     for name in names:
         if name not in known:
             raise ValueError(f"tasks: {name!r} is not supported; allowed: {', '.join(known)}")

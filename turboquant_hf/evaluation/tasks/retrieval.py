@@ -1,7 +1,7 @@
 """Synthetic long-context tasks in the manner of RULER (arXiv 2404.06654), of any length, scored as it does.
 
-Every task fills a prompt up to a token length with text, noise or list items, and asks for something that is spread
-over it. The texts are made here from a seed; no data set is needed.
+Every task fills a prompt with text, noise or list items up to a number of tokens, and asks for something that is spread
+over the prompt. The texts are made here from a seed; no data set is needed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """make(haystack, length, rng) -> Example; how many tokens to decode; how answers are counted."""
+    """A task: make(haystack, length, rng) -> Example, the tokens to decode, and how answers are scored."""
 
     make: Callable[[Haystack, int, random.Random], Example]
     new_tokens: int
@@ -50,12 +50,12 @@ class Task:
 
 
 def match_all(prediction: str, answers: list[str]) -> float:
-    """Share of the answers that occur in the prediction, whatever their case (RULER's string_match_all)."""
+    """Share of the answers that occur in the prediction, ignoring case (RULER's string_match_all)."""
     return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
 
 
 def match_part(prediction: str, answers: list[str]) -> float:
-    """1 when any of the answers occurs in the prediction (RULER's string_match_part)."""
+    """1 if any of the answers occurs in the prediction, else 0 (RULER's string_match_part)."""
     return float(any(answer.lower() in prediction.lower() for answer in answers))
 
 
@@ -72,7 +72,7 @@ def _numbers(count: int, rng: random.Random) -> list[str]:
 
 
 def _magic(keys: int, values: int, queries: int) -> Callable[[Haystack, int, random.Random], Example]:
-    """`keys` names with `values` numbers each, hidden in running text; the numbers of `queries` names are asked for."""
+    """`keys` names with `values` numbers each, hidden in a text. The question asks for those of `queries` names."""
 
     def make(haystack: Haystack, length: int, rng: random.Random) -> Example:
         names, numbers = _names(keys, rng), _numbers(keys * values, rng)
@@ -100,7 +100,7 @@ def _magic(keys: int, values: int, queries: int) -> Callable[[Haystack, int, ran
 
 
 def _variable_tracking(haystack: Haystack, length: int, rng: random.Random, hops: int = 4) -> Example:
-    """A chain of assignments spread over noise, in order; all variables that hold the first value are asked for."""
+    """A chain of assignments spread over noise, in order. The question asks for all variables with the first value."""
     names: set[str] = set()
     while len(names) < hops + 1:
         names.add("".join(rng.choices(string.ascii_uppercase, k=5)))
@@ -123,14 +123,14 @@ def _variable_tracking(haystack: Haystack, length: int, rng: random.Random, hops
 
 
 def _common_words(haystack: Haystack, length: int, rng: random.Random, common_count: int = 10) -> Example:
-    """A numbered list in which ten words come often (30 times, less in a short prompt) and others 3 times at most."""
+    """A numbered list with ten common words (30 times, less in a short prompt) and others (3 times at most)."""
     words = _names(len(ADJECTIVES) * len(NOUNS), rng)
     frequent, rare = words[:common_count], words[common_count:]
     question = (
         "\nQuestion: What are the 10 most common words in the above list?\n"
         "Answer: The 10 words that appear most often in the list are:"
     )
-    # A short list repeats everything less often, with room left for the rare words.
+    # In a short list everything is repeated less often, so that there is room for the rare words.
     item = len(haystack.encode(f" 100. {words[0]}"))
     often = min(30, max(4, length // item // (2 * common_count)))
     seldom = 1 if often < 12 else 3
@@ -146,7 +146,7 @@ def _common_words(haystack: Haystack, length: int, rng: random.Random, common_co
 
 
 def _key_value(haystack: Haystack, length: int, rng: random.Random) -> Example:
-    """Pairs of random identifiers, one line each; the value of one key is asked for."""
+    """Pairs of random identifiers, one per line. The question asks for the value of one key."""
     seed, place = rng.random(), rng.random()
 
     def identifier(own: random.Random) -> str:
@@ -174,10 +174,10 @@ def _fill(haystack: Haystack, length: int, build: Callable[[int], str], most: in
 def _fill_count(
     haystack: Haystack, length: int, build: Callable[[int], str], most: int | None = None
 ) -> tuple[list[int], int]:
-    """Tokens of build(n) with the largest n >= 1 that fits into `length` tokens, and that n.
+    """(tokens of build(n), n) for the largest n >= 1 that fits into `length` tokens.
 
     Raises:
-        ValueError: when not even build(1) fits.
+        ValueError: even build(1) does not fit.
     """
 
     def tokens(count: int) -> list[int]:
@@ -207,5 +207,5 @@ TASKS = {
 
 
 def make_example(haystack: Haystack, task: str, length: int, seed: str) -> Example:
-    """The prompt of a task, at most `length` tokens; the same seed gives the same prompt."""
+    """The prompt of a task, at most `length` tokens. The same seed gives the same prompt."""
     return TASKS[task].make(haystack, length, random.Random(f"{seed}/{task}/{length}"))
