@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 STEPS = 4
-"""Steps of the whole quickstart; the first one, the installation, is quickstart.sh's."""
+"""Steps of the whole quickstart. The first step, the installation, is in quickstart.sh."""
 
 
 @contextmanager
 def step(number: int, title: str) -> Iterator[None]:
-    """Say what begins and, when it is done, how long it took."""
+    """Print what begins and, at the end, how long it took."""
     print(f"\nStep {number} of {STEPS}: {title}", flush=True)
     begin = time.monotonic()
     yield
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def generate(model, tokenizer, text: str) -> None:
-    """The same greedy answer from DynamicCache and from the default packed cache, and what each holds."""
+    """Print the greedy answers with DynamicCache and with the default packed cache, and the bytes of both caches."""
     question = [{"role": "user", "content": f"{text}\n\nIn one sentence, what is this text about?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     prompt = inputs["input_ids"].shape[1]
@@ -78,7 +78,7 @@ def generate(model, tokenizer, text: str) -> None:
 
 
 def perplexity(model, tokenizer, text: str) -> None:
-    """One window through every preset, everything packed."""
+    """Print the perplexity of one window with every preset, with all tokens packed."""
     print("  Every token is packed before it is read (recent_window=0).", flush=True)
     windows = cut_windows(tokenizer(text, return_tensors="pt", verbose=False).input_ids[0], CONTEXT, 1)
     presets = [load_preset(name, recent_window=0, encode_first=True) for name in PRESETS]

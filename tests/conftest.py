@@ -1,4 +1,4 @@
-"""What every test shares: the hypothesis profile, the `gpu` marker, a tiny llama."""
+"""Shared by all tests: the hypothesis profile, the `gpu` marker, a tiny llama."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.fixture
 def small_llama():
-    """The maker of `llama`, for tests that want other sizes: small_llama(head_dim=64, seed=1)."""
+    """The function that makes `llama`, for tests that need other sizes: small_llama(head_dim=64, seed=1)."""
     return make_llama

@@ -1,4 +1,4 @@
-"""Presets: what is read, what is refused and in which words, and which layer gets what."""
+"""Presets: reading, refusing with a helpful message, and the quantizers of each layer."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_an_unknown_preset_is_named(preset):
         load_preset(preset)
 
 
-def test_what_was_meant_is_guessed():
+def test_the_nearest_name_is_suggested():
     with pytest.raises(ValueError, match="did you mean 'k4v4'"):
         load_preset("k4_v4")
     with pytest.raises(ValueError, match="did you mean 'boundary_layers'"):
@@ -83,14 +83,14 @@ def test_what_was_meant_is_guessed():
         load_preset("mine.yaml")
 
 
-def test_case_is_forgiven_in_a_guess():
+def test_suggestions_ignore_case():
     for data, name in (({"preset": "K4V4"}, "k4v4"), ({"Keys": "mse"}, "keys"), ({"keys": "MSE"}, "mse")):
         with pytest.raises(ValueError, match=f"did you mean '{name}'"):
             load_preset(data)
 
 
 @pytest.mark.parametrize("name", ["tile", "sinks", "recent_window", "min_statistics"])
-def test_room_beyond_any_reason_is_refused_before_it_is_allocated(name):
+def test_an_unreasonable_size_is_refused_before_it_is_allocated(name):
     with pytest.raises(
         ValueError, match=f"{name}=1000000000 is not supported; allowed: whole numbers from . to 131,072"
     ):
@@ -200,7 +200,7 @@ def test_overrides_leave_the_original_as_it_is():
 
 
 def plain(quantizer):
-    """A quantizer as YAML has it: lists for tuples."""
+    """A quantizer as in YAML, with lists instead of tuples."""
     data = {name: [list(x) for x in v] if isinstance(v, tuple) else v for name, v in asdict(quantizer).items()}
     return {"quantizer": quantizer.name, **data}
 

@@ -1,4 +1,4 @@
-"""docs/contributing.md adds a quantizer: a copy of the checkout, changed as the page says, passes the contract."""
+"""docs/contributing.md adds a quantizer. A copy of the checkout with these changes passes the contract tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def steps() -> list[tuple[str, str, str]]:
 
 
 def patched(text: str, diff: str) -> str:
-    """`text` with the diff's added lines behind the lines above them, which stand in `text` in this order."""
+    """`text` with the added lines of a diff. Each goes behind the line above it, which must be in `text`."""
     lines, at = text.splitlines(), -1
     for line in diff.splitlines():
         if line.startswith("+"):
@@ -87,7 +87,7 @@ def test_its_preset_packs_in_generate(checkout):
     assert float(python(checkout, "-c", USE)) == 8 + 16 / 128
 
 
-def test_it_is_formatted_as_the_rest(checkout):
+def test_the_pages_code_is_formatted(checkout):
     path = checkout / "turboquant_hf" / "quantizers" / "fp8.py"
     settings = ["--config", str(checkout / "pyproject.toml")]
     python(checkout, "-m", "ruff", "check", *settings, str(path))

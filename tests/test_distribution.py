@@ -1,4 +1,4 @@
-"""What pip is told about this project."""
+"""The metadata of this project for pip."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOREIGN = "turboquant-hf"
-"""On PyPI another project's name: an upgrade of a distribution of this name would install that one."""
+"""The name of another project on PyPI. An upgrade of a distribution with this name would install that project."""
 
 
 def test_the_distribution_has_a_name_of_its_own():

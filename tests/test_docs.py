@@ -58,7 +58,7 @@ def test_a_lesson_runs_and_draws_its_pictures_for_both_themes(lesson, tmp_path, 
 
 def test_the_messages_that_the_page_explains_exist():
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "turboquant_hf").rglob("*.py"))
-    source = re.sub(r"""["']\s*\n\s*f?["']""", "", source)  # a message goes on in the next line
+    source = re.sub(r"""["']\s*\n\s*f?["']""", "", source)  # a message may continue in the next line
     page = (DOCS / "faq.md").read_text(encoding="utf-8").partition("## Questions")[0]
     cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
@@ -66,7 +66,7 @@ def test_the_messages_that_the_page_explains_exist():
 
 
 def test_the_strict_build_passes(tmp_path):
-    """Without the lessons' cells, which the tests above run; needs the `docs` extra."""
+    """The lessons' cells are not run here: the tests above run them. Needs the `docs` extra."""
     if not all(importlib.util.find_spec(name) for name in ("furo", "jupytext", "myst_nb", "sphinx")):
         pytest.skip("the docs extra is not installed")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "trees"), str(DOCS)]

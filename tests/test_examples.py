@@ -28,7 +28,7 @@ def test_a_public_name_has_an_example(name):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_an_example_prints_what_it_shows(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example.globs = {}  # as for a reader, who has imported nothing
+    example.globs = {}  # a reader has imported nothing
     lines: list[str] = []
     result = doctest.DocTestRunner().run(example, out=lines.append)
     assert result.attempted and not result.failed, "".join(lines)

@@ -33,7 +33,7 @@ ROOMS = {
     "report": ("labels", "presets", "harness"),
     "commands": ("labels", "metrics", "presets", "harness", "tasks", "rivals", "benchmark", "report"),
 }
-"""Room of evaluation -> the other rooms that it may import. Reports import no experiment."""
+"""{folder of evaluation: the other folders that it may import}. Reports import no experiment."""
 FILES = sorted((ROOT / "turboquant_hf").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 

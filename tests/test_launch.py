@@ -1,4 +1,4 @@
-"""`turboquant-hf run`: programs that import nothing of this package, in this process."""
+"""`turboquant-hf run`: programs that do not import this package run in this process."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ open(sys.argv[2], "w").write(json.dumps([found, __name__, sys.argv[3:]]))
 
 @pytest.fixture(autouse=True)
 def own_process(monkeypatch):
-    """A program changes these as if the process were its own."""
+    """Restore what a program may change in its process."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
@@ -51,7 +51,7 @@ def script(tmp_path) -> Path:
 
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
-    """What is logged once in a process."""
+    """The lines that are logged once per process."""
     lines = []
     monkeypatch.setattr(defaults.logger, "warning_once", lines.append)
     return lines
@@ -93,7 +93,7 @@ def test_a_call_gets_what_it_names_and_the_defaults_for_the_rest(script, tmp_pat
     assert bool(said) == (expected[0] == "DynamicCache")
 
 
-def test_what_follows_the_program_is_its_own(script, tmp_path):
+def test_arguments_behind_the_program_are_passed_to_it(script, tmp_path):
     words = ["--preset", "theirs", "--", "-m", "x", "--cache=theirs"]
     assert run("--", "python", script, NAMED, tmp_path / "out", *words) == 0
     assert answer(tmp_path) == [["TurboQuantCache", "k4v4", 128], "__main__", words]
@@ -153,7 +153,7 @@ def test_python_scripts_on_the_path_run(script, tmp_path, monkeypatch):
         (["--cache-config", "keys={", "x"], "allowed: KEY=VALUE, VALUE in YAML"),
     ],
 )
-def test_what_cannot_be_run_is_named_in_one_line(tmp_path, monkeypatch, capsys, words, message):
+def test_a_program_that_cannot_be_run_is_named_in_one_line(tmp_path, monkeypatch, capsys, words, message):
     (tmp_path / "x.py").write_text("")
     words = [str(tmp_path / "x.py") if word == "x" else word for word in words]
     assert run(*words) == 2
@@ -171,7 +171,7 @@ def test_errors_of_the_program_are_shown_as_its_own(tmp_path, capsys):
         run(tmp_path / "x.py")
 
 
-def test_options_that_changed_nothing_are_named_at_the_end(script, tmp_path, said, capsys):
+def test_options_without_effect_are_named_at_the_end(script, tmp_path, said, capsys):
     assert run("--preset", "k3v3", script, "{}", tmp_path / "out") == 0
     assert "client.py made no TurboQuant cache by generate" in capsys.readouterr().err
     assert run("--preset", "k3v3", script, NAMED, tmp_path / "out") == 0
@@ -214,7 +214,7 @@ def test_continuous_batching_is_refused_where_the_cache_is_the_default(llama):
 
 @pytest.mark.slow
 def test_a_script_in_a_process_of_its_own(script, tmp_path):
-    """Nothing has imported the package before: without `run` the script ends in an error."""
+    """Nothing has imported the package before. Without `run`, the script would end in an error."""
     root = Path(cli.__file__).parents[1]
     command = [sys.executable, "-m", "turboquant_hf.cli", "run", script, NAMED, tmp_path / "out"]
     subprocess.run(command, cwd=root, check=True)

@@ -63,7 +63,7 @@ def test_usages_blocks_run_and_two_questions_of_a_file_get_dynamic_caches_answer
     torch.manual_seed(0)
     found: dict = {}
     for block in python_blocks("docs/usage.md"):
-        # A model whose answers differ by question; the page's own is any model.
+        # This model's answers differ by question; those of the page's model need not.
         block = block.replace("eos_token_id=None)", "eos_token_id=None, initializer_range=0.4)")
         exec(compile(block, "docs/usage.md", "exec"), found)
     model, document, answers = found["model"], found["document"], found["answers"]
@@ -88,14 +88,14 @@ def test_usages_output_is_what_its_command_prints(tmp_path, monkeypatch, capsys)
 
 
 def test_readmes_commands_are_those_that_ci_runs():
-    """What a reader is told to run is what is tested."""
+    """The commands that a reader is told to run are tested."""
     commands = [line.partition("#")[0].strip() for line in read("README.md").splitlines() if line.startswith("bash ")]
     assert commands == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
     assert commands[1] in read(".ci/run").splitlines()
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of a page's headings."""
+    """The anchors that GitHub makes from a page's headings."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in titles]
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -116,7 +116,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page):
-    """Paths in backticks: from the checkout's top, or from the package's. (Bold ones are of a page that makes them.)"""
+    """Paths in backticks, relative to the checkout or the package. (A page with a bold path creates that file.)"""
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"(?<!\*\*)`([a-z.][\w./-]+/[\w.-]+\.(?:py|cuh?|yaml|sh|md))`", text)
     missing = [name for name in named if not any((base / name).exists() for base in (ROOT, ROOT / "turboquant_hf"))]

@@ -1,4 +1,4 @@
-"""What `import turboquant_hf` loads, and that the names are there when they are needed, whatever was imported first."""
+"""`import turboquant_hf` loads little, and the names exist when they are needed, in any order of imports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ for name in ("turboquant", "turboquant_static"):
 
 
 def loaded_after(code: str) -> set[str]:
-    """Names of the modules that a fresh Python holds after `code`."""
+    """Names of the modules that a new Python process has loaded after `code`."""
     code += "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

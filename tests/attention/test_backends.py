@@ -28,7 +28,7 @@ SHAPES = {
 
 
 def run(preset, dim, shape, dtype, value_dim=None):
-    """(what the kernels give, what decoded tensors give), [B, q, Hq, D] each."""
+    """(output of the kernels, output over decoded tensors), [B, q, Hq, D] each."""
     tokens, starts, queries = shape
     generator = torch.Generator().manual_seed(0)
     batch = len(starts)

@@ -1,4 +1,4 @@
-"""Chunks behind a history: the causal rule of the newest tokens, without a mask and without a dense history."""
+"""Chunks behind a history: causal attention of the newest tokens without a mask tensor or a dense history."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_users_may_turn_flash_off():
 @pytest.mark.parametrize("history", [0, 1, 63, 200])
 @pytest.mark.parametrize("cuts", [(), (17,), (1, 2, 60)], ids=str)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_parts_make_a_whole(device, history, cuts):
+def test_attention_over_parts_equals_attention_over_the_whole(device, history, cuts):
     query, key, value = draw(33, history + 33, device=device)
     edges = [0, *(cut for cut in cuts if cut < history), history]
     parts = [(key[:, :, history:], value[:, :, history:])]
@@ -109,7 +109,7 @@ def test_merging_parts_of_any_weight(distance):
 
 @pytest.mark.parametrize("where", [3, 50], ids=["history", "chunk"])
 @pytest.mark.parametrize("side", [1, 2], ids=["key", "value"])
-def test_a_nan_reaches_whoever_sees_it(where, side):
+def test_a_nan_reaches_every_query_that_sees_it(where, side):
     tensors = draw(20, 60, heads=(2, 2))
     tensors[side][0, 0, where] = torch.nan
     output = chunk_attention(tensors[0], tensor_parts(20, *tensors[1:])).transpose(1, 2)
@@ -170,14 +170,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_everything_else_gets_what_sdpa_gets(case):
+def test_all_other_masks_are_those_of_sdpa(case):
     options = {"q_length": 20, "kv_length": 60, "q_offset": 40, **REFUSED[case]}
     got, expected = mask_of(**options), mask_of(**options, function=sdpa_mask)
     assert type(got) is type(expected)
     assert got is None or torch.equal(got, expected)
 
 
-def test_whoever_reads_the_mask_gets_a_tensor_that_is_made_once():
+def test_other_readers_of_the_mask_get_a_tensor_that_is_made_once():
     mask = CausalMask(2, 5, 9, "cpu")
     expected = torch.ones(5, 9, dtype=torch.bool).tril(4).expand(2, 1, 5, 9)
     assert torch.equal(mask[:, :, 1:, :7], expected[:, :, 1:, :7]) and type(mask[:, :, :1]) is torch.Tensor
@@ -201,13 +201,13 @@ def test_the_mask_moves_to_another_device_as_it_is():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What ran: "layer" and "tensors" (chunks by their source), "mask" (a CausalMask made a tensor), "whole" (a layer
-    decoded at once)."""
+    """Counts what runs: "layer" and "tensors" (chunks by their source), "mask" (a CausalMask made a tensor), "whole" (a
+    layer decoded at once)."""
     counts = dict.fromkeys(("layer", "tensors", "mask", "whole"), 0)
 
     def counted(name, function):
         def count(*args, **kwargs):
-            counts[name] += name != "whole" or len(args) == 2  # a layer and a side, but no positions
+            counts[name] += name != "whole" or len(args) == 2  # called with a layer and a side, without positions
             return function(*args, **kwargs)
 
         return count
@@ -291,7 +291,7 @@ def test_encode_first_attends_without_a_mask(llama, seen):
 @pytest.mark.parametrize("padding", [0, 3, 40])
 @pytest.mark.parametrize("preset", ["k4v4", "k2v2", "int8", "kivi-4", "paper-mse-4", "lossless"])
 def test_parts_of_a_layer_are_what_it_decodes_to(small_llama, monkeypatch, preset, padding, newest):
-    """Layers that share keys read what the first one has encoded: part of the chunk itself may lie in tiles."""
+    """If layers share keys, the first layer may have encoded part of the chunk before the others read it."""
     model = small_llama(head_dim=16)
     model.set_attn_implementation("turboquant")
     cache = TurboQuantCache(model.config, preset, **{**TILES, "tile": 32, "min_statistics": 32})
@@ -310,7 +310,7 @@ def test_parts_of_a_layer_are_what_it_decodes_to(small_llama, monkeypatch, prese
 @pytest.mark.parametrize("preset", ["k4v4", "lossless"])
 @torch.no_grad()
 def test_the_dense_history_is_never_whole_in_memory(llama, monkeypatch, preset):
-    """Every position is decoded once per layer and chunk, in pieces that are gone before the next one is made."""
+    """Every position is decoded once per layer and chunk. Each piece is freed before the next one is made."""
     llama.set_attn_implementation("turboquant")
     ids = torch.randint(3, 199, (1, 400), generator=torch.Generator().manual_seed(0))
     cache = TurboQuantCache(llama.config, preset, **TILES)
@@ -322,7 +322,7 @@ def test_the_dense_history_is_never_whole_in_memory(llama, monkeypatch, preset):
         ranges.append((side, start, stop))
         return decode(self, side, start, stop)
 
-    def watching(layer, side, start, stop):  # no call is for all of the layer
+    def watching(layer, side, start, stop):  # every call names positions
         dense = decoded(layer, side, start, stop)
         held = [x for x in (reference() for reference in alive) if x is not None]
         most.append(sum(x.shape[2] for x in [*held, dense]))
@@ -360,7 +360,7 @@ def test_the_first_chunk_is_plain_flash(llama, monkeypatch):
     "name", ["gemma2", "gemma3n", "gpt_oss", "diffllama", "deepseek_v3", "granite", "qwen3_next", "falcon_h1", "gpt2"]
 )
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dynamic"])
-def test_families_by_chunks(name, packed):
+def test_families_read_prompts_in_chunks(name, packed):
     """Soft-caps, attention sinks, shared keys, several values per key, latents, recurrent states; dense caches too."""
     family = next(family for family in FAMILIES if family.name == name)
     if not available(family):
@@ -400,7 +400,7 @@ def test_generate_in_chunks_and_a_second_turn(llama, seen):
 
 @pytest.mark.parametrize("history", [0, 40])
 def test_gradients_take_the_mask(history):
-    """The log-sum-exp of fused kernels has no gradient, so tensors that want one get today's SDPA."""
+    """The log-sum-exp of fused kernels has no gradient, so tensors with gradients use SDPA with a mask."""
     tensors = [x.requires_grad_() for x in draw(20, history + 20)]
     module = torch.nn.Module()
     module.num_key_value_groups = 2

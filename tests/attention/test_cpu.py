@@ -1,4 +1,4 @@
-"""Decode steps on a CPU read the packed tiles: no step decodes them."""
+"""Decode steps on a CPU read the packed tiles. No step decodes all tiles to dense tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turboquant_hf.cache import TurboQuantLayer
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How many tiles each decode of tiles had."""
+    """The number of tiles of each call that decodes tiles."""
     counts, held = [], TurboQuantLayer.held
 
     def counted(layer, *where):

@@ -1,4 +1,4 @@
-"""Whole generations with the packed path on, kernels replaced by their plain definition, against decoded tensors."""
+"""Whole generations by the packed path, with the kernels' plain definition, against decoded tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from turboquant_hf.kernels.decode import reference
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Turned on by `calls.on()`: packed attention, which counts (queries, tiles, masked) of every call."""
+    """`calls.on()` turns packed attention on, and records (queries, tiles, masked) of every call."""
     applies = packed._applies
     monkeypatch.setattr(packed, "_applies", lambda *arguments: False)
 
@@ -59,7 +59,7 @@ def test_beams(llama, calls, padding):
 @pytest.mark.parametrize(("padding", "hole"), [(0, False), (19, False), (19, True)])
 @torch.no_grad()
 def test_a_block_of_queries(llama, calls, padding, hole):
-    """Several queries: the causal order is the kernels' business, and so is a hidden token that is not left padding."""
+    """With several queries, the kernels apply the causal order, and a hidden token that is not left padding."""
     llama.set_attn_implementation("turboquant")
     inputs = inputs_of(padding=padding, length=58)
     if hole:

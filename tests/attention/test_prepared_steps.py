@@ -1,4 +1,4 @@
-"""Prepared decode steps, the reference in the kernel's place: what was looked up stays true, and is looked up once."""
+"""Prepared decode steps, with the reference as kernel: they stay valid, and are prepared only once."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ARRAYS = ("codes", "scale", "mean")
 
 @pytest.fixture
 def steps(monkeypatch):
-    """{"prepared": how many, "taken": how many}, as a model runs.
+    """{"prepared": count, "taken": count} while a model runs.
 
-    In `decode.cuda.Step`'s place: the arrays have room to spare.
+    The reference replaces `decode.cuda.Step`. Its arrays have spare room.
     """
     counts = {"prepared": 0, "taken": 0}
 
@@ -102,7 +102,7 @@ def test_prepared_steps_equal_general_ones(model, ids, steps, change, padding, m
 
 @torch.no_grad()
 def test_a_step_is_prepared_once_for_every_tile(model, ids, steps):
-    """Arrays are replaced when a tile is encoded; between that, every layer's step is one call."""
+    """Arrays are replaced when a tile is encoded. Between two encodes, every layer uses one prepared step."""
     _, cache = logits_of(model, ids)
     tiles = cache.layers[0].tiles[0].count - (PROMPT - 32) // 32
     assert steps == {"prepared": LAYERS * (1 + tiles), "taken": LAYERS * STEPS}

@@ -1,4 +1,4 @@
-"""`TurboQuantCache`: what it packs, its options, and that it is a DynamicCache to everyone else."""
+"""`TurboQuantCache`: what it packs, its options, and that other code can use it as a DynamicCache."""
 
 from __future__ import annotations
 

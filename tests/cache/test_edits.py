@@ -1,4 +1,4 @@
-"""Edits of `layer.keys` and `layer.values` are refused at every length: what would be edited is a decoded copy."""
+"""Edits of `layer.keys` and `layer.values` are refused at every length, because they are decoded copies."""
 
 from __future__ import annotations
 

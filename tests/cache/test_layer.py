@@ -1,4 +1,4 @@
-"""One layer: what an append costs, what the protocol promises, what is refused."""
+"""One layer: the cost of an append, the layer protocol, and refused input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turboquant_hf.kernels.decode import History, RawTokens, Scoring, decode_att
 
 
 class Counting(Lossless):
-    """Counts the tiles that it encodes, in a list that the test owns."""
+    """A quantizer that counts the tiles that it encodes, in a list of the test."""
 
     counted: list[int] = []
 
@@ -87,7 +87,7 @@ def test_appending_a_token_keeps_the_tail_in_place():
 
 
 def test_what_update_returned_survives_the_commit():
-    """The tail's front leaves for a tile while attention has yet to read the dense view of it."""
+    """A commit moves the front of the tail into a tile while attention may still read the dense view of it."""
     layer = make_layer(recent_window=8, tile=8)
     expected = []
     for seed in range(40):
@@ -98,7 +98,7 @@ def test_what_update_returned_survives_the_commit():
 
 
 def test_what_the_model_passes_is_not_kept_or_changed():
-    """Keys may be a view of a fused projection; a block that waits for its statistics must not keep that alive."""
+    """Keys may be a view of a fused projection. A block that waits for statistics must not keep it in memory."""
     layer = make_layer(keys=Tagged(), min_statistics=500, recent_window=0)
     fused = torch.randn(1, 2, 100, 48)
     keys, values = fused[..., :16], fused[..., 16:32]
@@ -147,7 +147,7 @@ def test_handles_are_tensors_to_code_that_does_not_know_them(use):
     assert torch.equal(use(keys), use(x[0]))
 
 
-def test_an_old_handle_ends_where_it_was_made():
+def test_an_old_handle_keeps_its_length():
     layer = make_layer(handles=True)
     x = states(30)
     keys, _ = layer.update(*x)
@@ -174,7 +174,7 @@ def test_statistics_are_frozen_at_the_first_encode():
 
 
 def test_queries_reach_the_first_fit():
-    """A channel that queries never read gets no balance: with queries the state differs from without."""
+    """Queries that never read a channel change its balance, so the state differs with and without queries."""
     plain, seen = (preset_layer("k4v4", handles=True, tile=16, min_statistics=64) for _ in range(2))
     for layer in (plain, seen):
         layer.update(*states(64))
@@ -211,7 +211,7 @@ def test_learned_padding_equals_noted_padding():
 
 @pytest.mark.parametrize("tokens", [30, 200], ids=["tail", "tiles"])
 def test_crop_to_an_absolute_length(tokens):
-    """The legacy meaning of a positive number; one larger than the cache changes nothing."""
+    """A positive number is an absolute length (legacy). A number above the length changes nothing."""
     layer = make_layer()
     x = states(tokens)
     layer.update(*x)
@@ -293,7 +293,7 @@ def test_operations_before_the_first_update_change_nothing():
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.int32, torch.float8_e4m3fn, torch.bool, torch.complex64], ids=str
 )
-def test_other_dtypes_are_named(dtype):
+def test_an_unsupported_dtype_is_named_in_the_error(dtype):
     keys = torch.zeros(1, 2, 8, 16).to(dtype)
     with pytest.raises(ValueError, match=f"keys: dtype={dtype}.*allowed: torch.float16, torch.bfloat16, torch.float32"):
         make_layer().update(keys, keys)
@@ -311,7 +311,7 @@ def test_other_dtypes_are_named(dtype):
     ids=str,
 )
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-def test_wrong_shapes_are_named_and_nothing_is_lost(shape, value_shape, first):
+def test_wrong_shapes_are_refused_and_nothing_is_lost(shape, value_shape, first):
     layer = make_layer()
     if not first:
         layer.update(*states(20))
@@ -334,7 +334,7 @@ def test_a_later_block_must_continue_the_first(change):
     assert layer.get_seq_length() == 20
 
 
-def test_padding_of_another_batch_is_named():
+def test_padding_of_another_batch_is_refused():
     layer = make_layer()
     layer.note_padding([0, 1, 2])
     with pytest.raises(ValueError, match="3 sequences.*batch has 1"):
@@ -356,10 +356,10 @@ def test_backward_through_a_packed_cache_is_refused():
     ["lossless", "k4v4", "k2v2", "k8v4", "paper-mse-4", "paper-prod-3", "paper-2.5", "kivi-4", "int8", "nf4", "polar-4"]
     + ["qjl-3", "turbo4"],
 )
-def test_bad_numbers_come_out_as_bad_numbers(name, bad):
-    """NaN or inf in a token: what is decoded for it is not finite.
+def test_nan_and_infinity_do_not_become_plausible_numbers(name, bad):
+    """A token with NaN or infinity is not finite when it is decoded.
 
-    One-byte scales have no pattern for NaN: there the whole head becomes NaN, for keys and values alike.
+    One-byte scales have no pattern for NaN. The whole head then becomes NaN, keys and values alike.
     """
     preset = load_preset(name)
     layer = preset_layer(name, tile=128, sinks=0, min_statistics=128, boundary_layers=0)
@@ -382,7 +382,7 @@ def test_bad_numbers_come_out_as_bad_numbers(name, bad):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("name", ["k8v4", "k4v4", "k4v3", "k3v3", "k2v2"])
 def test_a_bad_number_reaches_the_output_of_its_head(name, bad, side):
-    """Whatever side it is on, what attention makes of the head is NaN, as with raw tensors; others stay as they are."""
+    """The attention output of that head is NaN, for keys and for values, as with raw tensors. Other heads are equal."""
     layer = preset_layer(name, handles=True, tile=32, min_statistics=32, boundary_layers=0)
     x = states(96, batch=2, dim=64)
     for start in range(0, 96, 32):
@@ -407,7 +407,7 @@ def test_encode_first_reads_tokens_that_fill_no_tile_through_the_quantizer(recen
     expected = whole.update(*(torch.nn.functional.pad(x, (0, 0, 0, 3)) for x in (keys, values)))
     rounded = 27 - recent_window
     for read, codes, raw in zip(dense, (whole.dense("keys"), whole.dense("values")), (keys, values), strict=True):
-        # One vector's code does not depend on its tile, so the trial gives what the full tile will.
+        # One vector's code does not depend on its tile, so the trial encode equals that of the full tile.
         torch.testing.assert_close(read[:, :, :rounded], codes[:, :, :rounded])
         assert torch.equal(read[:, :, rounded:], raw[:, :, rounded:27])
         assert not torch.equal(read[:, :, 24:rounded], raw[:, :, 24:rounded])
@@ -415,7 +415,7 @@ def test_encode_first_reads_tokens_that_fill_no_tile_through_the_quantizer(recen
 
 
 def test_encode_first_centres_a_few_tokens_by_a_whole_tile():
-    """A mean of the new tokens alone would store a single one exactly."""
+    """The mean of a single new token would store that token exactly."""
     keys, values = states(129, dim=64)
     layer = preset_layer("k3v3", encode_first=True, tile=64, min_statistics=64)
     read, _ = layer.update(keys, values)
@@ -426,7 +426,7 @@ def test_encode_first_centres_a_few_tokens_by_a_whole_tile():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["k4v4", "k3v3", "k8v4", "k4v16", "paper-mse-4", "paper-prod-4", "kivi-4", "int8"])
 def test_numbers_beyond_half_precision_keep_their_accuracy(name, dtype):
-    """An offset of 1e5 in a channel of one head's keys, and values 1e5 times as large, beside ordinary heads."""
+    """One head has keys with an offset of 1e5 in a channel, and values 1e5 times as large; other heads are ordinary."""
 
     def decoded(x):
         layer = preset_layer(name, tile=32, min_statistics=64, boundary_layers=0)
@@ -459,7 +459,7 @@ def test_numbers_beyond_half_precision_keep_their_accuracy(name, dtype):
 
 @pytest.mark.parametrize("offloading", [False, True])
 def test_later_tokens_of_another_size_widen_their_head(offloading):
-    """Where the first tokens are alike, or small, later ones may be many times larger than the frozen unit."""
+    """If the first tokens are equal or small, later tokens may be many times larger than the frozen unit."""
     small, large = (tuple(x.clone() for x in states(64, dim=64, seed=seed)) for seed in (0, 1))
     for x in large:
         x[:, 1] *= 1000.0
@@ -475,7 +475,7 @@ def test_later_tokens_of_another_size_widen_their_head(offloading):
 
 
 def test_a_sequence_that_was_padding_at_the_first_encode_is_read_well():
-    """It has no statistics of its own, and those of nothing would be a unit in which its values saturate."""
+    """The sequence has no statistics of its own. Statistics of nothing would give a unit in which values saturate."""
     layer = preset_layer("k4v4", tile=32, min_statistics=64)
     layer.note_padding([0, 60])
     first, later = states(64, batch=2, dim=64), states(64, batch=2, dim=64, seed=1)
@@ -487,7 +487,7 @@ def test_a_sequence_that_was_padding_at_the_first_encode_is_read_well():
 
 
 @pytest.mark.parametrize("name", ["k4v4", "k8v4", "paper-mse-4", "int8"])
-def test_numbers_that_cannot_be_stored_are_nan_with_a_word(name, monkeypatch):
+def test_numbers_that_cannot_be_stored_become_nan_with_a_warning(name, monkeypatch):
     said = []
     monkeypatch.setattr("turboquant_hf.cache.word.logger.warning_once", said.append)
     layer = preset_layer(name, tile=32, min_statistics=64, boundary_layers=0)

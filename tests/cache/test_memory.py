@@ -1,4 +1,4 @@
-"""Bytes: what is reported is what is held, and it is as little as promised."""
+"""Memory: the reported bytes are the bytes held, and they are as few as promised."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_compression_ratio(preset, tokens, heads, least, head_dim):
 
 
 @pytest.mark.parametrize("tokens", [100, 500, 1000, 4000])
-def test_memory_is_told_as_it_is_allocated(tokens):
+def test_reported_memory_is_what_is_allocated(tokens):
     cache = TurboQuantCache(make_llama(head_dim=64).config)
     for layer in cache.layers:
         layer.update(*torch.randn(2, 1, 2, tokens, 64, dtype=torch.bfloat16))

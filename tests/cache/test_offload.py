@@ -1,4 +1,4 @@
-"""Tiles in host memory: the same tokens, at most two layers on the device, and only packed bytes on the way."""
+"""Tiles in host memory: equal tokens, at most two layers on the device, and only packed bytes are copied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_cache(preset="k4v4", offloading=True, **options):
 
 @pytest.fixture
 def staged(monkeypatch):
-    """[(layer that is entered or None, layer that is copied)]: every copy to the device and its occasion."""
+    """[(layer that is entered or None, layer that is copied)], one entry per copy to the device."""
     copies, occasion = [], []
     stage, enter = Offloader._stage, Offloader.enter
 
@@ -84,7 +84,7 @@ def test_every_operation_is_the_same(preset):
 
 
 def test_the_next_layer_is_copied_while_one_attends(staged):
-    """In the steady state no layer waits for its own tiles, and each travels once a step."""
+    """In the steady state, no layer waits for its own tiles, and each layer is copied once per step."""
     cache = feed(make_cache(recent_window=64), 200)
     feed(cache, 1, seed=1)
     staged.clear()
@@ -103,7 +103,7 @@ def test_at_most_two_layers_are_on_the_device(staged):
     assert staged
 
 
-def test_what_travels_is_packed(staged):
+def test_only_packed_bytes_are_copied_to_the_device(staged):
     """The device copies have the bytes of the packed arrays, and none of the decoded tensors is kept."""
     cache = feed(make_cache("k4v4", recent_window=64), 1000, batch=1)
     dense = 1000 * 2 * 2 * 16 * 4
@@ -115,7 +115,7 @@ def test_what_travels_is_packed(staged):
     assert make_cache(offloading=False).offloaded_nbytes == 0
 
 
-def test_a_new_tile_reaches_what_is_staged(staged):
+def test_a_new_tile_is_added_to_the_staged_tiles(staged):
     """A tile that is encoded while its layer is on the device is not fetched again, unless storage had to grow."""
     cache = make_cache()
     layer = cache.layers[0]
@@ -142,7 +142,7 @@ def test_copies_are_independent():
     assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers, strict=True))
 
 
-def test_reset_gives_the_buffers_back():
+def test_reset_frees_the_staging_buffers():
     cache = feed(make_cache(), 100)
     assert cache.offloader.staging_nbytes
     cache.reset()
@@ -162,7 +162,7 @@ def test_save_and_load(tmp_path):
             assert torch.equal(a.keys, b.keys)
 
 
-def test_one_layer_alone(staged):
+def test_offloading_with_a_single_layer(staged):
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     cache = feed(TurboQuantCache(config, offloading=True, **TILES), 100)
     plain = feed(TurboQuantCache(config, **TILES), 100)
@@ -172,7 +172,7 @@ def test_one_layer_alone(staged):
 
 
 @pytest.mark.parametrize("bad", ["cpu", 1, None], ids=str)
-def test_other_values_are_named(llama, bad):
+def test_an_invalid_offloading_value_is_named_in_the_error(llama, bad):
     with pytest.raises(ValueError, match=f"offloading={bad!r} is not supported; allowed: true, false"):
         TurboQuantCache(llama.config, offloading=bad)
     with pytest.raises(ValueError, match="offloading="):
@@ -183,7 +183,7 @@ def test_other_values_are_named(llama, bad):
 @pytest.mark.parametrize("attention", ["turboquant", "sdpa"])
 @torch.inference_mode()
 def test_on_a_gpu_the_logits_are_those_without_offload(small_llama, attention):
-    """Copies run on their own stream: a race would show as other logits."""
+    """Copies run on their own stream. A race would change the logits."""
     options = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8, "head_dim": 64}
     model = small_llama(**options, max_position_embeddings=9000).to("cuda", torch.bfloat16)
     model.set_attn_implementation(attention)

@@ -74,7 +74,7 @@ def test_the_boundary_layers_are_the_first_and_last_in_use(family, mode, made):
         model.generate(**prompt(family, batch=1), **options, cache_config=BOUNDARY)
     except (ValueError, KeyError, IndexError) as error:
         upstream = {**options, "cache_implementation": {"static": "static"}.get(mode)}
-        with pytest.raises((ValueError, KeyError, IndexError)):  # transformers' own cache cannot do it either
+        with pytest.raises((ValueError, KeyError, IndexError)):  # the cache of transformers cannot do it either
             model.generate(**prompt(family, batch=1), **upstream)
         pytest.skip(f"this transformers: {error!r}")
     if mode == "static" and not made[-1].packed_layers:
@@ -88,7 +88,7 @@ DECODERS = [model for model in MODELS if model.auto == "AutoModelForCausalLM"]
 
 @pytest.mark.parametrize("family", DECODERS, ids=lambda family: family.name)
 @pytest.mark.parametrize("kind", [TurboQuantCache, TurboQuantStaticCache])
-def test_a_cache_of_ones_own_counts_the_same(family, kind):
+def test_a_users_own_cache_counts_the_same(family, kind):
     if not available(family):
         pytest.skip(f"this transformers has no {family.kind}")
     if kind is TurboQuantStaticCache and family.kind in RECURRENT:
@@ -101,8 +101,8 @@ def test_a_cache_of_ones_own_counts_the_same(family, kind):
 
 
 @pytest.mark.parametrize("shared", [0, 2])
-def test_a_cache_without_layers_gets_one_for_each_owner(shared):
-    """What transformers up to 5.10 gives assisted decoding."""
+def test_a_cache_without_layers_gets_one_per_owning_layer(shared):
+    """transformers up to 5.10 makes such a cache for assisted decoding."""
     options = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "head_dim": 16}
     config = AutoConfig.for_model("gemma3n_text", num_kv_shared_layers=shared, **options)
     cache = TurboQuantCache.from_upstream(DynamicCache(), config, load_preset(**BOUNDARY))

@@ -1,4 +1,4 @@
-"""Caches on disk: what is loaded goes on as if nothing had happened, and a bad file is named, never misread."""
+"""Caches on disk: a loaded cache continues exactly, and a bad file is refused and never misread."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_a_loaded_cache_holds_the_same(tmp_path, preset, dtype, tokens):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
-def test_generation_goes_on_from_a_file(tmp_path, name, preset):
-    """Sliding windows, recurrent states and shared layers included: the tokens of an unbroken run."""
+def test_generation_continues_from_a_file(tmp_path, name, preset):
+    """The tokens are those of an unbroken run, also with sliding windows, recurrent states and shared layers."""
     family = next(family for family in FAMILIES if family.name == name)
     if not available(family):
         pytest.skip(f"this transformers has no {family.kind}")
@@ -107,12 +107,12 @@ def test_statistics_that_wait_for_more_tokens_are_kept(tmp_path, llama):
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
-def test_another_model_is_named(saved, change, message):
+def test_a_file_of_another_model_is_refused(saved, change, message):
     with pytest.raises(CacheFileError, match=message):
         TurboQuantCache.load(saved[0], make_config(**change))
 
 
-def test_a_file_cut_anywhere_is_named(saved):
+def test_a_truncated_file_is_refused(saved):
     path, _ = saved
     data = path.read_bytes()
     for length in {0, 1, 7, 8, 9, 100, 5000, len(data) // 2, len(data) - 1}:
@@ -121,7 +121,7 @@ def test_a_file_cut_anywhere_is_named(saved):
             TurboQuantCache.load(path, make_config())
 
 
-def test_any_flipped_byte_is_named(saved):
+def test_a_file_with_a_flipped_byte_is_refused(saved):
     path, _ = saved
     data = path.read_bytes()
     header = 8 + struct.unpack("<Q", data[:8])[0]
@@ -133,7 +133,7 @@ def test_any_flipped_byte_is_named(saved):
 
 
 def with_header(path, change):
-    """The same tensors under a metadata that `change` has edited."""
+    """A file with the same tensors and with metadata that `change` has edited."""
     with serialization.safe_open(path, framework="pt") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}
     content = json.loads(header["content"])
@@ -160,13 +160,13 @@ def with_header(path, change):
     ],
     ids=range(10),
 )
-def test_other_contents_are_named(saved, change, message):
+def test_a_file_with_other_contents_is_refused(saved, change, message):
     with_header(saved[0], change)
     with pytest.raises(CacheFileError, match=message):
         TurboQuantCache.load(saved[0], make_config())
 
 
-def test_a_foreign_file_and_a_missing_one_are_named(tmp_path):
+def test_a_foreign_file_and_a_missing_file_are_named_in_the_error(tmp_path):
     (tmp_path / "text").write_text("not a cache\n" * 100)
     save_file({"x": torch.zeros(3)}, tmp_path / "weights")
     for name in ("text", "weights"):
@@ -213,8 +213,8 @@ def test_what_cannot_be_saved_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_layers_go_where_they_are_sent(saved):
-    """Storage on "meta" has no bytes: only where it would go is looked at."""
+def test_layers_are_loaded_to_the_requested_devices(saved):
+    """The device "meta" holds no bytes. The test only looks at where each layer goes."""
     loaded = TurboQuantCache.load(saved[0], make_config(), device="cpu")
     assert {layer.device.type for layer in loaded.packed_layers} == {"cpu"}
     loaded = TurboQuantCache.load(saved[0], make_config(), device={0: "cpu", 2: torch.device("cpu")})

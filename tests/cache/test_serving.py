@@ -1,4 +1,4 @@
-"""Errors that clients of a web server see, with starlette's exception stood in for where it is not installed."""
+"""Errors for the clients of a web server, with a stand-in for starlette's exception."""
 
 import sys
 import types
@@ -10,7 +10,7 @@ from turboquant_hf.cache import serving
 
 
 class HTTPException(Exception):
-    """Starlette's, as far as it matters: what its middleware makes an answer of."""
+    """A stand-in for starlette's exception, from which its middleware makes an answer."""
 
     def __init__(self, status_code, detail=None, headers=None):
         self.status_code, self.detail, self.headers = status_code, detail, headers
@@ -21,7 +21,7 @@ class HTTPException(Exception):
 
 @pytest.fixture
 def served(monkeypatch) -> list[str]:
-    """A process that has loaded starlette; what it logs as errors."""
+    """Make the process look as if starlette were loaded; gives the errors that are logged."""
     lines, module = [], types.ModuleType("starlette.exceptions")
     module.HTTPException = HTTPException
     monkeypatch.setitem(sys.modules, "starlette.exceptions", module)
@@ -39,7 +39,7 @@ def test_continuous_batching_is_answered_and_logged_in_one_sentence(llama, serve
     assert served == [f"turboquant_hf: {error}"]
 
 
-def test_a_cache_config_that_cannot_be_is_answered_and_logged(llama, served):
+def test_an_invalid_cache_config_is_answered_and_logged(llama, served):
     options = {"cache_implementation": "turboquant", "cache_config": {"preset": "k9v9"}}
     with pytest.raises(HTTPException, match="^preset='k9v9' is not supported") as caught:
         llama.generate(torch.ones(1, 4, dtype=torch.long), **options)

@@ -1,4 +1,4 @@
-"""Random operations on a layer against plain tensors: equal bit for bit, in every state."""
+"""Random operations on a layer and on plain tensors: both are equal, bit for bit, in every state."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LayerMachine(RuleBasedStateMachine):
     def new_layer(self):
         offloader = Offloader() if self.offload else None
         layer = TurboQuantLayer(self.preset, self.preset.keys, self.preset.values, lambda: self.handles, offloader)
-        if self.offload:  # a neighbour that takes its turn in the staging buffers
+        if self.offload:  # a second layer that also uses the staging buffers
             other = TurboQuantLayer(self.preset, self.preset.keys, self.preset.values, lambda: False, offloader)
             other.update(*(torch.ones(1, HEADS, 200, dim, dtype=self.dtype) for dim in self.dims))
             self.neighbour = other
@@ -162,7 +162,7 @@ class LayerMachine(RuleBasedStateMachine):
 
     @rule()
     def save_and_load(self):
-        """Through a file, into a layer of its own."""
+        """Save to a file and load into a new layer."""
         tensors = {}
         described = serialization._describe_packed(self.layer, "0.", tensors)
         described, self.layer = json.loads(json.dumps(described)), self.new_layer()

@@ -38,7 +38,7 @@ def test_any_way_of_feeding_holds_the_same(split):
 
 @pytest.mark.parametrize("preset", ["k4v4", "int4", "polar-4"])
 def test_steps_and_chunks_encode_alike(preset):
-    """One by one or at once, after the same first chunk: the same codes."""
+    """After the same first chunk, tokens one by one and tokens at once give the same codes."""
     keys, values = states(120, dim=32)
     results = []
     for steps in ([40, 80], [40, *[1] * 80], [40, *[7] * 11, 3]):
@@ -104,7 +104,7 @@ def test_a_full_layer_says_so():
         layer.update(*states(1, batch=1))
 
 
-def test_much_padding_does_not_keep_tokens_from_being_encoded():
+def test_long_padding_does_not_prevent_encoding():
     keys, values = states(150)
     layer = make_static_layer("k4v4")
     layer.note_padding([130, 100])

@@ -1,4 +1,4 @@
-"""What all caches of a process share, asked for by many threads at once, and what of it is kept."""
+"""State that all caches of a process share, used by many threads at once, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_layer(max_len, tokens=20):
 
 
 def in_threads(function, arguments):
-    """function(argument) for THREADS arguments, begun together."""
+    """Call function(argument) in THREADS threads, which begin together."""
     barrier = Barrier(THREADS)
 
     def call(argument):
@@ -41,14 +41,14 @@ def in_threads(function, arguments):
         return list(pool.map(call, arguments, timeout=300))
 
 
-def test_layers_of_many_threads_get_names_of_their_own():
+def test_layers_made_in_many_threads_get_different_tokens():
     made = in_threads(lambda _: [make_layer(60, tokens=1) for _ in range(40)], range(THREADS))
     layers = [layer for some in made for layer in some]
     assert len({int(layer.token) for layer in layers}) == len(layers)
     assert all(layer_of(layer.token) is layer for layer in layers)
 
 
-def test_a_name_lives_as_long_as_its_layer():
+def test_a_token_is_valid_as_long_as_its_layer_lives():
     layer = make_layer(60)
     copied, unpickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
     names = {int(x.token) for x in (layer, copied, unpickled)}
@@ -94,8 +94,8 @@ def is_empty_container(node):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_a_module_remembers_is_locked_and_bounded(path):
-    """A registry needs a lock beside it; a memo a size, and `once` where it keeps tensors."""
+def test_memories_of_modules_are_locked_and_bounded(path):
+    """A registry needs a lock beside it. A memo needs a size limit, and `once` if it keeps tensors."""
     tree = ast.parse(path.read_text())
     assigned = [node.value for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value]
     if any(is_empty_container(value) for value in assigned):

@@ -1,4 +1,4 @@
-"""Caches whose codes follow a trellis: what the other presets' tests say of small tiles, with tiles of whole words."""
+"""Caches whose codes follow a trellis: the tests of other presets, with tiles of whole 32-bit words."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_static_and_growing_caches_encode_alike(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_padding_does_not_matter(preset):
-    """What a sequence holds left of its start shows in nothing that is read of it."""
+    """The content of the padding changes nothing that is read of the sequence."""
     found = []
     for odd in (0.0, 50.0):
         keys, values = states(110, dim=64)

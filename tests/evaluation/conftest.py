@@ -1,4 +1,4 @@
-"""A tiny random model with a byte tokenizer, saved as a folder: what --model takes, in no time."""
+"""A tiny random model with a byte tokenizer, saved as a folder for --model."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end-of-sequence token."""
+    """One token per byte, and an end-of-sequence token."""
     backend = Tokenizer(BPE({symbol: i for i, symbol in enumerate([*sorted(ByteLevel.alphabet()), "<eos>"])}, []))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()

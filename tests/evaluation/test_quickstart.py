@@ -1,4 +1,4 @@
-"""The quickstart on a tiny model: a line per step with its time, true labels, and what to try next."""
+"""The quickstart on a tiny model: it prints a line per step with its time, true labels, and what to try next."""
 
 from __future__ import annotations
 

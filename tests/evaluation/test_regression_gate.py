@@ -1,4 +1,4 @@
-"""The answers of the packaged model stay as close to the uncompressed ones as they were measured to be."""
+"""The packaged model's answers stay as close to the uncompressed answers as they were measured."""
 
 from importlib import metadata
 
@@ -15,7 +15,7 @@ from turboquant_hf.evaluation.tasks.haystack import Haystack
 NAMES = ("k4v4", "k3v3", "paper-mse-4")
 # Measured on a CPU in float32: 0.0117, 0.0407, 0.0753. The bounds leave room for another machine's arithmetic.
 DEPTHS = (0.0, 0.5, 1.0)
-# Nats a token of the answer, mean over the depths: 0.060, 0.066, 0.073.
+# Nats per token of the answer, mean over the depths: 0.060, 0.066, 0.073.
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def kl(packaged):
 
 @pytest.fixture(scope="module")
 def find(packaged):
-    """(cache, depth) -> (is the number found in 512 tokens, nats a token of the right answer)."""
+    """(cache, depth) -> (whether the number is found in 512 tokens, nats per token of the right answer)."""
     model, tokenizer = packaged
     haystack = Haystack(tokenizer, packaged_text()[:20_000])
     caches = resolve_caches(["k4v4", "k3v3", "paper-mse-2"], recent_window=0)

@@ -1,4 +1,4 @@
-"""What a caller asks of the attention: honoured, refused, or left to the model's own attention; and the way back."""
+"""Options of the attention are honoured, refused, or left to the model's own attention; and restore_attention."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def family(kind):
 
 @pytest.fixture(params=EAGER)
 def model(request):
-    """Of a kind whose default attention is "eager", which returns attentions."""
+    """A model whose default attention is "eager", which returns attentions."""
     model = build(family(request.param))
     if attention_of(model) != "eager":
         pytest.skip("with this transformers the model starts with SDPA")
@@ -82,7 +82,7 @@ def test_attentions_of_generate(model, ids, options, way):
 
 
 def test_attentions_behind_an_earlier_switch(model, ids):
-    """The call that asks runs with the model's own attention, whatever its cache; the next one is switched again."""
+    """A call that asks for attentions runs with the model's own attention. The next call is switched again."""
     expected = generate(model, ids, output_attentions=True)
     for options in (PACKED, {}, {"past_key_values": TurboQuantCache(model.config, "lossless", **TILES)}):
         generate(model, ids, **PACKED)
@@ -92,7 +92,7 @@ def test_attentions_behind_an_earlier_switch(model, ids):
 
 
 def test_a_configuration_that_asks_is_not_switched(model, ids):
-    """It could not be saved any more: transformers refuses `output_attentions` beside another attention."""
+    """A switched configuration could not be saved: transformers refuses `output_attentions` with our attention."""
     model.config.output_attentions = True
     generate(model, ids, **PACKED)
     assert attention_of(model) == "eager"
@@ -102,7 +102,7 @@ def test_a_configuration_that_asks_is_not_switched(model, ids):
 @pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("kind", [*EAGER, "llama", "gpt2", "opt"])
 def test_attentions_of_forward_with_our_attention(kind, make, ids):
-    """Set by hand, or left by an earlier call: the weights of eager attention over whatever the cache holds."""
+    """Our attention, set by hand or by an earlier call, gives the weights of eager attention over the cache."""
     model = build(family(kind))
     found = {}
     for attention, cache in (("eager", DynamicCache(config=model.config)), ("turboquant", make(model.config))):
@@ -124,7 +124,7 @@ def test_attentions_of_forward_with_our_attention(kind, make, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_attentions_over_packed_tiles(llama, ids, make):
-    """Of presets that kernels read, too."""
+    """This also holds for presets that kernels read."""
     llama.set_attn_implementation("turboquant")
     cache = make(llama.config, "k8v4", **TILES)
     llama(ids[:, :40], past_key_values=cache)
@@ -135,7 +135,7 @@ def test_attentions_over_packed_tiles(llama, ids, make):
         assert (x[..., :41] - y[:, :, 40:]).abs().mean() < 0.1 * y[:, :, 40:].mean()
 
 
-def test_nobody_pays_for_attentions_that_nobody_wants(llama, ids):
+def test_attentions_that_are_not_asked_for_cost_nothing(llama, ids):
     llama.set_attn_implementation("turboquant")
     assert llama(ids).attentions is None
     assert llama(ids, output_attentions=True).attentions is not None
@@ -145,7 +145,7 @@ def test_nobody_pays_for_attentions_that_nobody_wants(llama, ids):
 @pytest.mark.parametrize("sdpa_takes_bias", [True, False])
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"output_attentions": True}], ids=lambda x: "".join(x))
 def test_a_position_bias_is_not_lost(options, sdpa_takes_bias, monkeypatch):
-    """Early versions of transformers have SDPA swallow it."""
+    """In early versions of transformers, SDPA ignores the bias."""
     if sdpa_takes_bias and not dense.SDPA_TAKES_BIAS:
         pytest.skip("this transformers' SDPA takes none")
     monkeypatch.setattr(dense, "SDPA_TAKES_BIAS", sdpa_takes_bias)
@@ -174,7 +174,7 @@ def test_sinks_of_each_query_are_not_lost():
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
 def test_a_mask_of_every_head_reaches_every_head(llama, ids, make, dtype, monkeypatch):
-    """Kernels know one mask for all heads, so that such a call must not get there."""
+    """Kernels take one mask for all heads, so such a call must not reach them."""
     monkeypatch.setattr(packed, "packed_attention", lambda layer, query, mask, **_: pytest.fail("one mask for all"))
     room = 80 if make is CACHES["static"] else 42
     mask = torch.ones(1, 4, 1, 42, dtype=torch.bool)
@@ -192,7 +192,7 @@ def test_a_mask_of_every_head_reaches_every_head(llama, ids, make, dtype, monkey
     torch.testing.assert_close(step(make(llama.config), room), expected)
 
 
-def test_what_cannot_be_honoured_is_refused(llama, ids):
+def test_options_that_cannot_be_honoured_are_refused(llama, ids):
     llama.set_attn_implementation("turboquant")
     with pytest.raises(ValueError, match=r"head_mask=Tensor is not supported.*restore_attention\(model\)"):
         llama(ids, head_mask=torch.ones(2, 4))
@@ -222,7 +222,7 @@ def test_a_few_tokens_that_are_not_causal(llama, ids, make):
 
 @pytest.fixture
 def composite():
-    """A model of two parts, whose parts have attentions of their own."""
+    """A model of two parts with different attentions."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlavaConfig(
         text_config=LlamaConfig(vocab_size=199, num_key_value_heads=2, bos_token_id=1, eos_token_id=None, **sizes),
@@ -289,14 +289,14 @@ def test_attention_set_by_hand_is_left_to_a_call_that_asks_for_attentions(llama,
     assert attention_of(llama) == "turboquant"
 
 
-def test_restore_attention_of_what_is_no_model(llama):
+def test_restore_attention_refuses_what_is_not_a_model(llama):
     with pytest.raises(ValueError, match="model=LlamaConfig is not supported; allowed: a model"):
         restore_attention(llama.config)
 
 
 @torch.no_grad()
 def test_restoring_behind_a_live_cache(llama, ids):
-    """The cache sees at once that its handles are not wanted any more."""
+    """The cache notices at once that it must return dense tensors."""
     expected = llama(ids).logits
     llama.set_attn_implementation("turboquant")
     cache = TurboQuantCache(llama.config, "lossless", **TILES)

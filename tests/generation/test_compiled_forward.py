@@ -64,7 +64,7 @@ def test_a_fresh_cache_works_without_fullgraph(model, preset, attention):
     model.set_attn_implementation(attention)
     expected = greedy(model, fresh(model, preset))
     compiled = torch.compile(model.forward, backend="aot_eager")
-    for _ in range(2):  # a second cache of the same size too
+    for _ in range(2):  # the second cache has the same size
         cache = fresh(model, preset)
         assert_same(greedy(compiled, cache), expected)
         assert all(layer.is_initialized for layer in cache.packed_layers)
@@ -95,7 +95,7 @@ def test_early_initialization_may_itself_be_compiled(model):
 
 
 def test_what_is_stored_outlives_the_tensors_of_compiled_code(model):
-    """A compiler uses their memory again as soon as the op is done; a long block must have been copied by then."""
+    """Compiled code reuses its memory as soon as the operator is done. A long block must have been copied by then."""
     layer = TurboQuantStaticCache(model.config, max_cache_len=1024).layers[0]
     given = torch.randn(2, 2, 2, 900, 32)
     new = given.clone()

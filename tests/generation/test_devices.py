@@ -1,4 +1,4 @@
-"""Layers on several devices, KV heads over several processes: the tokens of one device and one process."""
+"""Layers on several devices and KV heads in several processes give the tokens of one device and process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokens_of(model, preset=None, device="cpu", attention="auto") -> list[list[i
 
 @pytest.mark.parametrize("where", ["mixed", "cpu", "disk"])
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
-def test_weights_that_come_and_go(tmp_path, where, preset):
+def test_weights_that_hooks_move_between_devices(tmp_path, where, preset):
     """accelerate's hooks move weights and inputs between devices around every module; layers keep their own cache."""
     expected = tokens_of(make_llama(num_hidden_layers=4), preset)
     model = make_llama(num_hidden_layers=4)
@@ -46,7 +46,7 @@ def test_weights_that_come_and_go(tmp_path, where, preset):
 
 
 def test_layers_of_one_cache_may_lie_on_different_devices():
-    """Each layer takes the device of its first keys, and says so when others come."""
+    """Each layer takes the device of its first keys, and an error names both devices if others come."""
     cache = TurboQuantCache(make_llama().config, "lossless")
     real, meta = torch.randn(1, 2, 9, 8), torch.empty(1, 2, 9, 8, device="meta")
     assert cache.update(real, real, 0)[0].device.type == "cpu"
@@ -64,7 +64,7 @@ def free_port() -> str:
 
 
 def tensor_parallel(folder: Path, output: Path, processes: int = 2) -> list[dict]:
-    """What each process of `tensor_parallel.py` found."""
+    """The results of the processes of `tensor_parallel.py`."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command += [f"--master-port={free_port()}", str(Path(__file__).parents[1] / "support" / "tensor_parallel.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

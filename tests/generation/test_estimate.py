@@ -1,4 +1,4 @@
-"""Memory that is estimated from a configuration is what real caches of real models hold."""
+"""The memory estimated from a configuration equals that of real caches of real models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turboquant_hf.cache.switching import could_switch
 SMALL = {"tile": 8, "recent_window": 8, "sinks": 2, "min_statistics": 24}
 DECODERS = {f.name: f for f in FAMILIES if "Seq2Seq" not in f.auto and available(f)}
 LENGTHS = {3: 1, 23: 2, 24: 1, 41: 2, 300: 3}
-"""Tokens -> batch: before the first tile, at it, and with room for several tiles ahead."""
+"""{tokens: batch}: before the first tile, at the first tile, and with room for several tiles ahead."""
 SOME = ("llama", "mistral", "mixtral", "qwen3", "gemma3", "gemma4", "gpt_oss", "phi3", "deepseek_v3", "qwen3_next")
 SOME += ("falcon_h1", "llama4")
 ASK_FOR_NUMBERS = ("granitemoe",)
@@ -30,7 +30,7 @@ def made(name):
 
 
 def read(model, cache, batch, tokens, chunk=None):
-    """The cache behind a random prompt."""
+    """A cache that holds a random prompt."""
     ids = torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for part in ids.split(chunk or tokens, dim=1):
@@ -132,7 +132,7 @@ def plan_of_llama(plans=[]):  # noqa: B006  (one for all tests)
     return plans[0] if plans else plans.append(MemoryPlan(CONFIG, torch.bfloat16)) or plans[0]
 
 
-def test_a_prompt_in_pieces_and_what_sliding_layers_let_go_of():
+def test_a_prompt_in_pieces_and_the_bytes_that_sliding_layers_free():
     model = made("gemma3")
     model.set_attn_implementation("turboquant")
     for chunk in (100, 50, 7):

@@ -1,4 +1,4 @@
-"""Every family: the tokens and logits of DynamicCache with `lossless`, sane ones with the default preset."""
+"""Every family: `lossless` gives DynamicCache's tokens and logits; the default preset stays near them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def attention_of(model) -> str:
 
 
 def with_softcap(model, inputs):
-    """What DynamicCache gives under eager attention, where the model's SDPA drops its soft-cap (early versions)."""
+    """The result of DynamicCache with eager attention, if the model's SDPA ignores its soft-cap (early versions)."""
     if getattr(model.config, "attn_logit_softcapping", None) is None or attention_of(model) != "sdpa":
         return None
     model.set_attn_implementation("eager")
@@ -33,7 +33,7 @@ def with_softcap(model, inputs):
 
 @pytest.fixture
 def packed_counts(monkeypatch):
-    """Tiles appended by every packed layer that a test touches: proof that packed tiles were read."""
+    """The tiles that every packed layer appends in a test, to show that packed tiles were read."""
     counts: dict[int, int] = {}
     commit = TurboQuantLayer.commit
 
@@ -110,7 +110,7 @@ def test_quantized_history_is_near_and_a_shuffled_one_is_not(family):
             try:
                 got = continuation(model, inputs, teacher, preset)
             except ValueError as error:
-                # 2-bit keys code an eighth of the channels apart: heads of 8 and 9 channels are too narrow for that.
+                # 2-bit keys put an eighth of the channels into a group: heads of 8 and 9 channels are too narrow.
                 assert preset == "k2v2" and "at least 2 channels" in str(error) and narrow(model), str(error)
                 continue
             assert got.isfinite().all()

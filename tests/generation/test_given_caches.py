@@ -1,4 +1,4 @@
-"""A cache that the user gives, and a `cache_config` that the user writes: what is wrong with them is said at once."""
+"""Mistakes in a cache that the user gives, or in a `cache_config`, raise an error before anything runs."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_a_cache_that_is_not_shorter_than_the_prompt_is_refused(llama, ids, make
 
 @pytest.mark.parametrize("held", [1, 20, 39])
 @pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
-def test_a_cache_of_the_prompts_beginning_goes_on(llama, ids, make, held):
+def test_a_cache_of_the_prompts_beginning_is_continued(llama, ids, make, held):
     cache = filled(llama, ids[:, :held], make)
     assert torch.equal(generate(llama, ids, cache), generate(llama, ids))
 
 
-def test_new_tokens_alone_go_on_with_the_mask_of_all(llama, ids):
+def test_new_tokens_alone_continue_with_the_mask_of_all_tokens(llama, ids):
     cache = filled(llama, ids[:, :30], CACHES["dynamic"])
     mask = torch.ones_like(ids)
     options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
@@ -97,7 +97,7 @@ def test_what_json_cannot_hold_is_refused_in_a_cache_config(llama, ids, config, 
 
 @pytest.mark.parametrize("name", ["turboquant", "turboquant_static"])
 def test_a_cache_config_that_is_taken_can_be_shown_saved_and_loaded(llama, ids, name, tmp_path):
-    """Tuples become lists and ordinals become text in JSON: both are read as they were meant."""
+    """In JSON, tuples become lists and ordinals become text. Both are read back correctly."""
     preset = load_preset("k4v4", layers={1: {"values": "lossless"}}).to_dict()
     for options in ({"preset": preset}, {"preset": "k4v4", "layers": {1: {"values": "lossless"}}}):
         config = GenerationConfig(cache_implementation=name, cache_config=options, max_new_tokens=2, do_sample=False)
@@ -110,7 +110,7 @@ def test_a_cache_config_that_is_taken_can_be_shown_saved_and_loaded(llama, ids, 
 
 
 def mistakes(model, folder):
-    """Name -> (a call with what users pass in place of the right thing, what is said about it)."""
+    """{name: (a call with a typical mistake, the text of the error)}."""
     config, cache = model.config, TurboQuantCache(model.config)
     load, save = TurboQuantCache.load, cache.save
     dynamic, static = TurboQuantCache, partial(TurboQuantStaticCache, config)
@@ -147,7 +147,7 @@ def mistakes(model, folder):
     }
 
 
-def test_what_a_user_passes_by_mistake_is_named(llama, tmp_path):
+def test_wrong_arguments_are_named_in_the_error(llama, tmp_path):
     for name, (call, message) in mistakes(llama, tmp_path).items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             call()
@@ -160,7 +160,7 @@ def test_a_changed_preset_is_seen_in_the_caches_text(llama):
     assert "preset='k4v4'" in repr(TurboQuantCache(llama.config))
 
 
-def test_the_decoders_part_of_an_encoder_decoder_cache_is_looked_at():
+def test_the_decoders_part_of_an_encoder_decoder_cache_is_checked():
     sizes = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 99}
     sizes |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "pad_token_id": 0}
     model = BartForConditionalGeneration(BartConfig(**sizes, decoder_layers=2)).eval()

@@ -1,4 +1,4 @@
-"""What users are told about a model: true, with its name and with what it means for memory, once."""
+"""Log lines about a model: true, with the model's name and the effect on memory, and only once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES = {
         Family("mamba", {"state_size": 8}),
         f"{FIXED}|{IGNORED}",
         FIXED,
-    ),  # early versions: a state of its own
+    ),  # early versions have their own state class
     "glm-5": (Family("glm_moe_dsa", INDEXED), GROWS, GROWS),
     "deepseek-v3.2": (Family("deepseek_v32", INDEXED), GROWS, GROWS),
     "deepseek-v3": (Family("deepseek_v3", MLA), LATENT, LATENT),
@@ -45,7 +45,7 @@ WAYS = {
     "static-name": ({"cache_implementation": "turboquant_static"}, {"cache_implementation": "static"}),
     "static-own": (lambda config: TurboQuantStaticCache(config, 60), lambda config: StaticCache(config, 60)),
 }
-"""A name or a cache of one's own, and upstream's counterpart."""
+"""A name or the user's own cache, and the counterpart in transformers."""
 
 
 generate = partial(generating.generate, new=3)
@@ -53,7 +53,7 @@ generate = partial(generating.generate, new=3)
 
 @pytest.fixture
 def said(monkeypatch):
-    """The lines of a process that has not said anything yet."""
+    """The lines that are logged, as in a process that has not logged anything yet."""
     lines = []
     monkeypatch.setattr(messages.logger, "warning_once", lambda line: lines.append(line) if line not in lines else None)
     return lines
@@ -65,7 +65,7 @@ def options_of(way, model):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES)
-def test_one_true_line_of_each_model(case, way, said):
+def test_every_model_gets_one_true_log_line(case, way, said):
     family, by_name, own = CASES[case]
     if not available(family):
         pytest.skip(f"this transformers has no {family.kind}")
@@ -91,7 +91,7 @@ def test_one_true_line_of_each_model(case, way, said):
     assert re.search(own if way.endswith("own") else by_name, said[0]), said[0]
 
 
-def test_a_second_model_of_another_class_is_told_too(said):
+def test_a_second_model_of_another_class_gets_a_log_line_too(said):
     for kind, times in (("mistral", 1), ("mistral", 1), ("starcoder2", 2)):
         family = Family(kind, {"sliding_window": 12})
         generate(build(family), prompt(family, length=20), cache_implementation="turboquant")
@@ -100,14 +100,14 @@ def test_a_second_model_of_another_class_is_told_too(said):
 
 
 def test_layers_that_stay_uncompressed_beside_packed_ones(llama, said):
-    """Of a kind that this package does not know yet."""
+    """The layers are of a kind that this package does not know."""
     cache = TurboQuantCache(llama.config)
     cache.layers[1] = type("NewLayer", (type(DynamicCache(config=llama.config).layers[1]),), {})()
     generate(llama, prompt(CASES["llama"][0]), past_key_values=cache)
     assert said[0].endswith("LlamaForCausalLM: 1 layers are compressed; 1 NewLayer keep every token uncompressed.")
 
 
-def test_a_call_without_a_cache_is_told(llama, said):
+def test_a_call_without_a_cache_is_logged(llama, said):
     generate(llama, prompt(CASES["llama"][0]), cache_implementation="turboquant", use_cache=False)
     assert said == [
         "turboquant_hf: LlamaForCausalLM: use_cache=False, so there is no cache to compress; allowed: use_cache=True."
@@ -115,8 +115,8 @@ def test_a_call_without_a_cache_is_told(llama, said):
 
 
 @pytest.mark.parametrize("way", ["name", "own"])
-def test_a_cache_that_is_swapped_is_told(llama, way, said, monkeypatch):
-    """As PEFT's prefix tuning does, which fills a DynamicCache of its own and hands that to the model."""
+def test_a_cache_that_is_replaced_is_logged(llama, way, said, monkeypatch):
+    """PEFT's prefix tuning does this: it fills its own DynamicCache and passes it to the model."""
     original = llama.prepare_inputs_for_generation
 
     def swapping(*args, **kwargs):
@@ -144,7 +144,7 @@ def test_real_prefix_tuning(llama, said):
     assert told == (not isinstance(used, TurboQuantCache)), said
 
 
-def test_attentions_that_cost_something_are_told(said):
+def test_the_cost_of_attentions_is_logged(said):
     family = next(family for family in FAMILIES if family.kind == "gpt_oss")
     model = build(family)
     for _ in range(2):

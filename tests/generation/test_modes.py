@@ -1,4 +1,4 @@
-"""Every mode of `generate` with `lossless`: the tokens of DynamicCache, with both kinds of attention."""
+"""Every mode of `generate` with `lossless` gives the tokens of DynamicCache, with both kinds of attention."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_unknown_presets_and_conflicts_are_named(llama, inputs):
         generate(llama, inputs, cache_implementation="turboquant", past_key_values=TurboQuantCache(llama.config))
 
 
-def test_a_cache_config_that_is_none_is_named(llama, inputs):
+def test_an_invalid_cache_config_is_named_in_the_error(llama, inputs):
     for config, message in (
         ("k3v3", 'a mapping, such as {"preset": "k4v4"}'),
         ({"offload": True}, r"cache_config: unknown field 'offload'=True \(did you mean 'offloading'\?\); .*preset"),
@@ -132,7 +132,7 @@ def test_a_cache_config_that_is_none_is_named(llama, inputs):
             generate(llama, inputs, cache_implementation="turboquant", cache_config=config)
 
 
-def test_a_cache_of_ones_own_asks_for_its_attention_once(llama, inputs, monkeypatch):
+def test_a_users_own_cache_recommends_its_attention_once(llama, inputs, monkeypatch):
     from turboquant_hf.cache import registration
 
     said = []
@@ -159,7 +159,7 @@ def test_continuous_batching_of_a_switched_model_is_refused(llama, inputs):
 @pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
 @torch.no_grad()
 def test_crop_anywhere(llama, inputs, attention):
-    """From every length back to every tenth: what follows is what a fresh cache gives."""
+    """After a crop from any length to every tenth length, the cache continues like a fresh cache."""
     llama.set_attn_implementation(attention)
     ids = inputs["input_ids"]
     expected = llama(ids).logits
@@ -176,7 +176,7 @@ def test_crop_anywhere(llama, inputs, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
 @pytest.mark.parametrize("preset", ["lossless", "k4v4", "k2v2"])
 def test_reset_and_reuse(small_llama, inputs, attention, preset):
-    """A cache that served another batch, with other padding, is as good as a new one."""
+    """After a reset, a cache that served another batch with other padding is like a new cache."""
     model = small_llama(head_dim=16)
     model.set_attn_implementation(attention)
     cache = TurboQuantCache(model.config, preset, **TILES)
@@ -203,7 +203,7 @@ def test_modes_of_a_preset_repeat_themselves(small_llama, inputs, packed, mode, 
 
 
 def test_gradient_checkpointing_leaves_the_cache_out(llama, inputs):
-    """transformers drops any cache there, and says so: the gradients are those without one."""
+    """transformers drops any cache there and says so. The gradients are those without a cache."""
     llama.set_attn_implementation("turboquant")
     llama.train()
     llama.gradient_checkpointing_enable()
@@ -253,7 +253,7 @@ def test_pipeline(llama, inputs, packed):
 @pytest.mark.parametrize("tokens", [5, 60])
 @torch.no_grad()
 def test_an_empty_batch(llama, attention, tokens):
-    """Through the cache alone: the models around it cannot reshape a batch of 0."""
+    """Only the cache is tested, because models cannot reshape an empty batch."""
     llama.set_attn_implementation(attention)
     cache = TurboQuantCache(llama.config, "k4v4", **TILES)
     for new in (tokens, 1, 0):

@@ -1,4 +1,4 @@
-"""A short version of the long run: what comes out equals a fresh cache, and memory stays flat."""
+"""A short version of the long soak run: the logits equal those of a fresh cache, and memory stays flat."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_random_use_between_recorded_steps_equals_a_fresh_cache(monkeypatch):
 
 
 def test_random_use_of_a_preset_stays_near_a_fresh_cache():
-    """Not equal: statistics are frozen at another moment, and what a crop brings back is encoded again."""
+    """The logits are not equal: statistics are frozen at another moment, and cropped tiles are encoded again."""
     report = soak(STEPS, "k4v4")
     assert sum(report.divergences) / len(report.divergences) < 1.0, "a shuffled history causes 4"
 

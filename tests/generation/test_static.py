@@ -1,4 +1,4 @@
-"""The preallocated cache: DynamicCache's tokens with `lossless`, those of "turboquant" with every other preset."""
+"""The preallocated cache gives DynamicCache's tokens with `lossless`, and those of "turboquant" with other presets."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_long_answers_from_short_prompts(llama, length):
 @pytest.mark.parametrize("preset", ["k4v4", "k2v2", "kivi-4", "paper-prod-4", "polar-4"])
 @pytest.mark.parametrize("length", [5, 60])
 def test_quantized_equals_the_dynamic_cache(small_llama, preset, length):
-    """The same statistics and codes, but for one or the other that the order of sums tips over a threshold."""
+    """Statistics and codes are equal, except for a few codes that another order of sums moves over a threshold."""
     model = small_llama(head_dim=32)
     inputs = inputs_of(length=length, padding=length // 3)
     sizes = {"tile": 32, "recent_window": 16, "min_statistics": 48, "attention": "auto"}
@@ -117,7 +117,7 @@ def test_turns_with_one_cache(llama):
     assert torch.equal(generate(llama, inputs, past_key_values=cache), first)
 
 
-def test_what_a_static_cache_cannot_do_is_named(llama, tmp_path):
+def test_unsupported_calls_of_a_static_cache_are_named_in_the_error(llama, tmp_path):
     cache = TurboQuantStaticCache(llama.config, max_cache_len=40)
     with pytest.raises(NotImplementedError, match="cannot be saved; prefill and save a TurboQuantCache"):
         cache.save(tmp_path / "cache.safetensors")
@@ -125,7 +125,7 @@ def test_what_a_static_cache_cannot_do_is_named(llama, tmp_path):
         TurboQuantStaticCache(llama.config, max_cache_len=40, offloading=True)
 
 
-def test_what_does_not_fit_is_named_before_it_runs(llama):
+def test_too_many_tokens_are_refused_before_anything_runs(llama):
     llama.set_attn_implementation("turboquant")
     inputs = inputs_of(padding=19)
     cache = TurboQuantStaticCache(llama.config, 60, "lossless", **TILES)
@@ -164,7 +164,7 @@ def teacher_forced(model, forward, tokens, cache, steps):
     ],
 )
 def test_one_graph_serves_every_step(compiler, kind, backend, preset):
-    """Across the first encode and several tiles, and again with a second cache: no break, no second graph."""
+    """No graph break and no second graph, across the first encode and several tiles, and for a second cache."""
     model = build(next(family for family in FAMILIES if family.kind == kind), head_dim=32)
     model.set_attn_implementation("turboquant")
     tokens = torch.randint(3, 199, (2, 60), generator=torch.Generator().manual_seed(0))
@@ -179,7 +179,7 @@ def test_one_graph_serves_every_step(compiler, kind, backend, preset):
         compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
         for _ in range(2):
             result = teacher_forced(model, compiled, tokens, cache(), steps)
-            # Sums in another order may tip a code over its threshold: few logits then move, and little.
+            # Another order of sums may move a code over its threshold. A few logits then change slightly.
             apart = ~torch.isclose(result, expected, rtol=1e-4, atol=1e-4)
             assert apart.float().mean() <= (0.01 if backend == "inductor" else 0.0)
             torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
@@ -204,7 +204,7 @@ def test_a_compiled_prefill(compiler, llama, early):
 
 
 def test_generate_compiles_by_itself(compiler, llama):
-    """Where transformers compiles (here: told to do so on a CPU), it engages and changes nothing."""
+    """If transformers compiles (here it is told to, on a CPU), the result does not change."""
     from transformers import CompileConfig
 
     config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
@@ -215,8 +215,8 @@ def test_generate_compiles_by_itself(compiler, llama):
     assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
 
 
-def test_the_dynamic_cache_may_be_compiled_around(compiler, llama):
-    """Its state is Python's, so graphs break at it; nothing crashes and nothing changes."""
+def test_code_around_the_growing_cache_may_be_compiled(compiler, llama):
+    """The cache's state is in Python, so graphs break there. Nothing crashes, and the result does not change."""
     llama.set_attn_implementation("turboquant")
     tokens = torch.randint(3, 199, (2, 60), generator=torch.Generator().manual_seed(0))
 

@@ -1,4 +1,4 @@
-"""The preallocated cache on a GPU: compiled by generate or by hand, the same logits as step by step."""
+"""The preallocated cache on a GPU: code compiled by generate or by hand gives the logits of eager steps."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_reduce_overhead_compiles_once(model):
         assert (result - results[0]).norm() < 5e-2 * results[0].norm()
 
 
-def test_a_recording_of_ones_own_is_refused():
+def test_a_users_own_recording_is_refused():
     preset = load_preset("k4v4")
     layer = TurboQuantStaticLayer(preset, *preset.layer_quantizers(0, 1), 300)
     new = torch.randn(1, 2, 290, 64, device="cuda").half()
@@ -86,7 +86,7 @@ def test_a_recording_of_ones_own_is_refused():
         layer.update(new[:, :, :1], new[:, :, :1])
 
 
-def test_a_full_cache_says_so():
+def test_a_full_cache_raises_an_error():
     preset = load_preset("k4v4")
     layer = TurboQuantStaticLayer(preset, *preset.layer_quantizers(0, 1), 300)
     new = torch.randn(1, 2, 290, 64, device="cuda").half()

@@ -1,4 +1,4 @@
-"""Decode steps over fixed arrays: DynamicCache's tokens in every mode, whatever happens between two steps.
+"""Decode steps over fixed arrays give DynamicCache's tokens in every mode, and after changes between steps.
 
 On a CPU a "recorded" step is called again at every replay (`recorders.Repeat`): everything but the CUDA graph itself is
 what a GPU runs. The same tests run with real graphs where there is a GPU.
@@ -84,7 +84,7 @@ def test_short_prompts_reach_the_first_encode_inside_the_loop(model, device, len
 
 @pytest.mark.parametrize("preset", ["k4v4", "k3v2", "paper-mse-4", "int8"])
 def test_presets_give_the_same_tokens_with_and_without_recorded_steps(device, preset):
-    """The tokens are given: a rounding of another order must not choose between two that are as likely."""
+    """The tokens are dictated, because rounding may choose between two equally likely tokens."""
     model = make_llama(head_dim=32).to(device)
     tokens = torch.randint(3, 199, (2, 45 + NEW), generator=torch.Generator().manual_seed(1)).to(device)
     inputs = {**inputs_of(padding=7, device=device), "input_ids": tokens[:, :45]}
@@ -97,8 +97,8 @@ def test_presets_give_the_same_tokens_with_and_without_recorded_steps(device, pr
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-def test_means_that_no_half_holds_are_read_anew_at_every_step(device):
-    """Such means are put together from an offset when they are read, and tiles come in between two steps."""
+def test_means_beyond_float16_are_read_again_at_every_step(device):
+    """Such means are combined with an offset when they are read, and new tiles come between two steps."""
     model = make_llama(head_dim=32, attention_bias=True).to(device)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -133,7 +133,7 @@ def test_turns_copies_and_files_follow_a_loop(model, device, tmp_path):
 
 
 class Meddling(LogitsProcessor):
-    """Does something to the cache between two steps."""
+    """Changes the cache between two steps."""
 
     def __init__(self, cache, act, every: int) -> None:
         self.cache, self.act, self.every, self.calls = cache, act, every, 0
@@ -208,7 +208,7 @@ def test_a_step_that_cannot_be_recorded_runs_once_and_says_why(model, device, st
             calls.append(1)
             if len(calls) == step:
                 if step > 1:
-                    torch.cuda.synchronize()  # a recording forbids it, and no operation of torch shows it
+                    torch.cuda.synchronize()  # forbidden in a recording, and not visible as an operation of torch
                 raise RuntimeError("asks the device")
         return output
 
@@ -229,7 +229,7 @@ def test_graph_false_and_a_compile_config_leave_steps_alone(model, device):
         generate(model, inputs, **turboquant(graph=1))
 
 
-def test_hooks_of_a_users_own_keep_being_called(model, device):
+def test_a_users_own_hooks_are_still_called(model, device):
     calls = []
     handle = model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
     with watched(device) as watch:

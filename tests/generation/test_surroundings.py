@@ -1,4 +1,4 @@
-"""What a cache meets in other people's code: autocast, inference mode, masks, flash attention, leftovers."""
+"""Caches in other people's code: autocast, inference mode, masks, flash attention, state of earlier calls."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ids():
 
 
 def test_autocast(model, ids, make_cache):
-    """Keys leave the rotary embedding in float32, values are narrow: both are read narrow, as by SDPA."""
+    """Rotary embeddings leave keys in float32 while values are narrow. Both are read narrow, as by SDPA."""
     with torch.autocast("cpu", torch.bfloat16):
         expected = generate(model, ids)
         cache = make_cache(model.config)
@@ -52,7 +52,7 @@ def test_autocast(model, ids, make_cache):
 
 @torch.no_grad()
 def test_a_prompt_read_in_inference_mode_is_continued_outside(model, ids):
-    """At once, after a change of the batch, after a cut; and the other way round."""
+    """Continued at once, after a change of the batch, and after a crop; also in the opposite order of modes."""
     expected = generate(model, ids)
     for change in (lambda cache: None, lambda cache: cache.reorder_cache(torch.tensor([0, 1])), lambda c: c.crop(-1)):
         for make in KINDS.values():
@@ -69,7 +69,7 @@ def test_a_prompt_read_in_inference_mode_is_continued_outside(model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_what_the_newest_queries_do_not_see_is_not_padding(llama, ids, make):
-    """A mask of the user's own hides the oldest positions from the newest queries of a prompt; later ones see them."""
+    """The user's mask hides the oldest positions from the newest queries of a prompt. Later queries see them."""
     mask = torch.ones(60, 60, dtype=torch.bool).tril()[None, None].clone()
     mask[:, :, -9:, :15] = False
     room = torch.arange(ROOM)[None, None, None] < torch.arange(61, 64)[:, None, None, None, None]
@@ -122,7 +122,7 @@ def test_flash_attention_sees_no_empty_slots(flash, ids, name, options):
 
 
 def test_padding_is_forgotten_with_the_tokens(model, ids, make_cache):
-    """An emptied cache, and one whose first call failed, know nothing of the batch before."""
+    """After a reset, or after a failed first call, a cache has no padding of the earlier batch."""
     mask = torch.ones_like(ids)
     mask[0, :22] = 0
     padded, broken = ({"input_ids": x, "attention_mask": mask} for x in (ids, torch.full_like(ids, 999)))
@@ -143,7 +143,7 @@ def test_padding_is_forgotten_with_the_tokens(model, ids, make_cache):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_a_static_cache_in_another_process(model, ids, copied, monkeypatch):
-    """What names its layers is of one process."""
+    """The tokens that name layers are valid in one process only."""
     from turboquant_hf.cache import traced
 
     cache = KINDS["static"](model.config)
@@ -176,7 +176,7 @@ def test_no_step_outlives_the_arrays_it_reads(llama, ids):
 
 
 @pytest.mark.slow
-def test_torchs_default_dtype_is_of_no_consequence(tmp_path):
+def test_torchs_default_dtype_changes_nothing(tmp_path):
     root = Path(__file__).parents[2]
     for dtype in ("float32", "bfloat16"):
         command = [sys.executable, "-m", "tests.support.presets", dtype, str(tmp_path / dtype)]

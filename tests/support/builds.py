@@ -1,7 +1,7 @@
-"""What Triton would build in conversations of many lengths: `python -m tests.support.builds`, for a CPU alone.
+"""Lists what Triton would build in conversations of many lengths: `python -m tests.support.builds`, on a CPU.
 
-Conversations run on CPU tensors. A launch computes the key of its build, as Triton does, and goes no further. The
-first conversations of a shape may build; the key of every later launch must be among theirs. Prints JSON:
+Conversations run on CPU tensors. A launch computes the key of its build, as Triton does, and then stops. The first
+conversations of a shape may build. The key of every later launch must be among theirs. Prints JSON:
 {"launches": how many, "kernels": {name: builds of the first conversations}, "later": [what was built later, and why]}.
 """
 
@@ -28,7 +28,7 @@ HEADS, GROUP = 2, 2
 
 
 class Builds:
-    """The keys of all builds so far, and what each was for."""
+    """The keys of all builds so far, each with its purpose."""
 
     def __init__(self) -> None:
         self.known: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
@@ -36,7 +36,7 @@ class Builds:
         self.launches, self.conversation, self.first = 0, "", True
 
     def note(self, kernel: JITFunction, key: str, *rest: Any) -> None:
-        """Instead of a compilation; the launch is left out because nothing comes back."""
+        """Note a build instead of compiling. Returns nothing, so that the launch is left out."""
         self.launches += 1
         known = self.known[kernel.__name__]
         if key not in known:
@@ -53,7 +53,7 @@ class Builds:
 
     @staticmethod
     def _differences(known: dict[str, dict[str, str]], facts: dict[str, str]) -> str:
-        """How a build differs from the one that is most like it."""
+        """The differences of a build from the most similar build."""
 
         def differs(other: dict[str, str]) -> list[str]:
             return [f"{name} {other[name]} -> {fact}" for name, fact in facts.items() if other[name] != fact]
@@ -73,7 +73,7 @@ from turboquant_hf.kernels.encode import triton as encode_triton  # noqa: E402
 
 
 class Conversation:
-    """Prompt, steps, a further turn and steps over one layer, as a cache makes them."""
+    """A prompt, steps, a further turn and more steps over one layer, as in a real cache."""
 
     def __init__(self, shape: tuple, batch: int, prompt: int, turn: int, padded: bool) -> None:
         name, self.dim, self.dtype, settings = shape
@@ -84,7 +84,7 @@ class Conversation:
         self.growing()
 
     def projected(self, tokens: int, heads: int = HEADS) -> torch.Tensor:
-        """[B, heads, tokens, D] as a model's projection leaves it."""
+        """[B, heads, tokens, D] with the strides that a model's projection gives."""
         return torch.zeros(self.batch, tokens, heads, self.dim, dtype=self.dtype).transpose(1, 2)
 
     def growing(self) -> None:
@@ -125,7 +125,7 @@ class Conversation:
 def main() -> None:
     driver.set_active(CompilerOnly(90))
     dispatch.backend = lambda device=None: "triton"
-    # What no kernel writes may still be an index.
+    # An array that no kernel writes may be used as an index.
     torch.empty, torch.empty_like, torch.Tensor.new_empty = torch.zeros, torch.zeros_like, torch.Tensor.new_zeros
     for shape in SHAPES:
         BUILDS.first = True

@@ -1,4 +1,4 @@
-"""Random packed inputs of the kernels, small and odd."""
+"""Random packed inputs for the kernels, of small and odd sizes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from turboquant_hf.primitives import lloyd_max, rotation_matrix, uniform
 
 
 def groups_of(*widths: tuple[int, int], make=lloyd_max) -> tuple[CodeGroup, ...]:
-    """(channels, bits) pairs to groups."""
+    """The quantizer groups of (channels, bits) pairs."""
     return tuple(CodeGroup(size, make(bits, size)) for size, bits in widths)
 
 
 def packed_side(
     shape, groups, *, channel_major, mean, conditioned=False, scale_format="fp16", spare=0, generator=None
 ) -> PackedSide:
-    """Encoded noise of shape [B, H, N, T, D] with a common vector; `spare` tiles of NaN and 255 lie behind a view."""
+    """Encoded noise [B, H, N, T, D] plus a common vector. The arrays hold `spare` more tiles of NaN and 255."""
     batch, heads, tiles, tile, dim = shape
     x = torch.randn(shape, generator=generator) + torch.randn(dim, generator=generator)
     rotation = rotation_matrix(dim)
@@ -73,13 +73,13 @@ def attention_inputs(
 
 
 def attend(decode, arguments, *, scaling=0.125, mask=None, **options):
-    """`decode`, a `decode_attention`, of `attention_inputs`; options are fields of `Scoring`, or its own."""
+    """Call `decode`, a `decode_attention`, on `attention_inputs`; options are those of `Scoring` and of `decode`."""
     fields = {name: options.pop(name) for name in ("softcap", "s_aux", "sparse_v_threshold") if name in options}
     return decode(*arguments, Scoring(scaling, **fields), mask=mask, **options)
 
 
 def attend_parts(decode, query, *held, counts=None, **options):
-    """`attend` of a history whose parts are given one by one."""
+    """`attend` over a history whose parts are given one by one."""
     return attend(decode, (query, History(*held, counts)), **options)
 
 

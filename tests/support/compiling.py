@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for a GPU that this machine need not have: `python -m tests.support.compiling CAPABILITY`.
+"""Compiles Triton kernels for any GPU, without one: `python -m tests.support.compiling CAPABILITY`.
 
-Layers of several presets run on CPU tensors with every launch replaced by a compilation, so that what they compute is
-nonsense: only what the compiler says counts. Prints each kernel's name and how often it was compiled, as JSON.
+Layers of several presets run on CPU tensors. Every launch is replaced by a compilation, so the results are nonsense,
+and only the compiler's errors count. Prints each kernel's name and how often it was compiled, as JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CompilerOnly:
 
 
 def growing(preset: str, dim: int, dtype: torch.dtype) -> None:
-    """Prefill, statistics, encoding, decoding to dense, attention, and a recorded step: as the growing cache does."""
+    """Run a growing cache: prefill, statistics, encoding, decoding, attention, and a recorded step."""
     preset = load_preset(preset, min_statistics=128, recent_window=0)
     layer = TurboQuantLayer(preset, *preset.layer_quantizers(0, 1), returns_handles=lambda: True)
     x = torch.randn(2, 2, 300, dim, dtype=dtype)
@@ -75,7 +75,10 @@ def main(capability: int) -> None:
     driver.set_active(CompilerOnly(capability))
     JITFunction.run = compile_only
     dispatch.backend = lambda device=None: "triton"
-    torch.empty, torch.empty_like = torch.zeros, torch.zeros_like  # what no kernel writes may still be an index
+    torch.empty, torch.empty_like = (
+        torch.zeros,
+        torch.zeros_like,
+    )  # an array that no kernel writes may be used as an index
     for layer in LAYERS:
         growing(*layer)
     encode_triton.tile_mean(torch.randn(1, 2, 3, 128, 64, dtype=torch.float16), None)

@@ -1,4 +1,4 @@
-"""Tiny random models of many families, and what is expected of a packed cache on each."""
+"""Tiny random models of many families, and the expected behaviour of a packed cache with each."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Family:
     """A model of `kind` (a transformers model type) with small sizes.
 
     Attributes:
-        options: of its config; common small sizes are filled in.
-        packed: how many layers a cache of it packs; None where nothing is packed and a warning says so.
-        refused: what the one clear error says, where the model cannot be served.
+        options: fields of its config; common small sizes are filled in.
+        packed: number of layers that a cache packs; None if nothing is packed and a warning says so.
+        refused: the text of the error if the model cannot be served, else None.
     """
 
     kind: str
@@ -48,7 +48,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-"""eos is off, so that every run has the same length."""
+"""Small sizes. There is no eos token, so that every run has the same length."""
 
 HALF_SLIDING = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -257,12 +257,12 @@ def available(family: Family) -> bool:
 
 
 def own_attention(model: torch.nn.Module) -> bool:
-    """Whether the model has its attention in its own code and cannot switch: fewer do with every transformers."""
+    """Whether the model has its attention in its own code and cannot switch. This depends on the version."""
     return not model._can_set_attn_implementation()
 
 
 def build(family: Family, seed: int = 0, **options: Any) -> torch.nn.Module:
-    """A tiny random model in eval mode, float32. Sizes that its config does not know are left out."""
+    """A tiny random model in eval mode, float32. Sizes that its config lacks are left out."""
     known = AutoConfig.for_model(family.kind)
     sizes = {name: value for name, value in SIZES.items() if name in known.to_dict() or name in known.attribute_map}
     config = AutoConfig.for_model(family.kind, **{**sizes, **family.options, **options})
@@ -271,7 +271,7 @@ def build(family: Family, seed: int = 0, **options: Any) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Some families start at zero or draw too little for the history to matter.
+            # Some families start with weights of zero, or too small for the history to matter.
             if parameter.dim() == 2 and parameter.std() < 0.2 and "lm_head" not in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model

@@ -1,4 +1,4 @@
-"""Which model families decode by recorded steps, and why the others do not.
+"""Finds out which model families decode by recorded steps, and why the others do not.
 
 `python -m tests.support.graphs_by_family`, on a GPU, prints the table of docs/graphs.md.
 """
@@ -21,7 +21,7 @@ NEW = 40
 
 @dataclass
 class Watch:
-    """What happened to decode steps while it watched."""
+    """What happened to decode steps within `watched`."""
 
     replays: int = 0
     recordings: int = 0
@@ -30,7 +30,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watched(device: str) -> Iterator[Watch]:
-    """Count recordings and replays on a device, and note why steps ran as they are. On a CPU, steps are repeated."""
+    """Count recordings and replays, and note why steps ran without graphs. On a CPU, steps are repeated."""
     watch, kept = Watch(), dict(recorders.RECORDERS)
     base = recorders.RECORDERS.get(device, recorders.Repeat)
 
@@ -64,7 +64,7 @@ def watched(device: str) -> Iterator[Watch]:
 
 @dataclass
 class Row:
-    """One family: its steps were replayed, or not and why; and whether the tokens and logits are DynamicCache's."""
+    """One family: whether its steps were replayed, the reason if not, and the comparison with DynamicCache."""
 
     name: str
     replayed: bool

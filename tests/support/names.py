@@ -1,4 +1,4 @@
-"""Which Triton kernels there are."""
+"""Lists the Triton kernels of this package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from turboquant_hf import kernels
 
 
 def kernels_by_name() -> dict[str, Any]:
-    """All kernels that are launched, of every module of `turboquant_hf.kernels`."""
+    """{name: kernel} of all launched kernels in the modules of `turboquant_hf.kernels`."""
     from triton.runtime.jit import KernelInterface
 
     found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")

@@ -1,9 +1,9 @@
-"""Random use of one cache for a long time: `python -m tests.support.soak STEPS PRESET ATTENTION [offload | graphs]`.
+"""Uses one cache at random for a long time: `python -m tests.support.soak STEPS PRESET ATTENTION [offload | graphs]`.
 
-Decode steps, chat turns, rejected candidates, crops, beam reorders and resets with other batches, on a tiny model. At
-checkpoints the next logits are compared with those of a fresh cache that reads the same tokens in one piece; at every
-reset the process's memory and its number of Python objects are noted. With `graphs`, steps of a few tokens are recorded
-and replayed, on a GPU if there is one.
+A tiny model takes decode steps, chat turns, rejected candidates, crops, beam reorders and resets with other batches. At
+checkpoints, the next logits are compared with those of a fresh cache that reads the same tokens in one piece. At every
+reset, the process's memory and its number of Python objects are noted. With `graphs`, steps of a few tokens are
+recorded and replayed, on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PAGE = 4096
 
 @dataclass
 class Report:
-    """What was done and seen. errors: largest difference of logits at each checkpoint; memory: at each reset."""
+    """The results. errors: largest difference of logits at each checkpoint; memory: at each reset."""
 
     steps: int = 0
     operations: dict[str, int] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Report:
     refused: int = 0
 
     def growth(self, values: list[int]) -> int:
-        """From the mean of the second fifth to that of the last; the first is warming up."""
+        """Growth from the mean of the second fifth to the mean of the last fifth. The first fifth is a warm-up."""
         part = len(values) // 5
         return round((sum(values[-part:]) - sum(values[part : 2 * part])) / part) if part else 0
 
@@ -67,7 +67,7 @@ class Report:
 
 
 class Soak:
-    """One model, one cache, the tokens [B, T] that went in, and where each sequence begins."""
+    """One model, one cache, the tokens [B, T] that it holds, and where each sequence begins."""
 
     def __init__(self, preset: str, attention: str, offloading: bool, seed: int, graphs: bool = False) -> None:
         self.random = random.Random(seed)
@@ -115,7 +115,7 @@ class Soak:
             self.ids = self.ids[:, : length - removed]
 
     def candidates(self) -> None:
-        """As assisted decoding: several tokens at once, some of them taken back."""
+        """Several tokens at once, some of which are taken back, as in assisted decoding."""
         tokens = self.random.randint(2, 8)
         self.feed(tokens)
         rejected = self.random.randrange(tokens)
@@ -155,7 +155,7 @@ class Soak:
 
     @torch.inference_mode()
     def soak(self, steps: int) -> Report:
-        """Go on until `steps` decode steps are done."""
+        """Run until `steps` decode steps are done."""
         begin, report = time.perf_counter(), self.report
         operations = {self.crop: 6, self.candidates: 6, self.reorder: 4, self.restart: 2}
         while report.steps < steps:

@@ -1,4 +1,4 @@
-"""A lossless quantizer that makes every mix-up visible."""
+"""A lossless quantizer that makes every mix-up of sequences, heads or positions visible."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Lossless = QUANTIZERS["lossless"]
 
 @dataclass(frozen=True)
 class Tagged(Lossless):
-    """Stores the bytes of a token XOR its sequence's and head's tag; tokens without weight become garbage.
+    """Stores the bytes of a token XOR the tag of its sequence and head. Tokens without weight become garbage.
 
-    A state of the wrong sequence, a sink that is not laid over its tile, or a padded position that is taken for a
-    real one then decode to something else.
+    Other bytes are decoded if a state belongs to the wrong sequence, if a sink is not written over its tile, or if
+    padding is taken for a real token.
     """
 
     name: ClassVar[str] = "tagged"

@@ -1,7 +1,7 @@
 """One process of a tensor-parallel run, started by torchrun: `tensor_parallel.py MODEL OUTPUT`.
 
-Generates with DynamicCache, with `lossless` and with the default preset, with the model's KV heads shared out over the
-processes, and writes the tokens, the number of KV heads in a layer's cache and what the attention was.
+The processes share the model's KV heads. Each generates with DynamicCache, with `lossless` and with the default preset,
+and writes the tokens, the number of KV heads in a layer's cache, and the attention's name.
 """
 
 from __future__ import annotations
@@ -50,5 +50,5 @@ def main(folder: str, output: str) -> None:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # a process that goes first may take the other down
+        torch.distributed.barrier()  # a process that ends first may end the other
         torch.distributed.destroy_process_group()

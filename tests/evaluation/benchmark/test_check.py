@@ -1,4 +1,4 @@
-"""When an error is one of rounding, and when a row has no speed."""
+"""Which errors count as rounding, and which rows have no speed."""
 
 import math
 from dataclasses import replace

@@ -194,7 +194,7 @@ def test_chunks_beside_one_piece(recorder):
 
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_prompts_logits_are_judged(quantized):
-    """Or, where the preset quantizes, those of the lossless preset."""
+    """If the preset quantizes, the logits of the lossless preset are judged."""
     shared, exact = model.build_model(toy(), CPU), torch.ones(1, 50)
 
     def judged(factor, reference=exact):

@@ -37,11 +37,11 @@ def test_variant_names_what_is_wrong(change, message):
         ablate.variant(change)
 
 
-def test_read_variants_names_the_sections_there_are():
+def test_read_variants_lists_the_existing_sections():
     with pytest.raises(ValueError, match="allowed: 'ingredients, 4-bit keys'"):
         ablate.read_variants(config_path("eval", "ablate.yaml"), ["colours"])
 
 
-def test_pareto_front_keeps_what_nothing_beats():
+def test_pareto_front_keeps_the_points_that_no_other_beats():
     points = [(4.0, 0.1), (3.0, 0.2), (3.5, 0.3), (2.0, 0.9), (3.0, 0.25), (5.0, 0.1)]
     assert ablate.pareto_front(points) == [3, 1, 0]

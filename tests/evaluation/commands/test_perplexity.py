@@ -1,4 +1,4 @@
-"""The harness reads through the cache: lossless costs nothing, rounding something, a constant in the keys nothing."""
+"""The harness reads through the cache: rounding costs something, lossless and a constant in the keys do not."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def test_command_writes_what_it_measured(tmp_path, capsys):
     assert (tmp_path / "config.yaml").is_file()
 
 
-def test_waiting_for_statistics_flatters_nobody(model):
-    """What lies before the first scored token is read in one piece by all; chunk by chunk, waiting leaves it raw."""
+def test_waiting_for_statistics_does_not_improve_the_figures(model):
+    """All presets read what precedes the first scored token in one piece. In chunks, a waiting preset keeps it raw."""
     model.set_attn_implementation("turboquant")
     soon, late = (load_preset("k2v2", encode_first=True, min_statistics=n, **SMALL) for n in (32, 96))
     start = first_scored([soon, late], 16)

@@ -16,7 +16,7 @@ def test_presets_lists_every_shipped_preset(capsys):
     assert lines[2].startswith("k2v2 ") and any(line.startswith("k4v4 (default) ") for line in lines)
 
 
-def test_presets_describes_a_file_of_ones_own(tmp_path, capsys):
+def test_presets_describes_a_users_own_file(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text("# Raw keys,\n# for a try.\nkeys: lossless\n# not this\n")
     assert cli.main(["presets", "--preset", str(path), "--tokens", "300", "4096"]) == 0
@@ -26,7 +26,7 @@ def test_presets_describes_a_file_of_ones_own(tmp_path, capsys):
 
 @pytest.mark.parametrize("flag", ["--tokens", "--head-dim", "--layers", "--kv-heads"])
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "many"])
-def test_presets_names_a_number_that_is_none(flag, value, capsys):
+def test_presets_names_an_invalid_number_in_the_error(flag, value, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["presets", flag, value])
     assert exit.value.code == 2

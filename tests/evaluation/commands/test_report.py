@@ -130,7 +130,7 @@ def test_report_says_where_nothing_was_found(tmp_path, capsys):
     assert "no metrics.json under" in capsys.readouterr().err
 
 
-def test_summary_is_of_presets_one_model_and_no_toy(tmp_path):
+def test_the_summary_holds_presets_of_one_model_and_no_toys(tmp_path):
     """More rows of an experiment, a CPU's benchmark, and another model's runs stay in their own sections."""
     row = {"kl": 0.01, "key_bits": 4.4, "value_bits": 4.1, "compression_ratio": 3.7, "perplexity": 9.0, "top1": 0.9}
     write(tmp_path / "ppl", {"tool": "perplexity", "model": "m", "results": [{"preset": "k4v4", **row}]})
@@ -159,7 +159,7 @@ def test_a_report_says_where_a_cache_takes_more_than_16_bit(tmp_path):
 
 
 def test_a_report_lays_a_run_out_by_the_command_that_wrote_it(tmp_path):
-    """Rows that look like another command's are not taken for them: the run says what it is."""
+    """The run's own command decides, even if its rows look like those of another command."""
     rows = [{"task": "a", "score": 1.0, "preset": "uncompressed", "kl": 0.5}]
     write(tmp_path / "run", {"tool": "some-tool", "results": rows})
     assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0

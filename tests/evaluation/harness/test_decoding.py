@@ -1,4 +1,4 @@
-"""Answers through a cache equal those of one pass without one."""
+"""Answers through a cache equal those of one pass without a cache."""
 
 import pytest
 import torch

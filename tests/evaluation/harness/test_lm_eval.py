@@ -1,4 +1,4 @@
-"""The model class for lm-evaluation-harness beside the harness's own, and a whole run of its command line."""
+"""The model class for lm-evaluation-harness, compared with the harness's own, and a run of the command line."""
 
 import json
 import sys
@@ -69,7 +69,7 @@ def test_lossless_gives_the_rolling_likelihoods_of_the_uncompressed_model(tiny_f
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-3)
 
 
-def test_a_coarse_preset_is_seen_where_texts_are_long_enough(tiny_folder, pairs):
+def test_a_coarse_preset_changes_the_likelihoods_of_long_texts(tiny_folder, pairs):
     long = requests_of("loglikelihood", [pairs[6]])
     fine, coarse = (
         packed(tiny_folder, name, recent_window=0).loglikelihood(long, disable_tqdm=True)[0][0]
@@ -78,7 +78,7 @@ def test_a_coarse_preset_is_seen_where_texts_are_long_enough(tiny_folder, pairs)
     assert abs(fine - coarse) > 1e-2
 
 
-def test_what_stands_in_the_padding_changes_nothing(tiny_folder):
+def test_the_content_of_the_padding_changes_nothing(tiny_folder):
     """Rows of 420, 400 and 395 tokens in one batch, packed, and the padding of two different token ids."""
     texts = [("The other text. " * 40)[:length] for length in (419, 399, 394)]
     asked = requests_of("loglikelihood", [(text[:200], text[200:]) for text in texts])
@@ -93,7 +93,7 @@ def test_what_stands_in_the_padding_changes_nothing(tiny_folder):
 
 
 def test_rows_of_a_batch_have_like_lengths(tiny_folder):
-    """More padding would take a row's tokens from the statistics that the whole batch waits for."""
+    """With more padding, the statistics that the whole batch waits for would have fewer tokens of a short row."""
     model = packed(tiny_folder, "k4v4", batch_size=3)
     lengths = (700, 690, 680, 679, 668, 600, 599)
     batches = model._batches([(1,) * length for length in lengths], None)
@@ -151,7 +151,7 @@ def test_the_attention_is_switched_unless_it_is_named(tiny_folder):
         ({"preset": "k4v4", "recent_window": -1}, "recent_window=-1"),
     ],
 )
-def test_options_that_cannot_be_are_named(tiny_folder, options, message):
+def test_invalid_options_are_named_in_the_error(tiny_folder, options, message):
     with pytest.raises(ValueError, match=message):
         TurboQuantLM(str(tiny_folder), device="cpu", **options)
 

@@ -1,4 +1,4 @@
-"""Resumable runs: killed, continued, repeated, contradicted, shared out over processes."""
+"""Resumable runs: killed, continued, repeated, with other settings, and shared by several processes."""
 
 import argparse
 import copy
@@ -73,7 +73,7 @@ def test_run_units_continues_after_an_interruption(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         execute(tmp_path / "killed", interrupted)
-    # What a kill in the middle of a write leaves behind.
+    # A process killed in the middle of a write leaves half a line.
     with (tmp_path / "killed" / "predictions.jsonl").open("a") as file:
         file.write('{"preset": "a", "ind')
 
@@ -179,7 +179,7 @@ def test_settings_are_defaults_then_yaml_then_flags(tmp_path):
         "text": None, "dataset": None, "preset": ("k4v4",), "recent_window": None, "trials": 2, "chat": True,
         "output": Path("results/x"),
     }  # fmt: skip
-    # A flag beats the file also where it says what the default is.
+    # A flag has priority over the file even if it equals the default.
     mixed = parse(["--trials", "2", "--config", str(file)])
     assert (mixed.trials, mixed.recent_window, mixed.preset, mixed.chat) == (2, 0, ("k3v3",), False)
     assert mixed.output == Path("there")

@@ -1,4 +1,4 @@
-"""Computed bits and bytes beside those of a real cache."""
+"""Computed bits and bytes equal those of a real cache."""
 
 import pytest
 import torch

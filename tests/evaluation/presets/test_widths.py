@@ -11,6 +11,6 @@ def test_flat_preset_is_the_shipped_one(name):
     assert flat_preset(int(name[1]), int(name[3])) == load_preset(name, boundary_layers=0)
 
 
-def test_flat_preset_names_the_widths_there_are():
+def test_flat_preset_lists_the_existing_widths():
     with pytest.raises(ValueError, match="keys: width=5 is not supported; allowed: 2, 3, 4, 8"):
         flat_preset(5, 4)

@@ -19,7 +19,7 @@ def test_the_command_is_known_by_its_rows(row, tool):
     assert brought_up_to_date({"results": [row]}) == {"tool": tool, "results": [row]}
 
 
-def test_a_command_that_is_named_is_believed_and_baseline_becomes_uncompressed():
+def test_a_recorded_command_is_kept_and_baseline_becomes_uncompressed():
     row = {"preset": "baseline", "kl": 0.1}
     found = brought_up_to_date({"tool": "needle", "results": [row]})
     assert found == {"tool": "needle", "results": [{"preset": "uncompressed", "kl": 0.1}]}

@@ -1,4 +1,4 @@
-"""Quantizers of the evaluation only, and foreign caches in the harness."""
+"""Quantizers that only the evaluation has, and caches of other libraries in the harness."""
 
 import pytest
 import torch
