@@ -4,7 +4,7 @@ By default, a chunk is encoded before attention reads it. Outside the recent win
 generation, the newest tokens stay raw in the tail until their tile is full. The figures therefore show the quantizers
 at their worst. `--raw-chunk` gives the order of generation.
 
-`--repeat` puts a run of one token, or of a few tokens, into the text. Statistics of this run must not spoil what follows.
+`--repeat` puts a run of one token, or of a few tokens, into the text. Its statistics must not spoil what follows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat-at",
         type=flags.whole(0),
         default=0,
-        help="tokens before the run; only what follows it counts (%(default)s)",
+        help="tokens before the run; only later tokens count (%(default)s)",
     )
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
     flags.add_settings(parser)
