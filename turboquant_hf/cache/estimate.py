@@ -18,6 +18,7 @@ from turboquant_hf.cache.base import Compression, check_config, is_latent, raw_n
 from turboquant_hf.cache.cache import TurboQuantCache
 from turboquant_hf.cache.encoder import Encoder
 from turboquant_hf.cache.growing import fill_indexers, is_indexed, token_nbytes, unpacked
+from turboquant_hf.cache.hybrid import RECURRENT, map_state, packed_part
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.probe import probed_layers
 from turboquant_hf.cache.sides import Sides
