@@ -15,12 +15,22 @@ The trellis bites its tail: indices wrap round inside a word of 32 values. Bit t
 
 which is four instructions per 32 values, without a table and without a look at any other word.
 `kernels.codes.to_words` says which 32 values form a word, `primitives.packing` how they are packed.
+
+The encoder is Viterbi's search, and closes the circle with a second one (`Trellis.encode`). It counts in whole numbers:
+costs are then small enough to share a register with a path, and equal on every machine. Of a value x, in the grid unit
+of the levels (`Trellis.grid`),
+
+    i         how many of the thresholds (L[j] + L[j + 4]) / 2 are below x
+    L[i .. i + 3]   the nearest levels of the four subsets, since level j belongs to subset j mod 4
+    e_s       L (L - 2 x) of subset s: its squared error less x^2
+    m_s       min(round((e_s - min e) * price), DEAREST): what the subset costs
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -28,8 +38,16 @@ from torch import Tensor
 from .codebook import GRID_STEPS, constant, lloyd_max
 from .memo import once
 
-WARM_UP = 24
+WARM_UP = 16
 """Values that the search sees on each side of the point where it closes the circle."""
+PRICE = 1000.0
+"""What an error of twice the median gap between levels costs in the search, in its whole numbers."""
+DEAREST = 3276
+"""The most that a value's subset may cost: 16 values and the spread of 4 more then fit in 16 bits (20 times this)."""
+CELLS = 256
+"""Cells of a grid: from -CELLS / 2 units to CELLS / 2."""
+MAGIC = 12582912.0
+"""1.5 * 2**23: added to a float32 from 0 to 2**22, it leaves the nearest whole number in the low bits."""
 WORDS_AT_ONCE = {"cpu": 1 << 12, "other": 1 << 16}
 """Words per search: few enough for a processor's cache, or enough to keep an accelerator busy."""
 
@@ -77,6 +95,28 @@ class Trellis:
         return self.h0.bit_length() - 1
 
     @property
+    def grid(self) -> float:
+        """The unit of the search: levels are odd multiples of it, or simply at most 127 times as large."""
+        return self.unit / 2 if self.unit else max(map(abs, self.levels)) / 127
+
+    @property
+    def price(self) -> float:
+        """What a squared error of one `grid` squared costs in the search."""
+        gap = median(high - low for low, high in pairwise(self.levels)) / self.grid
+        return PRICE / (2 * gap) ** 2
+
+    @property
+    def _edges(self) -> tuple[float, ...]:
+        """Thresholds of i, in grid units; on a grid they are whole numbers."""
+        edges = ((low + high) / 2 / self.grid for low, high in zip(self.levels, self.levels[4:], strict=False))
+        return tuple(float(round(edge)) if self.unit else edge for edge in edges)
+
+    def cells(self) -> Tensor:
+        """Of every cell of the grid, [k, k + 1) units for k from -CELLS / 2, the i of its values: uint8 [CELLS]."""
+        cell = torch.arange(-CELLS // 2, CELLS // 2)
+        return torch.bucketize(cell, torch.tensor(self._edges), right=True).to(torch.uint8)
+
+    @property
     def steps(self) -> tuple[int, ...]:
         """The whole numbers k with level = (k + 1/2) unit; empty without a unit."""
         return tuple(round(level / self.unit - 0.5) for level in self.levels) if self.unit else ()
@@ -88,11 +128,12 @@ class Trellis:
     def encode(self, x: Tensor) -> Tensor:
         """Codes of nearly the least squared error: the least of all words that close the circle in the same state.
 
-        A value whose squared error is not finite (a NaN, an infinity, 1e30) costs nothing, whatever its code. The codes
-        of the other values are then chosen as if that value were not there.
+        Ties go to the way whose oldest path bit is 0, and among final states to the lowest number. A value whose
+        squared error is not finite (a NaN, an infinity, 1e30) costs nothing, whatever its code. The codes of the other
+        values are then chosen as if that value were not there.
 
         Args:
-            x: [..., word], any float dtype; the search computes in float32.
+            x: [..., word], any float dtype; errors are float32.
 
         Returns: uint8 [..., word].
         """
@@ -127,30 +168,32 @@ class Trellis:
         A first search, with free ends, covers `WARM_UP` values on each side of a point and finds a state there. A
         second one goes round once and must start and end at that point in that state.
         """
-        costs, plain = self._branches(x)
-        free = costs.new_zeros(2**self.memory, x.shape[1])
+        costs, lowest = self._branches(x)
+        states = torch.arange(2**self.memory, dtype=torch.int32, device=x.device)[:, None]
         around = [t % self.word for t in range(2 * WARM_UP)]
-        cost, choices = self._search(free, costs, around)
-        _, state = self._trace(cost.argmin(dim=0), choices[WARM_UP:])
-        pinned = torch.full_like(free, torch.inf).scatter_(0, state[None], 0.0)
+        cost, choices = self._search(states.new_zeros(len(states), x.shape[1]), costs, around)
+        _, state = self._trace((cost * len(states) + states).argmin(dim=0), choices[WARM_UP:])
+        pinned = (states != state) * ((self.memory + 1) * DEAREST)
         circle = [(WARM_UP + t) % self.word for t in range(self.word)]
-        _, choices = self._search(pinned, costs, circle)
+        _, choices = self._search(pinned.int(), costs, circle)
         path, _ = self._trace(state, choices)
-        path = path.roll(WARM_UP, 0)
-        plain = plain.gather(1, self._subsets(path, dim=0).long()[:, None])[:, 0]
-        return path << (self.bits - 1) | plain
+        subset = self._subsets(path.roll(WARM_UP, 0), dim=0)
+        number = lowest + (subset - lowest & 3)
+        return path.roll(WARM_UP, 0) << (self.bits - 1) | number >> 2
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The squared error of the best level of each subset, and its plain bits: [word, 4, words] each."""
-        costs, picks = [], []
-        for subset in range(4):
-            own = self.levels[subset::4]
-            levels = constant(own, x.device, x.dtype)
-            edges = constant(tuple((low + high) / 2 for low, high in pairwise(own)), x.device, x.dtype)
-            pick = torch.bucketize(x, edges, out_int32=True)
-            costs.append((x - levels[pick]).square())
-            picks.append(pick.to(torch.uint8))
-        return torch.stack(costs, dim=1).nan_to_num(nan=0.0, posinf=0.0), torch.stack(picks, dim=1)
+        """What each subset costs, int32 [word, 4, words], and i, uint8 [word, words], as said above."""
+        x = torch.where(x.square().isfinite(), x, torch.nan) * constant((1 / self.grid,), x.device, x.dtype)
+        # On the grid, edges are whole numbers: the kernel has a table of the cells between them.
+        place = ((x - 0.5).round() if self.unit else x).nan_to_num(nan=-torch.inf)
+        lowest = torch.bucketize(place, constant(self._edges, x.device, x.dtype), right=True, out_int32=True)
+        subset = torch.arange(4, dtype=torch.int32, device=x.device)[:, None]
+        levels = constant(tuple(level / self.grid for level in self.levels), x.device, x.dtype)
+        level = levels[lowest[:, None] + (subset - lowest[:, None] & 3)]
+        error = level * (level - 2 * x[:, None])
+        away = error - error.amin(dim=1, keepdim=True)
+        costs = (away * constant((self.price,), x.device, x.dtype) + MAGIC).clamp(max=MAGIC + DEAREST) - MAGIC
+        return costs.nan_to_num(nan=0.0).int(), lowest.to(torch.uint8)
 
     def _search(self, cost: Tensor, costs: Tensor, order: list[int]) -> tuple[Tensor, list[Tensor]]:
         """The cost of the best way to every state, [states, words], and of every step which way that took.
