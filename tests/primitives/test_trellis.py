@@ -129,7 +129,10 @@ def test_search_against_trying_all_words(bits):
     # The best of all words that pass through the same state where the search closes the circle ...
     closing = [(WARM_UP - 1) % 12, (WARM_UP - 2) % 12]
     same = (paths[:, closing] == (codes >> (bits - 1))[:, None, closing]).all(dim=2)
-    torch.testing.assert_close(found, errors.masked_fill(~same, torch.inf).amin(dim=1))
+    # up to the rounding of the prices, half a unit of each value on the way chosen and on the best one ...
+    rounding = 12 * code.grid**2 / code.price
+    best = errors.masked_fill(~same, torch.inf).amin(dim=1)
+    assert (found >= best - 1e-5).all() and (found <= best + rounding).all()
     # ... which is mostly the best state.
     least = errors.amin(dim=1)
     assert (found <= least + 1e-5).float().mean() > 0.8

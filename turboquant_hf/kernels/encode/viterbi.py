@@ -26,7 +26,7 @@ import triton.language as tl
 
 from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.common.spec import padded_size
-from turboquant_hf.kernels.common.words import in_word_order, in_token_order, parities, place_in_words, word_plane
+from turboquant_hf.kernels.common.words import in_token_order, in_word_order, parities, place_in_words, word_plane
 from turboquant_hf.primitives import trellis
 
 WORDS = 256
@@ -34,6 +34,7 @@ WORDS = 256
 STATES = tl.constexpr(16)
 HALF = tl.constexpr(16)
 DEAREST = tl.constexpr(trellis.DEAREST)
+OPEN = tl.constexpr(trellis.OPEN)
 MAGIC = tl.constexpr(trellis.MAGIC)
 CELLS = tl.constexpr(trellis.CELLS)
 
@@ -139,16 +140,6 @@ def _least(costs):
 
 
 @triton.jit
-def _above_least(costs):
-    """Costs less the least one, without paths."""
-    least = _least(costs) & 0xFFFF0000
-    new = ()
-    for state in tl.static_range(STATES):
-        new = new + ((costs[state] & 0xFFFF0000) - least,)  # noqa: RUF005
-    return new
-
-
-@triton.jit
 def _of_state(costs, state):
     """The path to a state."""
     path = costs[0]
@@ -167,27 +158,34 @@ def _reversed(path):
 def _path(word, m_word, p_prices, COUNT: tl.constexpr):
     """The path bits of words, uint32: a search with free ends finds the state that a second one starts and ends in.
 
-    The circle is closed between values 15 and 16: both searches are of whole halves of the word.
+    The circle is closed between values 15 and 16: both searches are of whole halves of the word. The first one leaves
+    its paths out: bits 0..3 are the state that a way began in, bits 4..7 its state between the halves.
     """
-    none = tl.zeros(word.shape, tl.uint32)
-    costs = ()
-    for _ in tl.static_range(STATES):
-        costs = costs + (none,)  # noqa: RUF005
     p_first = p_prices + word
     p_second = p_first + HALF * COUNT
-    costs = _search(costs, p_first, m_word, COUNT, False)
-    costs = _search(_above_least(costs), p_second, m_word, COUNT, True)
-    # The first four choices of the second half are the state between the halves. A tie goes to the lowest last state.
-    ends = ()
+    costs = ()
     for state in tl.static_range(STATES):
-        ends = ends + ((costs[state] & 0xFFFF000F) | (state << 4),)  # noqa: RUF005
-    closing = _reversed(_least(ends) & 15)
+        costs = costs + (tl.full(word.shape, state, tl.uint32),)  # noqa: RUF005
+    costs = _search(costs, p_first, m_word, COUNT, False)
+    least = _least(costs) & 0xFFFF0000
+    ways = ()
+    for state in tl.static_range(STATES):
+        ways = ways + (costs[state] - least + (state << 4),)  # noqa: RUF005
+    costs = _search(ways, p_second, m_word, COUNT, False)
+    ways = ()
+    for state in tl.static_range(STATES):
+        ways = ways + (tl.where((costs[state] & 15) == state, costs[state], costs[state] + (OPEN << 16)),)  # noqa: RUF005
+    closing = (_least(ways) >> 4) & 15
 
     costs = ()
     for state in tl.static_range(STATES):
         costs = costs + (tl.where(closing == state, 0, (5 * DEAREST) << 16).to(tl.uint32),)  # noqa: RUF005
     early = _search(costs, p_second, m_word, COUNT, True)
-    late = _of_state(_search(_above_least(early), p_first, m_word, COUNT, True), closing)
+    least = _least(early) & 0xFFFF0000
+    costs = ()
+    for state in tl.static_range(STATES):
+        costs = costs + ((early[state] & 0xFFFF0000) - least,)  # noqa: RUF005
+    late = _of_state(_search(costs, p_first, m_word, COUNT, True), closing)
     # The choices of a half are p_(first - 4) .. p_(first + 11).
     middle = _of_state(early, _reversed(late & 15))
     return (middle << 12) | (late >> 4) | ((late & 15) << 28)
