@@ -6,16 +6,16 @@
 
 Memory of a program, in words as they are stored (`kernels.common.words.place_in_words`), neighbours side by side:
 
-    p_prices   int64   [32][words]   m_0 << 16 | m_1, with i / 4 in bits 28..31; above it m_2 << 16 | m_3 with i % 4
+    p_prices   int64   [32][words]   from the top 16 bits each of m_3 - m_0, i, m_2 - m_0, m_1 - m_0
     p_points   float32 [32][words]   the values, and later the levels
 
-- A cost has the high 16 bits of a register, the path to it the low 16. One minimum chooses both.
+- A cost has the high 16 bits of a register (signed), the path to it the low 16. One minimum chooses both.
+- All prices are less m_0, which changes no choice. A quarter of the additions falls away: those of subset 0.
 - A path is the choices of 16 values, the oldest in bit 0: 1 (the mark) for the way whose oldest path bit is 1.
   The choice at value t is p_(t-4). A tie of costs goes to the way without the mark, as in the reference.
-- After 16 values the least cost is subtracted from all. 16 values and the spread cost at most 20 `DEAREST`.
-- The prices of a word are written and read by the threads that search it. A small group has fewer words than the
-  program has threads: several threads then search the same word and write the same.
-- Nothing is overwritten that another thread may still read: there is a barrier before.
+- After 16 values the least cost is subtracted from all. In 16 values a cost stays between -16 and 20 `DEAREST`.
+- A small group has fewer words than the program has threads. Several threads then search the same word, and write the
+  same. Nothing is overwritten that another thread may still read: there is a barrier before.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import triton.language as tl
 from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.common.spec import padded_size
 from turboquant_hf.kernels.common.words import in_token_order, in_word_order, parities, place_in_words, word_plane
+from turboquant_hf.kernels.encode.rounding import INTERPRETED
 from turboquant_hf.primitives import trellis
 
 WORDS = 256
@@ -78,8 +79,8 @@ def _priced(x, p_cells, p_near, GROUP: tl.constexpr):
     x = x * GROUP.per_grid
     place = tl.minimum(tl.where(x > -CELLS // 2, x, -CELLS // 2), CELLS // 2 - 1) - 0.5
     cell = (place + MAGIC).to(tl.int32, bitcast=True) - (0x4B400000 - CELLS // 2)
-    lowest = tl.load(p_cells + tl.maximum(cell, 0)).to(tl.uint32)
-    near = tl.load(p_near + lowest.to(tl.int32))
+    lowest = tl.load(p_cells + cell).to(tl.int32)
+    near = tl.load(p_near + lowest)
     errors = ()
     for subset in tl.static_range(4):
         level = _level_near(near, subset)
@@ -89,44 +90,59 @@ def _priced(x, p_cells, p_near, GROUP: tl.constexpr):
     for subset in tl.static_range(4):
         price = tl.minimum((errors[subset] - least) * GROUP.price + MAGIC, MAGIC + DEAREST)
         # A NaN costs nothing: all four become DEAREST on a GPU, 0 in the interpreter.
-        prices = prices + (price.to(tl.uint32, bitcast=True) & 0xFFFF,)  # noqa: RUF005
-    low = (prices[0] << 16) | prices[1] | ((lowest >> 2) << 28)
-    high = (prices[2] << 16) | prices[3] | (lowest << 30 >> 2)
-    return ((high.to(tl.uint64) << 32) | low.to(tl.uint64)).to(tl.int64)
+        prices = prices + (price.to(tl.int32, bitcast=True),)  # noqa: RUF005
+    low = ((prices[2] - prices[0]) << 16) | ((prices[1] - prices[0]) & 0xFFFF)
+    high = ((prices[3] - prices[0]) << 16) | lowest
+    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
-def _step(costs, price, mark):
-    """One value: the costs of the best ways to all states, with their paths. mark: 1 << number of the step, or 0."""
-    low = price.to(tl.uint32)
-    high = (price >> 32).to(tl.uint32)
-    zero = (low & 0x0FFF0000, low << 16, high & 0x0FFF0000, high << 16)
-    one = (zero[0] | mark, zero[1] | mark, zero[2] | mark, zero[3] | mark)
+def _low_half(x):
+    """x << 16. A plain shift would be merged into every addition, which then is not merged with the minimum."""
+    if INTERPRETED:
+        return x << 16
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x1044;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
+def _step(costs, price, mark, MARKED: tl.constexpr):
+    """One value: the costs of the best ways to all states, with their paths. mark: 1 << number of the step."""
+    low = price.to(tl.int32)
+    high = (price >> 32).to(tl.int32)
+    zero = (mark * 0, _low_half(low), low & -0x10000, high & -0x10000)
+    one = zero
+    if MARKED:
+        one = (mark, zero[1] | mark, zero[2] | mark, zero[3] | mark)
     new = ()
     for state in tl.static_range(STATES):
-        a = costs[state // 2] + zero[_subset_of(state)]
-        b = costs[STATES // 2 + state // 2] + one[_subset_of(STATES + state)]
+        a = costs[state // 2]
+        b = costs[STATES // 2 + state // 2]
+        if _subset_of(state) != 0:
+            a += zero[_subset_of(state)]
+        if MARKED or _subset_of(STATES + state) != 0:
+            b += one[_subset_of(STATES + state)]
         new = new + (tl.minimum(a, b),)  # noqa: RUF005
     return new
 
 
 @triton.jit
-def _search(costs, p_price, m_word, COUNT: tl.constexpr, MARKED: tl.constexpr):
-    """16 values, which a path counts if MARKED; their prices are loaded four values ahead."""
+def _search(costs, p_price, COUNT: tl.constexpr, MARKED: tl.constexpr):
+    """16 values, whose choices are marked in the paths if MARKED; their prices are loaded four values ahead."""
     coming = ()
     for i in tl.static_range(4):
-        coming = coming + (tl.load(p_price + i * COUNT, mask=m_word, other=0),)  # noqa: RUF005
-    first = 1 if MARKED else 0
-    mark = tl.full((), first, tl.uint32)
+        coming = coming + (tl.load(p_price + i * COUNT),)  # noqa: RUF005
+    mark = tl.full((), 1, tl.int32)
     for quad in range(HALF // 4):
         prices = coming
-        p_price += 4 * COUNT
+        p_next = p_price + tl.minimum(quad + 1, HALF // 4 - 1) * 4 * COUNT
         coming = ()
         for i in tl.static_range(4):
-            more = m_word & (quad < HALF // 4 - 1)
-            coming = coming + (tl.load(p_price + i * COUNT, mask=more, other=0),)  # noqa: RUF005
+            coming = coming + (tl.load(p_next + i * COUNT),)  # noqa: RUF005
         for i in tl.static_range(4):
-            costs = _step(costs, prices[i], mark << i)
+            costs = _step(costs, prices[i], mark << i, MARKED)
         mark = mark << 4
     return costs
 
@@ -155,7 +171,7 @@ def _reversed(path):
 
 
 @triton.jit
-def _path(word, m_word, p_prices, COUNT: tl.constexpr):
+def _path(word, p_prices, COUNT: tl.constexpr):
     """The path bits of words, uint32: a search with free ends finds the state that a second one starts and ends in.
 
     The circle is closed between values 15 and 16: both searches are of whole halves of the word. The first one leaves
@@ -165,13 +181,13 @@ def _path(word, m_word, p_prices, COUNT: tl.constexpr):
     p_second = p_first + HALF * COUNT
     costs = ()
     for state in tl.static_range(STATES):
-        costs = costs + (tl.full(word.shape, state, tl.uint32),)  # noqa: RUF005
-    costs = _search(costs, p_first, m_word, COUNT, False)
-    least = _least(costs) & 0xFFFF0000
+        costs = costs + (tl.full(word.shape, state, tl.int32),)  # noqa: RUF005
+    costs = _search(costs, p_first, COUNT, False)
+    least = _least(costs) & -0x10000
     ways = ()
     for state in tl.static_range(STATES):
         ways = ways + (costs[state] - least + (state << 4),)  # noqa: RUF005
-    costs = _search(ways, p_second, m_word, COUNT, False)
+    costs = _search(ways, p_second, COUNT, False)
     ways = ()
     for state in tl.static_range(STATES):
         ways = ways + (tl.where((costs[state] & 15) == state, costs[state], costs[state] + (OPEN << 16)),)  # noqa: RUF005
@@ -179,16 +195,16 @@ def _path(word, m_word, p_prices, COUNT: tl.constexpr):
 
     costs = ()
     for state in tl.static_range(STATES):
-        costs = costs + (tl.where(closing == state, 0, (5 * DEAREST) << 16).to(tl.uint32),)  # noqa: RUF005
-    early = _search(costs, p_second, m_word, COUNT, True)
-    least = _least(early) & 0xFFFF0000
+        costs = costs + (tl.where(closing == state, 0, (5 * DEAREST) << 16),)  # noqa: RUF005
+    early = _search(costs, p_second, COUNT, True)
+    least = _least(early) & -0x10000
     costs = ()
     for state in tl.static_range(STATES):
-        costs = costs + ((early[state] & 0xFFFF0000) - least,)  # noqa: RUF005
-    late = _of_state(_search(costs, p_first, m_word, COUNT, True), closing)
+        costs = costs + ((early[state] & -0x10000) - least,)  # noqa: RUF005
+    late = _of_state(_search(costs, p_first, COUNT, True), closing)
     # The choices of a half are p_(first - 4) .. p_(first + 11).
     middle = _of_state(early, _reversed(late & 15))
-    return (middle << 12) | (late >> 4) | ((late & 15) << 28)
+    return ((middle << 12) | (late >> 4) | (late << 28)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -202,26 +218,24 @@ def _with_field(fields, plain, i: tl.constexpr, GROUP: tl.constexpr, PLAIN: tl.c
 
 
 @triton.jit
-def _finish(path, word, m_word, p_prices, p_points, p_levels, GROUP: tl.constexpr, COUNT: tl.constexpr):
+def _finish(path, word, p_prices, p_points, p_levels, GROUP: tl.constexpr, COUNT: tl.constexpr):
     """The words of plain bits that belong to paths; levels take the place of the values."""
     BITS: tl.constexpr = GROUP.bits
     z1, z0 = parities(path)
     plain = ()
     for _ in tl.static_range(BITS - 1):
         plain = plain + (tl.zeros(word.shape, tl.uint32),)  # noqa: RUF005
-    p_high = p_prices.to(tl.pointer_type(tl.uint32)) + 2 * word
+    p_lowest = p_prices.to(tl.pointer_type(tl.uint16)) + (4 * word + 2)
     p_level = p_points + word
     for _quad in range(8):
         numbers = ()
         for i in tl.static_range(4):
-            low = tl.load(p_high + i * 2 * COUNT, mask=m_word, other=0)
-            high = tl.load(p_high + i * 2 * COUNT + 1, mask=m_word, other=0)
-            lowest = low >> 28 << 2 | high >> 28
+            lowest = tl.load(p_lowest + i * 4 * COUNT).to(tl.uint32)
             subset = ((z1 >> i) & 1) << 1 | ((z0 >> i) & 1)
             numbers = numbers + (lowest + ((subset - lowest) & 3),)  # noqa: RUF005
         for i in tl.static_range(4):
             level = tl.load(p_levels + numbers[i].to(tl.int32))
-            tl.store(p_level + i * COUNT, level, mask=m_word)
+            tl.store(p_level + i * COUNT, level)
         new = ()
         for p in tl.static_range(BITS - 1):
             fields = plain[p] >> 4
@@ -231,7 +245,7 @@ def _finish(path, word, m_word, p_prices, p_points, p_levels, GROUP: tl.constexp
         plain = new
         z1 = z1 >> 4
         z0 = z0 >> 4
-        p_high += 8 * COUNT
+        p_lowest += 16 * COUNT
         p_level += 4 * COUNT
     return plain
 
@@ -268,20 +282,19 @@ def write_words(
         tl.store(p_points + o_point, point, mask=m_point)
     tl.debug_barrier()
     for low in range(0, COUNT, words_at_once(COUNT)):
-        word = low + tl.arange(0, words_at_once(COUNT))
-        m_word = word < COUNT
+        word = tl.minimum(low + tl.arange(0, words_at_once(COUNT)), COUNT - 1)
         for quad in range(8):
             for i in tl.static_range(4):
                 o_value = (quad * 4 + i) * COUNT + word
-                x = tl.load(p_points + o_value, mask=m_word, other=0.0)
-                tl.store(p_prices + o_value, _priced(x, p_cells, p_near, GROUP), mask=m_word)
+                x = tl.load(p_points + o_value)
+                tl.store(p_prices + o_value, _priced(x, p_cells, p_near, GROUP))
         tl.debug_barrier()
-        path = _path(word, m_word, p_prices, COUNT)
-        plain = _finish(path, word, m_word, p_prices, p_points, p_levels, GROUP, COUNT)
+        path = _path(word, p_prices, COUNT)
+        plain = _finish(path, word, p_prices, p_points, p_levels, GROUP, COUNT)
         p_word = p_codes.to(tl.pointer_type(tl.uint32)) + word * BITS
         for p in tl.static_range(BITS - 1):
-            tl.store(p_word + p, plain[p], mask=m_word)
-        tl.store(p_word + (BITS - 1), path, mask=m_word)
+            tl.store(p_word + p, plain[p])
+        tl.store(p_word + (BITS - 1), path)
     tl.debug_barrier()
     if WHOLE:
         level = in_token_order(tl.load(p_points + o_point), TOKENS, CHANNEL_MAJOR)
