@@ -147,7 +147,13 @@ def tile_spec(
 
 
 def _word_spec(
-    group: CodeGroup, length: int, start: int, offset: int, table: int, first_chunk: int, channel_major: bool,
+    group: CodeGroup,
+    length: int,
+    start: int,
+    offset: int,
+    table: int,
+    first_chunk: int,
+    channel_major: bool,
     cells: int,
 ) -> GroupSpec:
     """`GroupSpec` of a group in words: 32 codes of a row of `length` are unpacked together, or 16."""

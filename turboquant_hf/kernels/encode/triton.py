@@ -21,7 +21,15 @@ from turboquant_hf.kernels.codes import TileCoding, tile_bytes
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous, tiles_per_program
 from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.means import masked_mean
-from turboquant_hf.kernels.common.spec import any_rows, group_block, group_count, group_of, padded_size, plane_count, tile_spec
+from turboquant_hf.kernels.common.spec import (
+    any_rows,
+    group_block,
+    group_count,
+    group_of,
+    padded_size,
+    plane_count,
+    tile_spec,
+)
 from turboquant_hf.kernels.common.tables import cell_table, level_table, pair_table, threshold_table
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
 from turboquant_hf.kernels.encode.finite import bad_heads

@@ -48,7 +48,7 @@ def any_in_words(groups: tuple[CodeGroup, ...]) -> bool:
 
 
 def room_for_points(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: int) -> torch.Tensor:
-    """Memory for `write_words`, float32, for `programs` programs per head of tiles x [B, H, N, T, D]: 12 bytes a value."""
+    """Memory of `write_words` (float32), for `programs` programs per head of tiles x [B, H, N, T, D]."""
     if not any_in_words(groups):
         return x
     size = x.shape[0] * x.shape[1] * programs * x.shape[3] * padded_size(x.shape[4])
@@ -66,10 +66,21 @@ def words_at_once(count):
     return min(WORDS, triton.next_power_of_2(count))
 
 
+@triton.constexpr_function
+def _chosen_byte(subset):
+    """PTX: the mantissa of 2**23 plus byte `subset`."""
+    return f"prmt.b32 $0, $1, 0x4B000000, 0x744{subset};"
+
+
 @triton.jit
 def _level_near(bytes, subset: tl.constexpr):
     """The level of a subset, in grid units, of the four that `tables.pair_table` has in a number: float32."""
-    moved = ((bytes >> (8 * subset)) & 0xFF) | 0x4B000000
+    if INTERPRETED:
+        moved = ((bytes >> (8 * subset)) & 0xFF) | 0x4B000000
+    else:
+        moved = tl.inline_asm_elementwise(
+            _chosen_byte(subset), "=r,r", [bytes], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
     return moved.to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
 
 
