@@ -1,6 +1,6 @@
 """The search of `primitives.trellis.Trellis.encode` inside the Triton encoder: one word of 32 values per thread.
 
-    prices   m_0 .. m_3 of a value, and i                 (`primitives.trellis`)
+    prices   m_0 .. m_3 of a value, and i                 (`prices`)
     search   c'[s] = min(c[s / 2] + m_a, c[8 + s / 2] + m_b + mark)      for the 16 states s, twice 32 values
     words    path bits and plain bits, and the levels that they mean
 
@@ -27,6 +27,7 @@ import triton.language as tl
 from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.common.spec import padded_size
 from turboquant_hf.kernels.common.words import in_token_order, in_word_order, parities, place_in_words, word_plane
+from turboquant_hf.kernels.encode.prices import priced
 from turboquant_hf.kernels.encode.rounding import INTERPRETED
 from turboquant_hf.primitives import trellis
 
@@ -36,8 +37,6 @@ STATES = tl.constexpr(16)
 HALF = tl.constexpr(16)
 DEAREST = tl.constexpr(trellis.DEAREST)
 OPEN = tl.constexpr(trellis.OPEN)
-MAGIC = tl.constexpr(trellis.MAGIC)
-CELLS = tl.constexpr(trellis.CELLS)
 
 if trellis.WARM_UP != HALF.value:
     raise ImportError(f"WARM_UP={trellis.WARM_UP}: the search in the kernel is written for {HALF.value}")
@@ -67,44 +66,9 @@ def words_at_once(count):
 
 
 @triton.constexpr_function
-def _chosen_byte(subset):
-    """PTX: the mantissa of 2**23 plus byte `subset`."""
-    return f"prmt.b32 $0, $1, 0x4B000000, 0x744{subset};"
-
-
-@triton.jit
-def _level_near(bytes, subset: tl.constexpr):
-    """The level of a subset, in grid units, of the four that `tables.pair_table` has in a number: float32."""
-    if INTERPRETED:
-        moved = ((bytes >> (8 * subset)) & 0xFF) | 0x4B000000
-    else:
-        moved = tl.inline_asm_elementwise(
-            _chosen_byte(subset), "=r,r", [bytes], dtype=tl.int32, is_pure=True, pack=1
-        )  # fmt: skip
-    return moved.to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
-
-
-@triton.jit
-def _priced(x, p_cells, p_near, GROUP: tl.constexpr):
-    """What the four subsets cost for values x, and i, as `p_prices` has them: int64."""
-    x = x * GROUP.per_grid
-    place = tl.minimum(tl.where(x > -CELLS // 2, x, -CELLS // 2), CELLS // 2 - 1) - 0.5
-    cell = (place + MAGIC).to(tl.int32, bitcast=True) - (0x4B400000 - CELLS // 2)
-    lowest = tl.load(p_cells + cell).to(tl.int32)
-    near = tl.load(p_near + lowest)
-    errors = ()
-    for subset in tl.static_range(4):
-        level = _level_near(near, subset)
-        errors = errors + (level * (level - 2.0 * x),)  # noqa: RUF005
-    least = tl.minimum(tl.minimum(errors[0], errors[1]), tl.minimum(errors[2], errors[3]))
-    prices = ()
-    for subset in tl.static_range(4):
-        price = tl.minimum((errors[subset] - least) * GROUP.price + MAGIC, MAGIC + DEAREST)
-        # A NaN costs nothing: all four become DEAREST on a GPU, 0 in the interpreter.
-        prices = prices + (price.to(tl.int32, bitcast=True),)  # noqa: RUF005
-    low = ((prices[2] - prices[0]) << 16) | ((prices[1] - prices[0]) & 0xFFFF)
-    high = ((prices[3] - prices[0]) << 16) | lowest
-    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+def values_at_once(count):
+    """Values that are priced at a time: the largest power of two in their number, up to four per thread."""
+    return min(4 * WORDS, count & -count)
 
 
 @triton.jit
@@ -292,14 +256,12 @@ def write_words(
         o_point = index * COUNT + of_point
         tl.store(p_points + o_point, point, mask=m_point)
     tl.debug_barrier()
+    for low in range(0, 32 * COUNT, values_at_once(32 * COUNT)):
+        o_value = low + tl.arange(0, values_at_once(32 * COUNT))
+        tl.store(p_prices + o_value, priced(tl.load(p_points + o_value), p_cells, p_near, GROUP))
+    tl.debug_barrier()
     for low in range(0, COUNT, words_at_once(COUNT)):
         word = tl.minimum(low + tl.arange(0, words_at_once(COUNT)), COUNT - 1)
-        for quad in range(8):
-            for i in tl.static_range(4):
-                o_value = (quad * 4 + i) * COUNT + word
-                x = tl.load(p_points + o_value)
-                tl.store(p_prices + o_value, _priced(x, p_cells, p_near, GROUP))
-        tl.debug_barrier()
         path = _path(word, p_prices, COUNT)
         plain = _finish(path, word, p_prices, p_points, p_levels, GROUP, COUNT)
         p_word = p_codes.to(tl.pointer_type(tl.uint32)) + word * BITS
