@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from turboquant_hf.primitives import Trellis, distortion, lloyd_max, pack, packed_size, trellis, trellis_code, unpack
 from turboquant_hf.primitives.training import _means, sphere_words, train
-from turboquant_hf.primitives.trellis import _TRAINED, WARM_UP
+from turboquant_hf.primitives.trellis import _TRAINED
 
 BITS = (1, 2, 3, 4, 5)
 # Squared error on Gaussian values: 16 states, tail-biting words of 32.
@@ -128,12 +128,9 @@ def test_search_against_trying_all_words(bits):
     found = (code.decode(codes) - x).square().sum(dim=1)
 
     # The best of all words that pass through the same state where the search closes the circle ...
-    closing = [(WARM_UP - 1) % 12, (WARM_UP - 2) % 12]
+    closing = [(code.reach - 1) % 12, (code.reach - 2) % 12]
     same = (paths[:, closing] == (codes >> (bits - 1))[:, None, closing]).all(dim=2)
-    # up to the rounding of the prices, half a unit of each value on the way chosen and on the best one ...
-    rounding = 12 * code.grid**2 / code.price
-    best = errors.masked_fill(~same, torch.inf).amin(dim=1)
-    assert (found >= best - 1e-5).all() and (found <= best + rounding).all()
+    torch.testing.assert_close(found, errors.masked_fill(~same, torch.inf).amin(dim=1))
     # ... which is mostly the best state.
     least = errors.amin(dim=1)
     assert (found <= least + 1e-5).float().mean() > 0.8

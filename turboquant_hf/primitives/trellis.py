@@ -39,7 +39,7 @@ from .codebook import constant
 from .memo import once
 
 WARM_UP = 16
-"""Values that the search sees on each side of the point where it closes the circle, for 16 states."""
+"""Values, at least, that the search sees on each side of the point where it closes the circle."""
 PRICE = 500.0
 """What an error of twice the median gap between levels costs in the search, in its whole numbers."""
 DEAREST = 1600
@@ -119,6 +119,12 @@ class Trellis:
         return torch.bucketize(cell, torch.tensor(self._edges), right=True).to(torch.uint8)
 
     @property
+    def reach(self) -> int:
+        """Values that the search sees on each side of the point where it closes the circle: whole rounds in all."""
+        half = self.word // 2 if self.word % 2 == 0 else self.word
+        return -(-max(WARM_UP, 4 * self.memory) // half) * half
+
+    @property
     def steps(self) -> tuple[int, ...]:
         """The whole numbers k with level = (k + 1/2) unit; empty without a unit."""
         return tuple(round(level / self.unit - 0.5) for level in self.levels) if self.unit else ()
@@ -166,20 +172,19 @@ class Trellis:
     def _encode(self, x: Tensor) -> Tensor:
         """Viterbi search, x [word, words] -> codes [word, words].
 
-        A first search, with free ends, covers `WARM_UP` values (or 4 times the memory) on each side of a point and
-        finds a state there. Where it goes round once it prefers ways that end as they began. A second search goes round
-        once, and must start and end at that point in that state. Nothing is traced back in the first one: its costs
-        carry the first state and the state at the point, in bits below the cost, and a tie goes to the lower number.
+        A first search, with free ends, covers `reach` values on each side of a point and finds a state there. It
+        prefers ways that end as they began. A second search goes round once, and must start and end at that point in
+        that state. Nothing is traced back in the first one: its costs carry the first state and the state at the point,
+        in bits below the cost, and a tie goes to the lower number.
         """
         costs, lowest = self._branches(x)
         number = torch.arange(2**self.memory, dtype=torch.int64, device=x.device)[:, None]
         shift, mask = self.memory, 2**self.memory - 1
-        reach = max(WARM_UP, 4 * self.memory)
+        reach = self.reach
         wide, around = costs.long() << 2 * shift, [t % self.word for t in range(2 * reach)]
         ways, _ = self._search(number.expand(-1, x.shape[1]), wide, around[:reach])
         ways, _ = self._search(ways + (number << shift), wide, around[reach:])
-        if 2 * reach % self.word == 0:
-            ways = ways + ((ways & mask) != number) * (OPEN << 2 * shift)
+        ways = ways + ((ways & mask) != number) * (OPEN << 2 * shift)
         state = ways.amin(dim=0) >> shift & mask
         pinned = (number != state) * ((self.memory + 1) * DEAREST)
         circle = [(reach + t) % self.word for t in range(self.word)]

@@ -38,9 +38,6 @@ HALF = tl.constexpr(16)
 DEAREST = tl.constexpr(trellis.DEAREST)
 OPEN = tl.constexpr(trellis.OPEN)
 
-if trellis.WARM_UP != HALF.value:
-    raise ImportError(f"WARM_UP={trellis.WARM_UP}: the search in the kernel is written for {HALF.value}")
-
 
 def any_in_words(groups: tuple[CodeGroup, ...]) -> bool:
     return any(group.in_words for group in groups)
