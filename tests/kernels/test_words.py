@@ -131,6 +131,8 @@ CASES = {
     "1-and-2-bit": (((16, 1), (32, 2)), False, 64, "unbiased"),
     "3-bit-channel-major": (((24, 3),), True, 96, "norm-corrected"),
     "4-bit": (((48, 4),), False, 32, "mse"),
+    "fewer-words-than-threads": (((16, 3),), False, 128, "unbiased"),
+    "2-bit-channel-major": (((32, 2),), True, 64, "unbiased"),
     "5-bit-beside-rows": (((16, 5), (16, 6), (32, 1)), False, 32, "norm"),
 }
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant_hf.primitives import Trellis, distortion, lloyd_max, pack, packed_size, trellis_code, unpack
-from turboquant_hf.primitives.trellis import _TRAINED, WARM_UP, _means, sphere_words, train
+from turboquant_hf.primitives import Trellis, distortion, lloyd_max, pack, packed_size, trellis, trellis_code, unpack
+from turboquant_hf.primitives.training import _means, sphere_words, train
+from turboquant_hf.primitives.trellis import _TRAINED
 
 BITS = (1, 2, 3, 4, 5)
 # Squared error on Gaussian values: 16 states, tail-biting words of 32.
@@ -127,13 +128,36 @@ def test_search_against_trying_all_words(bits):
     found = (code.decode(codes) - x).square().sum(dim=1)
 
     # The best of all words that pass through the same state where the search closes the circle ...
-    closing = [(WARM_UP - 1) % 12, (WARM_UP - 2) % 12]
+    closing = [(code.reach - 1) % 12, (code.reach - 2) % 12]
     same = (paths[:, closing] == (codes >> (bits - 1))[:, None, closing]).all(dim=2)
     torch.testing.assert_close(found, errors.masked_fill(~same, torch.inf).amin(dim=1))
     # ... which is mostly the best state.
     least = errors.amin(dim=1)
     assert (found <= least + 1e-5).float().mean() > 0.8
     assert found.mean() < 1.04 * least.mean()
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(1, 16), (2, None), (3, 64), (5, None)], ids=str)
+def test_whole_numbers_cost_no_error(bits, dim, monkeypatch):
+    """Beside the same search with prices that are fine and may be as high as they are."""
+    code, x = trellis_code(bits, dim), sphere_words(dim, 4000, seed=6)
+    found = error(code, x)
+    monkeypatch.setattr(trellis, "PRICE", 2.0**17)
+    monkeypatch.setattr(trellis, "DEAREST", 2**22)
+    monkeypatch.setattr(trellis, "OPEN", 2**16)
+    assert found < 1.005 * error(code, x)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_cells_of_a_grid_name_the_nearest_levels(bits):
+    code = trellis_code(bits)
+    x = torch.linspace(-1.2 * code.levels[-1], 1.2 * code.levels[-1], 501)
+    cell = (x / code.grid).floor().clamp(-128, 127).int() + 128
+    lowest = code.cells()[cell].int()
+    away = (x[:, None] - torch.tensor(code.levels)).abs()
+    for subset in range(4):
+        chosen = (lowest + (subset - lowest) % 4)[:, None].long()
+        torch.testing.assert_close(away.gather(1, chosen)[:, 0], away[:, subset::4].amin(dim=1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e30], ids=str)

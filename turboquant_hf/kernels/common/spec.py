@@ -11,6 +11,7 @@ from turboquant_hf.kernels.codes import SCALE_FORMATS, CodeGroup, group_places, 
 from turboquant_hf.kernels.common.polynomials import code_guess, midpoints, odd_polynomial
 from turboquant_hf.kernels.common.words import word_planes
 from turboquant_hf.primitives import packed_size, planes
+from turboquant_hf.primitives.trellis import CELLS
 
 MAX_CHUNK = 128
 FP16_TOLERANCE = 2.0**-13
@@ -46,7 +47,9 @@ class GroupSpec:
         lead: factor of the levels.
         table: where the group's levels start in the levels tensor.
         in_words: whether codes are packed in words (`CodeGroup.in_words`); rows and planes then mean nothing.
-        words, book: `words.word_planes` of such a group, and its levels.
+        words: `words.word_planes` of such a group.
+        cells: where its cells start in the table of them (`tables.cell_table`).
+        per_grid, price: its grid units per unit, and what the square of one costs in the search (`Trellis.price`).
     """
 
     size: int
@@ -74,7 +77,9 @@ class GroupSpec:
     table: int
     in_words: bool = False
     words: tuple[tuple[int, int, int], ...] = ()
-    book: tuple[float, ...] = ()
+    cells: int = 0
+    per_grid: float = 0.0
+    price: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ def tile_spec(
     for group, (offset, _) in zip(groups, group_places(groups, tile, channel_major), strict=True):
         length = tile if channel_major else group.size
         if group.in_words:
-            spec = _word_spec(group, length, start, offset, table, first_chunk, channel_major)
+            cells = CELLS * sum(other.in_words for other in specs)
+            spec = _word_spec(group, length, start, offset, table, first_chunk, channel_major, cells)
             specs.append(spec)
             start, table, first_chunk = (
                 start + group.size,
@@ -141,7 +147,14 @@ def tile_spec(
 
 
 def _word_spec(
-    group: CodeGroup, length: int, start: int, offset: int, table: int, first_chunk: int, channel_major: bool
+    group: CodeGroup,
+    length: int,
+    start: int,
+    offset: int,
+    table: int,
+    first_chunk: int,
+    channel_major: bool,
+    cells: int,
 ) -> GroupSpec:
     """`GroupSpec` of a group in words: 32 codes of a row of `length` are unpacked together, or 16."""
     chunk = 16 if length % 32 else 32
@@ -151,7 +164,8 @@ def _word_spec(
         chunks=(padded_size(length) if channel_major else length) // chunk,
         first_chunk=first_chunk, aligned=False, regular=False, edge=0.0, guess=(), midpoints=(), levels=(),
         unit=group.codebook.unit, coefficients=(), lead=1.0, table=table,
-        in_words=True, words=word_planes(group.codebook), book=group.codebook.levels,
+        in_words=True, words=word_planes(group.codebook), cells=cells,
+        per_grid=1 / group.codebook.grid, price=group.codebook.price,
     )  # fmt: skip
 
 
@@ -163,6 +177,11 @@ def padded_size(size: int) -> int:
 @triton.constexpr_function
 def group_count(spec):
     return len(spec.groups)
+
+
+@triton.constexpr_function
+def any_rows(spec):
+    return not all(group.in_words for group in spec.groups)
 
 
 @triton.constexpr_function

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 
 from turboquant_hf.kernels.codes import CodeGroup
@@ -20,17 +18,23 @@ def level_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Te
 @once(maxsize=256)
 @torch.inference_mode(False)
 def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
-    """The thresholds of all groups, each followed by one +inf, so that offsets are those of the levels.
+    """The thresholds of all groups in rows, each followed by +inf, so that offsets are those of the levels.
 
-    A trellis has the thresholds of its four subsets one after the other, each followed by +inf.
+    A trellis has no thresholds of its own: zeros.
     """
     rows = []
     for group in groups:
-        levels = group.codebook.levels
-        for part in [levels[subset::4] for subset in range(4)] if group.in_words else [levels]:
-            edges = ((low + high) / 2 for low, high in pairwise(part))
-            rows.append(torch.tensor((*edges, float("inf")), dtype=torch.float32))
+        edges = (0.0,) * (len(group.codebook.levels) - 1) if group.in_words else group.codebook.thresholds
+        rows.append(torch.tensor((*edges, float("inf")), dtype=torch.float32))
     return torch.cat(rows).to(device)
+
+
+@once(maxsize=256)
+@torch.inference_mode(False)
+def cell_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
+    """Of every trellis one after the other, the number i of each cell of its grid (`Trellis.cells`), uint8."""
+    rows = [group.codebook.cells() for group in groups if group.in_words]
+    return torch.cat([*rows, torch.zeros(0 if rows else 1, dtype=torch.uint8)]).to(device)
 
 
 @once(maxsize=256)
@@ -38,11 +42,17 @@ def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torc
 def pair_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
     """int32, offsets as in `level_table`: the level of each code and of the next, as two halves in the codebook's unit.
 
-    A codebook without a unit has zeros. The threshold lies halfway between the two levels, so one load is enough to
-    decide between two codes.
+    Zeros where a codebook has no unit. With both levels at hand their threshold is known too: one load for a code.
+    Of a trellis entry i has levels i .. i + 3, in grid units plus 128: that of subset s in byte s.
     """
     rows = []
     for group in groups:
+        if group.in_words:
+            levels = [round(level / group.codebook.grid) + 128 for level in group.codebook.levels]
+            near = [sorted(range(i, i + 4), key=lambda number: number % 4) for i in range(len(levels) - 3)]
+            octets = [[levels[number] for number in numbers] for numbers in near] + [[0] * 4] * 3
+            rows.append(torch.tensor(octets, dtype=torch.uint8).view(torch.int32)[:, 0])
+            continue
         steps = group.codebook.tensor() / (group.codebook.unit or torch.inf)
         rows.append(torch.stack([steps, steps.roll(-1)], dim=1).half().view(torch.int32)[:, 0])
     return torch.cat(rows).to(device)

@@ -21,8 +21,16 @@ from turboquant_hf.kernels.codes import TileCoding, tile_bytes
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous, tiles_per_program
 from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.means import masked_mean
-from turboquant_hf.kernels.common.spec import group_block, group_count, group_of, padded_size, plane_count, tile_spec
-from turboquant_hf.kernels.common.tables import level_table, pair_table, threshold_table
+from turboquant_hf.kernels.common.spec import (
+    any_rows,
+    group_block,
+    group_count,
+    group_of,
+    padded_size,
+    plane_count,
+    tile_spec,
+)
+from turboquant_hf.kernels.common.tables import cell_table, level_table, pair_table, threshold_table
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
 from turboquant_hf.kernels.encode.finite import bad_heads
 from turboquant_hf.kernels.encode.means import tile_mean
@@ -53,7 +61,7 @@ REGISTERS = 255
 
 @triton.jit
 def _write_group(
-    y, idle, p_thresholds, p_levels, p_pairs, p_points, p_codes, p_scale, factor, t, GROUP: tl.constexpr,
+    y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_points, p_codes, p_scale, factor, t, GROUP: tl.constexpr,
     SPEC: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`).
@@ -68,7 +76,9 @@ def _write_group(
     point = y * tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), tl.maximum(norm / GROUP.root, 1e-30))[:, None]
     if GROUP.in_words:
         point = tl.where(idle[:, None], float("nan"), point)
-        level = write_words(point, t, p_points, p_codes + GROUP.offset, p_thresholds, p_levels, GROUP, T, CHANNEL_MAJOR)
+        level = write_words(
+            point, t, p_points, p_codes + GROUP.offset, p_cells, p_pairs, p_levels, GROUP, T, CHANNEL_MAJOR, not FOLDED
+        )  # fmt: skip
     else:
         codes, level = rounded(point, p_thresholds, p_levels, p_pairs, GROUP)
     if BLOCK_C != GROUP.size:
@@ -105,8 +115,8 @@ def _write_group(
 
 @kernel("p_weight", "p_mean", "p_gain", "p_points")
 def _encode_kernel(
-    p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_points,
-    p_codes, p_scale, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
+    p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_cells,
+    p_points, p_codes, p_scale, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
     m_b: tl.int64, m_h: tl.int64, m_n, c_b: tl.int64, c_h: tl.int64, c_n, s_b: tl.int64, s_h: tl.int64, s_n,
     part_stride, a_b, a_h, u_h, H, N, TILES,
     SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -116,7 +126,7 @@ def _encode_kernel(
     """MEAN: "none", "given" or "taken" (and stored)."""
     GROUPS: tl.constexpr = group_count(SPEC)
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
-    FOLDED: tl.constexpr = CHANNEL_MAJOR and T == BLOCK_T
+    FOLDED: tl.constexpr = CHANNEL_MAJOR and T == BLOCK_T and any_rows(SPEC)
     head = tl.program_id(0).to(tl.int64)
     b, h = head // H, head % H
     first = tl.program_id(1) * TILES
@@ -145,7 +155,7 @@ def _encode_kernel(
     p_mean += head_offset(b, h, m_b, m_h, D)
     p_codes += head_offset(b, h, c_b, c_h, SPEC.nbytes)
     p_scale += head_offset(b, h, s_b, s_h, T)
-    p_points += (head * tl.num_programs(1) + tl.program_id(1)) * T * BLOCK_D  # used by groups in words
+    p_points += (head * tl.num_programs(1) + tl.program_id(1)) * 3 * T * BLOCK_D  # of use to groups in words alone
     for n in range(first, last):
         tile = tl.full((), 0, tl.int64) + n
         p_rows = p_x + row_offset(tile, x_n, D) + row_offset(t, x_t, D)[:, None]
@@ -180,9 +190,9 @@ def _encode_kernel(
                     y = product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
             idle = (weight == 0.0) if WEIGHT else (t < 0)
             _write_group(
-                y, idle, p_thresholds, p_levels, p_pairs, p_points, p_codes + row_offset(tile, c_n, SPEC.nbytes),
-                p_scale + row_offset(tile, s_n, T) + g * T, tl.load(p_units + g) / gain, t, group_of(SPEC, g),
-                SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
+                y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_points,
+                p_codes + row_offset(tile, c_n, SPEC.nbytes), p_scale + row_offset(tile, s_n, T) + g * T,
+                tl.load(p_units + g) / gain, t, group_of(SPEC, g), SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
             )  # fmt: skip
 
 
@@ -247,7 +257,8 @@ def _arguments(
         "p_x": x, "p_mean": x if kept is None else kept, "p_matrix": matrix, "p_units": units,
         **{name: x if state is None else state.contiguous() for name, state in learned.items()},
         "p_thresholds": threshold_table(groups, device), "p_levels": level_table(groups, device),
-        "p_pairs": pair_table(groups, device), "p_codes": out["codes"], "p_scale": out["scale"],
+        "p_pairs": pair_table(groups, device), "p_cells": cell_table(groups, device), "p_codes": out["codes"],
+        "p_scale": out["scale"],
         "x_b": x_b, "x_h": x_h, "x_n": x_n, "x_t": x_t, "m_b": m_b, "m_h": m_h, "m_n": m_n,
         "c_b": c_b, "c_h": c_h, "c_n": c_n, "s_b": s_b, "s_h": s_h, "s_n": s_n,
         "part_stride": heads * dim * dim, "a_b": a_b, "a_h": a_h, "u_h": u_h, "H": x.shape[1],

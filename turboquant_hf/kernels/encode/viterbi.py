@@ -1,9 +1,21 @@
-"""The search of `primitives.trellis.Trellis.encode` inside the Triton encoder: one word per thread, all in registers.
+"""The search of `primitives.trellis.Trellis.encode` inside the Triton encoder: one word of 32 values per thread.
 
-- A program writes its normalised vectors to memory of its own, because the values of a word belong to many threads.
-- One thread searches one word. For each of the 16 states it keeps the cost of the best path there, and the path's bits.
-  Nothing is traced back.
-- The chosen levels then overwrite the vectors in memory, because the scale rules read levels.
+    prices   m_0 .. m_3 of a value, and i                 (`prices`)
+    search   c'[s] = min(c[s / 2] + m_a, c[8 + s / 2] + m_b + mark)      for the 16 states s, twice 32 values
+    words    path bits and plain bits, and the levels that they mean
+
+Memory of a program, in words as they are stored (`kernels.common.words.place_in_words`), neighbours side by side:
+
+    p_prices   int64   [32][words]   from the top 16 bits each of m_3 - m_0, i, m_2 - m_0, m_1 - m_0
+    p_points   float32 [32][words]   the values, and later the levels
+
+- A cost has the high 16 bits of a register (signed), the path to it the low 16. One minimum chooses both.
+- All prices are less m_0, which changes no choice. A quarter of the additions falls away: those of subset 0.
+- A path is the choices of 16 values, the oldest in bit 0: 1 (the mark) for the way whose oldest path bit is 1.
+  The choice at value t is p_(t-4). A tie of costs goes to the way without the mark, as in the reference.
+- After 16 values the least cost is subtracted from all. In 16 values a cost stays between -16 and 20 `DEAREST`.
+- A small group has fewer words than the program has threads. Several threads then search the same word, and write the
+  same. Nothing is overwritten that another thread may still read: there is a barrier before.
 """
 
 from __future__ import annotations
@@ -14,13 +26,17 @@ import triton.language as tl
 
 from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.common.spec import padded_size
-from turboquant_hf.kernels.common.words import parities, rotated, word_plane
-from turboquant_hf.primitives.trellis import WARM_UP
+from turboquant_hf.kernels.common.words import in_token_order, in_word_order, parities, place_in_words, word_plane
+from turboquant_hf.kernels.encode.prices import priced
+from turboquant_hf.kernels.encode.rounding import INTERPRETED
+from turboquant_hf.primitives import trellis
 
 WORDS = 256
 """Words that a program searches at a time."""
 STATES = tl.constexpr(16)
-LEAD = tl.constexpr(WARM_UP)
+HALF = tl.constexpr(16)
+DEAREST = tl.constexpr(trellis.DEAREST)
+OPEN = tl.constexpr(trellis.OPEN)
 
 
 def any_in_words(groups: tuple[CodeGroup, ...]) -> bool:
@@ -28,11 +44,11 @@ def any_in_words(groups: tuple[CodeGroup, ...]) -> bool:
 
 
 def room_for_points(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: int) -> torch.Tensor:
-    """Memory for the vectors of `write_words`: float32, for `programs` programs per head of tiles x [B, H, N, T, D]."""
+    """Memory of `write_words` (float32), for `programs` programs per head of tiles x [B, H, N, T, D]."""
     if not any_in_words(groups):
         return x
     size = x.shape[0] * x.shape[1] * programs * x.shape[3] * padded_size(x.shape[4])
-    return torch.empty(size, dtype=torch.float32, device=x.device)
+    return torch.empty(3 * size, dtype=torch.float32, device=x.device)
 
 
 @triton.constexpr_function
@@ -42,182 +58,217 @@ def _subset_of(register):
 
 
 @triton.constexpr_function
-def words_at_once(group, tile):
-    return min(WORDS, triton.next_power_of_2(group.size * tile // 32))
-
-
-@triton.jit
-def _offset(word, index, GROUP: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr):
-    """Offset of value `index` of a word in vectors [T, block]. Neighbouring words have neighbouring channels."""
-    QUARTER: tl.constexpr = GROUP.size // 4
-    place = index % 2 * 16 + index // 2 % 2 * 8 + index // 4
-    if CHANNEL_MAJOR:
-        return (word // GROUP.size * 32 + place) * GROUP.block + word % GROUP.size
-    else:
-        lane = word % (T // 4)
-        in_lane = word // (T // 4) * 32 + place
-        pair = in_lane // QUARTER
-        token = lane // 8 * 32 + pair // 2 * 4 + lane // 4 % 2 * 2 + pair % 2
-        return token * GROUP.block + lane % 4 * QUARTER + in_lane % QUARTER
-
-
-@triton.jit
-def _nearest(x, p_edges, GROUP: tl.constexpr):
-    """Number of the subset's level nearest to x, int32; the last for a NaN. p_edges: the first threshold, one per x."""
-    pick = tl.zeros(x.shape, tl.int32)
-    for step in tl.static_range(GROUP.bits - 1):
-        higher = pick + (1 << (GROUP.bits - 2 - step))
-        pick = tl.where(x <= tl.load(p_edges + higher - 1), pick, higher)
-    return pick
+def words_at_once(count):
+    return min(WORDS, triton.next_power_of_2(count))
 
 
 @triton.constexpr_function
-def _level(group, subset, index):
-    return group.book[subset + 4 * index]
-
-
-@triton.constexpr_function
-def _edge(group, subset, index):
-    """The threshold between levels index - 1 and index of a subset."""
-    return (group.book[subset + 4 * index - 4] + group.book[subset + 4 * index]) / 2
+def values_at_once(count):
+    """Values that are priced at a time: the largest power of two in their number, up to four per thread."""
+    return min(4 * WORDS, count & -count)
 
 
 @triton.jit
-def _nearest_level(x, GROUP: tl.constexpr, SUBSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Of levels [LOW, HIGH) of a subset, the one nearest to x. Comparisons alone are quicker than loads."""
-    if HIGH - LOW == 1:
-        return tl.zeros_like(x) + _level(GROUP, SUBSET, LOW)
+def _low_half(x):
+    """x << 16. A plain shift would be merged into every addition, which then is not merged with the minimum."""
+    if INTERPRETED:
+        return x << 16
     else:
-        MIDDLE: tl.constexpr = (LOW + HIGH) // 2
-        below = _nearest_level(x, GROUP, SUBSET, LOW, MIDDLE)
-        above = _nearest_level(x, GROUP, SUBSET, MIDDLE, HIGH)
-        return tl.where(x <= _edge(GROUP, SUBSET, MIDDLE), below, above)
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x1044;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
 
 
 @triton.jit
-def _search(
-    costs, paths, first, steps, unmarked, word, m_word, p_points, GROUP: tl.constexpr, T: tl.constexpr,
-    CHANNEL_MAJOR: tl.constexpr,
-):  # fmt: skip
-    """Read `steps` values from `first` on: the cost of the best path to every state, and its bits, the oldest in bit 0.
-
-    unmarked: the path bits of so many first steps are left out.
-    """
-    for step in range(steps):
-        mark = tl.cast(step >= unmarked, tl.uint32) << tl.cast(tl.maximum(step - unmarked, 0), tl.uint32)
-        o_x = _offset(word, (first + step) % 32, GROUP, T, CHANNEL_MAJOR)
-        x = tl.load(p_points + o_x, mask=m_word, other=0.0)
-        branches = ()
-        for subset in tl.static_range(4):
-            away = x - _nearest_level(x, GROUP, subset, 0, 1 << (GROUP.bits - 1))
-            square = away * away
-            branches = branches + (tl.where(square < float("inf"), square, 0.0),)  # noqa: RUF005
-        new_costs = ()
-        new_paths = ()
-        for state in tl.static_range(STATES):
-            zero = branches[_subset_of(state)] + costs[state // 2]
-            one = branches[_subset_of(STATES + state)] + costs[STATES // 2 + state // 2]
-            path = tl.where(one < zero, paths[STATES // 2 + state // 2], paths[state // 2])
-            if state % 2:
-                path |= mark
-            new_costs = new_costs + (tl.minimum(zero, one),)  # noqa: RUF005
-            new_paths = new_paths + (path,)  # noqa: RUF005
-        costs = new_costs
-        paths = new_paths
-    return costs, paths
+def _step(costs, price, mark, MARKED: tl.constexpr):
+    """One value: the costs of the best ways to all states, with their paths. mark: 1 << number of the step."""
+    low = price.to(tl.int32)
+    high = (price >> 32).to(tl.int32)
+    zero = (mark * 0, _low_half(low), low & -0x10000, high & -0x10000)
+    one = zero
+    if MARKED:
+        one = (mark, zero[1] | mark, zero[2] | mark, zero[3] | mark)
+    new = ()
+    for state in tl.static_range(STATES):
+        a = costs[state // 2]
+        b = costs[STATES // 2 + state // 2]
+        if _subset_of(state) != 0:
+            a += zero[_subset_of(state)]
+        if MARKED or _subset_of(STATES + state) != 0:
+            b += one[_subset_of(STATES + state)]
+        new = new + (tl.minimum(a, b),)  # noqa: RUF005
+    return new
 
 
 @triton.jit
-def _path(
-    word, m_word, p_points, GROUP: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr
-):  # fmt: skip
-    """The path bits of words, uint32. A search with free ends finds a state, in which a second one starts and ends."""
-    none = tl.zeros(word.shape, tl.uint32)
-    costs = ()
-    paths = ()
-    for _ in tl.static_range(STATES):
-        costs = costs + (tl.zeros(word.shape, tl.float32),)  # noqa: RUF005
-        paths = paths + (none,)  # noqa: RUF005
-    costs, found = _search(
-        costs, paths, 0, 2 * LEAD, LEAD - 4, word, m_word, p_points, GROUP, T, CHANNEL_MAJOR
-    )  # fmt: skip
-    best = costs[0]
-    path = found[0]
+def _search(costs, p_price, COUNT: tl.constexpr, MARKED: tl.constexpr):
+    """16 values, whose choices are marked in the paths if MARKED; their prices are loaded four values ahead."""
+    coming = ()
+    for i in tl.static_range(4):
+        coming = coming + (tl.load(p_price + i * COUNT),)  # noqa: RUF005
+    mark = tl.full((), 1, tl.int32)
+    for quad in range(HALF // 4):
+        prices = coming
+        p_next = p_price + tl.minimum(quad + 1, HALF // 4 - 1) * 4 * COUNT
+        coming = ()
+        for i in tl.static_range(4):
+            coming = coming + (tl.load(p_next + i * COUNT),)  # noqa: RUF005
+        for i in tl.static_range(4):
+            costs = _step(costs, prices[i], mark << i, MARKED)
+        mark = mark << 4
+    return costs
+
+
+@triton.jit
+def _least(costs):
+    least = costs[0]
     for state in tl.static_range(1, STATES):
-        path = tl.where(costs[state] < best, found[state], path)
-        best = tl.minimum(costs[state], best)
-    # Bit i of a state is p_(t-i): of the steps LEAD - 1, LEAD - 2, ..., which are marked in bits 3, 2, 1 and 0.
-    closing = (path >> 3) & 1
-    for i in tl.static_range(1, 4):
-        closing |= ((path >> (3 - i)) & 1) << i
-    costs = ()
-    for state in tl.static_range(STATES):
-        costs = costs + (tl.where(closing == state, 0.0, float("inf")),)  # noqa: RUF005
-    costs, found = _search(
-        costs, paths, LEAD, 32, 0, word, m_word, p_points, GROUP, T, CHANNEL_MAJOR
-    )  # fmt: skip
-    for state in tl.static_range(STATES):
-        path = tl.where(closing == state, found[state], path)
-    return rotated(path, LEAD)
+        least = tl.minimum(least, costs[state])
+    return least
 
 
 @triton.jit
-def _with_field(fields, pick, index, i: tl.constexpr, GROUP: tl.constexpr, PLAIN: tl.constexpr):
-    """A word of plain bits, with the bits of value `index` (i modulo 4) added if they belong to this word."""
+def _of_state(costs, state):
+    """The path to a state."""
+    path = costs[0]
+    for s in tl.static_range(1, STATES):
+        path = tl.where(state == s, costs[s], path)
+    return path & 0xFFFF
+
+
+@triton.jit
+def _reversed(path):
+    """The state after four choices, oldest in bit 0: bit i of a state is p_(t-i)."""
+    return (path & 1) << 3 | (path & 2) << 1 | (path >> 1) & 2 | (path >> 3) & 1
+
+
+@triton.jit
+def _path(word, p_prices, COUNT: tl.constexpr):
+    """The path bits of words, uint32: a search with free ends finds the state that a second one starts and ends in.
+
+    The circle is closed between values 15 and 16: both searches are of whole halves of the word. The first one leaves
+    its paths out: bits 0..3 are the state that a way began in, bits 4..7 its state between the halves.
+    """
+    p_first = p_prices + word
+    p_second = p_first + HALF * COUNT
+    costs = ()
+    for state in tl.static_range(STATES):
+        costs = costs + (tl.full(word.shape, state, tl.int32),)  # noqa: RUF005
+    costs = _search(costs, p_first, COUNT, False)
+    least = _least(costs) & -0x10000
+    ways = ()
+    for state in tl.static_range(STATES):
+        ways = ways + (costs[state] - least + (state << 4),)  # noqa: RUF005
+    costs = _search(ways, p_second, COUNT, False)
+    ways = ()
+    for state in tl.static_range(STATES):
+        ways = ways + (tl.where((costs[state] & 15) == state, costs[state], costs[state] + (OPEN << 16)),)  # noqa: RUF005
+    closing = (_least(ways) >> 4) & 15
+
+    costs = ()
+    for state in tl.static_range(STATES):
+        costs = costs + (tl.where(closing == state, 0, (5 * DEAREST) << 16),)  # noqa: RUF005
+    early = _search(costs, p_second, COUNT, True)
+    least = _least(early) & -0x10000
+    costs = ()
+    for state in tl.static_range(STATES):
+        costs = costs + ((early[state] & -0x10000) - least,)  # noqa: RUF005
+    late = _of_state(_search(costs, p_first, COUNT, True), closing)
+    # The choices of a half are p_(first - 4) .. p_(first + 11).
+    middle = _of_state(early, _reversed(late & 15))
+    return ((middle << 12) | (late >> 4) | (late << 28)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _with_field(fields, plain, i: tl.constexpr, GROUP: tl.constexpr, PLAIN: tl.constexpr):
+    """A word of plain bits, moved down 4 bits every 4 values, with those of a value that is i modulo 4 at the top."""
     WIDTH: tl.constexpr = word_plane(GROUP, PLAIN, 0)
     if i % WIDTH == word_plane(GROUP, PLAIN, 2):
-        field = (pick >> word_plane(GROUP, PLAIN, 1)) & ((1 << WIDTH) - 1)
-        fields |= field.to(tl.uint32) << (index // WIDTH * WIDTH)
+        field = (plain >> word_plane(GROUP, PLAIN, 1)) & ((1 << WIDTH) - 1)
+        fields |= field << (28 + i // WIDTH * WIDTH)
     return fields
 
 
 @triton.jit
+def _finish(path, word, p_prices, p_points, p_levels, GROUP: tl.constexpr, COUNT: tl.constexpr):
+    """The words of plain bits that belong to paths; levels take the place of the values."""
+    BITS: tl.constexpr = GROUP.bits
+    z1, z0 = parities(path)
+    plain = ()
+    for _ in tl.static_range(BITS - 1):
+        plain = plain + (tl.zeros(word.shape, tl.uint32),)  # noqa: RUF005
+    p_lowest = p_prices.to(tl.pointer_type(tl.uint16)) + (4 * word + 2)
+    p_level = p_points + word
+    for _quad in range(8):
+        numbers = ()
+        for i in tl.static_range(4):
+            lowest = tl.load(p_lowest + i * 4 * COUNT).to(tl.uint32)
+            subset = ((z1 >> i) & 1) << 1 | ((z0 >> i) & 1)
+            numbers = numbers + (lowest + ((subset - lowest) & 3),)  # noqa: RUF005
+        for i in tl.static_range(4):
+            level = tl.load(p_levels + numbers[i].to(tl.int32))
+            tl.store(p_level + i * COUNT, level)
+        new = ()
+        for p in tl.static_range(BITS - 1):
+            fields = plain[p] >> 4
+            for i in tl.static_range(4):
+                fields = _with_field(fields, numbers[i] >> 2, i, GROUP, p)
+            new = new + (fields,)  # noqa: RUF005
+        plain = new
+        z1 = z1 >> 4
+        z0 = z0 >> 4
+        p_lowest += 16 * COUNT
+        p_level += 4 * COUNT
+    return plain
+
+
+@triton.jit
 def write_words(
-    point, t, p_points, p_codes, p_edges, p_levels, GROUP: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr
+    point, t, p_room, p_codes, p_cells, p_near, p_levels, GROUP: tl.constexpr, T: tl.constexpr,
+    CHANNEL_MAJOR: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Code vectors `point` [tokens, channels] of one group, whose rows are the tokens t, and store its words.
 
-    A NaN costs nothing, whatever its code. p_codes: the group's first byte; p_points: room for [T, block] numbers.
+    A NaN costs nothing, whatever its code. Other values are below 2**15 units of the grid: points have norm
+    sqrt(size). SORTED: whether row r is token r. p_codes: the group's first byte; p_room: 12 bytes per value.
 
     Returns: the levels, 0 in channels that are not the group's.
     """
     BITS: tl.constexpr = GROUP.bits
     COUNT: tl.constexpr = GROUP.size * T // 32
-    SUBSET: tl.constexpr = 1 << (BITS - 1)
-    p_edges += GROUP.table
+    TOKENS: tl.constexpr = point.shape[0]
+    WHOLE: tl.constexpr = SORTED and TOKENS == T and GROUP.size == GROUP.block
+    p_prices = tl.multiple_of(p_room.to(tl.pointer_type(tl.int64)), 16)
+    p_points = tl.multiple_of(p_room + 2 * 32 * COUNT, 16)
+    p_cells += GROUP.cells
+    p_near += GROUP.table
     p_levels += GROUP.table
-    c = tl.arange(0, GROUP.block)
-    o_point = t[:, None] * GROUP.block + c[None, :]
-    m_point = (t < T)[:, None] & (c < GROUP.size)[None, :]
-    tl.store(p_points + o_point, point, mask=m_point)
+    if WHOLE:
+        o_point = tl.arange(0, 32)[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
+        tl.store(p_points + o_point, in_word_order(point, CHANNEL_MAJOR))
+    else:
+        c = tl.arange(0, GROUP.block)
+        m_point = (t < T)[:, None] & (c < GROUP.size)[None, :]
+        of_point, index = place_in_words(t[:, None], c[None, :], GROUP, T, CHANNEL_MAJOR)
+        o_point = index * COUNT + of_point
+        tl.store(p_points + o_point, point, mask=m_point)
     tl.debug_barrier()
-    for low in range(0, COUNT, words_at_once(GROUP, T)):
-        word = low + tl.arange(0, words_at_once(GROUP, T))
-        m_word = word < COUNT
-        path = _path(word, m_word, p_points, GROUP, T, CHANNEL_MAJOR)
-        z1, z0 = parities(path)
-        plain = (path,)
-        for _ in tl.static_range(BITS - 1):
-            plain = (tl.zeros(word.shape, tl.uint32),) + plain  # noqa: RUF005
-        for quad in range(8):
-            for i in tl.static_range(4):
-                index = quad * 4 + i
-                o_x = _offset(word, index, GROUP, T, CHANNEL_MAJOR)
-                x = tl.load(p_points + o_x, mask=m_word, other=0.0)
-                subset = (((z1 >> index) & 1) << 1 | ((z0 >> index) & 1)).to(tl.int32)
-                pick = _nearest(x, p_edges + subset * SUBSET, GROUP)
-                tl.store(p_points + o_x, tl.load(p_levels + subset + 4 * pick), mask=m_word)
-                new = ()
-                for p in tl.static_range(BITS - 1):
-                    new = new + (_with_field(plain[p], pick, index, i, GROUP, p),)  # noqa: RUF005
-                plain = new + (path,)  # noqa: RUF005
-        place = word
-        if CHANNEL_MAJOR:
-            place = word % GROUP.size * (T // 32) + word // GROUP.size
-        p_word = p_codes.to(tl.pointer_type(tl.uint32)) + place * BITS
-        for p in tl.static_range(BITS):
-            tl.store(p_word + p, plain[p], mask=m_word)
+    for low in range(0, 32 * COUNT, values_at_once(32 * COUNT)):
+        o_value = low + tl.arange(0, values_at_once(32 * COUNT))
+        tl.store(p_prices + o_value, priced(tl.load(p_points + o_value), p_cells, p_near, GROUP))
     tl.debug_barrier()
-    level = tl.load(p_points + o_point, mask=m_point, other=0.0)
+    for low in range(0, COUNT, words_at_once(COUNT)):
+        word = tl.minimum(low + tl.arange(0, words_at_once(COUNT)), COUNT - 1)
+        path = _path(word, p_prices, COUNT)
+        plain = _finish(path, word, p_prices, p_points, p_levels, GROUP, COUNT)
+        p_word = p_codes.to(tl.pointer_type(tl.uint32)) + word * BITS
+        for p in tl.static_range(BITS - 1):
+            tl.store(p_word + p, plain[p])
+        tl.store(p_word + (BITS - 1), path)
+    tl.debug_barrier()
+    if WHOLE:
+        level = in_token_order(tl.load(p_points + o_point), TOKENS, CHANNEL_MAJOR)
+    else:
+        level = tl.load(p_points + o_point, mask=m_point, other=0.0)
     tl.debug_barrier()
     return level
