@@ -48,6 +48,7 @@ BAD = [
     ({"layers": 3}, ("layers=3", "ordinals")),
     ({"layers": [1, 2]}, ("layers=[1, 2]", "ordinals")),
     ({"layers": {"first": {}}}, ("layers", "'first'", "ordinals")),
+    ({"layers": {"::0": {}}}, ("layers", "'::0'", "ordinals", "slices")),
     ({"layers": {0: 3}}, ("layers: 0", "3", "keys and values")),
     ({"layers": {0: {"queries": "mse"}}}, ("layers: 0", "queries", "keys, values")),
     ({"layers": {-1: {"values": {"quantizer": "mse", "bits": 11}}}}, ("mse", "bits=11", "from 1 to 8")),
@@ -191,6 +192,22 @@ def test_an_ordinal_outside_the_model_changes_nothing():
     assert all(preset.layer_quantizers(ordinal, 4) == (preset.keys, preset.values) for ordinal in range(4))
 
 
+@pytest.mark.parametrize(
+    ("which", "found"), [("::2", [0, 2, 4]), ("1::3", [1, 4]), ("-2:", [3, 4]), (":", [0, 1, 2, 3, 4]), ("7:", [])]
+)
+def test_a_slice_names_its_layers_in_models_of_any_depth(which, found):
+    preset = CachePreset(layers={which: {"keys": "lossless"}})
+    lossless = [preset.layer_quantizers(ordinal, 5)[0] == QUANTIZERS["lossless"]() for ordinal in range(5)]
+    assert [ordinal for ordinal, is_it in enumerate(lossless) if is_it] == found
+    preset.check_layers(5)
+    assert CachePreset.from_dict(preset.to_dict()) == preset
+
+
+def test_the_last_override_of_a_layer_wins():
+    preset = CachePreset(layers={":": {"keys": "kivi"}, 1: {"keys": "lossless"}})
+    assert [preset.layer_quantizers(ordinal, 3)[0].name for ordinal in range(3)] == ["kivi", "lossless", "kivi"]
+
+
 def test_overrides_leave_the_original_as_it_is():
     preset = load_preset("k4v4")
     assert preset.with_overrides(sinks=9).sinks == 9 and preset.sinks != 9
@@ -240,7 +257,9 @@ SIDES = st.one_of(st.sampled_from(["lossless", "mse", "polar", "kivi"]), MSE, CO
             "sparse_v_threshold": st.sampled_from([0, 0.0, 1e-4, 0.5]),
             "encode_first": st.booleans(),
             "layers": st.dictionaries(
-                st.integers(-9, 9), st.fixed_dictionaries({}, optional={"keys": SIDES, "values": SIDES}), max_size=3
+                st.one_of(st.integers(-9, 9), st.sampled_from(["::2", "1::2", "-3:"])),
+                st.fixed_dictionaries({}, optional={"keys": SIDES, "values": SIDES}),
+                max_size=3,
             ),
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ BOUNDARY_VALUES = QUANTIZERS["mse"](bits=8, codebook="uniform", scale="norm-corr
 """The quantizer of values in boundary layers, with 8 bits."""
 MOST_TOKENS = 131_072
 """The largest `tile`, `sinks`, `recent_window` and `min_statistics`: their room is allocated in advance."""
+
+SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:([1-9]\d*)?)?")
+"""A slice of KV-layer ordinals as text, with a positive step."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class CachePreset:
         encode_first: encode new tokens before attention reads them, to measure the quantizers alone. Tokens that do not
             fill a tile yet are read through a trial encode. Only the recent window is then read raw. This is slower and
             less accurate.
-        layers: overrides by KV-layer ordinal (packed layers counted from 0; negative numbers count from the end).
+        layers: overrides by KV-layer ordinal (packed layers counted from 0; negative numbers count from the end), or by
+            a slice as text ("::2": every other layer). The last override that names a layer wins.
 
     Example:
         >>> from turboquant_hf import CachePreset
@@ -67,7 +72,7 @@ class CachePreset:
     boundary_layers: int = 0
     sparse_v_threshold: float = 0.0
     encode_first: bool = False
-    layers: tuple[tuple[int, LayerOverride], ...] = ()
+    layers: tuple[tuple[int | str, LayerOverride], ...] = ()
     _origin = None  # the preset that `with_overrides` changed
 
     def __post_init__(self) -> None:
@@ -164,16 +169,19 @@ class CachePreset:
         keys, values = self.keys, self.values
         if min(ordinal, num_layers - 1 - ordinal) < self.boundary_layers:
             values = BOUNDARY_VALUES
-        for index, override in self.layers:
-            if index % num_layers == ordinal and -num_layers <= index < num_layers:
+        for which, override in self.layers:
+            if ordinal in _ordinals(which, num_layers):
                 keys, values = override.keys or keys, override.values or values
         return keys, values
 
     def check_layers(self, num_layers: int) -> None:
-        """Raise ValueError if there is an override for a layer beyond the `num_layers` packed layers of a model."""
-        for index, _ in self.layers:
-            if num_layers and not -num_layers <= index < num_layers:
-                raise ValueError(f"layers: {index} is not supported; allowed: the {num_layers} KV layers of this model")
+        """Raise ValueError for an override of a layer that a model with `num_layers` packed layers does not have.
+
+        A slice may be empty.
+        """
+        for which, _ in self.layers:
+            if num_layers and not isinstance(which, str) and not _ordinals(which, num_layers):
+                raise ValueError(f"layers: {which} is not supported; allowed: the {num_layers} KV layers of this model")
 
     @property
     def first_encode(self) -> int:
@@ -261,7 +269,7 @@ def quantizer_data(quantizer: Quantizer) -> dict[str, Any]:
     return {"quantizer": quantizer.name, **{f.name: getattr(quantizer, f.name) for f in fields(quantizer)}}
 
 
-def _layer_overrides(data: Any) -> tuple[tuple[int, LayerOverride], ...]:
+def _layer_overrides(data: Any) -> tuple[tuple[int | str, LayerOverride], ...]:
     items = list(data.items()) if isinstance(data, Mapping) else data
     if not isinstance(items, (list, tuple)) or not all(isinstance(x, (list, tuple)) and len(x) == 2 for x in items):
         raise ValueError(f"layers={shown(data)} is not supported; allowed: KV-layer ordinals with keys and values")
@@ -269,8 +277,12 @@ def _layer_overrides(data: Any) -> tuple[tuple[int, LayerOverride], ...]:
     for index, override in items:
         if isinstance(index, str) and index.removeprefix("-").isdecimal():
             index = int(index)  # the keys of a mapping that was in JSON, such as a saved generation config
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise ValueError(f"layers: {shown(index)} is not supported; allowed: KV-layer ordinals (whole numbers)")
+        allowed = SLICE.fullmatch(index) if isinstance(index, str) else type(index) is int
+        if not allowed:
+            raise ValueError(
+                f"layers: {shown(index)} is not supported; allowed: KV-layer ordinals (whole numbers), or slices of "
+                "them such as '::2'"
+            )
         if not isinstance(override, LayerOverride):
             if not isinstance(override, Mapping):
                 raise ValueError(f"layers: {index}: {shown(override)} is not supported; allowed: keys and values")
@@ -278,6 +290,13 @@ def _layer_overrides(data: Any) -> tuple[tuple[int, LayerOverride], ...]:
             override = LayerOverride(**{role: quantizer_from(value, role) for role, value in override.items()})
         result.append((index, override))
     return tuple(result)
+
+
+def _ordinals(which: int | str, num_layers: int) -> range:
+    """The KV layers of `num_layers` that an entry of `CachePreset.layers` names."""
+    if isinstance(which, str):
+        return range(num_layers)[slice(*(int(part) if part else None for part in which.split(":")))]
+    return range(num_layers)[which : which + 1 or None] if which >= -num_layers else range(0)
 
 
 def _frozen(value: Any) -> Any:
