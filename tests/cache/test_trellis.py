@@ -7,8 +7,14 @@ import torch
 
 from tests.support.updates import feed, feed_layer, held, make_config, make_static_layer, states
 from turboquant_hf import TurboQuantCache, load_preset
+from turboquant_hf.evaluation.presets.memory import bits_per_channel
 
-PRESETS = ["k4v4-trellis", "k3v3-trellis"]
+PRESETS = ["k4v4-trellis", "k3v3-trellis", "k2v2-trellis"]
+BITS = {
+    "k4v4-trellis": (4.38, 4.13), "k4v3-trellis": (4.38, 3.13), "k3v3-trellis": (3.50, 3.13),
+    "k3v2-trellis": (3.50, 2.13), "k25v25": (2.85, 2.63), "k2v2-trellis": (2.50, 2.13),
+}  # fmt: skip
+"""The most bits per channel, keys and values, at a head dim of 64."""
 TILES = {"tile": 32, "recent_window": 8, "sinks": 4, "min_statistics": 40}
 
 
@@ -97,9 +103,14 @@ def test_a_nan_is_seen_in_its_head(preset, side):
     assert dense[side][0, 1, 4:64].isnan().all()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_trellis_takes_the_bytes_of_the_scalar_preset(preset):
-    one, other = load_preset(preset), load_preset(preset.removesuffix("-trellis"))
-    for role in ("keys", "values"):
-        bits = [getattr(x, role).bits_per_channel(64, 128) for x in (one, other)]
-        assert bits[0] == bits[1]
+@pytest.mark.parametrize("layers", [2, 24, 26, 28, 30, 32, 80])
+@pytest.mark.parametrize("preset", BITS)
+def test_presets_keep_to_their_bits(preset, layers):
+    for found, most in zip(bits_per_channel(load_preset(preset), 64, layers), BITS[preset], strict=True):
+        assert found <= most
+
+
+def test_layers_of_a_model_differ_as_the_preset_says():
+    preset = load_preset("k25v25")
+    widths = [(keys.widths[1][1], values.bits) for keys, values in (preset.layer_quantizers(n, 9) for n in range(9))]
+    assert widths == [(1, 2), (2, 3), (2, 2), (2, 3), (2, 2), (2, 3), (2, 2), (2, 3), (1, 2)]

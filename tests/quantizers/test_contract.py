@@ -359,7 +359,7 @@ def test_a_trellis_needs_whole_words_of_tokens():
 @pytest.mark.parametrize(
     ("head_dim", "bits", "channel_major", "in_words"),
     [
-        (64, 5, False, True), (64, 6, False, False), (80, 2, False, True), (72, 3, False, False),
+        (64, 4, False, True), (64, 5, False, False), (80, 2, False, True), (72, 3, False, False),
         (72, 3, True, True), (8, 3, True, False), (64, 1, True, True),
     ],
 )  # fmt: skip

@@ -53,10 +53,10 @@ class RotatedQuantizer(Quantizer):
         scale_format: "fp16", or one byte: "e4m4" or "e3m5" (`kernels.codes.store_scale`).
         codebook: "lloyd-max" for the exact sphere density in the rotated dimension, "grid" or "polynomial" (nearly as
             good, and made for kernels), "uniform", or "trellis": a third less error, in words of 32 values. Groups that
-            words cannot hold use the "grid" instead. These are groups of more than 5 bits, of fewer than 16 channels,
-            or, unless words run along tokens (`channel_major`), of a number of channels that is no multiple of 16.
-        rotation: "auto" (Hadamard with random signs where the order is known, else QR), or the name of a kind.
-        rounds: number of sign-and-Hadamard rounds.
+            words do not serve have the "grid" instead: more than 4 bits, fewer than 16 channels, or, where the words do
+            not run along tokens (`channel_major`), a number of channels that is no multiple of 16.
+        rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
+        rounds: how many sign-and-Hadamard rounds.
         seed: of the rotation; the same for all layers, so that they share one matrix.
         per_head: a rotation of its own for each KV head.
         channel_major: pack along the tokens of a tile, as the value side of the decode kernel wants it.
@@ -222,7 +222,7 @@ class RotatedQuantizer(Quantizer):
 def _code_groups(sizes: tuple[tuple[int, int], ...], codebook: str, channel_major: bool) -> tuple[CodeGroup, ...]:
     groups = []
     for size, bits in sizes:
-        served = codebook != "trellis" or (bits <= 5 and size >= 16 and fills_words(size, channel_major))
+        served = codebook != "trellis" or (bits <= 4 and size >= 16 and fills_words(size, channel_major))
         groups.append(CodeGroup(size, CODEBOOKS[codebook if served else "grid"](bits, size)))
     return tuple(groups)
 
