@@ -24,9 +24,10 @@ from tests.support.cases import (
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import cpu, reference
-from turboquant_hf.primitives import grid
+from turboquant_hf.primitives import grid, trellis_code
 
 PRESETS = ["k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2", "paper-mse-4", "paper-3.5"]
+PRESETS += ["k4v4-trellis", "k3v3-trellis", "k2v2-trellis"]
 
 
 def check(arguments, dtype=torch.float32, **options):
@@ -47,6 +48,20 @@ def check(arguments, dtype=torch.float32, **options):
 def test_every_width(bits, make, dtype):
     groups = groups_of((64, bits), make=make)
     check(attention_inputs(keys=groups, values=groups, tiles=2), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("size", [16, 48, 80, 128])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_words_beside_rows(bits, size):
+    words = groups_of((size, bits), make=trellis_code)
+    keys = (*groups_of((24, 3)), *words, *groups_of((16, 8), (32, 2)))
+    check(attention_inputs(dim=size + 72, keys=keys, values=(*words, *groups_of((72, 5))), tile=96, tiles=3))
+
+
+def test_wider_words_are_refused():
+    groups = groups_of((16, 5), make=trellis_code)
+    with pytest.raises(ValueError, match="words of 32 codes of 5 bits are not supported"):
+        check(attention_inputs(dim=16, keys=groups, values=groups, tile=32))
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])

@@ -126,15 +126,24 @@ def to_words(x: torch.Tensor, channel_major: bool) -> torch.Tensor:
 
 def from_words(words: torch.Tensor, tile: int, size: int, channel_major: bool) -> torch.Tensor:
     """The inverse of `to_words`: [..., W, 32] -> [..., tile, size]."""
-    lead = words.shape[:-2]
-    places = words.unflatten(-1, (8, 2, 2)).permute(*range(words.dim() - 1), -1, -2, -3)
+    places = words.unflatten(-1, (8, 2, 2)).permute(*range(words.dim() - 1), -1, -2, -3).flatten(-3)
+    return from_places(places, tile, size, channel_major)
+
+
+def from_places(places: torch.Tensor, tile: int, size: int, channel_major: bool) -> torch.Tensor:
+    """`from_words` of words whose values are not in the order of the trellis, but by their numbers 16 a + 8 b + n.
+
+    Four neighbouring values lie side by side in a row, too: with half as many places per word, each for a pair, the
+    result has half as many columns.
+    """
+    *lead, _, word = places.shape
     if channel_major:
-        return places.reshape(*lead, size, tile).transpose(-1, -2)
-    x = places.reshape(*lead, size // 8, tile // 4, WORD).transpose(-2, -3)
-    x = x.reshape(*lead, tile // 32, 2, 4, 8, 2, size // 4)
+        return places.reshape(*lead, size, -1).transpose(-1, -2)
+    x = places.reshape(*lead, size // 8, tile // 4, word).transpose(-2, -3)
+    x = x.reshape(*lead, tile // 32, 2, 4, 8, 2, -1)
     first = len(lead)
     order = (*range(first), first, first + 3, first + 1, first + 4, first + 2, first + 5)
-    return x.permute(order).reshape(*lead, tile, size)
+    return x.permute(order).reshape(*lead, tile, -1)
 
 
 HALF_MAX = torch.finfo(torch.float16).max

@@ -92,8 +92,7 @@ def decode_attention(
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
-        words = any(group.in_words for side in (history.keys, history.values) for group in side.groups)
-        module = decode_cpu if query.device.type == "cpu" and not words else decode_reference
+        module = decode_cpu if query.device.type == "cpu" else decode_reference
         return module.decode_attention(query, history, scoring, mask=mask)
     module = import_module("turboquant_hf.kernels.decode.triton")
     with on_device(query.device):

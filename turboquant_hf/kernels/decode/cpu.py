@@ -3,10 +3,10 @@
     scores[t] = scale[t] * (levels(codes[t]) . q') + mean . q        q' = the query in the coded domain
     output    = unrotate(sum over t of p[t] * scale[t] * levels(codes[t])) / (sum over t of p[t])
 
-- The query and the output are rotated, never the history. Scales multiply scores and probabilities, never levels.
-- Levels are looked up for several codes at a time. A table has one row per pattern of the bytes that hold the codes,
-  and the row lists their levels (`_Reader`). Levels come in the order of the packed bits, not in that of the codes.
-  The other factor of the product, which is far smaller, is put into that order.
+- The rotation meets the query and the output, never the history. Scales meet scores and probabilities.
+- Levels are looked up, several codes at a time: a table has one row per pattern of the bytes that hold them, and a
+  row lists their levels (`_Reader`). The row's order is the order of the packed bits, not that of the codes, so the
+  other factor of the product is put into that order; it is far smaller. `cpu_words` looks up those of a trellis.
 - Tiles are taken in blocks of BLOCK numbers, so that a block's levels are still in the processor's cache when they are
   multiplied. Scores and probabilities of all tokens are kept: 8 bytes per query head and token.
 - Every operation on a block is large enough for torch to spread it over its threads.
@@ -21,7 +21,8 @@ from math import gcd
 
 import torch
 
-from turboquant_hf.kernels.codes import load_scale
+from turboquant_hf.kernels.codes import group_places, load_scale
+from turboquant_hf.kernels.decode.cpu_words import word_levels
 from turboquant_hf.kernels.decode.inputs import History, PackedSide, Scoring
 from turboquant_hf.kernels.decode.reference import _visible
 from turboquant_hf.primitives import Codebook, packed_size
@@ -93,12 +94,14 @@ def _packed_scores(rows: torch.Tensor, keys: PackedSide, out: torch.Tensor) -> N
     """Write q.k of rows [B, H, M, D] and every packed token to out [B, H, M, N * T]."""
     batch, heads, tiles, _, tile = keys.scale.shape
     query_rows, dim = rows.shape[2:]
-    readers = [_reader(group.codebook, group.size) for group in keys.groups]
+    readers = [None if group.in_words else _reader(group.codebook, group.size) for group in keys.groups]
+    places = group_places(keys.groups, tile, channel_major=False)
+    row = sum(reader.nbytes for reader in readers if reader)
     coded = keys.rotate_query(rows)
     if keys.gain is not None:
         coded = coded * keys.gain.view(batch, heads, 1, 1)
     coded = [
-        reader.arranged(part)
+        reader.arranged(part) if reader else part
         for reader, part in zip(readers, coded.split([group.size for group in keys.groups], dim=-1), strict=True)
     ]
     for first, count in _blocks(keys, dim):
@@ -106,13 +109,16 @@ def _packed_scores(rows: torch.Tensor, keys: PackedSide, out: torch.Tensor) -> N
         part_out = out[..., first * tile : (first + count) * tile]
         part_out = part_out.view(batch, heads, query_rows, count, tile).transpose(2, 3)
         scale = load_scale(keys.scale.narrow(2, first, count), keys.scale_format)
-        tokens = keys.codes.narrow(2, first, count).view(*lead, tile, -1)
-        if any(reader.narrower for reader in readers):
+        codes = keys.codes.narrow(2, first, count)
+        tokens = codes[..., : tile * row].unflatten(-1, (tile, row))
+        if any(reader and reader.narrower for reader in readers):
             tokens = tokens.to(torch.int16)
-        start = 0
         for index, (reader, part) in enumerate(zip(readers, coded, strict=True)):
-            levels = reader.levels(tokens, start)
-            start += reader.nbytes
+            start, nbytes = places[index]
+            if reader:
+                levels = reader.levels(tokens, start)
+            else:
+                levels = word_levels(codes.narrow(3, start, nbytes), keys.groups[index], tile, False).flatten(0, 2)
             part = part.unsqueeze(2).expand(*lead, *part.shape[2:]).reshape(-1, *part.shape[2:])
             product = torch.bmm(part, levels.transpose(1, 2)).view(*lead, query_rows, tile)
             factor = scale.select(3, index).unsqueeze(3)
@@ -131,13 +137,18 @@ def _packed_values(weights: torch.Tensor, values: PackedSide) -> torch.Tensor:
         scale = load_scale(values.scale.narrow(2, first, count), values.scale_format)
         codes, start, parts = values.codes.narrow(2, first, count), 0, []
         for index, group in enumerate(values.groups):
-            reader = _reader(group.codebook, tile)
-            channels = codes.narrow(3, start, group.size * reader.nbytes)
-            channels = channels.view(batch, heads, count, group.size, reader.nbytes)
-            start += group.size * reader.nbytes
-            weighted = reader.arranged(weights.narrow(2, first, count) * scale.select(3, index).unsqueeze(3))
+            nbytes = packed_size(tile, group.bits)
+            channels = codes.narrow(3, start, group.size * nbytes)
+            start += group.size * nbytes
+            weighted = weights.narrow(2, first, count) * scale.select(3, index).unsqueeze(3)
+            if group.in_words:
+                levels = word_levels(channels, group, tile, True).flatten(0, 2)
+            else:
+                reader = _reader(group.codebook, tile)
+                channels = channels.unflatten(-1, (group.size, nbytes))
+                weighted = reader.arranged(weighted)
+                levels = reader.levels(channels.to(torch.int16) if reader.narrower else channels, 0)
             weighted = weighted.reshape(-1, *weighted.shape[3:])
-            levels = reader.levels(channels.to(torch.int16) if reader.narrower else channels, 0)
             product = torch.bmm(weighted, levels.transpose(1, 2))
             parts.append(product.view(batch, heads, count, -1, group.size).sum(dim=2))
         part = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
