@@ -349,11 +349,16 @@ def test_impossible_head_dims_and_tiles_are_named(name, options, head_dim, parts
         assert part in str(error.value)
 
 
-def test_a_trellis_needs_whole_words_of_tokens():
-    trellis = QUANTIZERS["mse"](codebook="trellis")
-    with pytest.raises(ValueError, match="tile=24 .*'trellis'; allowed: multiples of 32"):
-        trellis.validate(64, 24)
-    trellis.validate(65, 24)  # no multiple of 16 channels: the grid serves
+@pytest.mark.parametrize("channel_major", [False, True])
+def test_a_trellis_needs_tiles_of_whole_words(channel_major):
+    quantizer = QUANTIZERS["mse"](bits=3, codebook="trellis", channel_major=channel_major)
+    scalar = replace(quantizer, codebook="grid")
+    tiles = torch.randn(1, 1, 2, 24, 64, generator=torch.Generator().manual_seed(0))
+    packed, expected = (q.encode(tiles, {}) for q in (quantizer, scalar))
+    for name in expected:
+        assert torch.equal(packed[name], expected[name])
+    assert torch.equal(quantizer.decode(packed, {}, 64, torch.float32), scalar.decode(expected, {}, 64, torch.float32))
+    assert quantizer.packed_side(packed, {}, 64).groups == scalar.groups(64) != quantizer.groups(64, 32)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -53,8 +54,9 @@ class RotatedQuantizer(Quantizer):
         scale_format: "fp16", or one byte: "e4m4" or "e3m5" (`kernels.codes.store_scale`).
         codebook: "lloyd-max" for the exact sphere density in the rotated dimension, "grid" or "polynomial" (nearly as
             good, and made for kernels), "uniform", or "trellis": a third less error, in words of 32 values. Groups that
-            words do not serve have the "grid" instead: more than 4 bits, fewer than 16 channels, or, where the words do
-            not run along tokens (`channel_major`), a number of channels that is no multiple of 16.
+            words do not serve have the "grid" instead: more than 4 bits, fewer than 16 channels, tiles that are no
+            multiple of 32 tokens, or, where the words do not run along tokens (`channel_major`), a number of channels
+            that is no multiple of 16.
         rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
         rounds: how many sign-and-Hadamard rounds.
         seed: of the rotation; the same for all layers, so that they share one matrix.
@@ -93,9 +95,10 @@ class RotatedQuantizer(Quantizer):
     def group_sizes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         """(channels, bits) of every group; the channels add up to `head_dim`."""
 
-    def groups(self, head_dim: int) -> tuple[CodeGroup, ...]:
-        """The coded groups of a head of `head_dim` channels."""
-        return _code_groups(self.group_sizes(head_dim), self.codebook, self.channel_major)
+    def groups(self, head_dim: int, tile: int = WORD) -> tuple[CodeGroup, ...]:
+        """The coded groups of a head of `head_dim` channels, in tiles of `tile` tokens."""
+        codebook = "grid" if self.codebook == "trellis" and tile % WORD else self.codebook
+        return _code_groups(self.group_sizes(head_dim), codebook, self.channel_major)
 
     def validate(self, head_dim: int, tile: int) -> None:
         sizes = self.group_sizes(head_dim)
@@ -104,14 +107,10 @@ class RotatedQuantizer(Quantizer):
                 f"{self.name}: head_dim={head_dim} gives groups of {[size for size, _ in sizes]} channels; "
                 "allowed: head dims in which every group has at least 2 channels"
             )
-        if tile % WORD and any(group.in_words for group in self.groups(head_dim)):
-            raise ValueError(
-                f"{self.name}: tile={tile} is not supported with codebook='trellis'; allowed: multiples of {WORD}"
-            )
         block_rotation(sizes, self.rotation, self.rounds, self.seed, 1 if self.per_head else 0)
 
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
-        groups = self.groups(head_dim)
+        groups = self.groups(head_dim, tile)
         return {
             "codes": Field((tile_bytes(groups, tile, self.channel_major),), torch.uint8),
             "scale": Field((len(groups), tile), torch.float16 if self.scale_format == "fp16" else torch.uint8),
@@ -156,7 +155,7 @@ class RotatedQuantizer(Quantizer):
         self._encode(tiles, state, weight, out)
 
     def _encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed | None) -> Packed:
-        coding = self.coding(state, tiles.shape[-1], tiles.shape[1], tiles.device)
+        coding = self.coding(state, tiles.shape, tiles.device)
         return encode_tiles(tiles, coding, weight=weight, out=out)
 
     def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
@@ -182,11 +181,12 @@ class RotatedQuantizer(Quantizer):
         old["scale"].copy_(store_scale(scale, self.scale_format))
         return {**state, "gain": (gain * widened).masked_fill(hopeless | full, torch.nan)}
 
-    def coding(self, state: State, head_dim: int, num_heads: int, device: torch.device) -> TileCoding:
-        """How the kernels code tiles with this state."""
+    def coding(self, state: State, shape: Sequence[int], device: torch.device) -> TileCoding:
+        """How the kernels code tiles of shape [B, H, N, T, D] with this state."""
+        _, num_heads, _, tile, head_dim = shape
         return TileCoding(
             self.rotation_of(head_dim, num_heads, device),
-            self.groups(head_dim),
+            self.groups(head_dim, tile),
             scale_rule=self.scale,
             scale_format=self.scale_format,
             channel_major=self.channel_major,
@@ -197,9 +197,10 @@ class RotatedQuantizer(Quantizer):
         )
 
     def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-        num_heads, device = packed["codes"].shape[1], packed["codes"].device
+        (batch, num_heads, tiles, _, tile), device = packed["scale"].shape, packed["codes"].device
         inverse = self.inverse(state, head_dim, num_heads, device)
-        return decode_tiles(packed, inverse, self.coding(state, head_dim, num_heads, device)).to(dtype)
+        coding = self.coding(state, (batch, num_heads, tiles, tile, head_dim), device)
+        return decode_tiles(packed, inverse, coding).to(dtype)
 
     def packed_side(self, packed: Packed, state: State, head_dim: int) -> PackedSide:
         """The tiles in the form that the decode kernels read."""
@@ -207,7 +208,7 @@ class RotatedQuantizer(Quantizer):
         return PackedSide(
             codes=packed["codes"],
             scale=packed["scale"],
-            groups=self.groups(head_dim),
+            groups=self.groups(head_dim, packed["scale"].shape[-1]),
             rotation=self.rotation_of(head_dim, num_heads, device),
             order=state.get("order"),
             balance=state.get("balance"),
