@@ -23,12 +23,6 @@ from turboquant_hf.primitives import grid
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 
-@pytest.fixture(autouse=True)
-def words(monkeypatch):
-    """Switch on the reader of a trellis, which is off until `test_cuda.py` has passed on a GPU."""
-    monkeypatch.setattr(support, "WORDS", True)
-
-
 @pytest.mark.parametrize(
     ("widths", "dim", "served"),
     [
@@ -43,11 +37,6 @@ def test_words_are_read_at_multiples_of_four(widths, dim, served):
     groups = groups_by_share(dim, widths)
     assert all(support.row_fits(group.size, group) for group in groups)
     assert support.begin_at_words(groups) == served
-
-
-def test_words_are_not_served_before_their_reader_ran_on_a_gpu(monkeypatch):
-    monkeypatch.undo()
-    assert not support.WORDS
 
 
 def test_words_that_the_kernel_cannot_read_are_refused():
@@ -69,21 +58,23 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
     preset = load_preset(name, min_statistics=0, boundary_layers=0)
     if not isinstance(preset.keys, RotatedQuantizer) or not isinstance(preset.values, RotatedQuantizer):
         pytest.skip("not for the packed kernels")
-    layer = TurboQuantLayer(preset, preset.keys, preset.values, lambda: True)
-    layer.update(*torch.randn(2, 1, 2, 300, dim))
-    layer.commit()
-    sides = layer.packed_sides()
-    query, raw = torch.randn(1, 4, 1, dim), [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
-    history = History(*sides, *raw, layer.sinks.starts)
-    assert cuda.supports(query, history, Scoring(1.0)) == "the query is not on a CUDA device"
-    served = {16: "", 80: "", 96: "k4v4 k4v3 k4v2 k8v4"}
+    served = {16: "", 80: ""}
+    served[96] = "k4v4 k4v3 k4v2 k8v4 k4v4-trellis k4v3-trellis k3v3-trellis k3v2-trellis k2v2-trellis k25v25"
     served[64] = served[96] + " k3v3 k3v2"
     served[128] = served[256] = served[64] + " k2v2"
     monkeypatch.setattr(support, "shape_of", lambda *given: None)
     monkeypatch.setattr(kernel, "failure", lambda shape, device: None)
+    query = torch.randn(1, 4, 1, dim)
     elsewhere = SimpleNamespace(shape=query.shape, dtype=torch.float16, is_cuda=True, device=None)
-    half = replace(history, tail=RawTokens(raw[1].keys.half(), raw[1].values.half()))
-    assert (cuda.supports(elsewhere, half, Scoring(1.0)) is None) == (name in served[dim].split())
+    for quantizers in {preset.layer_quantizers(ordinal, 8) for ordinal in range(8)}:
+        layer = TurboQuantLayer(preset, *quantizers, lambda: True)
+        layer.update(*torch.randn(2, 1, 2, 300, dim))
+        layer.commit()
+        raw = [RawTokens(*arrays) for arrays in (layer.sinks.arrays, layer.tail.view())]
+        history = History(*layer.packed_sides(), *raw, layer.sinks.starts)
+        assert cuda.supports(query, history, Scoring(1.0)) == "the query is not on a CUDA device"
+        half = replace(history, tail=RawTokens(raw[1].keys.half(), raw[1].values.half()))
+        assert (cuda.supports(elsewhere, half, Scoring(1.0)) is None) == (name in served[dim].split())
 
 
 @pytest.mark.parametrize("limit", [99, 163, 227])

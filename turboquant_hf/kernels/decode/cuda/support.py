@@ -17,10 +17,6 @@ BITS = (1, 2, 3, 4, 5, 8)
 """Widths of key codes in rows. Value codes in rows have at least 2 bits."""
 WORD_BITS = 4
 """The widest codes in words."""
-WORDS = False
-"""Whether codes in words are served. Their reader compiles and agrees with a model of its lanes, but has not run on a
-GPU yet: `pytest -m gpu tests/kernels/test_cuda.py` tries it. Until then Triton serves them.
-"""
 
 
 def available() -> str | None:
@@ -61,7 +57,6 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
             "key groups of no whole units (16 channels), or levels off a grid",
         ),
         (all(group.size * 32 % dim == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
-        (WORDS or not any(x.in_words for x in (*keys.groups, *values.groups)), "a trellis (not tried on a GPU yet)"),
         (all(narrow(x) for x in (*keys.groups, *values.groups)), "a trellis of more than 4 bits"),
         (begin_at_words(keys.groups), "key groups that do not begin at whole words"),
         (owns_tokens(keys.groups, values.groups[0]), "keys of a trellis beside values without one"),
