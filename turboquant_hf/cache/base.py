@@ -11,10 +11,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.offload import Offloader
+from turboquant_hf.cache.profiles import profile_for
 from turboquant_hf.cache.serialization import config_field, model_fields
 from turboquant_hf.checks import check_flag, shown
 from turboquant_hf.config import CachePreset
 from turboquant_hf.quantizers import Quantizer
+from turboquant_hf.quantizers.profile import Profile
 
 ATTENTION_NAME = "turboquant"
 
@@ -86,6 +88,7 @@ class PackedCache(Cache):
 
     Attributes:
         preset: of all its packed layers.
+        profile: of the model, which its packed layers use; None where they use none.
         graph: let `generate` record decode steps in CUDA graphs (`turboquant_hf.generation`).
         graph_nbytes: of the graphs that a running `generate` has recorded over this cache; counted in `spare_nbytes`.
         recorded: whether a running `generate` records its steps over this cache, and so compiles nothing.
@@ -94,6 +97,7 @@ class PackedCache(Cache):
     kinds: tuple[type, ...]
     """Layers of transformers' that are packed."""
     preset: CachePreset
+    profile: Profile | None = None
     offloader: Offloader | None = None
     graph = True
     graph_nbytes = 0
@@ -123,8 +127,11 @@ class PackedCache(Cache):
         reads_packed = never_packed if latent else LiveAttention(config)
         packed = [i for i, layer in enumerate(self.layers[: owning_layers(config)]) if type(layer) in self.kinds]
         self.preset.check_layers(len(packed))
+        self.profile = profile_for(self.preset, config, len(packed))
         for ordinal, index in enumerate(packed):
             sides = self.preset.layer_quantizers(ordinal, len(packed))
+            if self.profile is not None:
+                sides = self.profile.quantizers(ordinal, *sides)
             self.layers[index] = self._packed(self.layers[index], *sides, reads_packed)
 
     def _packed(self, layer: CacheLayerMixin, keys: Quantizer, values: Quantizer, reads_packed: Any) -> CacheLayerMixin:
