@@ -63,6 +63,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.commands.allocate",
         "per-layer widths under a bit budget, written as a preset",
     ),
+    "profile": (
+        "turboquant_hf.evaluation.commands.profile",
+        "a file about this model's queries, keys and values, by which its caches lose less",
+    ),
     "check": (
         "turboquant_hf.evaluation.commands.check",
         "does a preset leave this model's answers alone, and if not, which one does",

@@ -1,7 +1,7 @@
 """Linear maps from second moments: the best basis in which to round a vector whose inner products are what matters.
 
-A vector x is rounded as y = A x, so an error n of y is an error A^-1 n of x. Let S = E[x x'], let the error be weighed by
-W (for keys E[q q'], for values W_o' W_o), and let the rounding error of y be white with the energy of y. Then
+A vector x is rounded as y = A x, so an error n of y is an error A^-1 n of x. Let S = E[x x'], let the error be weighed
+by W (for keys E[q q'], for values W_o' W_o), and let the rounding error of y be white with the energy of y. Then
 
     E[error' W error]  is proportional to  tr(A S A') tr(A^-T W A^-1),
 

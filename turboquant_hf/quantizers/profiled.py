@@ -145,8 +145,8 @@ class Profiled(RotatedQuantizer):
     def _turned(self, num_heads: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         if num_heads != self.maps.heads:
             raise ValueError(
-                f"profile: {num_heads} KV heads are not supported; allowed: {self.maps.heads}, as in the profile (under "
-                "tensor parallelism a process has a part of them: use no profile there)"
+                f"profile: {num_heads} KV heads are not supported; allowed: {self.maps.heads}, as in the profile "
+                "(under tensor parallelism a process has a part of them: use no profile there)"
             )
         return self.maps.turned(self, device)
 

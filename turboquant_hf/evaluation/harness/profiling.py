@@ -71,11 +71,12 @@ def make_profile(
     whole = Moments.mean(found)
     weights, known = output_weights(model, whole)
     if known < len(weights):
-        note(f"values: {len(weights) - known} of {len(weights)} layers have no o_proj to weigh their errors by: equally")
+        note(f"values: {len(weights) - known} of {len(weights)} layers have no o_proj: their channels count alike")
     if share is None:
         fitted, kept = Moments.mean(found[::2]), Moments.mean(found[1::2])
-        shares = best_share(fitted.keys, fitted.queries, kept.keys, kept.queries), best_share(
-            fitted.values, weights, kept.values, weights
+        shares = (
+            best_share(fitted.keys, fitted.queries, kept.keys, kept.queries),
+            best_share(fitted.values, weights, kept.values, weights),
         )
     else:
         shares = share, share

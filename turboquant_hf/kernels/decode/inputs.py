@@ -15,7 +15,8 @@ class PackedSide:
     """The packed tiles of keys or of values, N tiles of T tokens, and what undoes their transform.
 
     A stored vector is x = diag(1 / balance) P^T R^T y + mean: y is the coded vector, and P puts channel order[j] in
-    place j. R is a rotation, or the inverse of the transpose of any matrix that made y. Keys are token-major, values channel-major (see `kernels.codes.tile_bytes`).
+    place j. R is a rotation, or the inverse of the transpose of any matrix that made y. Keys are token-major, values
+    channel-major (see `kernels.codes.tile_bytes`).
 
     Attributes:
         codes: uint8 [B, H, N, bytes].
