@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from tests.support.profiles import random_maps, random_moment
+from tests.support.profiles import random_maps, random_moment, random_vectors
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.decode.cpu import decode_attention
@@ -26,11 +26,9 @@ def quantizers(preset="k4v4", heads=2, dim=64, size=1.0):
     return profiled(load_preset(preset).keys, load_preset(preset).values, maps)
 
 
-def vectors(seed, heads=2, dim=64, tiles=3, batch=1, size=1.0):
-    """[batch, heads, tiles, 128, dim] with the moments of `random_maps(heads, dim, seed, size)`."""
-    root = torch.linalg.cholesky(random_moment(heads, dim, seed, size)).float()
-    x = torch.randn(batch, heads, tiles, 128, dim, generator=torch.Generator().manual_seed(seed + 100))
-    return x @ root.transpose(1, 2)[None, :, None]
+def vectors(seed, heads=2, dim=64, batch=1, size=1.0):
+    """Three tiles, [batch, heads, 3, 128, dim], with the moments of `random_maps(heads, dim, seed, size)`."""
+    return random_vectors(heads, dim, seed, 384, batch, size).unflatten(2, (3, 128))
 
 
 def error(quantizer, x, weight):

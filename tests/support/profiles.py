@@ -29,3 +29,10 @@ def random_profile(config, heads: int, dim: int, layers: int) -> Profile:
     """For any model of this shape."""
     maps = [(random_maps(heads, dim, 4 * n), random_maps(heads, dim, 4 * n + 2)) for n in range(layers)]
     return Profile(profile_fields(config), tuple(maps), {"tokens": 0})
+
+
+def random_vectors(heads: int, dim: int, seed: int, tokens: int, batch: int = 1, size: float = 1.0) -> torch.Tensor:
+    """float32 [batch, heads, tokens, dim] with the moments of `random_moment(heads, dim, seed, size)`."""
+    root = torch.linalg.cholesky(random_moment(heads, dim, seed, size)).float()
+    x = torch.randn(batch, heads, tokens, dim, generator=torch.Generator().manual_seed(seed + 100))
+    return x @ root.transpose(1, 2)
