@@ -109,8 +109,7 @@ def read_cache(path: str | Path, config: PreTrainedConfig) -> tuple[CachePreset,
         if header.get("format") != FORMAT:
             raise CacheFileError(f"{path} is no saved cache: format={header.get('format')!r}; allowed: {FORMAT!r}")
         if header.get("version") not in VERSIONS:
-            allowed = ", ".join(map(repr, VERSIONS))
-            raise CacheFileError(f"{path}: version={header.get('version')!r} is not supported; allowed: {allowed}")
+            raise CacheFileError(f"{path}: version={header.get('version')!r} is not supported; allowed: '1', '2'")
         text = header.get("content", "")
         if header.get("checksum") != str(zlib.crc32(text.encode())):
             raise CacheFileError(f"{path} is damaged: its metadata does not match its checksum")

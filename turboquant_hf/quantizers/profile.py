@@ -152,12 +152,12 @@ def _read(path: Path, changed: int, size: int) -> Profile:
                 raise ValueError(f"{owner} is damaged: its header does not match its checksum")
             content = json.loads(text)
             tensors = {name: file.get_tensor(name).clone() for name in content["checksums"]}
-    except SafetensorError as error:
+        for name, x in tensors.items():
+            if _checksum(x) != content["checksums"][name]:
+                raise ValueError(f"{owner} is damaged: {name} does not match its checksum")
+        return Profile(content["model"], layers_of(tensors, content["layers"]), content["about"], path)
+    except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{owner} is damaged or no profile: {error}") from error
-    for name, x in tensors.items():
-        if _checksum(x) != content["checksums"][name]:
-            raise ValueError(f"{owner} is damaged: {name} does not match its checksum")
-    return Profile(content["model"], layers_of(tensors, content["layers"]), content["about"], path)
 
 
 def layers_of(tensors: Mapping[str, torch.Tensor], count: int) -> tuple[tuple[HeadMaps, HeadMaps], ...]:

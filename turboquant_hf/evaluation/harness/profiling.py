@@ -146,8 +146,8 @@ def output_weights(model, moments: Moments) -> tuple[list[torch.Tensor], int]:
             result.append(torch.eye(dim, dtype=torch.float64).expand(heads, dim, dim))
             continue
         known += 1
-        blocks = weight.float().unflatten(1, (heads, -1, dim))  # [out, H, query heads, D]
-        result.append(second_moment(blocks.permute(1, 2, 0, 3).flatten(1, 2)))
+        rows = weight.float().unflatten(1, (heads, -1, dim)).permute(1, 2, 0, 3).flatten(1, 2)
+        result.append((rows.transpose(1, 2) @ rows).double().cpu())
     return result, known
 
 
