@@ -52,11 +52,11 @@ class HeadMaps:
         what = quantizer.sizes, quantizer.rotation, quantizer.rounds, quantizer.seed, quantizer.centered, str(device)
         with self._lock:
             if what not in self._made:
-                self._made[what] = tuple(x.to(device) for x in self._turn(quantizer))
+                self._made[what] = self._turn(quantizer, device)
             return self._made[what]
 
     @torch.inference_mode(False)
-    def _turn(self, quantizer: Profiled) -> tuple[torch.Tensor, ...]:
+    def _turn(self, quantizer: Profiled, device: torch.device) -> tuple[torch.Tensor, ...]:
         matrix, energy = self.matrix.double(), self.energy.double()
         inverse = torch.linalg.inv(matrix)
         parts = energy.split([size for size, _ in quantizer.sizes], dim=-1)
@@ -67,7 +67,7 @@ class HeadMaps:
             balance = power_of_two(1.0 / (inverse.square() @ energy.unsqueeze(-1)).squeeze(-1).sqrt())
         forward = rotation @ (matrix / level) / balance.unsqueeze(-2)
         dual = rotation @ (inverse.transpose(-1, -2) * level) * balance.unsqueeze(-2)
-        return tuple(x.float()[None].contiguous() for x in (forward, dual, balance))
+        return tuple(x.float()[None].contiguous().to(device) for x in (forward, dual, balance))
 
     def __deepcopy__(self, memo: dict) -> HeadMaps:
         return self
