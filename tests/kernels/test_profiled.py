@@ -19,7 +19,6 @@ CASES = {
     "k4v4-d64": ("k4v4", 64, torch.float16),
     "k3v3-d48": ("k3v3", 48, torch.bfloat16),
     "k2v2-d32": ("k2v2", 32, torch.float32),
-    "k3v3-trellis-d64": ("k3v3-trellis", 64, torch.float16),
 }
 
 
