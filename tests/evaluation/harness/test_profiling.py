@@ -70,7 +70,7 @@ def test_without_o_proj_channels_count_alike_and_it_is_said(llama):
     weights, known = output_weights(llama, Moments([], [], [torch.zeros(2, 8, 8)] * 2))
     assert known == 0 and torch.equal(weights[0][1], torch.eye(8).double())
     said = []
-    profile = make_profile(llama, windows(), note=said.append)
+    profile = make_profile(llama, windows(), values=True, note=said.append)
     assert said == ["values: 2 of 2 layers have no o_proj: their channels count alike"]
     assert profile.about["output_weights"] == "0 of 2 layers"
 
@@ -96,14 +96,15 @@ def test_the_share_that_predicts_least_error_is_chosen():
 
 def test_a_profile_says_how_it_was_made_and_leaves_the_model_as_it_was(llama):
     before = llama.config._attn_implementation
-    profile = make_profile(llama, windows(3))
+    profile = make_profile(llama, windows(3), values=True)
     assert llama.config._attn_implementation == before
     assert (profile.about["tokens"], profile.about["context"]) == (600, 200)
     assert set(profile.about["share"].values()) <= set(profiling.SHARES)
     assert [maps.heads for layer in profile.layers for maps in layer] == [2] * 4
-    assert make_profile(llama, windows(3)).checksum == profile.checksum
+    assert make_profile(llama, windows(3), values=True).checksum == profile.checksum
     fixed = make_profile(llama, windows(3), share=0.25)
-    assert fixed.about["share"] == {"keys": 0.25, "values": 0.25} and fixed.checksum != profile.checksum
+    assert fixed.about["share"] == {"keys": 0.25, "values": None} and fixed.checksum != profile.checksum
+    assert all(torch.equal(values.matrix[0], torch.eye(8)) for _, values in fixed.layers)
 
 
 @pytest.mark.parametrize("given", [[], windows(1), [*windows(1), *windows(1, 150)], windows(2, 100)])

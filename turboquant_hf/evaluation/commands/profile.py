@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", type=float, help="how far moments are moved towards their diagonals, 0 to 1; default: chosen"
     )
+    parser.add_argument("--values", action="store_true", help="map values, too: a loss of KL as far as it was measured")
     flags.add_settings(parser)
 
 
@@ -40,13 +41,14 @@ def run(args: argparse.Namespace) -> int:
     )
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     windows = fidelity.cut_windows(tokens, asked.context, asked.windows)
-    profile = make_profile(model, windows, share=asked.share)
+    profile = make_profile(model, windows, share=asked.share, values=asked.values)
     profile.about.update(package=__version__, model=asked.model, text=name, dtype=asked.dtype)
     profile.save(path)
     share = profile.about["share"]
+    values = "not mapped" if share["values"] is None else f"moved {share['values']:g} of it"
     print(
-        f"{path}: {len(profile.layers)} layers from {profile.about['tokens']:,} tokens of {name}; moments moved "
-        f"{share['keys']:g} (keys) and {share['values']:g} (values) of the way to their diagonals"
+        f"{path}: {len(profile.layers)} layers from {profile.about['tokens']:,} tokens of {name}; moments of keys "
+        f"moved {share['keys']:g} of the way to their diagonals, values {values}"
     )
     return 0
 

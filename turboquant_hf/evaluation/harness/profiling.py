@@ -47,7 +47,12 @@ class Moments:
 
 
 def make_profile(
-    model, windows: Sequence[torch.Tensor], *, share: float | None = None, note: Callable[[str], None] = print
+    model,
+    windows: Sequence[torch.Tensor],
+    *,
+    share: float | None = None,
+    values: bool = False,
+    note: Callable[[str], None] = print,
 ) -> Profile:
     """The profile of a model, from windows of a text.
 
@@ -56,6 +61,7 @@ def make_profile(
         windows: token ids [1, T] of equal length, at least two; the length is best that of the contexts to come.
         share: how far moments are moved towards their diagonals; None chooses one of `SHARES` for keys and one for
             values, by the error that is predicted for the windows that were left out when the maps were made.
+        values: map values, too. Without it they are coded as without a profile, with the unit of the profile's text.
         note: told what is worth telling, a line each.
 
     Returns: a profile in memory; `save` writes it.
@@ -69,26 +75,26 @@ def make_profile(
     with _our_attention(model):
         found = [window_moments(model, window) for window in windows]
     whole = Moments.mean(found)
-    weights, known = output_weights(model, whole)
-    if known < len(weights):
-        note(f"values: {len(weights) - known} of {len(weights)} layers have no o_proj: their channels count alike")
+    fitted, kept = Moments.mean(found[::2]), Moments.mean(found[1::2])
+    shares = {"keys": share, "values": share if values else None}
     if share is None:
-        fitted, kept = Moments.mean(found[::2]), Moments.mean(found[1::2])
-        shares = (
-            best_share(fitted.keys, fitted.queries, kept.keys, kept.queries),
-            best_share(fitted.values, weights, kept.values, weights),
-        )
-    else:
-        shares = share, share
-    keys = [_maps(*pair, shares[0]) for pair in zip(whole.keys, whole.queries, strict=True)]
-    values = [_maps(*pair, shares[1]) for pair in zip(whole.values, weights, strict=True)]
+        shares["keys"] = best_share(fitted.keys, fitted.queries, kept.keys, kept.queries)
+    key_maps = [_maps(*pair, shares["keys"]) for pair in zip(whole.keys, whole.queries, strict=True)]
+    value_maps, known = [_unmapped(x) for x in whole.values], 0
+    if values:
+        weights, known = output_weights(model, whole)
+        if known < len(weights):
+            note(f"values: {len(weights) - known} of {len(weights)} layers have no o_proj: their channels count alike")
+        if share is None:
+            shares["values"] = best_share(fitted.values, weights, kept.values, weights)
+        value_maps = [_maps(*pair, shares["values"]) for pair in zip(whole.values, weights, strict=True)]
     about = {
         "tokens": sum(x.shape[1] for x in windows),
         "context": windows[0].shape[1],
-        "share": {"keys": shares[0], "values": shares[1]},
-        "output_weights": f"{known} of {len(weights)} layers",
+        "share": shares,
+        "output_weights": f"{known} of {len(key_maps)} layers",
     }
-    return Profile(profile_fields(model.config), tuple(zip(keys, values, strict=True)), about)
+    return Profile(profile_fields(model.config), tuple(zip(key_maps, value_maps, strict=True)), about)
 
 
 @torch.inference_mode()
@@ -175,6 +181,13 @@ def best_share(
 def _maps(moment: torch.Tensor, weight: torch.Tensor, share: float) -> HeadMaps:
     matrix, energy = rounding_map(shrunk(moment, share), shrunk(weight, share))
     return HeadMaps(matrix.float().contiguous(), energy.float().contiguous())
+
+
+def _unmapped(moment: torch.Tensor) -> HeadMaps:
+    """The identity for values of this moment."""
+    energy = moment.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).expand(moment.shape[:2])
+    matrix = torch.eye(moment.shape[1]).expand(moment.shape)
+    return HeadMaps(matrix.contiguous(), energy.clamp(min=1e-30).float().contiguous())
 
 
 def _grouped(query: torch.Tensor, heads: int) -> torch.Tensor:
