@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", type=float, help="how far moments are moved towards their diagonals, 0 to 1; default: chosen"
     )
-    parser.add_argument("--values", action="store_true", help="map values, too: a loss of KL as far as it was measured")
+    parser.add_argument(
+        "--map-values", action="store_true", help="map values, too; so far it was measured, KL is larger then"
+    )
     flags.add_settings(parser)
 
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     )
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     windows = fidelity.cut_windows(tokens, asked.context, asked.windows)
-    profile = make_profile(model, windows, share=asked.share, values=asked.values)
+    profile = make_profile(model, windows, share=asked.share, values=asked.map_values)
     profile.about.update(package=__version__, model=asked.model, text=name, dtype=asked.dtype)
     profile.save(path)
     share = profile.about["share"]
