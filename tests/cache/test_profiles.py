@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from tests.cache.test_serialization import feed, held, make_config
 from tests.support.profiles import random_profile, random_vectors
+from tests.support.updates import feed, held, make_config
 from turboquant_hf import CacheFileError, CachePreset, Profile, TurboQuantCache, TurboQuantStaticCache, load_preset
 from turboquant_hf.cache.profiles import FILE
 

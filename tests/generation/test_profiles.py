@@ -7,7 +7,6 @@ import torch
 from transformers import DynamicCache
 
 from tests.conftest import make_llama
-from tests.generation.test_static import generate, padded
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, make_profile
 from turboquant_hf.cache.profiles import FILE
 
@@ -29,6 +28,19 @@ WAYS = {
     "offloaded": ("turboquant", {"offloading": True}),
     "preallocated": ("turboquant_static", {}),
 }
+
+
+def generate(model, inputs, **options):
+    torch.manual_seed(0)
+    defaults = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    return model.generate(**inputs, **{**defaults, **options})
+
+
+def padded(length, padding):
+    ids = torch.randint(3, 199, (2, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1:, :padding] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
 
 
 def windows(count=2, length=300):

@@ -1,4 +1,4 @@
-"""Building blocks in plain torch: rotations, maps from moments, codebooks, trellis codes, bytes, the polar transform."""
+"""Building blocks in plain torch: rotations, maps from moments, codebooks, trellis codes, bytes, polar transform."""
 
 from __future__ import annotations
 
