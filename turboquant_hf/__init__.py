@@ -14,13 +14,17 @@ from turboquant_hf.version import __version__
 if TYPE_CHECKING:
     from turboquant_hf.cache import CacheFileError, TurboQuantCache, TurboQuantStaticCache, restore_attention
     from turboquant_hf.config import CachePreset, load_preset, preset_names
+    from turboquant_hf.evaluation.harness.profiling import make_profile
+    from turboquant_hf.quantizers.profile import Profile
 
 _EXPORTS = {
     "CacheFileError": "cache",
     "CachePreset": "config",
+    "Profile": "quantizers.profile",
     "TurboQuantCache": "cache",
     "TurboQuantStaticCache": "cache",
     "load_preset": "config",
+    "make_profile": "evaluation.harness.profiling",
     "preset_names": "config",
     "restore_attention": "cache",
 }
@@ -46,10 +50,12 @@ def __dir__() -> list[str]:
 __all__ = [
     "CacheFileError",
     "CachePreset",
+    "Profile",
     "TurboQuantCache",
     "TurboQuantStaticCache",
     "__version__",
     "load_preset",
+    "make_profile",
     "preset_names",
     "restore_attention",
 ]

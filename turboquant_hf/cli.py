@@ -63,6 +63,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "turboquant_hf.evaluation.commands.allocate",
         "choose per-layer widths under a bit budget and write them as a preset",
     ),
+    "profile": (
+        "turboquant_hf.evaluation.commands.profile",
+        "a file about this model's queries, keys and values, by which its caches lose less",
+    ),
     "check": (
         "turboquant_hf.evaluation.commands.check",
         "check that a preset keeps this model's answers, or find one that does",

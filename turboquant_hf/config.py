@@ -12,11 +12,15 @@ import yaml
 
 from turboquant_hf.checks import check_file, check_keys, check_whole, guess, shown
 from turboquant_hf.quantizers import QUANTIZERS, Quantizer
+from turboquant_hf.quantizers.profile import Profile
+from turboquant_hf.quantizers.profiled import takes_profile
 from turboquant_hf.resources import config_path
 
 DEFAULT_PRESET = "k4v4"
 BOUNDARY_VALUES = QUANTIZERS["mse"](bits=8, codebook="uniform", scale="norm-corrected", channel_major=True)
 """The quantizer of values in boundary layers, with 8 bits."""
+AUTO = "auto"
+"""The profile in the model's folder, if there is one."""
 MOST_TOKENS = 131_072
 """The largest `tile`, `sinks`, `recent_window` and `min_statistics`: their room is allocated in advance."""
 
@@ -52,6 +56,8 @@ class CachePreset:
             less accurate.
         layers: overrides by KV-layer ordinal (packed layers counted from 0; negative numbers count from the end), or by
             a slice as text ("::2": every other layer). The last override that names a layer wins.
+        profile: a profile of the model (`turboquant-hf profile`): a file's path, a `Profile`, "auto" for the file in the
+            model's folder if there is one, or None. `conditioned` keys use it, and the `mse` values beside them.
 
     Example:
         >>> from turboquant_hf import CachePreset
@@ -73,6 +79,7 @@ class CachePreset:
     sparse_v_threshold: float = 0.0
     encode_first: bool = False
     layers: tuple[tuple[int | str, LayerOverride], ...] = ()
+    profile: str | Path | Profile | None = AUTO
     _origin = None  # the preset that `with_overrides` changed
 
     def __post_init__(self) -> None:
@@ -87,6 +94,10 @@ class CachePreset:
             raise ValueError(f"name={shown(self.name)} is not supported; allowed: text")
         if not isinstance(self.encode_first, bool):
             raise ValueError(f"encode_first={shown(self.encode_first)} is not supported; allowed: true, false")
+        if not (self.profile is None or (self.profile and isinstance(self.profile, (str, Path, Profile)))):
+            raise ValueError(
+                f"profile={shown(self.profile)} is not supported; allowed: a file's path, a Profile, {AUTO!r} or None"
+            )
         for role in ("keys", "values"):
             if not isinstance(getattr(self, role), Quantizer):
                 object.__setattr__(self, role, quantizer_from(getattr(self, role), role))
@@ -126,7 +137,14 @@ class CachePreset:
             [index, {role: quantizer_data(q) for role, q in vars(override).items() if q is not None}]
             for index, override in self.layers
         ]
+        data["profile"] = self._profile_data()
         return data
+
+    def _profile_data(self) -> str | None:
+        path = self.profile.path if isinstance(self.profile, Profile) else self.profile
+        if path is None and self.profile is not None:
+            raise ValueError("profile: one that is in no file is not plain data; allowed: profile.save(path) first")
+        return None if path is None else str(path)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> CachePreset:
@@ -187,7 +205,14 @@ class CachePreset:
     def first_encode(self) -> int:
         """The number of tokens at which the first tile is packed."""
         waits = self.keys.needs_statistics or self.values.needs_statistics
+        if self.takes_profile and self.profile not in (None, AUTO):
+            waits = False
         return max(self.recent_window + self.tile, self.min_statistics if waits else 0)
+
+    @property
+    def takes_profile(self) -> bool:
+        """Whether some layer of a model may have a use for a profile."""
+        return any(takes_profile(keys) for keys in (self.keys, *(x.keys for _, x in self.layers if x.keys)))
 
     def validate(self, head_dim: int) -> None:
         """Raise ValueError if a quantizer of this preset cannot serve `head_dim`."""

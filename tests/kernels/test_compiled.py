@@ -78,6 +78,8 @@ CASES = {  # keys, bits of values, head dim, bytes that may spill
     "matrices-d96": ("k5/3", 4, 96, 64),
     "sparse-d128": ("k5/3", 4, 128, 64),
     "matrices-d64": ("k5/3", 4, 64, 0),
+    "matrices-d128": ("k5/3", 4, 128, 64),
+    "matrices-d256": ("k5/3/2", 3, 256, 512),
     "wide-d128": ("k5/3", 4, 128, 256),
     "k4v4-trellis-d64": ("5/w3", "w4", 64, 0),
     "k4v4-trellis-d96": ("5/w3", "w4", 96, 0),

@@ -15,11 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.support.profiles import random_maps
 from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.encode import triton as encode_triton
+from turboquant_hf.quantizers.profiled import profiled
 
 LAYERS = (("k4v4", 128, torch.bfloat16), ("k2v2", 64, torch.float16), ("k3v3-trellis", 64, torch.float16))
 
@@ -40,10 +42,15 @@ class CompilerOnly:
         return 0
 
 
-def growing(preset: str, dim: int, dtype: torch.dtype) -> None:
+PROFILED = (("k4v4", 128, torch.bfloat16), ("k3v3", 256, torch.bfloat16))
+"""Layers with the maps of a profile: matrices that are no rotations."""
+
+
+def growing(preset: str, dim: int, dtype: torch.dtype, maps: tuple | None = None) -> None:
     """Run a growing cache: prefill, statistics, encoding, decoding, attention, and a recorded step."""
     preset = load_preset(preset, min_statistics=128, recent_window=0)
-    layer = TurboQuantLayer(preset, *preset.layer_quantizers(0, 1), returns_handles=lambda: True)
+    sides = preset.layer_quantizers(0, 1)
+    layer = TurboQuantLayer(preset, *(profiled(*sides, maps) if maps else sides), returns_handles=lambda: True)
     x = torch.randn(2, 2, 300, dim, dtype=dtype)
     layer.update(x, x)
     layer.observe(torch.randn(2, 4, 300, dim, dtype=dtype))
@@ -81,6 +88,8 @@ def main(capability: int) -> None:
     )  # an array that no kernel writes may be used as an index
     for layer in LAYERS:
         growing(*layer)
+    for preset, dim, dtype in PROFILED:
+        growing(preset, dim, dtype, (random_maps(2, dim), random_maps(2, dim)))
     encode_triton.tile_mean(torch.randn(1, 2, 3, 128, 64, dtype=torch.float16), None)
     encode_triton.bad_heads([torch.randn(1, 2, 3, 128, 64, dtype=torch.float16)], torch.ones(1, 3, 128))
     print(json.dumps(compiled))

@@ -13,10 +13,12 @@ from turboquant_hf.cache.copies import tensors_in
 from turboquant_hf.cache.hybrid import packed_part
 from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.offload import Offloader
+from turboquant_hf.cache.profiles import profile_for
 from turboquant_hf.cache.serialization import config_field, model_fields
 from turboquant_hf.checks import check_flag, shown
 from turboquant_hf.config import CachePreset
 from turboquant_hf.quantizers import Quantizer
+from turboquant_hf.quantizers.profile import Profile
 
 ATTENTION_NAME = "turboquant"
 
@@ -99,6 +101,7 @@ class PackedCache(Compression, Cache):
 
     Attributes:
         preset: the preset of all packed layers.
+        profile: the profile that the packed layers use, or None.
         graph: let `generate` record decode steps in CUDA graphs (`turboquant_hf.generation`).
         graph_nbytes: bytes of the graphs that a running `generate` has recorded; counted in `spare_nbytes`.
         recorded: whether a running `generate` records its steps over this cache. It then compiles nothing.
@@ -107,6 +110,7 @@ class PackedCache(Compression, Cache):
     kinds: tuple[type, ...]
     """The layer classes of transformers that packed layers replace."""
     preset: CachePreset
+    profile: Profile | None = None
     offloader: Offloader | None = None
     graph = True
     graph_nbytes = 0
@@ -136,8 +140,11 @@ class PackedCache(Compression, Cache):
         reads_packed = never_packed if latent else LiveAttention(config)
         packed = [i for i, layer in enumerate(self.layers[: owning_layers(config)]) if type(layer) in self.kinds]
         self.preset.check_layers(len(packed))
+        self.profile = profile_for(self.preset, config, len(packed))
         for ordinal, index in enumerate(packed):
             sides = self.preset.layer_quantizers(ordinal, len(packed))
+            if self.profile is not None:
+                sides = self.profile.quantizers(ordinal, *sides)
             self.layers[index] = self._packed(self.layers[index], *sides, reads_packed)
 
     def _packed(self, layer: CacheLayerMixin, keys: Quantizer, values: Quantizer, reads_packed: Any) -> CacheLayerMixin:

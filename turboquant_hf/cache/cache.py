@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.measuring import MeasuringLayer
 from turboquant_hf.cache.serialization import read_cache, save_cache
 from turboquant_hf.checks import check_flag, shown
-from turboquant_hf.config import DEFAULT_PRESET, CachePreset, load_preset
+from turboquant_hf.config import AUTO, DEFAULT_PRESET, CachePreset, load_preset
 from turboquant_hf.quantizers import Quantizer
 
 if TYPE_CHECKING:
@@ -186,6 +187,8 @@ class TurboQuantCache(PackedCache, DynamicCache):
         check_device(device)
         preset, fill = read_cache(path, config)
         cache = cls(config, preset, offloading)
+        if cache.profile is None:  # what was saved without one is read without, whatever lies in the model's folder
+            cache.preset = replace(preset, profile=AUTO)
         fill(cache, device)
         return cache
 

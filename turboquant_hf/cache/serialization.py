@@ -31,9 +31,11 @@ from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.sides import SIDES, Side
 from turboquant_hf.checks import check_file, shown
 from turboquant_hf.config import CachePreset
+from turboquant_hf.quantizers.profile import Profile, layers_of
 from turboquant_hf.version import __version__
 
-FORMAT, VERSION = "turboquant-cache", 1
+FORMAT, VERSIONS = "turboquant-cache", ("1", "2")
+"""Version 2 is version 1 with the maps of a profile."""
 MODEL_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "layer_types", "sliding_window", "attention_chunk_size", "kv_lora_rank", "num_kv_shared_layers",
@@ -83,16 +85,21 @@ def save_cache(cache, path: str | Path) -> None:
             raw = _describe_raw(layer, f"{index}.", tensors)
         described = None if packed is None else _describe_packed(packed, f"{index}.", tensors)
         layers.append({"kind": _kind(layer), "packed": described, "raw": raw})
+    profile, preset = cache.profile, cache.preset.with_overrides(profile=None).to_dict()
+    if profile is not None:
+        tensors |= {f"profile.{name}": x for name, x in profile.tensors().items()}
     content = {
         "package": __version__,
         "transformers": transformers.__version__,
-        "preset": cache.preset.to_dict(),
+        "preset": {name: value for name, value in preset.items() if name != "profile"},
+        "profile": profile and {"model": profile.model, "about": profile.about, "layers": len(profile.layers)},
         "model": cache.model_fields,
         "layers": layers,
         "checksums": {name: _checksum(x) for name, x in tensors.items()},
     }
     text = json.dumps(content)
-    header = {"format": FORMAT, "version": str(VERSION), "content": text, "checksum": str(zlib.crc32(text.encode()))}
+    version = VERSIONS[profile is not None]
+    header = {"format": FORMAT, "version": version, "content": text, "checksum": str(zlib.crc32(text.encode()))}
     scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, scratch, metadata=header)
@@ -119,13 +126,13 @@ def read_cache(path: str | Path, config: PreTrainedConfig) -> tuple[CachePreset,
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
             raise CacheFileError(f"{path} is no saved cache: format={header.get('format')!r}; allowed: {FORMAT!r}")
-        if header.get("version") != str(VERSION):
-            raise CacheFileError(f"{path}: version={header.get('version')!r} is not supported; allowed: '{VERSION}'")
+        if header.get("version") not in VERSIONS:
+            raise CacheFileError(f"{path}: version={header.get('version')!r} is not supported; allowed: '1', '2'")
         text = header.get("content", "")
         if header.get("checksum") != str(zlib.crc32(text.encode())):
             raise CacheFileError(f"{path} is damaged: its metadata does not match its checksum")
         content = json.loads(text)
-        preset = CachePreset.from_dict(content["preset"])
+        preset = CachePreset.from_dict({**content["preset"], "profile": _read_profile(file, path, content)})
     mine, theirs = model_fields(config), content["model"]
     for name in MODEL_FIELDS:
         if mine.get(name) != theirs.get(name):
@@ -160,11 +167,7 @@ def _fill(cache, path: str | Path, content: dict[str, Any], device: Any) -> None
             raise CacheFileError(f"{path} has {len(layers)} layers, this model {len(cache.layers)}")
 
         def read(name: str) -> torch.Tensor:
-            # Files are memory-mapped, so a tensor that is kept must be a copy.
-            x = file.get_tensor(name).clone()
-            if _checksum(x) != content["checksums"].get(name):
-                raise CacheFileError(f"{path} is damaged: {name} does not match its checksum")
-            return x
+            return _tensor(file, name, path, content)
 
         for index, (layer, described) in enumerate(zip(cache.layers, layers, strict=True)):
             if _kind(layer) != described["kind"]:
@@ -176,6 +179,24 @@ def _fill(cache, path: str | Path, content: dict[str, Any], device: Any) -> None
                 _fill_packed(packed, described["packed"], f"{index}.", read, where)
             if packed is not layer:
                 _fill_raw(layer, described["raw"], f"{index}.", read, where)
+
+
+def _tensor(file: Any, name: str, path: str | Path, content: dict[str, Any]) -> torch.Tensor:
+    # Files are memory-mapped: what stays must be a copy.
+    x = file.get_tensor(name).clone()
+    if _checksum(x) != content["checksums"].get(name):
+        raise CacheFileError(f"{path} is damaged: {name} does not match its checksum")
+    return x
+
+
+def _read_profile(file: Any, path: str | Path, content: dict[str, Any]) -> Profile | None:
+    """The profile that the file's tiles were encoded with."""
+    described = content.get("profile")
+    if described is None:
+        return None
+    names = [name for name in content["checksums"] if name.startswith("profile.")]
+    tensors = {name.removeprefix("profile."): _tensor(file, name, path, content) for name in names}
+    return Profile(described["model"], layers_of(tensors, described["layers"]), described["about"])
 
 
 def _kind(layer: Any) -> str:

@@ -124,6 +124,10 @@ class RotatedQuantizer(Quantizer):
         heads = num_heads if self.per_head else 0
         return _on_device(self.group_sizes(head_dim), self.rotation, self.rounds, self.seed, heads, str(device))
 
+    def dual_of(self, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor:
+        """The inverse of the transposed `rotation_of`, which for a rotation is the same; shared: do not write to it."""
+        return self.rotation_of(head_dim, num_heads, device)
+
     def signs_of(self, head_dim: int, num_heads: int, device: torch.device) -> torch.Tensor | None:
         """The signs of a rotation that is Sylvester's matrix times signs, as in `PackedSide`; None for any other."""
         heads = num_heads if self.per_head else 0
@@ -209,7 +213,7 @@ class RotatedQuantizer(Quantizer):
             codes=packed["codes"],
             scale=packed["scale"],
             groups=self.groups(head_dim, packed["scale"].shape[-1]),
-            rotation=self.rotation_of(head_dim, num_heads, device),
+            rotation=self.dual_of(head_dim, num_heads, device),
             order=state.get("order"),
             balance=state.get("balance"),
             mean=packed.get("mean"),

@@ -15,7 +15,11 @@ from turboquant_hf.evaluation.harness import fidelity, flags
 from turboquant_hf.evaluation.harness.run import Run
 from turboquant_hf.evaluation.presets.named import MEASURED_ALONE
 from turboquant_hf.evaluation.report.pareto import pareto_front
+from turboquant_hf.quantizers.profile import Profile
 from turboquant_hf.resources import config_path
+
+GIVEN = "given"
+"""What a row says that is measured with the profile of --profile."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--section", action="append", metavar="NAME", help="only sections whose names begin with this; may be repeated"
     )
+    parser.add_argument("--profile", metavar="FILE", help="profile of the model, for the rows that want one")
     flags.add_window_arguments(parser, context=768, windows=1)
     flags.add_settings(parser)
 
@@ -34,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what the output folder lacks, print one table, draw ablate.png. Returns 0."""
     asked = Run.of(args)
-    variants = read_variants(Path(asked.variants), asked.section)
+    variants = read_variants(Path(asked.variants), asked.section, asked.profile)
     # Rows of different sections are often the same preset under two names. The effect of `min_statistics` shows only
     # if the text comes chunk by chunk.
     rows = [(replace(preset, name=""), section.startswith("statistics")) for section, _, preset in variants]
@@ -58,23 +63,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_variants(path: Path, sections: Sequence[str] | None = None) -> list[tuple[str, str, CachePreset]]:
-    """(section, name, preset) of every requested row.
+def read_variants(
+    path: Path, sections: Sequence[str] | None = None, profile: str | None = None
+) -> list[tuple[str, str, CachePreset]]:
+    """(section, name, preset) of every requested row. Rows that want a profile are left out if there is none.
 
     Raises:
         ValueError: for a section that is not in the file, or a row without a base or with an unknown field.
     """
+    given = None if profile is None else Profile.load(profile)
     with path.open() as file:
         data = yaml.safe_load(file)
     chosen = [s for s in data if not sections or any(s.startswith(wanted) for wanted in sections)]
     if not chosen:
         raise ValueError(f"section={sections!r} is not supported; allowed: {', '.join(map(repr, data))}")
-    return [(s, name, variant(change)) for s in chosen for name, change in data[s].items()]
+    rows = [(s, name, change) for s in chosen for name, change in data[s].items()]
+    served = [row for row in rows if given is not None or row[2].get("profile") != GIVEN]
+    return [(s, name, variant(change, given)) for s, name, change in served]
 
 
-def variant(change: Mapping[str, Any]) -> CachePreset:
+def variant(change: Mapping[str, Any], profile: Profile | None = None) -> CachePreset:
     """The base preset, changed. Only its sinks stay raw, and attention over the first 256 tokens."""
     change = dict(change)
+    change["profile"] = profile if change.get("profile") == GIVEN else change.get("profile")
     if "base" not in change:
         raise ValueError(f"variant {change!r} is not supported; allowed: a mapping with 'base' and fields of a preset")
     preset = load_preset(change.pop("base"), **MEASURED_ALONE)

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", type=Path, default=config_path("eval", "baselines.yaml"), help="YAML of what is measured"
     )
+    flags.add_profile_argument(parser)
     flags.add_window_arguments(parser, context=1024, windows=1)
     parser.add_argument(
         "--recent-window", type=int, default=0, help="recent tokens that every method keeps raw, besides the fed chunk"
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure what the output folder lacks and print the tables. Returns 0."""
     asked = Run.of(args)
     methods = yaml.safe_load(Path(asked.methods).read_text())
-    presets, notes = read_methods(methods, load_config(asked.model), asked.recent_window)
+    presets, notes = read_methods(methods, load_config(asked.model), asked.recent_window, asked.profile)
 
     def summarize(baseline: float, results: list[dict[str, Any]]) -> dict[str, Any]:
         return {"findings": notes, "baseline": {"perplexity": baseline}, "results": results}
@@ -57,9 +58,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_methods(methods: dict[str, Any], config, recent_window: int) -> tuple[list[CachePreset], list[str]]:
+def read_methods(
+    methods: dict[str, Any], config, recent_window: int, profile: str | None = None
+) -> tuple[list[CachePreset], list[str]]:
     """(presets that can be measured here, a sentence on each that cannot)."""
-    presets = resolve_presets(methods.get("presets", ()), recent_window=recent_window)
+    presets = resolve_presets(methods.get("presets", ()), profile, recent_window=recent_window)
     for name, data in methods.get("non_uniform", {}).items():
         presets.append(non_uniform_preset(name, **data, recent_window=recent_window))
     notes = []

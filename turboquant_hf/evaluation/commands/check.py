@@ -14,7 +14,7 @@ from turboquant_hf.evaluation.harness.folder import check_output, write_run
 from turboquant_hf.evaluation.harness.models import load_model
 from turboquant_hf.evaluation.harness.run import Run
 from turboquant_hf.evaluation.harness.texts import read_text
-from turboquant_hf.evaluation.presets.named import MEASURED_ALONE
+from turboquant_hf.evaluation.presets.named import MEASURED_ALONE, with_profile
 
 SAFER = ("k3v3", "k4v4", "k8v4")
 """Presets by increasing fidelity."""
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model_arguments(parser)
     flags.add_text_arguments(parser)
     parser.add_argument("--preset", metavar="NAME", default=DEFAULT_PRESET, help="preset name or YAML path")
+    flags.add_profile_argument(parser)
     parser.add_argument(
         "--limit", type=float, default=LIMIT, help="largest KL per token that is accepted (%(default)s)"
     )
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     name, text = read_text(asked)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        found = check_fidelity(model, tokenizer, asked.preset, text, limit=asked.limit, context=asked.context)
+        options = {"limit": asked.limit, "context": asked.context, "profile": asked.profile}
+        found = check_fidelity(model, tokenizer, asked.preset, text, **options)
     print(found.sentence)
     figures = {"preset": found.preset, "kl": found.kl, "top1": found.top1, "safer": found.safer}
     about = {"model": asked.model, "text": name, "recent_windows": {found.preset: MEASURED_ALONE["recent_window"]}}
@@ -88,11 +90,12 @@ def check_fidelity(
     limit: float = LIMIT,
     context: int = 512,
     chunk: int = 128,
+    profile: str | None = None,
 ) -> Fidelity:
     """Compare the logits of the compressed and the uncompressed model on the beginning of `text`.
 
     Only the sinks are read raw, so that the quantizers themselves are judged. If the KL per token is above `limit`, a
-    warning names the first preset of `SAFER` that stays below it.
+    warning names the first preset of `SAFER` that stays below it. profile: what --profile says.
 
     Raises:
         ValueError: when the text is shorter than `context` tokens.
@@ -101,7 +104,7 @@ def check_fidelity(
     windows = fidelity.cut_windows(tokens[:context], context, 1)
 
     def judge(candidate: str | CachePreset) -> dict[str, Any]:
-        alone = load_preset(candidate, **MEASURED_ALONE)
+        alone = with_profile(load_preset(candidate, **MEASURED_ALONE), profile)
         return fidelity.measure(model, windows, [alone], chunk=chunk)[1][0]
 
     row, safer = judge(preset), None

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model_arguments(parser, output="results/needle")
     flags.add_text_arguments(parser)
     flags.add_preset_argument(parser, PRESETS)
+    flags.add_profile_argument(parser)
     parser.add_argument("--style", choices=sorted(STYLES), default="number", help="wording of the needle (%(default)s)")
     parser.add_argument(
         "--lengths",

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model_arguments(parser)
     flags.add_text_arguments(parser)
     flags.add_preset_argument(parser, [DEFAULT_PRESET])
+    flags.add_profile_argument(parser)
     flags.add_window_arguments(parser, context=2048, windows=4)
     parser.add_argument(
         "--recent-window", type=int, default=None, metavar="TOKENS", help="override the presets' recent window"
@@ -46,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what the output folder lacks and print a table. Returns 0."""
     asked = Run.of(args)
-    presets = resolve_presets(asked.preset, recent_window=asked.recent_window, encode_first=not asked.raw_chunk)
+    options = {"recent_window": asked.recent_window, "encode_first": not asked.raw_chunk}
+    presets = resolve_presets(asked.preset, asked.profile, **options)
 
     def summarize(baseline: float, results: list[dict[str, Any]]) -> dict[str, Any]:
         return {"baseline": {"perplexity": baseline}, "results": results}

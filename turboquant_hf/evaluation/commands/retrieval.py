@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model_arguments(parser, output="results/retrieval")
     flags.add_text_arguments(parser)
     flags.add_preset_argument(parser, ["k4v4", "k3v3"])
+    flags.add_profile_argument(parser)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
     parser.add_argument(
         "--lengths",

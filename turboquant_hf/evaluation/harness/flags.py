@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from turboquant_hf.cache import ATTENTION_NAME
+from turboquant_hf.cache.profiles import FILE
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,7 +26,11 @@ def whole(low: int) -> Callable[[str], int]:
     return parse
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, output: str | None = None) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    output: str | None = None,
+    what: str = "folder for config.yaml, metrics.json and pictures",
+) -> None:
     """--model, --device, --dtype, --output."""
     parser.add_argument(
         "--model", default="packaged", help="hub id, folder, GGUF file, or 'packaged' (SmolLM2-135M, the default)"
@@ -38,7 +43,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, output: str | None = No
         "--output",
         type=Path,
         default=None if output is None else Path(output),
-        help=f"folder for config.yaml, metrics.json and pictures (default: {output or 'nothing is written'})",
+        help=f"{what} (default: {output or 'nothing is written'})",
     )
 
 
@@ -58,6 +63,15 @@ def add_preset_argument(parser: argparse.ArgumentParser, default: Sequence[str])
         metavar="NAME",
         default=list(default),
         help=f"preset names or YAML paths (default: {' '.join(default)})",
+    )
+
+
+def add_profile_argument(parser: argparse.ArgumentParser) -> None:
+    """--profile."""
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        help=f"profile of the model (turboquant-hf profile); 'none' for none (default: {FILE} in the model's folder)",
     )
 
 

@@ -7,18 +7,35 @@ from typing import Any
 
 from turboquant_hf.config import CachePreset, load_preset
 from turboquant_hf.evaluation.labels import UNCOMPRESSED
+from turboquant_hf.quantizers.profile import Profile
 
 MEASURED_ALONE = {"recent_window": 0, "encode_first": True, "min_statistics": 256}
 """Fields with which only the sinks are read raw once 256 tokens are seen, for any preset."""
 
 
-def resolve_presets(names: Iterable[str], **overrides: Any) -> list[CachePreset]:
-    """Presets by name or YAML path, with the overrides that are not None."""
+NO_PROFILE = "none"
+"""What --profile says for no profile at all."""
+
+
+def resolve_presets(names: Iterable[str], profile: str | None = None, **overrides: Any) -> list[CachePreset]:
+    """Presets by name or YAML path, with the overrides that are not None; `profile` as for `with_profile`."""
     given = {key: value for key, value in overrides.items() if value is not None}
-    return [load_preset(name, **given) for name in names]
+    return [with_profile(load_preset(name, **given), profile) for name in names]
 
 
-def resolve_caches(names: Iterable[str], recent_window: int | None) -> dict[str, CachePreset | None]:
+def with_profile(preset: CachePreset, profile: str | None) -> CachePreset:
+    """A preset with what --profile says, where it takes a profile: None leaves it as it is.
+
+    The file is read here, so that a run knows what is in it and not only its name.
+    """
+    if profile is None or not preset.takes_profile:
+        return preset
+    return preset.with_overrides(profile=None if profile == NO_PROFILE else Profile.load(profile))
+
+
+def resolve_caches(
+    names: Iterable[str], recent_window: int | None, profile: str | None = None
+) -> dict[str, CachePreset | None]:
     """{cache name: preset}, with "uncompressed" (None) first. Names may be presets or YAML files.
 
     `recent_window=0` also encodes new tokens before attention reads them (`CachePreset.encode_first`), and waits for at
@@ -33,7 +50,7 @@ def resolve_caches(names: Iterable[str], recent_window: int | None) -> dict[str,
     for name in names:
         if str(name) == UNCOMPRESSED:
             continue
-        preset = load_preset(name, **overrides)
+        preset = with_profile(load_preset(name, **overrides), profile)
         if recent_window == 0:
             enough = min(preset.min_statistics, MEASURED_ALONE["min_statistics"])
             preset = preset.with_overrides(min_statistics=enough)

@@ -26,7 +26,7 @@ def run_prompts(
         make_units: names of the caches, "uncompressed" first -> units, each with its "preset".
         predict: (model, haystack, preset, unit, run) -> prediction.
     """
-    caches = resolve_caches(run.preset, run.recent_window)
+    caches = resolve_caches(run.preset, run.recent_window, run.values.get("profile"))
     units = make_units(list(caches))
     check_packed(caches, max(unit["length"] for unit in units))
     name, text = read_haystack(run)

@@ -14,14 +14,15 @@ from turboquant_hf.kernels.encode.reference import decode_rotated
 class PackedSide:
     """The packed tiles of keys or of values, N tiles of T tokens, and what undoes their transform.
 
-    A stored vector is x = diag(1 / balance) P^T R^T y + mean: y is the coded vector, R the rotation, and P puts
-    channel order[j] in place j. Keys are token-major, values channel-major (see `kernels.codes.tile_bytes`).
+    A stored vector is x = diag(1 / balance) P^T R^T y + mean: y is the coded vector, and P puts channel order[j] in
+    place j. R is a rotation, or the inverse of the transpose of any matrix that made y. Keys are token-major, values
+    channel-major (see `kernels.codes.tile_bytes`).
 
     Attributes:
         codes: uint8 [B, H, N, bytes].
         scale: [B, H, N, G, T], stored as `scale_format` says and divided by `gain`.
         groups: how y is cut.
-        rotation: float32 [D, D] or [1, H, D, D].
+        rotation: R, float32 [D, D] or [1, H, D, D].
         order: int16 [B, H, D], or None for the identity.
         balance: float32 [B, H, D], or None for ones.
         mean: fp16 (float32 where that does not hold it) [B, H, N, D], or None for zeros.

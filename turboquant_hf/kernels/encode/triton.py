@@ -263,7 +263,7 @@ def _arguments(
         "c_b": c_b, "c_h": c_h, "c_n": c_n, "s_b": s_b, "s_h": s_h, "s_n": s_n,
         "part_stride": heads * dim * dim, "a_b": a_b, "a_h": a_h, "u_h": u_h, "H": x.shape[1],
         "SPEC": spec, "T": tile, "D": dim, "BLOCK_T": padded_size(tile), "BLOCK_D": block,
-        "BLOCK_K": 32 if path == FULL else min(block, 128), "PATH": path, "PARTS": parts,
+        "BLOCK_K": 32 if path == FULL or parts > 1 else min(block, 128), "PATH": path, "PARTS": parts,
         "MEAN": "taken" if center else "none" if mean is None else "given", "ORDER": coding.order is not None,
         "BALANCE": coding.balance is not None, "GAIN": coding.gain is not None, "RULE": coding.scale_rule,
         "CHANNEL_MAJOR": coding.channel_major, "num_warps": 2 * WARPS if many else WARPS, "num_stages": 1,
