@@ -56,7 +56,7 @@ class CachePreset:
             less accurate.
         layers: overrides by KV-layer ordinal (packed layers counted from 0; negative numbers count from the end), or by
             a slice as text ("::2": every other layer). The last override that names a layer wins.
-        profile: a profile of the model (`turboquant-hf profile`): a file's path, a `Profile`, "auto" for the file in the
+        profile: a profile of the model (`turboquant-hf profile`): a file's path, a `Profile`, "auto" for the one in the
             model's folder if there is one, or None. `conditioned` keys use it, and the `mse` values beside them.
 
     Example:
