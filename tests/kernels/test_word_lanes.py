@@ -27,16 +27,23 @@ class Word:
 
     def __init__(self, words: list[int], shares: int = 1, share: int = 0) -> None:
         bits, w = len(words), list(words)
-        path = rotate_left(w[-1], 32 - share)
+        path = w[-1]
+        z1, z0 = path ^ rotate_left(path, 1) ^ rotate_left(path, 4), rotate_left(path, 2)
         if shares > 1:
+            self.parities = [select(EVEN, rotate_left(path, 2 - share), z1 * (2 - share) & 0xFFFFFFFF)]
             if bits > 2:
                 w[0] = w[share]
             if bits % 2 == 0:
                 w[bits - 2] >>= share
-        z1, z0 = path ^ rotate_left(path, 1) ^ rotate_left(path, 4), rotate_left(path, 2)
-        self.parities = [select(EVEN, z0, z1 << 1 & 0xFFFFFFFF), select(EVEN, z0 >> 1, z1)]
+        else:
+            self.parities = [select(EVEN, z0, z1 << 1 & 0xFFFFFFFF), select(EVEN, z0 >> 1, z1)]
         self.plain = [w[i] if bits > 2 else w[0] >> i & EVEN if bits == 2 else 0 for i in (0, 1)]
         self.sign, self.units = w[2] if bits == 4 else None, 8 // shares
+        if bits == 4:
+            for i in range(2 // shares):
+                turned = (w[2] >> i & EVEN) * 3 ^ 0xFFFFFFFF
+                self.parities[i] ^= turned
+                self.plain[i] ^= turned
 
     def numbers(self, unit: int) -> list[int]:
         """Of the bytes of a unit, what selectors say; a fifth bit is their sign."""
@@ -49,8 +56,8 @@ class Word:
         fields = [code >> 16 * (unit % 2) + 4 * j & 15 for j in range(4)]
         if self.sign is None:
             return fields
-        sign = self.sign >> phase
-        return [field | (sign >> 16 * (unit % 2) + 4 * j & 1) << 4 for j, field in enumerate(fields)]
+        signs = [self.sign << (3 - phase) >> 16 * (unit % 2) + 4 * j + 3 & 1 for j in range(4)]
+        return [16 + field if sign else 15 - field for field, sign in zip(fields, signs, strict=True)]
 
 
 def looked_up(number: int, code: Trellis) -> float:

@@ -41,6 +41,16 @@ struct Levels {
 // A level is the sum of this many bytes, of which all but one are zero.
 __host__ __device__ constexpr int addends(int bits) { return bits == 4 ? 2 : 1; }
 
+// Four levels of 5 bits. `code`: the low bits of each number, turned round where the fifth is 0; `sign`: the fifth in the
+// highest bit of its field.
+template <bool HIGH>
+__device__ __forceinline__ u32 look_up_turned(const Levels& book, u32 code, u32 sign) {
+    u32 other = code ^ book.top_bits;
+    u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
+    level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
+    return level ^ permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
+}
+
 // Four levels of `bits` bits, or one addend of each, from the low half of the selectors in `code`, or from the high half.
 // `extra`: the fifth bit of each code, in the lowest bit of its field.
 template <int BITS, int ADDEND, bool HIGH>
@@ -54,11 +64,7 @@ __device__ __forceinline__ u32 look_up(const Levels& book, u32 code, u32 extra) 
     } else {
         // Levels of a 5-bit code are symmetric. The extra bit is the sign; where it is 0, the other bits are inverted.
         u32 turned = (extra & 0x11111111u) * 15u, sign = extra << 3;
-        u32 other = lop3<XNOR3>(code, turned, book.top_bits);
-        code = lop3<XNOR>(code, turned, 0);
-        u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
-        level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
-        return level ^ permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
+        return look_up_turned<HIGH>(book, lop3<XNOR>(code, turned, 0), sign);
     }
 }
 

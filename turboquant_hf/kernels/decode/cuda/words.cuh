@@ -44,17 +44,25 @@ struct Word {
     }
     // Call this once after a load.
     __device__ __forceinline__ void take_parities(int share) {
-        u32 path = w[PATH];
+        const u32 path = w[PATH], z1 = lop3<XOR3>(path, rotate_left(path, 1), rotate_left(path, 4));
         if constexpr (SHARES > 1) {  // the bits of the second half move to the place of the first half
-            path = rotate_left(path, 32 - share);
+            parities[0] = lop3<SELECT>(EVEN, rotate_left(path, 2 - share), z1 * (2 - share));
             if constexpr (BITS == 4) w[0] = share ? w[1] : w[0];
             if constexpr (BITS % 2 == 0) w[PATH - 1] >>= share;
+        } else {
+            const u32 z0 = rotate_left(path, 2);
+            parities[0] = lop3<SELECT>(EVEN, z0, z1 << 1);
+            parities[1] = lop3<SELECT>(EVEN, z0 >> 1, z1);
         }
-        const u32 z1 = lop3<XOR3>(path, rotate_left(path, 1), rotate_left(path, 4)), z0 = rotate_left(path, 2);
-        parities[0] = lop3<SELECT>(EVEN, z0, z1 << 1);
-        if constexpr (SHARES == 1) parities[1] = lop3<SELECT>(EVEN, z0 >> 1, z1);
 #pragma unroll
-        for (int i = 0; i < 2 / SHARES; i++) plain[i] = BITS > 2 ? w[i] : BITS == 2 ? w[0] >> i & EVEN : 0;
+        for (int i = 0; i < 2 / SHARES; i++) {
+            plain[i] = BITS > 2 ? w[i] : BITS == 2 ? w[0] >> i & EVEN : 0;
+            if constexpr (BITS == 4) {
+                const u32 sign = (w[2] >> i & EVEN) * 3;
+                parities[i] = lop3<XNOR>(parities[i], sign, 0);
+                plain[i] = lop3<XNOR>(plain[i], sign, 0);
+            }
+        }
     }
 
     template <int U, int ADDEND>
@@ -63,7 +71,10 @@ struct Word {
         constexpr int HALF = U / 4, PHASE = 2 * (U / 2 % 2) + HALF;
         const u32 code = PHASE < 2 ? lop3<SELECT>(FIELD, parities[HALF], plain[HALF] << 2)
                                    : lop3<SELECT>(FIELD, parities[HALF] >> 2, plain[HALF]);
-        return look_up<LEVEL_BITS, ADDEND, U % 2>(book, code, BITS == 4 ? w[2] >> PHASE : 0);
+        if constexpr (BITS == 4)
+            return look_up_turned<U % 2>(book, code, w[2] << (3 - PHASE));
+        else
+            return look_up<LEVEL_BITS, ADDEND, U % 2>(book, code, 0);
     }
 };
 
