@@ -19,7 +19,7 @@ from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring, cuda
 from turboquant_hf.kernels.decode.cuda import driver, geometry, kernel, source, support, workspace
 from turboquant_hf.kernels.decode.cuda.arguments import FIELDS, Arguments, declaration
-from turboquant_hf.primitives import grid
+from turboquant_hf.primitives import Trellis, grid
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 
@@ -44,6 +44,11 @@ def test_words_that_the_kernel_cannot_read_are_refused():
     (narrow,), (wide,) = groups_by_share(64, ((1.0, "w4"),)), groups_by_share(64, ((1.0, "w5"),))
     assert support.narrow(narrow) and not support.narrow(wide) and support.narrow(groups_by_share(64, ((1.0, 5),))[0])
     assert support.row_fits(64, narrow)
+    steps = (-19, *range(-15, 15), 18)
+    free = Trellis(tuple((step + 0.5) / 16 for step in steps), "no sums", 1 / 16)
+    assert not support.row_fits(64, CodeGroup(64, free))
+    with pytest.raises(ValueError, match="must be sums"):
+        source.level_bytes(4, free.steps)
     assert support.values_fit(groups_by_share(64, ((1.0, "w1"),))[0])
     assert not support.values_fit(groups_by_share(64, ((1.0, 1),))[0])
     rows = groups_by_share(64, ((1.0, 4),))
@@ -114,7 +119,7 @@ def test_permutations_of_bytes_find_the_levels(bits):
     """The permutations of levels.cuh turn a code into the codebook's step plus a constant."""
     ((_, _, unit, steps),) = support.described((CodeGroup(128, grid(bits, 128)),))
     assert torch.allclose(unit * (torch.tensor(steps) + 0.5), grid(bits, 128).tensor())
-    table = source.level_bytes(steps)
+    table = source.level_bytes(bits, steps)
     for code, step in enumerate(steps):
         if bits == 8:
             byte = code

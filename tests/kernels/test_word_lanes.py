@@ -7,7 +7,7 @@ import torch
 
 from tests.support.cases import groups_of
 from turboquant_hf.kernels.codes import TileCoding, tile_bytes
-from turboquant_hf.kernels.decode.cuda.source import level_bytes
+from turboquant_hf.kernels.decode.cuda.source import WORD_CENTRE, level_bytes
 from turboquant_hf.kernels.encode.reference import decode_rotated
 from turboquant_hf.primitives import Trellis, pack_words, trellis_code
 
@@ -38,36 +38,45 @@ class Word:
         else:
             self.parities = [select(EVEN, z0, z1 << 1 & 0xFFFFFFFF), select(EVEN, z0 >> 1, z1)]
         self.plain = [w[i] if bits > 2 else w[0] >> i & EVEN if bits == 2 else 0 for i in (0, 1)]
-        self.sign, self.units = w[2] if bits == 4 else None, 8 // shares
+        self.planes = [(self.parities, self.plain)]
         if bits == 4:
-            for i in range(2 // shares):
-                turned = (w[2] >> i & EVEN) * 3 ^ 0xFFFFFFFF
-                self.parities[i] ^= turned
-                self.plain[i] ^= turned
+            agree, equal = [], []
+            for plain, third in zip(self.plain[: 2 // shares], (w[2], w[2] >> 1), strict=False):
+                agree.append(EVEN & ~(plain >> 1 ^ third))
+                equal.append(agree[-1] & ~(plain >> 1 ^ plain))
+            self.planes = [(self.plain, agree), (self.parities, equal)]
+        self.units = 8 // shares
 
-    def numbers(self, unit: int) -> list[int]:
-        """Of the bytes of a unit, what selectors say; a fifth bit is their sign."""
+    def selectors(self, unit: int) -> list[tuple[int, ...]]:
+        """Of the bytes of a unit, what the selectors of all look-ups say."""
         half = unit // 4
         phase = 2 * (unit // 2 % 2) + half
-        if phase < 2:
-            code = select(FIELD, self.parities[half], self.plain[half] << 2)
-        else:
-            code = select(FIELD, self.parities[half] >> 2, self.plain[half])
-        fields = [code >> 16 * (unit % 2) + 4 * j & 15 for j in range(4)]
-        if self.sign is None:
-            return fields
-        signs = [self.sign << (3 - phase) >> 16 * (unit % 2) + 4 * j + 3 & 1 for j in range(4)]
-        return [16 + field if sign else 15 - field for field, sign in zip(fields, signs, strict=True)]
+        found = []
+        for low, high in self.planes:
+            code = select(FIELD, low[half], high[half] << 2) if phase < 2 else select(FIELD, low[half] >> 2, high[half])
+            found.append([code >> 16 * (unit % 2) + 4 * j & 15 for j in range(4)])
+        return list(zip(*found, strict=True))
 
 
-def looked_up(number: int, code: Trellis) -> float:
-    """`look_up` of one selector, less the bias; levels are odd multiples of half a unit."""
-    table = level_bytes(code.steps)
-    if code.bits <= 3:  # below 16 levels; tables of 16 are two addends
-        return (table[number] - 63.5) * code.unit
-    low = number & 15 if number & 16 else ~number & 15
-    byte = table[low] if low < 8 else table[8 + (low & 7)]
-    return ((byte ^ (0 if number & 16 else 0x7F)) - 191.5) * code.unit
+def number_of(selectors: tuple[int, ...]) -> int:
+    """The level number that the selectors of a byte stand for."""
+    if len(selectors) == 1:
+        return selectors[0]
+    first, second = selectors
+    agree, upper = first >> 2, first >> 1 & 1
+    assert first < 8 and second < 8  # a set top bit would repeat a sign
+    assert second >> 2 == (agree and upper == first & 1)
+    return 16 * (upper if agree else 1 - upper) + 4 * (first & 3) + (second & 3)
+
+
+def looked_up(selectors: tuple[int, ...], code: Trellis) -> float:
+    """`levels` of one byte, less the bias; levels are odd multiples of half a unit."""
+    table = level_bytes(code.bits, code.steps)
+    if code.bits < 4:  # below 16 levels; tables of 16 are two addends
+        return (table[selectors[0]] - WORD_CENTRE) * code.unit
+    first, second = selectors
+    assert 0 <= table[first] + table[8 + second] < 128
+    return (table[first] + table[8 + second] - WORD_CENTRE) * code.unit
 
 
 def exact_values(codes: torch.Tensor, groups, channel_major: bool) -> torch.Tensor:
@@ -92,10 +101,10 @@ def test_a_lane_decodes_a_word(bits, shares):
         found = []
         for share in range(shares):
             word = Word(words, shares, share)
-            found += [number for unit in range(word.units) for number in word.numbers(unit)]
+            found += [selectors for unit in range(word.units) for selectors in word.selectors(unit)]
         order = [4 * (place % 8) + 2 * (place // 8 % 2) + place // 16 for place in range(32)]  # kernels/codes.py
-        assert found == numbers[order].tolist()
-        decoded = torch.tensor([looked_up(number, code) for number in found])
+        assert [number_of(selectors) for selectors in found] == numbers[order].tolist()
+        decoded = torch.tensor([looked_up(selectors, code) for selectors in found])
         torch.testing.assert_close(decoded, exact[order], rtol=1e-6, atol=1e-6)
 
 
@@ -113,9 +122,9 @@ def test_a_lane_finds_its_values(bits, shares):
             for share in range(shares):
                 word = Word(rows[channel, t].tolist(), shares, share)
                 for u in range(word.units):
-                    for j, number in enumerate(word.numbers(u)):
+                    for j, selectors in enumerate(word.selectors(u)):
                         token = 32 * t + 4 * (u + share * word.units) + j
-                        found[token, channel] = looked_up(number, groups[0].codebook)
+                        found[token, channel] = looked_up(selectors, groups[0].codebook)
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
 
 
@@ -141,6 +150,6 @@ def test_a_lane_finds_its_keys(bits, size):
                     token = g // 2 * 32 + g % 2 * 2 + 4 * (4 * turn + i) + r
                     for u in range(units):
                         place = first + r * units + u
-                        for j, number in enumerate(pair[place // 8 - begin].numbers(place % 8)):
-                            found[token, t * size // 4 + 4 * u + j] = looked_up(number, groups[0].codebook)
+                        for j, selectors in enumerate(pair[place // 8 - begin].selectors(place % 8)):
+                            found[token, t * size // 4 + 4 * u + j] = looked_up(selectors, groups[0].codebook)
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turboquant_hf.primitives import Trellis, distortion, lloyd_max, pack, packed_size, trellis, trellis_code, unpack
+from turboquant_hf.primitives.addends import addends, nearest_sums
 from turboquant_hf.primitives.training import _means, sphere_words, train
 from turboquant_hf.primitives.trellis import _TRAINED
 
@@ -51,15 +52,19 @@ def test_error_on_the_sphere_is_below_lloyd_maxs_own(bits, dim):
 
 @pytest.mark.parametrize(("bits", "dim"), sorted(_TRAINED), ids=str)
 def test_shipped_levels_are_the_means_of_what_they_stand_for(bits, dim):
-    """Lloyd's condition, but for the grid, which is coarse for 64 levels: moving levels to their means gains little."""
+    """Lloyd's condition, but for the grid, which is coarse for 64 levels: moving levels to their means gains little.
+
+    Levels of 4 bits are moved to the sums nearest to their means.
+    """
     code, x = trellis_code(bits, dim or None), sphere_words(dim or None, 8000, seed=4)
     means, mass = _means(bits, torch.tensor(code.levels)[2**bits :], x)
+    means = nearest_sums(means, mass) if bits == 4 else means
     moved = Trellis((*(-means.flip(0)).tolist(), *means.tolist()), "moved")
     assert error(code, x) < (1.03 if bits == 5 else 1.015) * error(moved, x)
     assert (mass > 0).all()
 
 
-@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize("bits", [1, 3, 4])
 def test_training_finds_levels_as_good_as_the_shipped_ones(bits):
     x = sphere_words(64, 8000, seed=4)
     trained = train(bits, 64, count=1000, rounds=20)
@@ -74,6 +79,16 @@ def test_levels_are_odd_multiples_of_half_a_unit(bits, dim):
     assert code.bits == bits and len(code.levels) == len(code.steps) == 2 ** (bits + 1)
     assert [(step + 0.5) * code.unit for step in code.steps] == pytest.approx(code.levels, rel=1e-12)
     assert code.steps == tuple(-1 - step for step in reversed(code.steps)) and max(code.steps) < 64
+
+
+@pytest.mark.parametrize("dim", [None, 16, 32, 64])
+def test_levels_of_4_bits_are_sums_of_two_bytes(dim):
+    code = trellis_code(4, dim)
+    first, second = addends(code.steps)
+    for number, step in enumerate(code.steps):
+        segment, subset = divmod(number, 4)
+        assert step == first[segment] + second[4 * (segment in (0, 7)) + subset]
+    assert min(second) == 0 and max(second) < 64
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -37,7 +37,7 @@ constexpr int OWN_UNITS = 8 / TEAM, KEY_UNROLL = 4;  // S products of a warp's t
 constexpr int OWN = D / 32, OUTPUT_ROW = D + 8;  // a row of a warp's output, padded so that lanes meet different banks
 static_assert(OWN_UNITS % KEY_UNROLL == 0, "whole turns");
 // Sums over the tokens of a tile, and over the channels of an unbiased key, must fit into the mantissa of MAGIC.
-static_assert(128 * 128 * (twice_bias(VALUE_LEVEL_BITS) > 127 ? 255 : 127) < 1 << 22 && D * 128 * 128 <= 1 << 22, "15-bit operands");
+static_assert(128 * 128 * (twice_bias(VALUE_BITS, VALUE_WORDS) > 127 ? 255 : 127) < 1 << 22 && D * 128 * 128 <= 1 << 22, "15-bit operands");
 static_assert(TEAM * 4 * NR * OUTPUT_ROW <= ROOM, "the output of a team's warps takes the place of its tiles");
 
 struct Shared {

@@ -1,8 +1,10 @@
 // From packed bytes to levels: rows of codes, the lane that owns each code, and the look-up of four levels at a time.
 
 __host__ __device__ constexpr int main_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
-// Twice the bias of a level's byte: byte - bias is the centred level.
-__host__ __device__ constexpr int twice_bias(int bits) { return bits == 8 ? 255 : bits == 5 ? 383 : 127; }
+// Twice the bias of a level's byte: byte - bias is the centred level. With 4 bits in words, the byte is a sum of two.
+__host__ __device__ constexpr int twice_bias(int bits, bool in_words) {
+    return in_words ? 127 : bits == 8 ? 255 : bits == 5 ? 383 : 127;
+}
 
 // Load BYTES from shared memory at `lane` + OFFSET, an address that is a multiple of ALIGN.
 template <int BYTES, int ALIGN, int OFFSET>
@@ -38,18 +40,8 @@ struct Levels {
     }
 };
 
-// A level is the sum of this many bytes, of which all but one are zero.
+// One of at most 16 levels is the sum of this many bytes, of which all but one are zero.
 __host__ __device__ constexpr int addends(int bits) { return bits == 4 ? 2 : 1; }
-
-// Four levels of 5 bits. `code`: the low bits of each number, turned round where the fifth is 0; `sign`: the fifth in the
-// highest bit of its field.
-template <bool HIGH>
-__device__ __forceinline__ u32 look_up_turned(const Levels& book, u32 code, u32 sign) {
-    u32 other = code ^ book.top_bits;
-    u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
-    level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
-    return level ^ permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
-}
 
 // Four levels of `bits` bits, or one addend of each, from the low half of the selectors in `code`, or from the high half.
 // `extra`: the fifth bit of each code, in the lowest bit of its field.
@@ -64,7 +56,11 @@ __device__ __forceinline__ u32 look_up(const Levels& book, u32 code, u32 extra) 
     } else {
         // Levels of a 5-bit code are symmetric. The extra bit is the sign; where it is 0, the other bits are inverted.
         u32 turned = (extra & 0x11111111u) * 15u, sign = extra << 3;
-        return look_up_turned<HIGH>(book, lop3<XNOR>(code, turned, 0), sign);
+        u32 other = lop3<XNOR3>(code, turned, book.top_bits);
+        code = lop3<XNOR>(code, turned, 0);
+        u32 level = permute(book.table[0], book.table[1], HIGH ? high_half(code) : code);
+        level &= permute(book.table[2], book.table[3], HIGH ? high_half(other) : other);
+        return level ^ permute(book.mirror, book.mirror, HIGH ? high_half(sign) : sign);
     }
 }
 

@@ -11,6 +11,7 @@ from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.decode.cuda import geometry, kernel
 from turboquant_hf.kernels.decode.cuda.source import TILE, Shape, main_width, piece_size, row_layout
 from turboquant_hf.kernels.decode.inputs import History, PackedSide, Scoring
+from turboquant_hf.primitives.addends import LEVELS, addends
 
 HEAD_DIMS = (64, 96, 128, 256)
 BITS = (1, 2, 3, 4, 5, 8)
@@ -71,13 +72,15 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
 def row_fits(size: int, group: CodeGroup) -> bool:
     """Whether the kernel can read rows of `size` codes of a group: whole units of 16 codes, and levels that are bytes.
 
-    In a group of a trellis, words are made of `size` codes.
+    In a group of a trellis, words are made of `size` codes, and 32 levels must be sums of two bytes.
     """
     if size % 16 or group.bits not in BITS or not group.codebook.unit:
         return False
     steps = group.codebook.steps
     fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
-    return fits and (group.in_words or size * main_width(group.bits) % 32 == 0)
+    if group.in_words:
+        return fits and (len(steps) != LEVELS or addends(steps) is not None)
+    return fits and size * main_width(group.bits) % 32 == 0
 
 
 def narrow(group: CodeGroup) -> bool:

@@ -36,7 +36,7 @@ struct CodedQueries {
                 int c[4] = {0, 0, 0, 0};
 #pragma unroll
                 for (int i = 0; i < KEY_SIZE[group] / 16; i++) mma16(c, ONES, ONES, q[u + i][nt]);
-                debias(start_at[group][nt], c, twice_bias(KEY_LEVEL_BITS[group]));
+                debias(start_at[group][nt], c, twice_bias(KEY_BITS[group], key_words(group)));
             }
         }
 #pragma unroll
@@ -294,7 +294,7 @@ struct TileSums {
 #pragma unroll
                 for (int r = 0; r < 2; r++)
                     output[(4 * nt + t) * OUTPUT_ROW + 16 * m + g + 8 * r] =
-                        fmaf(p_sum[nt], -.5f * twice_bias(VALUE_LEVEL_BITS), o[m][nt][r]) * p_unit;
+                        fmaf(p_sum[nt], -.5f * twice_bias(VALUE_BITS, VALUE_WORDS), o[m][nt][r]) * p_unit;
         }
     }
 };

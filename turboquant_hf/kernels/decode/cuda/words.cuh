@@ -10,6 +10,12 @@
 //
 //     PHASE 0, 2    both pairs of bits (z1, z0) of a four of `parities[0]`; plain[0]
 //     PHASE 1, 3    of `parities[1]`; plain[1]
+//
+// With 4 bits a level is the sum of two bytes (primitives/addends.py): one for the plain bits p2, p1, p0, and one for
+// z1, z0 and whether the plain bits are all equal. Both selectors have two bits of one plane and a third of another:
+//
+//     bits 0, 2 of a four of `agree`    whether p2 = p1, which stands for p2 in a selector
+//     bits 0, 2 of `equal`              whether p2 = p1 = p0
 
 __device__ __forceinline__ u32 rotate_left(u32 x, int count) {
     u32 y;
@@ -22,8 +28,9 @@ template <int BITS, int SHARES = 1>
 struct Word {
     static constexpr int BYTES = 4 * BITS, PATH = BITS - 1, LEVEL_BITS = BITS + 1, UNITS = 8 / SHARES;
     static constexpr u32 EVEN = 0x55555555u;
+    static constexpr int ADDENDS = BITS > 2 ? 2 : 1;
     static_assert(BITS <= 4, "levels of 5 bits are the widest that are looked up");
-    u32 w[BITS], parities[2 / SHARES], plain[2 / SHARES];
+    u32 w[BITS], parities[2 / SHARES], plain[2 / SHARES], agree[2 / SHARES], equal[2 / SHARES];  // the last two: 4 bits
 
     // Load only the words of planes that the wanted units have bits in.
     template <bool FIRST_HALF, bool SECOND_HALF, int OFFSET>
@@ -58,9 +65,9 @@ struct Word {
         for (int i = 0; i < 2 / SHARES; i++) {
             plain[i] = BITS > 2 ? w[i] : BITS == 2 ? w[0] >> i & EVEN : 0;
             if constexpr (BITS == 4) {
-                const u32 sign = (w[2] >> i & EVEN) * 3;
-                parities[i] = lop3<XNOR>(parities[i], sign, 0);
-                plain[i] = lop3<XNOR>(plain[i], sign, 0);
+                const u32 upper = plain[i] >> 1;
+                agree[i] = lop3<AND_XNOR>(EVEN, upper, w[2] >> i);
+                equal[i] = lop3<AND_XNOR>(agree[i], upper, plain[i]);
             }
         }
     }
@@ -69,10 +76,11 @@ struct Word {
     __device__ __forceinline__ u32 levels(const Levels& book) const {
         constexpr u32 FIELD = 0x33333333u;
         constexpr int HALF = U / 4, PHASE = 2 * (U / 2 % 2) + HALF;
-        const u32 code = PHASE < 2 ? lop3<SELECT>(FIELD, parities[HALF], plain[HALF] << 2)
-                                   : lop3<SELECT>(FIELD, parities[HALF] >> 2, plain[HALF]);
+        const u32 low = BITS == 4 && ADDEND == 0 ? plain[HALF] : parities[HALF];
+        const u32 high = BITS < 4 ? plain[HALF] : ADDEND ? equal[HALF] : agree[HALF];
+        const u32 code = PHASE < 2 ? lop3<SELECT>(FIELD, low, high << 2) : lop3<SELECT>(FIELD, low >> 2, high);
         if constexpr (BITS == 4)
-            return look_up_turned<U % 2>(book, code, w[2] << (3 - PHASE));
+            return permute(book.table[2 * ADDEND], book.table[2 * ADDEND + 1], U % 2 ? high_half(code) : code);
         else
             return look_up<LEVEL_BITS, ADDEND, U % 2>(book, code, 0);
     }
@@ -82,8 +90,8 @@ struct Word {
 template <int BITS, int SHARES>
 struct ChannelWords {
     typedef Word<BITS, SHARES> W;
-    static constexpr int BYTES = 32, UNITS = 8, ADDENDS = addends(W::LEVEL_BITS);  // BYTES: tokens of a lane part
-    static constexpr int LOADED = 0;                                              // every share begins where the word does
+    static constexpr int BYTES = 32, UNITS = 8, ADDENDS = W::ADDENDS;  // BYTES: tokens of a lane part
+    static constexpr int LOADED = 0;                                  // every share begins where the word does
     W word;
 
     template <int ALIGN, int OFFSET>
@@ -101,7 +109,7 @@ struct ChannelWords {
 // has the units from 2 UNITS I on of the lane's words.
 template <int N, int BITS>
 struct TokenWords {
-    static constexpr int UNITS = N / 16, LEVEL_BITS = BITS + 1, ADDENDS = addends(LEVEL_BITS);
+    static constexpr int UNITS = N / 16, ADDENDS = Word<BITS>::ADDENDS;
     static constexpr int TURN = 32 * UNITS * Word<BITS>::BYTES;  // of all lanes, for four pairs of tokens
     static_assert(N % 16 == 0, "whole units");
 
