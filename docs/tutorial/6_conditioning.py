@@ -156,8 +156,8 @@ claim(gain > 1)
 # ## Step 3: group
 #
 # After the balance, channels still differ in importance, rms(qᵢ) · rms(kᵢ). Sort them, give the important ones more
-# bits and the others fewer, and rotate each group for itself. The preset `k3v3` has 5 bits for the first quarter, 3
-# for the second and 2 for the rest, which makes 3 bits on average.
+# bits and the others fewer, and rotate each group for itself. The preset `k3v3-scalar` has 5 bits for the first
+# quarter, 3 for the second and 2 for the rest, which makes 3 bits on average.
 
 # %% tags=["hide-input"]
 importance = (rms_q * rms_k).sort(descending=True).values
@@ -202,7 +202,7 @@ claim(share[15] > 40)
 #
 # Lloyd-Max is the best way to round numbers **one by one**. Several numbers can be coded better together. A *trellis
 # code* has twice as many slots as its bits can name. Which half of them a number may use depends on the codes of its
-# neighbours, and a search finds the best path. The presets `k4v4-trellis` and `k3v3-trellis` use it.
+# neighbours, and a search finds the best path. The presets `k4v4` and `k3v3` use it.
 
 # %%
 rows, gains = [], []

@@ -15,7 +15,7 @@ from turboquant_hf.cache.sides import SIDES
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 
-PRESETS = ["k8v4", "k4v4", "k4v3", "k3v3", "k2v2"]
+PRESETS = ["k8v4", "k4v4", "k4v3", "k3v3", "k2v2", "k25v25", "k4v4-scalar", "k3v3-scalar", "k2v2-scalar"]
 HEADS, GROUP = 2, 3
 SHAPES = {
     # tokens in each sequence, left padding, queries of the last block
@@ -70,7 +70,7 @@ def test_decode_of_every_preset(name, dim, backend, monkeypatch):
         pytest.skip(reason)
     monkeypatch.setenv(dispatch.VARIABLE, backend)
     preset = load_preset(name, min_statistics=0)
-    if backend == "cuda" and name == "k2v2" and dim == 64:
+    if backend == "cuda" and name == "k2v2-scalar" and dim == 64:
         with pytest.raises(RuntimeError, match="does not support this call: key groups of no whole units"):
             run(preset, dim, SHAPES["one-tile"], torch.bfloat16)
         return

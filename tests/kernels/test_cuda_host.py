@@ -64,9 +64,9 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
     if not isinstance(preset.keys, RotatedQuantizer) or not isinstance(preset.values, RotatedQuantizer):
         pytest.skip("not for the packed kernels")
     served = {16: "", 80: ""}
-    served[96] = "k4v4 k4v3 k4v2 k8v4 k4v4-trellis k4v3-trellis k3v3-trellis k3v2-trellis k2v2-trellis k25v25"
-    served[64] = served[96] + " k3v3 k3v2"
-    served[128] = served[256] = served[64] + " k2v2"
+    served[96] = "k4v4 k4v3 k2v2 k25v25 k8v4 k4v2 k4v4-scalar k4v3-scalar"
+    served[64] = served[96] + " k3v3 k3v2 k3v3-scalar k3v2-scalar"
+    served[128] = served[256] = served[64] + " k2v2-scalar"
     monkeypatch.setattr(support, "shape_of", lambda *given: None)
     monkeypatch.setattr(kernel, "failure", lambda shape, device: None)
     query = torch.randn(1, 4, 1, dim)
@@ -207,7 +207,7 @@ def test_the_declared_arguments_have_the_names_and_order_of_the_structure():
     assert f"== {ctypes.sizeof(Arguments)}," in declaration()
 
 
-@pytest.mark.parametrize(("name", "options"), [("k4v4", {}), ("k4v4", {"keys": {"per_head": True}}), ("k2v2", {})])
+@pytest.mark.parametrize(("name", "options"), [("k4v4", {}), ("k4v4", {"keys": {"per_head": True}}), ("k3v3", {})])
 def test_a_step_fills_every_field_of_the_arguments(monkeypatch, name, options):
     """On CPU tensors, with everything but the launch itself."""
     launches = []

@@ -26,8 +26,7 @@ from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import cpu, reference
 from turboquant_hf.primitives import grid, trellis_code
 
-PRESETS = ["k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2", "paper-mse-4", "paper-3.5"]
-PRESETS += ["k4v4-trellis", "k3v3-trellis", "k2v2-trellis"]
+PRESETS = ["k8v4", "k4v4", "k3v3", "k2v2", "k4v4-scalar", "k3v3-scalar", "k2v2-scalar", "paper-mse-4", "paper-3.5"]
 
 
 def check(arguments, dtype=torch.float32, **options):

@@ -88,7 +88,7 @@ def test_a_workspace_outlives_the_launch_that_another_thread_grows_it_in(monkeyp
             alive.append(held() is not None and arguments.contents.arrivals == address != grown.data_ptr())
 
     monkeypatch.setattr(kernel, "load", lambda shape, device: (Launcher(), 8, 4))
-    preset = load_preset("k4v4", min_statistics=0)
+    preset = load_preset("k4v4-scalar", min_statistics=0)
     layer = TurboQuantLayer(preset, preset.keys, preset.values, lambda: True)
     layer.update(*torch.randn(2, 1, 2, 600, 64).half())
     layer.commit()

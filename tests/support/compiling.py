@@ -23,7 +23,7 @@ from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.encode import triton as encode_triton
 from turboquant_hf.quantizers.profiled import profiled
 
-LAYERS = (("k4v4", 128, torch.bfloat16), ("k2v2", 64, torch.float16), ("k3v3-trellis", 64, torch.float16))
+LAYERS = (("k4v4-scalar", 128, torch.bfloat16), ("k2v2-scalar", 64, torch.float16), ("k3v3", 64, torch.float16))
 
 
 class CompilerOnly:

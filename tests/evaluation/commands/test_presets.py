@@ -13,7 +13,7 @@ def test_presets_lists_every_shipped_preset(capsys):
     for name in preset_names():
         (line,) = (line for line in lines if line.startswith(f"{name} "))
         assert len(description(name)) > 15 and line.endswith(description(name))
-    assert lines[2].startswith("k2v2 ") and any(line.startswith("k4v4 (default) ") for line in lines)
+    assert lines[2].startswith("k25v25 ") and any(line.startswith("k4v4 (default) ") for line in lines)
 
 
 def test_presets_describes_a_users_own_file(tmp_path, capsys):
