@@ -15,7 +15,7 @@ from turboquant_hf import CacheFileError, CachePreset, Profile, TurboQuantCache,
 from turboquant_hf.cache.profiles import FILE
 
 TILES = {"tile": 32, "recent_window": 0, "min_statistics": 256}
-PRESETS = ["k4v4", "k2v2", "k3v3-trellis"]
+PRESETS = ["k4v4", "k2v2", "k3v3-scalar"]
 
 
 def cache_of(profile, preset="k4v4", **options):

@@ -84,7 +84,7 @@ def test_eight_bits_leave_the_models_answers_alone(model, path, attention):
     assert kl.mean() < 2e-3
 
 
-@pytest.mark.parametrize("preset", ["k4v4", "k2v2", "k3v3-trellis"])
+@pytest.mark.parametrize("preset", ["k4v4", "k2v2", "k3v3-scalar"])
 def test_lossy_presets_store_the_same_bytes_in_growing_and_preallocated_caches(model, path, preset):
     model.set_attn_implementation("turboquant")
     options = {"preset": preset, "profile": path, "tile": 32, "recent_window": 0}

@@ -17,7 +17,7 @@ from turboquant_hf.quantizers import QUANTIZERS
 from turboquant_hf.quantizers.profiled import profiled
 
 CPU = torch.device("cpu")
-PRESETS = ["k4v4", "k3v3", "k2v2", "k3v3-trellis"]
+PRESETS = ["k4v4", "k3v3", "k2v2", "k3v3-scalar"]
 
 
 def quantizers(preset="k4v4", heads=2, dim=64, size=1.0):
