@@ -31,6 +31,7 @@ from turboquant_hf.kernels.common.spec import (
     tile_spec,
 )
 from turboquant_hf.kernels.common.tables import cell_table, level_table, pair_table, threshold_table
+from turboquant_hf.kernels.encode import reference
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
 from turboquant_hf.kernels.encode.finite import bad_heads
 from turboquant_hf.kernels.encode.means import tile_mean
@@ -48,7 +49,7 @@ from turboquant_hf.kernels.encode.product import (
     ranks,
 )
 from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
-from turboquant_hf.kernels.encode.viterbi import any_in_words, room_for_points, write_words
+from turboquant_hf.kernels.encode.viterbi import any_in_words, fits, room_for_points, write_words
 
 __all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
 
@@ -205,6 +206,8 @@ def encode_tiles(
     out: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Equivalent to `reference.encode_tiles`; products are float32 to within a few units in the last place."""
+    if not fits(x, coding.groups):
+        return reference.encode_tiles(x, coding, mean=mean, weight=weight, out=out)
     batch, heads, tiles = x.shape[:3]
     x = rows_contiguous(x)
     if out is None:

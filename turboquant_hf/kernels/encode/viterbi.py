@@ -33,6 +33,8 @@ from turboquant_hf.primitives import trellis
 
 WORDS = 256
 """Words that a program searches at a time."""
+FEWEST = 64
+"""Words of a group and tile that the kernel is trusted with on a GPU; the plain encoder serves smaller groups."""
 STATES = tl.constexpr(16)
 HALF = tl.constexpr(16)
 DEAREST = tl.constexpr(trellis.DEAREST)
@@ -41,6 +43,14 @@ OPEN = tl.constexpr(trellis.OPEN)
 
 def any_in_words(groups: tuple[CodeGroup, ...]) -> bool:
     return any(group.in_words for group in groups)
+
+
+def fits(x: torch.Tensor, groups: tuple[CodeGroup, ...]) -> bool:
+    """Whether the kernel codes tiles x [B, H, N, T, D] right: on a GPU, groups in words need `FEWEST` words per tile.
+
+    On an H200, Triton 3.6 coded a group of 64 words wrong behind a group of 32. Tiles of 128 tokens have at least 64.
+    """
+    return not x.is_cuda or all(group.size * x.shape[3] >= 32 * FEWEST for group in groups if group.in_words)
 
 
 def room_for_points(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: int) -> torch.Tensor:
