@@ -148,7 +148,7 @@ def with_header(path, change):
     ("change", "message"),
     [
         (lambda header, *_: header.clear(), "no saved cache"),
-        (lambda header, *_: header.update(version="2"), "version='2' is not supported; allowed: '1'"),
+        (lambda header, *_: header.update(version="3"), "version='3' is not supported; allowed: '1', '2'"),
         (lambda _, content, __: content["preset"].update(tile=16), "0.tiles.0.codes.*is not"),
         (lambda _, content, __: content["preset"].update(extra=1), "unknown field 'extra'"),
         (lambda _, content, __: content["layers"].pop(), "2 layers, this model 3"),
@@ -181,7 +181,9 @@ def test_bytes_that_decode_to_something_else_are_refused(saved, monkeypatch):
     quantizer = type(saved[1].packed_layers[0].quantizers[0])
     decode = quantizer.decode
     monkeypatch.setattr(quantizer, "decode", lambda *args, **options: 1.1 * decode(*args, **options))
-    with pytest.raises(CacheFileError, match="layer 0 was written by other rules"):
+    with pytest.raises(
+        CacheFileError, match="layer 0 was written by rules for conditioned that this version does not read"
+    ):
         TurboQuantCache.load(saved[0], make_config())
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import transformers
 from packaging.version import parse
 
-from tests.support.compatibility import MODES, REFUSED, families
+from tests.support.compatibility import AS_STATIC, MODES, REFUSED, families, generate, packed
 from tests.support.families import available, build, prompt
 from turboquant_hf.cache import TurboQuantLayer
 
@@ -36,9 +37,13 @@ def test_a_family_gives_dynamic_caches_tokens_in_every_mode(name, mode, monkeypa
         with pytest.raises(Exception, match=pattern):
             MODES[mode](build(family), prompt(family))
         return
+    if (name, mode) in AS_STATIC:
+        ours, static = packed("turboquant_static"), {"cache_implementation": "static"}
+        assert torch.equal(*(generate(build(family), prompt(family), **cache) for cache in (ours, static)))
+        return
     assert MODES[mode](build(family), prompt(family))
     assert len(tiles) >= family.packed and max(tiles.values()) >= 2
 
 
 def test_refused_cells_are_cells():
-    assert all(name in PACKED and mode in MODES for name, mode in REFUSED)
+    assert all(name in PACKED and mode in MODES for name, mode in (*REFUSED, *AS_STATIC))

@@ -99,6 +99,13 @@ REFUSED: dict[tuple[str, str], tuple[str, str]] = {
     ("whisper", "padded batch"): ("attention_mask", "its input is always one full window of sound"),
 }
 """(family, mode) -> what the error says (a pattern), and what the page says of it."""
+HYBRID = "a preallocated cache of transformers keeps attention and recurrent state in one layer, which is left as it is"
+OWN_MASK = "its own mask is wrong with preallocated caches: transformers' StaticCache gives the same tokens as this one"
+AS_STATIC = {
+    ("gpt_neo", "preallocated"): OWN_MASK,
+    **{(name, "preallocated"): HYBRID for name in ("falcon_h1", "zamba2")},
+}
+"""(family, mode) that equals transformers' StaticCache, but not DynamicCache or without packing -> why."""
 UNUSED = {"mpt": "the model does not use generate's cache"}
 KINDS = {"packed": "full attention", "packed + recurrent": "full attention beside a recurrent state"}
 """Packed kinds of layers in an estimate -> their names on the page."""
@@ -135,7 +142,7 @@ def row(family: Family, steps: dict[str, str], notes: list[str]) -> list[str]:
         return [family.name, "-", UNUSED.get(family.name, left), *["-"] * (1 + len(MODES)), "-"]
     cells = ["yes"]
     for mode in MODES:
-        _, why = REFUSED.get((family.name, mode), ("", ""))
+        _, why = REFUSED.get((family.name, mode), ("", AS_STATIC.get((family.name, mode), "")))
         if why and why not in notes:
             notes.append(why)
         cells.append(f"no ({notes.index(why) + 1})" if why else "yes")

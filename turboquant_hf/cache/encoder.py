@@ -166,7 +166,8 @@ class Encoder:
 
     @property
     def nbytes(self) -> int:
-        kept = [x for x in (self.energy, self.count, self.unsettled) if x is not None]
+        """Bytes of the statistics, without the byte per sequence of `unsettled`."""
+        kept = [x for x in (self.energy, self.count) if x is not None]
         return sum(x.nbytes for x in (*kept, *(x for state in self.states for x in state.values())))
 
     def _query_rms(self, length: int) -> torch.Tensor | None:

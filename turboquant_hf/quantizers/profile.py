@@ -41,6 +41,18 @@ class Profile:
         layers: the maps of keys and of values of every packed layer, in order.
         about: how it was made, as plain data: for people.
         path: the file that it came from.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from turboquant_hf import Profile, make_profile
+        >>> sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, intermediate_size=64, **sizes))
+        >>> windows = torch.randint(100, (2, 1, 300)).unbind()
+        >>> profile = make_profile(model, windows, note=lambda line: None)
+        >>> profile.save("profile.safetensors")
+        >>> len(Profile.load("profile.safetensors").layers)
+        2
     """
 
     def __init__(

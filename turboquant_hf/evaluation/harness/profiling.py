@@ -66,6 +66,17 @@ def make_profile(
 
     Returns: a profile in memory; `save` writes it.
     Raises: ValueError for a model whose attention is not ours to set, or windows that do not serve.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from turboquant_hf import TurboQuantCache, make_profile
+        >>> sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, intermediate_size=64, **sizes))
+        >>> windows = torch.randint(100, (2, 1, 300)).unbind()
+        >>> profile = make_profile(model, windows, note=lambda line: None)
+        >>> TurboQuantCache(model.config, profile=profile).profile is profile
+        True
     """
     if len(windows) < 2 or any(x.shape != windows[0].shape for x in windows) or windows[0].shape[1] < SINKS + TILE:
         raise ValueError(

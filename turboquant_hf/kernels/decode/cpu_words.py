@@ -8,12 +8,11 @@ numbers, one after the other, have the values in their own order.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from turboquant_hf.kernels.codes import CodeGroup, from_places
 from turboquant_hf.primitives import Trellis
+from turboquant_hf.primitives.memo import once
 
 EVEN, PAIRS, ONES = 0x55555555, 0x33333333, 0x11111111
 """Every second bit, the lower two of every four, the lowest of every four."""
@@ -60,7 +59,7 @@ def _parity(path: torch.Tensor, taps: int) -> torch.Tensor:
     return found
 
 
-@lru_cache(maxsize=64)
+@once(maxsize=64)
 @torch.inference_mode(False)
 def _pairs(codebook: Trellis) -> torch.Tensor:
     """[1, 256 or 8192] float64, each the bytes of two levels: those of two nibbles, whose fifth bits are 8 higher."""
