@@ -102,7 +102,7 @@ def test_softcaps_and_attention_sinks(kind, calls, padding, monkeypatch):
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):  # as strong as the strongest keys
                 parameter.fill_(8.0)
-    inputs = prompt(family, seed=1)  # with seed 0 a code of gpt_oss lies on a threshold
+    inputs = prompt(family, seed=2)  # with seeds 0 and 1 a code of gpt_oss lies on a threshold
     if padding:
         inputs["attention_mask"][1, :padding] = 0
     expected = generate(model, inputs, **LOGITS, **turboquant("k4v4"))
