@@ -27,10 +27,10 @@ def main(folder: str, output: str) -> None:
     device = model.device
     ids = torch.randint(3, 199, (2, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.ones_like(ids)
-    mask[1, :19] = 0
+    ids[1, :19] = mask[1, :19] = 0  # as `inputs_of` has them
 
     def generate(**options):
-        options = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": mask, **options}
+        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "attention_mask": mask, **options}
         return model.generate(ids, **options).tolist()
 
     found = {"dynamic": generate()}
