@@ -13,8 +13,9 @@ from transformers import Gemma2Config
 from tests.support.families import FAMILIES, available, build, prompt
 from tests.support.generating import TILES, generate
 from tests.support.updates import feed, held, make_config
-from turboquant_hf import CacheFileError, CachePreset, TurboQuantCache, load_preset, preset_names
+from turboquant_hf import CacheFileError, CachePreset, TurboQuantCache, files, load_preset, preset_names
 from turboquant_hf.cache import serialization
+from turboquant_hf.files import text_checksum
 
 SAVED = ["llama", "mistral", "gemma2", "gemma3n", "gemma4", "gpt_oss", "llama4", "deepseek_v3"]
 SAVED += ["qwen3_next", "jamba", "lfm2", "falcon_h1"]
@@ -140,7 +141,7 @@ def with_header(path, change):
     change(header, content, tensors)
     if "content" in header:
         text = json.dumps(content)
-        header |= {"content": text, "checksum": str(serialization.zlib.crc32(text.encode()))}
+        header |= {"content": text, "checksum": text_checksum(text)}
     save_file(tensors, path, metadata=header)
 
 
@@ -193,10 +194,10 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     feed(cache, 30, seed=3)
 
     def full(*args, **options):
-        (path.parent / f"{path.name}.{serialization.os.getpid()}.part").write_bytes(b"half")
+        (path.parent / f"{path.name}.{files.os.getpid()}.part").write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(serialization, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         cache.save(path)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]

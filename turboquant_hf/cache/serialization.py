@@ -13,8 +13,6 @@ token again. A version that reads the bytes by other rules therefore refuses the
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from turboquant_hf.cache.hybrid import packed_part
@@ -31,6 +28,7 @@ from turboquant_hf.cache.layer import TurboQuantLayer
 from turboquant_hf.cache.sides import SIDES, Side
 from turboquant_hf.checks import check_file, shown
 from turboquant_hf.config import CachePreset
+from turboquant_hf.files import checksum, text_checksum, write_file
 from turboquant_hf.quantizers.profile import Profile, layers_of
 from turboquant_hf.version import __version__
 
@@ -80,9 +78,8 @@ def save_cache(cache, path: str | Path) -> None:
     tensors: Tensors = {}
     layers = []
     for index, layer in enumerate(cache.layers):
-        packed, raw = packed_part(layer), None
-        if packed is not layer:
-            raw = _describe_raw(layer, f"{index}.", tensors)
+        packed = packed_part(layer)
+        raw = None if packed is layer else _describe_raw(layer, f"{index}.", tensors)
         described = None if packed is None else _describe_packed(packed, f"{index}.", tensors)
         layers.append({"kind": _kind(layer), "packed": described, "raw": raw})
     profile, preset = cache.profile, cache.preset.with_overrides(profile=None).to_dict()
@@ -95,19 +92,8 @@ def save_cache(cache, path: str | Path) -> None:
         "profile": profile and {"model": profile.model, "about": profile.about, "layers": len(profile.layers)},
         "model": cache.model_fields,
         "layers": layers,
-        "checksums": {name: _checksum(x) for name, x in tensors.items()},
     }
-    text = json.dumps(content)
-    version = VERSIONS[profile is not None]
-    header = {"format": FORMAT, "version": version, "content": text, "checksum": str(zlib.crc32(text.encode()))}
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, scratch, metadata=header)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_file(path, tensors, content, FORMAT, VERSIONS[profile is not None])
 
 
 def read_cache(path: str | Path, config: PreTrainedConfig) -> tuple[CachePreset, Callable[[Any, Any], None]]:
@@ -129,7 +115,7 @@ def read_cache(path: str | Path, config: PreTrainedConfig) -> tuple[CachePreset,
         if header.get("version") not in VERSIONS:
             raise CacheFileError(f"{path}: version={header.get('version')!r} is not supported; allowed: '1', '2'")
         text = header.get("content", "")
-        if header.get("checksum") != str(zlib.crc32(text.encode())):
+        if header.get("checksum") != text_checksum(text):
             raise CacheFileError(f"{path} is damaged: its metadata does not match its checksum")
         content = json.loads(text)
         preset = CachePreset.from_dict({**content["preset"], "profile": _read_profile(file, path, content)})
@@ -184,7 +170,7 @@ def _fill(cache, path: str | Path, content: dict[str, Any], device: Any) -> None
 def _tensor(file: Any, name: str, path: str | Path, content: dict[str, Any]) -> torch.Tensor:
     # Files are memory-mapped: what stays must be a copy.
     x = file.get_tensor(name).clone()
-    if _checksum(x) != content["checksums"].get(name):
+    if checksum(x) != content["checksums"].get(name):
         raise CacheFileError(f"{path} is damaged: {name} does not match its checksum")
     return x
 
@@ -214,10 +200,6 @@ def _reading(path: str | Path) -> Iterator[Any]:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise CacheFileError(f"{path} is damaged or no saved cache: {type(error).__name__}: {error}") from error
-
-
-def _checksum(x: torch.Tensor) -> int:
-    return zlib.crc32(x.reshape(-1).view(torch.uint8).numpy())
 
 
 def _put(tensors: Tensors, name: str, x: torch.Tensor) -> str:

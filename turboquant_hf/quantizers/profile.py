@@ -13,7 +13,6 @@ was made, and a checksum of each of these and of the tensors.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
@@ -22,9 +21,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from turboquant_hf.checks import check_file
+from turboquant_hf.files import checksum, text_checksum, write_file
 from turboquant_hf.primitives.memo import once
 from turboquant_hf.quantizers.base import Quantizer
 from turboquant_hf.quantizers.profiled import HeadMaps, profiled
@@ -95,21 +94,8 @@ class Profile:
         path = Path(path)
         if path.is_dir():
             raise ValueError(f"profile={str(path)!r} is not supported, because it is a folder; allowed: a file")
-        tensors = self.tensors()
-        content = {
-            "model": self.model,
-            "about": self.about,
-            "layers": len(self.layers),
-            "checksums": {name: _checksum(x) for name, x in tensors.items()},
-        }
-        text = json.dumps(content)
-        header = {"format": FORMAT, "version": str(VERSION), "content": text, "checksum": _text_checksum(text)}
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            save_file(tensors, scratch, metadata=header)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        content = {"model": self.model, "about": self.about, "layers": len(self.layers)}
+        write_file(path, self.tensors(), content, FORMAT, str(VERSION))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the file, by name."""
@@ -160,12 +146,12 @@ def _read(path: Path, changed: int, size: int) -> Profile:
             if header.get("version") != str(VERSION):
                 raise ValueError(f"{owner}: version={header.get('version')!r} is not supported; allowed: '{VERSION}'")
             text = header.get("content", "")
-            if header.get("checksum") != _text_checksum(text):
+            if header.get("checksum") != text_checksum(text):
                 raise ValueError(f"{owner} is damaged: its header does not match its checksum")
             content = json.loads(text)
             tensors = {name: file.get_tensor(name).clone() for name in content["checksums"]}
         for name, x in tensors.items():
-            if _checksum(x) != content["checksums"][name]:
+            if checksum(x) != content["checksums"][name]:
                 raise ValueError(f"{owner} is damaged: {name} does not match its checksum")
         return Profile(content["model"], layers_of(tensors, content["layers"]), content["about"], path)
     except (SafetensorError, KeyError, TypeError) as error:
@@ -178,11 +164,3 @@ def layers_of(tensors: Mapping[str, torch.Tensor], count: int) -> tuple[tuple[He
         tuple(HeadMaps(*(tensors[f"layers.{n}.{side}.{name}"] for name in ("matrix", "energy"))) for side in SIDES)
         for n in range(count)
     )
-
-
-def _checksum(x: torch.Tensor) -> int:
-    return zlib.crc32(x.contiguous().numpy())
-
-
-def _text_checksum(text: str) -> str:
-    return str(zlib.crc32(text.encode()))
