@@ -7,8 +7,9 @@ import torch
 import transformers
 from packaging.version import parse
 
-from tests.support.compatibility import AS_STATIC, MODES, REFUSED, families, generate, packed
+from tests.support.compatibility import AS_STATIC, MODES, REFUSED, families, generate
 from tests.support.families import available, build, prompt
+from tests.support.generating import turboquant
 from turboquant_hf.cache import TurboQuantLayer
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +39,7 @@ def test_a_family_gives_dynamic_caches_tokens_in_every_mode(name, mode, monkeypa
             MODES[mode](build(family), prompt(family))
         return
     if (name, mode) in AS_STATIC:
-        ours, static = packed("turboquant_static"), {"cache_implementation": "static"}
+        ours, static = turboquant(static=True), {"cache_implementation": "static"}
         assert torch.equal(*(generate(build(family), prompt(family), **cache) for cache in (ours, static)))
         return
     assert MODES[mode](build(family), prompt(family))

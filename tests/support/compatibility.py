@@ -10,29 +10,21 @@ import copy
 import re
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.support import generating
 from tests.support.families import FAMILIES, Family, build
+from tests.support.generating import turboquant
 from turboquant_hf import TurboQuantCache, load_preset
 from turboquant_hf.cache.estimate import MemoryPlan
 
-TILES = {"preset": "lossless", "tile": 8, "recent_window": 8, "sinks": 4, "min_statistics": 16}
-NEW = 28
 Inputs = dict[str, torch.Tensor]
 
-
-def generate(model: torch.nn.Module, inputs: Inputs, **options: Any) -> torch.Tensor:
-    """Token ids of a greedy answer of `NEW` tokens."""
-    options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, **options}
-    return model.generate(**inputs, **options)
-
-
-def packed(name: str = "turboquant", **options: Any) -> dict[str, Any]:
-    """The arguments of `generate` for a packed cache."""
-    return {"cache_implementation": name, "cache_config": {**TILES, **options}}
+generate = partial(generating.generate, new=28)
 
 
 def compare(model: torch.nn.Module, inputs: Inputs, options: dict[str, Any], cache: dict[str, Any]) -> bool:
@@ -41,37 +33,37 @@ def compare(model: torch.nn.Module, inputs: Inputs, options: dict[str, Any], cac
 
 
 def preallocated(model, inputs):
-    return compare(model, inputs, {}, packed("turboquant_static"))
+    return compare(model, inputs, {}, turboquant(static=True))
 
 
 def padded(model, inputs):
     inputs["attention_mask"][1, :7] = 0
-    return compare(model, inputs, {}, packed())
+    return compare(model, inputs, {}, turboquant())
 
 
 def beams(model, inputs):
-    return compare(model, inputs, {"num_beams": 3}, packed())
+    return compare(model, inputs, {"num_beams": 3}, turboquant())
 
 
 def lookup(model, inputs):
-    return compare(model, {name: x[:1] for name, x in inputs.items()}, {"prompt_lookup_num_tokens": 3}, packed())
+    return compare(model, {name: x[:1] for name, x in inputs.items()}, {"prompt_lookup_num_tokens": 3}, turboquant())
 
 
 def offload(model, inputs):
-    return compare(model, inputs, {}, packed(offloading=True))
+    return compare(model, inputs, {}, turboquant(offloading=True))
 
 
 def files(model, inputs):
     """A prompt's cache, saved and loaded, goes on as the one that was never saved."""
-    whole = generate(model, inputs, **packed(), return_dict_in_generate=True)
+    whole = generate(model, inputs, **turboquant(), return_dict_in_generate=True)
     cache = whole.get("cache", whole.get("past_key_values"))
     with tempfile.TemporaryDirectory() as folder:
         cache.save(Path(folder, "cache"))
         loaded = TurboQuantCache.load(Path(folder, "cache"), model.config)
     more = {"input_ids": torch.cat([whole.sequences, inputs["input_ids"][:, :5]], dim=1)}
     more["attention_mask"] = torch.ones_like(more["input_ids"])
-    expected = generate(model, more, past_key_values=copy.deepcopy(cache))
-    return torch.equal(generate(model, more, past_key_values=loaded), expected)
+    expected = generate(model, more, cache=copy.deepcopy(cache))
+    return torch.equal(generate(model, more, cache=loaded), expected)
 
 
 MODES: dict[str, Callable[[torch.nn.Module, Inputs], bool]] = {
@@ -152,7 +144,7 @@ def row(family: Family, steps: dict[str, str], notes: list[str]) -> list[str]:
 def layers(family: Family) -> tuple[str, str]:
     """Layers that a cache of the tiny model packs, and those that it leaves alone, by kind."""
     plan = MemoryPlan(build(family).config, torch.float32)
-    found = plan.estimate(41, load_preset("lossless", **{k: v for k, v in TILES.items() if k != "preset"})).layers
+    found = plan.estimate(41, load_preset("lossless", **generating.TILES)).layers
     names = {**KINDS, **LEFT}
     told = [(kind.kind in KINDS, f"{kind.layers} {names.get(kind.kind, kind.kind)}") for kind in found]
     if plan.cross:
