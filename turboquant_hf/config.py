@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,6 +11,8 @@ import yaml
 
 from turboquant_hf.checks import check_file, check_keys, check_whole, guess, shown
 from turboquant_hf.quantizers import QUANTIZERS, Quantizer
+from turboquant_hf.quantizers.data import quantizer_data, quantizer_from, quantizer_label
+from turboquant_hf.quantizers.layers import LayerOverride, layer_overrides, ordinals
 from turboquant_hf.quantizers.profile import Profile
 from turboquant_hf.quantizers.profiled import takes_profile
 from turboquant_hf.resources import config_path
@@ -23,17 +24,6 @@ AUTO = "auto"
 """The profile in the model's folder, if there is one."""
 MOST_TOKENS = 131_072
 """The largest `tile`, `sinks`, `recent_window` and `min_statistics`: their room is allocated in advance."""
-
-SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:([1-9]\d*)?)?")
-"""A slice of KV-layer ordinals as text, with a positive step."""
-
-
-@dataclass(frozen=True)
-class LayerOverride:
-    """The quantizers of one KV layer that differ from the preset's; None keeps the preset's quantizer."""
-
-    keys: Quantizer | None = None
-    values: Quantizer | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,7 @@ class CachePreset:
         for role in ("keys", "values"):
             if not isinstance(getattr(self, role), Quantizer):
                 object.__setattr__(self, role, quantizer_from(getattr(self, role), role))
-        object.__setattr__(self, "layers", _layer_overrides(self.layers))
+        object.__setattr__(self, "layers", layer_overrides(self.layers))
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -188,7 +178,7 @@ class CachePreset:
         if min(ordinal, num_layers - 1 - ordinal) < self.boundary_layers:
             values = BOUNDARY_VALUES
         for which, override in self.layers:
-            if ordinal in _ordinals(which, num_layers):
+            if ordinal in ordinals(which, num_layers):
                 keys, values = override.keys or keys, override.values or values
         return keys, values
 
@@ -198,7 +188,7 @@ class CachePreset:
         A slice may be empty.
         """
         for which, _ in self.layers:
-            if num_layers and not isinstance(which, str) and not _ordinals(which, num_layers):
+            if num_layers and not isinstance(which, str) and not ordinals(which, num_layers):
                 raise ValueError(f"layers: {which} is not supported; allowed: the {num_layers} KV layers of this model")
 
     @property
@@ -268,76 +258,11 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in config_path("cache").glob("*.yaml"))
 
 
-def quantizer_from(data: str | Mapping[str, Any] | Quantizer, role: str) -> Quantizer:
-    """A quantizer from its name, or from {"quantizer": name, option: value, ...}; `role` is "keys" or "values"."""
-    if isinstance(data, Quantizer):
-        return data
-    if isinstance(data, str):
-        data = {"quantizer": data}
-    if not isinstance(data, Mapping) or "quantizer" not in data:
-        raise ValueError(f"{role}={shown(data)} is not supported; allowed: a mapping with 'quantizer' and its options")
-    options = {key: _frozen(value) for key, value in data.items() if key != "quantizer"}
-    if not isinstance(data["quantizer"], str) or data["quantizer"] not in QUANTIZERS:
-        raise ValueError(
-            f"{role}: quantizer={shown(data['quantizer'])} is not supported"
-            f"{guess(str(data['quantizer']), QUANTIZERS)}; allowed: {', '.join(sorted(QUANTIZERS))}"
-        )
-    kind = QUANTIZERS[data["quantizer"]]
-    allowed = {f.name for f in fields(kind)}
-    check_keys(f"{role} ({kind.name})", options, allowed)
-    kind.check_options(f"{role} ({kind.name})", options)
-    return kind(**{**kind.options_for(role), **options})
-
-
-def quantizer_data(quantizer: Quantizer) -> dict[str, Any]:
-    """The inverse of `quantizer_from`."""
-    return {"quantizer": quantizer.name, **{f.name: getattr(quantizer, f.name) for f in fields(quantizer)}}
-
-
-def _layer_overrides(data: Any) -> tuple[tuple[int | str, LayerOverride], ...]:
-    items = list(data.items()) if isinstance(data, Mapping) else data
-    if not isinstance(items, (list, tuple)) or not all(isinstance(x, (list, tuple)) and len(x) == 2 for x in items):
-        raise ValueError(f"layers={shown(data)} is not supported; allowed: KV-layer ordinals with keys and values")
-    result = []
-    for index, override in items:
-        if isinstance(index, str) and index.removeprefix("-").isdecimal():
-            index = int(index)  # the keys of a mapping that was in JSON, such as a saved generation config
-        allowed = SLICE.fullmatch(index) if isinstance(index, str) else type(index) is int
-        if not allowed:
-            raise ValueError(
-                f"layers: {shown(index)} is not supported; allowed: KV-layer ordinals (whole numbers), or slices of "
-                "them such as '::2'"
-            )
-        if not isinstance(override, LayerOverride):
-            if not isinstance(override, Mapping):
-                raise ValueError(f"layers: {index}: {shown(override)} is not supported; allowed: keys and values")
-            check_keys(f"layers: {index}", override, {"keys", "values"})
-            override = LayerOverride(**{role: quantizer_from(value, role) for role, value in override.items()})
-        result.append((index, override))
-    return tuple(result)
-
-
-def _ordinals(which: int | str, num_layers: int) -> range:
-    """The KV layers of `num_layers` that an entry of `CachePreset.layers` names."""
-    if isinstance(which, str):
-        return range(num_layers)[slice(*(int(part) if part else None for part in which.split(":")))]
-    return range(num_layers)[which : which + 1 or None] if which >= -num_layers else range(0)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
 def _described(value: Any) -> str:
-    """A field's value for a label. A quantizer is shown by its name and the options that differ from the defaults."""
+    """A field's value for a label."""
     if isinstance(value, tuple):
         layers = (f"{index}: {_described(override)}" for index, override in value)
         return "{" + ", ".join(layers) + "}"
     if isinstance(value, LayerOverride):
         return ", ".join(f"{role}={_described(q)}" for role, q in vars(value).items() if q is not None)
-    if not isinstance(value, Quantizer):
-        return repr(value)
-    implied = {name for role in ("keys", "values") for name in type(value).options_for(role)}
-    changed = (f for f in fields(value) if getattr(value, f.name) != f.default and f.name not in implied)
-    options = ", ".join(f"{f.name}={getattr(value, f.name)}" for f in changed)
-    return f"{value.name}({options})" if options else value.name
+    return quantizer_label(value) if isinstance(value, Quantizer) else repr(value)

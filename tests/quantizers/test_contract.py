@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.quantizers import CASES, TILE, fit, id_of, make, query_rms_of, round_trip, tiles_of
-from turboquant_hf.config import load_preset, quantizer_from
+from turboquant_hf.config import load_preset
 from turboquant_hf.primitives import grid, hadamard_matrix
 from turboquant_hf.quantizers import QUANTIZERS
+from turboquant_hf.quantizers.data import quantizer_from
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 HEAD_DIMS = (64, 80, 128, 65)

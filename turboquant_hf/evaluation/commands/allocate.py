@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from turboquant_hf.cache import TurboQuantCache
-from turboquant_hf.config import CachePreset, LayerOverride
+from turboquant_hf.config import CachePreset
 from turboquant_hf.evaluation.harness import fidelity, flags
 from turboquant_hf.evaluation.harness.models import load_config
 from turboquant_hf.evaluation.harness.run import Run
@@ -29,6 +29,7 @@ from turboquant_hf.evaluation.presets.allocation import (
 from turboquant_hf.evaluation.presets.memory import bits_per_channel
 from turboquant_hf.evaluation.presets.named import MEASURED_ALONE
 from turboquant_hf.evaluation.presets.widths import KEY_WIDTHS, key_quantizer, value_quantizer
+from turboquant_hf.quantizers.layers import LayerOverride
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

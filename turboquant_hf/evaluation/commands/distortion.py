@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from turboquant_hf.cache import ATTENTION_NAME
-from turboquant_hf.config import quantizer_from
 from turboquant_hf.evaluation.harness import flags
 from turboquant_hf.evaluation.harness.folder import check_output, write_run
 from turboquant_hf.evaluation.harness.models import load_model
@@ -30,6 +29,7 @@ from turboquant_hf.evaluation.harness.vectors import (
 )
 from turboquant_hf.primitives import distortion, lloyd_max
 from turboquant_hf.quantizers import Quantizer
+from turboquant_hf.quantizers.data import quantizer_from
 from turboquant_hf.resources import config_path
 
 UPPER_BOUND = 3**0.5 * torch.pi / 2

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from turboquant_hf.cache import ATTENTION_NAME
-from turboquant_hf.config import CachePreset, load_preset, quantizer_from
+from turboquant_hf.config import CachePreset, load_preset
 from turboquant_hf.evaluation.harness import fidelity, flags
 from turboquant_hf.evaluation.harness.flags import whole
 from turboquant_hf.evaluation.harness.folder import check_output, write_run
@@ -25,6 +25,7 @@ from turboquant_hf.evaluation.harness.run import Run
 from turboquant_hf.evaluation.harness.tables import format_table
 from turboquant_hf.evaluation.harness.texts import read_text
 from turboquant_hf.evaluation.harness.vectors import errors, round_trip
+from turboquant_hf.quantizers.data import quantizer_from
 
 METHODS: dict[str, dict[str, Any]] = {
     "mse": {"quantizer": "mse"},

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from turboquant_hf.config import CachePreset, LayerOverride
+from turboquant_hf.config import CachePreset
 from turboquant_hf.evaluation.presets.widths import flat_preset, key_quantizer, value_quantizer
 from turboquant_hf.quantizers import Quantizer
+from turboquant_hf.quantizers.layers import LayerOverride
 
 ROLES = ("keys", "values")
 
