@@ -22,7 +22,7 @@ from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.kernels.dispatch import balance_channels, tile_energy, tile_mean
 from turboquant_hf.kernels.encode.reference import sorted_columns
 from turboquant_hf.kernels.statistics import borrow, power_of_two
-from turboquant_hf.quantizers.base import Field, Packed, State, check_bits, check_choice
+from turboquant_hf.quantizers.base import Packed, State, check_bits, check_choice
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 BALANCES = ("query", "key", "none")
@@ -80,10 +80,6 @@ class Conditioned(RotatedQuantizer):
     @property
     def centered(self) -> bool:
         return self.center
-
-    def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
-        fields = super().layout(head_dim, tile, dtype)
-        return {**fields, "mean": Field((head_dim,), torch.float16)} if self.center else fields
 
     def fit(
         self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True

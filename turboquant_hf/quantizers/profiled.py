@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from turboquant_hf.kernels.statistics import power_of_two
-from turboquant_hf.quantizers.base import Field, Quantizer, State
+from turboquant_hf.quantizers.base import Quantizer, State
 from turboquant_hf.quantizers.conditioned import Conditioned
 from turboquant_hf.quantizers.mse import MSE
 from turboquant_hf.quantizers.rotated import RotatedQuantizer, block_rotation
@@ -107,10 +107,6 @@ class Profiled(RotatedQuantizer):
                 f"profile: head_dim={head_dim} is not supported; allowed: {self.maps.head_dim}, as in the profile"
             )
         super().validate(head_dim, tile)
-
-    def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
-        fields = super().layout(head_dim, tile, dtype)
-        return {**fields, "mean": Field((head_dim,), torch.float16)} if self.center else fields
 
     def shared_nbytes(self, head_dim: int) -> int:
         """The map and its inverse, which all caches of a model share."""

@@ -111,10 +111,11 @@ class RotatedQuantizer(Quantizer):
 
     def layout(self, head_dim: int, tile: int, dtype: torch.dtype) -> dict[str, Field]:
         groups = self.groups(head_dim, tile)
-        return {
+        layout = {
             "codes": Field((tile_bytes(groups, tile, self.channel_major),), torch.uint8),
             "scale": Field((len(groups), tile), torch.float16 if self.scale_format == "fp16" else torch.uint8),
         }
+        return {**layout, "mean": Field((head_dim,), torch.float16)} if self.centered else layout
 
     def shared_nbytes(self, head_dim: int) -> int:
         return head_dim * head_dim * 4

@@ -130,9 +130,8 @@ def decode(model, tokens: torch.Tensor, cache: TurboQuantCache) -> tuple[torch.T
     for token in tokens.split(1, dim=1):
         found.append(forward(model, token, cache).logits[0, -1].float().log_softmax(dim=-1))
         for layer in cache.packed_layers:
-            times = -(
-                -query_heads // layer.num_heads // MAX_ROWS
-            )  # rounded up: a kernel counts a tile once per MAX_ROWS rows
+            # Rounded up: a kernel counts a tile once per MAX_ROWS rows.
+            times = -(-query_heads // layer.num_heads // MAX_ROWS)
             tiles += layer.tiles[0].count * layer.num_heads * times
     return torch.stack(found), dispatch.unread_tiles() / tiles
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from turboquant_hf.cache import ATTENTION_NAME, TurboQuantCache, TurboQuantLayer
+from turboquant_hf.cache.hybrid import packed_part
 from turboquant_hf.cache.profiles import profile_fields
 from turboquant_hf.cache.switching import attention_of, why_dense
 from turboquant_hf.config import load_preset
@@ -153,8 +154,7 @@ def output_weights(model, moments: Moments) -> tuple[list[torch.Tensor], int]:
         if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not weight.is_meta and index is not None:
             found.setdefault(index, weight.detach())
     cache = TurboQuantCache(model.config, load_preset("lossless"))
-    ours = {id(layer) for layer in cache.packed_layers}
-    places = [i for i, layer in enumerate(cache.layers) if id(getattr(layer, "packed", layer)) in ours]
+    places = [index for index, layer in enumerate(cache.layers) if packed_part(layer) is not None]
     result, known = [], 0
     for index, values in zip(places, moments.values, strict=True):
         heads, dim = values.shape[:2]
