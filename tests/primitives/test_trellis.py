@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -131,9 +132,22 @@ def test_a_rotated_word_means_rotated_levels(bits):
     assert error(code, x.roll(11, 1)) == pytest.approx(error(code, x), rel=0.01)
 
 
+@pytest.fixture
+def fine_prices(monkeypatch) -> Callable[[], None]:
+    """Lets the search count in whole numbers that are fine, and may be as high as they are."""
+
+    def set_prices() -> None:
+        monkeypatch.setattr(trellis, "PRICE", 2.0**17)
+        monkeypatch.setattr(trellis, "DEAREST", 2**22)
+        monkeypatch.setattr(trellis, "OPEN", 2**16)
+
+    return set_prices
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3])
-def test_search_against_trying_all_words(bits):
+def test_search_against_trying_all_words(bits, fine_prices):
     """4 states in words of 12: all 4,096 paths can be tried, each with its best plain bits."""
+    fine_prices()
     code = Trellis(trellis_code(bits).levels, "tiny", h0=0o5, h1=0o2, word=12)
     x = sphere_words(None, 300, seed=0, word=12)
     paths = torch.tensor(list(itertools.product((0, 1), repeat=12)), dtype=torch.uint8)
@@ -153,13 +167,10 @@ def test_search_against_trying_all_words(bits):
 
 
 @pytest.mark.parametrize(("bits", "dim"), [(1, 16), (2, None), (3, 64), (5, None)], ids=str)
-def test_whole_numbers_cost_no_error(bits, dim, monkeypatch):
-    """Beside the same search with prices that are fine and may be as high as they are."""
+def test_whole_numbers_cost_no_error(bits, dim, fine_prices):
     code, x = trellis_code(bits, dim), sphere_words(dim, 4000, seed=6)
     found = error(code, x)
-    monkeypatch.setattr(trellis, "PRICE", 2.0**17)
-    monkeypatch.setattr(trellis, "DEAREST", 2**22)
-    monkeypatch.setattr(trellis, "OPEN", 2**16)
+    fine_prices()
     assert found < 1.005 * error(code, x)
 
 
