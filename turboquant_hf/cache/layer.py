@@ -80,9 +80,17 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         self._returns_handles = returns_handles
         super().__init__(preset, keys, values, offloader)
 
+    fixed: FixedLayer | None = None
+    """What steps at fixed addresses read, or None."""
+
     def clear(self) -> None:
         super().clear()
-        self.fixed: FixedLayer | None = None
+        self.fixed = None
+
+    def changed(self) -> None:
+        super().changed()
+        if self.fixed is not None:
+            self.fixed.free = 0
 
     # ------------------------------------------------------------------ transformers' protocol: growing
 
@@ -158,12 +166,13 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         if self.fixed is None or not self.fixed.holds(self):
             self.step = None
             self.fixed = FixedLayer(self, workspaces)
-        self.fixed.tell(self.tiles.keys.count, self.tokens)
+        self.fixed.tell(self)
         return self.fixed
 
     def unfix(self) -> None:
         """Go back to arrays that may move."""
         if self.fixed is not None:
+            self.changed()
             self.fixed = None
             tail = TailBuffer(*self.tail.arrays, self.tail_capacity)
             tail.append(*self.tail.view())

@@ -48,6 +48,7 @@ class Storage:
 
     def clear(self) -> None:
         """Forget everything except the noted padding."""
+        self.changed()
         self.is_initialized = False
         if self.offloader is not None and self.tiles is not None:
             self.offloader.forget(self.tiles.keys)
@@ -55,6 +56,9 @@ class Storage:
         self.tail: TailBuffer | RingTail | None = None
         self.sinks: SinkBuffer | None = None
         self.encoder = Encoder(self.quantizers, self.preset.min_statistics)
+
+    def changed(self) -> None:
+        """Note that tokens or arrays are about to change. A prepared step would keep the old arrays in memory."""
         self.step: Any = None
 
     def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -150,7 +154,7 @@ class Storage:
         if ready == 0 or not encoder.has_seen_enough(self.tokens - min(self.sinks.first, default=0)):
             self.tail.own()
             return
-        self.step = None  # it would keep the old arrays in memory
+        self.changed()
         if not encoder.fitted or encoder.unsettled is not None:
             whole = self.tail.count // tile  # the recent window is measured too
             seen = self._tail_tiles(whole), self.weight(stored, whole)
@@ -208,6 +212,7 @@ class Storage:
 
     def cut(self, keep: int) -> None:
         """Keep the first `keep` tokens. A cut inside a tile decodes the part of the tile that is kept into the tail."""
+        self.changed()
         if keep >= self.stored:
             self.tail.crop(keep - self.stored)
             return
@@ -220,7 +225,7 @@ class Storage:
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every array by fn(array); fn changes the batch or the device."""
-        self.step = None
+        self.changed()
         for part in (*self.tiles, self.tail, self.sinks, self.encoder):
             part.map(fn)
 
