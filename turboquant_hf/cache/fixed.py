@@ -177,8 +177,8 @@ class FixedLayer:
     def attend(self, query: torch.Tensor, *, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
         """`decode_attention` over all tokens held: [B, Hq, q, D] -> [B, Hq, q, Dv]. Needs `reads_packed`."""
         # Made again in every step, because some quantizers put the means of all tiles together from two arrays.
-        parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
-        sides = [quantizer.packed_side(tiles, state, dim) for quantizer, tiles, state, dim in parts]
+        described = self.tiles, self.states, self.head_dims
+        sides = self.quantizers.map(lambda quantizer, *side: quantizer.packed_side(*side), *described)
         raw = RawTokens(*self.sinks), RawTokens(*self.ring)
         history = History(*sides, *raw, self.starts, self.counts[:2])
         scoring = Scoring(**options, sparse_v_threshold=self.threshold)

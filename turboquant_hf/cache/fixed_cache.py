@@ -109,20 +109,15 @@ class FixedCache:
 
 
 def why_not(cache: Any) -> str | None:
-    """Why the layers of a `TurboQuantCache` cannot be fixed, or None where they can."""
+    """Why the layers of a `TurboQuantCache` cannot be fixed, or None. Its packed layers hold tokens."""
     if cache.offloader is not None:
         return "its tiles are offloaded to host memory"
     if cache.preset.encode_first:
         return "encode_first decodes and encodes the newest tokens at every step"
-    if not cache.packed_layers:
-        return "none of its layers is packed"
     for layer in cache.layers:
         if getattr(layer, "record_past", False):
             return "its layers record what they would drop, for candidates that are taken back"
-        part = packed_part(layer)
-        if part is not None:
-            if not part.is_initialized or not part.get_seq_length():
-                return "a layer is still empty"
+        if packed_part(layer) is not None:
             continue
         sliding = type(layer) is DynamicSlidingWindowLayer
         linear = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, CacheLayerMixin)

@@ -94,8 +94,8 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
 
     # ------------------------------------------------------------------ transformers' protocol: growing
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
-        self.allocate(key_states, key_states if value_states is None else value_states)
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.allocate(key_states, value_states)
 
     @torch.compiler.disable  # counters in Python: a graph break here, where tracing would compile every step anew
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -213,9 +213,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         # A fixed step reads whole arrays, because only the device knows how much of them is in use.
         return self.fixed.room if self.in_step else self.tokens
 
-    def get_mask_sizes(self, query_length) -> tuple[int, int]:
-        # Upstream 5.0 passes the positions, later versions their number.
-        query_length = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.width + (0 if self.in_step else query_length), 0
 
     def get_max_length(self) -> int:

@@ -13,7 +13,6 @@ from turboquant_hf.cache.ring import STEP_TOKENS, RingTail
 from turboquant_hf.cache.sides import SIDES, Side, Sides
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
-from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.quantizers import Quantizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -200,13 +199,12 @@ class Storage:
         quantizer, store, dim = self.quantizers.of(side), self.tiles.of(side), self.head_dims.of(side)
         return quantizer.decode(store.view(start, stop), self.states.of(side), dim, self.dtype).flatten(2, 3)
 
-    def packed_sides(self, *, spare: bool = False) -> list[PackedSide]:
-        """Keys and values as decode kernels read them, for rotated quantizers. `spare` adds the room for more tiles."""
-        parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
-        return [
-            quantizer.packed_side(store.arrays if spare else store.view(), state, dim)
-            for quantizer, store, state, dim in parts
-        ]
+    def packed_sides(self, *, spare: bool = False) -> Sides:
+        """`PackedSide`s, as decode kernels read rotated quantizers. `spare` adds the room for more tiles."""
+        tiles = self.tiles.map(lambda store: store.arrays if spare else store.view())
+        return self.quantizers.map(
+            lambda quantizer, *side: quantizer.packed_side(*side), tiles, self.states, self.head_dims
+        )
 
     # ------------------------------------------------------------------ changing
 
