@@ -200,6 +200,17 @@ def test_a_streamer_of_transformers_gets_every_token_once(model, device, late, m
     )
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["beams", "prompt-lookup"])
+def test_loops_without_such_a_check_wait_as_before(model, device, late, options):
+    inputs = inputs_of(1, device=device)
+    inputs["input_ids"][:, 20:40] = inputs["input_ids"][:, :20]
+    options = {**options, "eos_token_id": 198, "pad_token_id": 0}
+    expected = generate(model, inputs, **options)
+    with watched(device) as watch:
+        assert torch.equal(generate(model, inputs, **options, **turboquant()), expected)
+    assert watch.replays and not late
+
+
 def test_another_cache_keeps_transformers_own_rule(model, device, late):
     generate(model, inputs_of(device=device), eos_token_id=5, pad_token_id=0)
     ahead.register_ahead()
