@@ -235,9 +235,8 @@ class Storage:
             return {"noted": self.noted_starts, "filled": False}, {}
         self.commit()
         encoder, arrays = self.encoder, {}
-        for side in SIDES:
-            number, tiles = SIDES.index(side), self.tiles.of(side)
-            arrays |= {f"tiles.{number}.{name}": x for name, x in tiles.resident().items()}
+        for number, side in enumerate(SIDES):
+            arrays |= {f"tiles.{number}.{name}": x for name, x in self.tiles.of(side).resident().items()}
             arrays |= {f"tail.{number}": self.tail.view().of(side), f"sinks.{number}": self.sinks.arrays.of(side)}
             arrays |= {f"state.{number}.{name}": x for name, x in self.states.of(side).items()}
         if encoder.energy is not None:
