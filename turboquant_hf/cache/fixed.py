@@ -171,8 +171,7 @@ class FixedLayer:
         """Count the new tokens' queries [B, Hq, q, D] into the statistics, until the first encode."""
         if self.statistics is not None:
             energy, count = self.statistics
-            if query.shape[1] % energy.shape[1] == 0 and query.shape[3] == energy.shape[2]:
-                add_queries(query, energy, count[:, :, 0], self.counts[:2], self.starts)
+            add_queries(query, energy, count[:, :, 0], self.counts[:2], self.starts)
 
     def attend(self, query: torch.Tensor, *, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
         """`decode_attention` over all tokens held: [B, Hq, q, D] -> [B, Hq, q, Dv]. Needs `reads_packed`."""

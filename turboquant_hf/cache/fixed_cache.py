@@ -21,7 +21,7 @@ class FixedCache:
     """Fixes the layers of a `TurboQuantCache` for the steps of one decoding loop, and then releases them.
 
     Args:
-        cache: a cache that holds a prompt and for which `why_not` gives None.
+        cache: a cache that holds a prompt before `prepare` is called, and for which `why_not` gives None.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -76,8 +76,29 @@ class FixedCache:
         return self._is_ready(1) or all(layer.tokens for layer in self.cache.packed_layers)
 
     def why_not(self) -> str | None:
-        """Why this cache's layers cannot be fixed, or None. Not asked again once they are fixed."""
-        return None if self._fixed else why_not(self.cache)
+        """Why the layers of this cache, which hold tokens, cannot be fixed; None if they can be, or are."""
+        cache = self.cache
+        if self._fixed:
+            return None
+        if cache.offloader is not None:
+            return "its tiles are offloaded to host memory"
+        if cache.preset.encode_first:
+            return "encode_first decodes and encodes the newest tokens at every step"
+        for layer in cache.layers:
+            if getattr(layer, "record_past", False):
+                return "its layers record what they would drop, for candidates that are taken back"
+            if packed_part(layer) is not None:
+                continue
+            sliding = type(layer) is DynamicSlidingWindowLayer
+            linear = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, CacheLayerMixin)
+            if sliding and not layer.is_initialized:
+                return "a sliding-window layer is still empty"
+            holds_tensors = next(tensors_in(vars(layer)), None) is not None
+            if not sliding and not linear and getattr(layer, "is_initialized", True) and holds_tensors:
+                return f"a {type(layer).__name__} moves what it holds"
+        if len({layer.device for layer in cache.packed_layers}) > 1:
+            return "its layers lie on several devices"
+        return None
 
     @property
     def room(self) -> int:
@@ -106,29 +127,3 @@ class FixedCache:
     def _states(self) -> Iterator[torch.Tensor]:
         """The recurrent states of transformers' layers."""
         return tensors_in([(layer.conv_states, layer.recurrent_states) for layer in self._recurrent])
-
-
-def why_not(cache: Any) -> str | None:
-    """Why the layers of a `TurboQuantCache` cannot be fixed, or None. Its packed layers hold tokens."""
-    if cache.offloader is not None:
-        return "its tiles are offloaded to host memory"
-    if cache.preset.encode_first:
-        return "encode_first decodes and encodes the newest tokens at every step"
-    for layer in cache.layers:
-        if getattr(layer, "record_past", False):
-            return "its layers record what they would drop, for candidates that are taken back"
-        if packed_part(layer) is not None:
-            continue
-        sliding = type(layer) is DynamicSlidingWindowLayer
-        linear = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, CacheLayerMixin)
-        if sliding and not layer.is_initialized:
-            return "a sliding-window layer is still empty"
-        if not sliding and not linear and getattr(layer, "is_initialized", True) and _holds_tensors(layer):
-            return f"a {type(layer).__name__} moves what it holds"
-    if len({layer.device for layer in cache.packed_layers}) > 1:
-        return "its layers lie on several devices"
-    return None
-
-
-def _holds_tensors(layer: Any) -> bool:
-    return next(tensors_in(vars(layer)), None) is not None

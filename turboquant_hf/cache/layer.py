@@ -77,15 +77,12 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         returns_handles: Callable[[], bool] = lambda: False,
         offloader: Offloader | None = None,
     ) -> None:
-        self._returns_handles = returns_handles
+        self._returns_handles, self.fixed = returns_handles, None
         super().__init__(preset, keys, values, offloader)
-
-    fixed: FixedLayer | None = None
-    """What steps at fixed addresses read, or None."""
 
     def clear(self) -> None:
         super().clear()
-        self.fixed = None
+        self.fixed: FixedLayer | None = None
 
     def changed(self) -> None:
         super().changed()
@@ -93,9 +90,6 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
             self.fixed.free = 0
 
     # ------------------------------------------------------------------ transformers' protocol: growing
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.allocate(key_states, value_states)
 
     @torch.compiler.disable  # counters in Python: a graph break here, where tracing would compile every step anew
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -134,7 +128,11 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
     def observe(self, query: torch.Tensor) -> None:
         """Count the queries [B, Hq, q, D] of the newest q tokens into the statistics, until the first encode."""
         _, heads, tokens, dim = query.shape
-        if self.encoder.observes and heads % self.num_heads == 0 and dim == self.head_dims.keys:
+        if heads % self.num_heads or dim != self.head_dims.keys:
+            return
+        if self.in_step:
+            self.fixed.observe(query)
+        elif self.encoder.observes:
             self.encoder.observe(query, self.num_heads, self.sinks.starts, self.tokens - tokens)
 
     def handles(self) -> tuple[PackedHandle, PackedHandle]:

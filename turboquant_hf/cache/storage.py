@@ -60,7 +60,7 @@ class Storage:
         """Note that tokens or arrays are about to change. A prepared step would keep the old arrays in memory."""
         self.step: Any = None
 
-    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make empty arrays for the sizes, dtype and device of keys and values [B, H, T, D] (T may be 0)."""
         check_pair(key_states, value_states)
         for quantizer, x in zip(self.quantizers, (key_states, value_states), strict=True):
@@ -266,7 +266,7 @@ class Storage:
         """
         batch, heads, *dims = described["shape"]
         dtype, self.noted_starts = getattr(torch, described["dtype"]), described["first"]
-        self.allocate(*(torch.empty(batch, heads, 0, dim, dtype=dtype, device=device) for dim in dims))
+        self.lazy_initialization(*(torch.empty(batch, heads, 0, dim, dtype=dtype, device=device) for dim in dims))
         self.noted_starts = described["noted"]
         tail, states = [], []
         for number, (side, dim) in enumerate(zip(SIDES, dims, strict=True)):
