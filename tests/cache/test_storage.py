@@ -24,7 +24,7 @@ def make_storage(preset="lossless", starts=None, **options):
 def filled(tokens, storage=None, step=1, seed=0):
     """A storage that got `tokens` tokens in steps, and these tokens."""
     storage, given = storage or make_storage(), states(tokens, seed=seed)
-    storage.allocate(*(x[:, :, :0] for x in given))
+    storage.lazy_initialization(*(x[:, :, :0] for x in given))
     for start in range(0, tokens, step):
         append(storage, *(x[:, :, start : start + step] for x in given))
     return storage, given
@@ -129,6 +129,6 @@ def test_what_does_not_continue_the_arrays_is_named():
         with pytest.raises(ValueError, match=f"{name}: .* does not continue this layer's torch.float32"):
             storage.check(*pair)
     with pytest.raises(ValueError, match="padding was noted for 3 sequences, but the batch has 2"):
-        make_storage(starts=[0, 0, 0]).allocate(keys, values)
+        make_storage(starts=[0, 0, 0]).lazy_initialization(keys, values)
     with pytest.raises(ValueError, match="keys: dtype=torch.float64 is not supported"):
-        make_storage().allocate(keys.double(), values.double())
+        make_storage().lazy_initialization(keys.double(), values.double())

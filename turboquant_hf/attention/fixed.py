@@ -29,7 +29,7 @@ def fixed_attention(
     that the kernels do not serve read dense tensors with the step's whole mask.
     """
     fixed = key.layer.fixed
-    fixed.observe(query)
+    key.layer.observe(query)
     same = isinstance(value, PackedHandle) and value.layer is key.layer
     if same and fixed.reads_packed and is_plain(options):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.utils.output_capturing import _active_collector as collector
 
 from turboquant_hf.attention.dense import dense_attention, densified
 from turboquant_hf.attention.fixed import fixed_attention
@@ -13,11 +14,6 @@ from turboquant_hf.attention.traced import traced_attention
 from turboquant_hf.cache import PackedHandle, TracedHandle
 from turboquant_hf.cache.fixed import current_step
 from turboquant_hf.cache.layer import NO_TRAINING
-
-try:
-    from transformers.utils.output_capturing import _active_collector as collector
-except ImportError:  # other versions of transformers: only the option `output_attentions` asks for weights
-    collector = None
 
 REFUSED = ("head_mask", "layer_head_mask", "cross_attn_head_mask")
 """Options that no attention of transformers 5 honours. A forward passes unknown options on to the attention."""
@@ -71,6 +67,6 @@ def wants_weights(options: dict[str, Any]) -> bool:
     if options.get("output_attentions"):
         return True
     # Traced code can ask the collector only if the whole model is traced.
-    if collector is None or (torch.compiler.is_compiling() and not collector.compiling):
+    if torch.compiler.is_compiling() and not collector.compiling:
         return False
     return any("attentions" in name for name in collector.get() or ())

@@ -105,6 +105,7 @@ class PackedCache(Compression, Cache):
         graph: let `generate` record decode steps in CUDA graphs (`turboquant_hf.generation`).
         graph_nbytes: bytes of the graphs that a running `generate` has recorded; counted in `spare_nbytes`.
         recorded: whether a running `generate` records its steps over this cache. It then compiles nothing.
+        excess_steps: how many steps a running `generate` may take too many (`generation.ahead`), or None.
     """
 
     kinds: tuple[type, ...]
@@ -115,6 +116,7 @@ class PackedCache(Compression, Cache):
     graph = True
     graph_nbytes = 0
     recorded = False
+    excess_steps: int | None = None
 
     @classmethod
     def from_upstream(

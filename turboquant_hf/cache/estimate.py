@@ -234,7 +234,7 @@ def _pair(seen: Any, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tenso
 
 def _fill(layer: TurboQuantLayer, keys: torch.Tensor, values: torch.Tensor, observed: bool) -> TurboQuantLayer:
     """Put a prompt into a packed layer."""
-    layer.allocate(keys[:, :, :0], values[:, :, :0])
+    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
     layer.encoder = encoder = ShapesEncoder(layer.encoder.quantizers, layer.encoder.min_statistics)
     if observed and encoder.observes:
         encoder.energy = keys.new_empty((*keys.shape[:2], keys.shape[3]), dtype=torch.float32)

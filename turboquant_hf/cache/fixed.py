@@ -108,6 +108,7 @@ class FixedLayer:
     Attributes:
         serial: a number that no other `FixedLayer` of this process has or had.
         room: positions that the arrays have room for.
+        free: tokens that steps may store before the layer must be fixed again; 0 once anything but a step changed it.
     """
 
     def __init__(self, layer: Any, workspaces: dict[tuple, torch.Tensor]) -> None:
@@ -122,7 +123,7 @@ class FixedLayer:
         self.ring, self.sinks, self.starts = layer.tail.arrays, layer.sinks.arrays, layer.sinks.starts
         self.room = layer.tiles.keys.capacity * self.tile + layer.tail.slots
         self.reads_packed = reads_packed(*self.quantizers)
-        self.serial = next(_SERIALS)
+        self.serial, self.free = next(_SERIALS), 0
         self.counts = torch.zeros(3, dtype=torch.int32, device=layer.device)
         self._known = (0, 0)
         where = (layer.device, layer.batch_size * layer.num_heads, self.head_dims.keys)
@@ -149,17 +150,9 @@ class FixedLayer:
         """Whether these are still the arrays of the layer."""
         return all(map(is_, self._places, layer.places))
 
-    def is_ready(self, layer: Any, tokens: int) -> bool:
-        """Whether a step of `tokens` can be replayed now. Asked for every layer in every step, so it has no loops."""
-        return (
-            layer.tail.start + layer.tail.count == self._known[1]
-            and layer.tiles.keys.count == self._known[0]
-            and layer.tail.count + tokens <= layer.tail.slots
-            and self.holds(layer)
-        )
-
-    def tell(self, tiles: int, length: int) -> None:
+    def tell(self, layer: Any) -> None:
         """Set the counts on the device to what the host knows."""
+        tiles, length, self.free = layer.tiles.keys.count, layer.tokens, layer.tail.slots - layer.tail.count
         if self._known != (tiles, length):
             self.counts[0].fill_(tiles)
             self.counts[1].fill_(length)
@@ -167,7 +160,7 @@ class FixedLayer:
 
     def replayed(self, tokens: int) -> None:
         """Note that a step has counted `tokens` on the device."""
-        self._known = (self._known[0], self._known[1] + tokens)
+        self._known, self.free = (self._known[0], self._known[1] + tokens), self.free - tokens
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens [B, H, q, D] in the ring, and in the sinks until those are full."""
@@ -178,14 +171,13 @@ class FixedLayer:
         """Count the new tokens' queries [B, Hq, q, D] into the statistics, until the first encode."""
         if self.statistics is not None:
             energy, count = self.statistics
-            if query.shape[1] % energy.shape[1] == 0 and query.shape[3] == energy.shape[2]:
-                add_queries(query, energy, count[:, :, 0], self.counts[:2], self.starts)
+            add_queries(query, energy, count[:, :, 0], self.counts[:2], self.starts)
 
     def attend(self, query: torch.Tensor, *, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
         """`decode_attention` over all tokens held: [B, Hq, q, D] -> [B, Hq, q, Dv]. Needs `reads_packed`."""
         # Made again in every step, because some quantizers put the means of all tiles together from two arrays.
-        parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
-        sides = [quantizer.packed_side(tiles, state, dim) for quantizer, tiles, state, dim in parts]
+        described = self.tiles, self.states, self.head_dims
+        sides = self.quantizers.map(lambda quantizer, *side: quantizer.packed_side(*side), *described)
         raw = RawTokens(*self.sinks), RawTokens(*self.ring)
         history = History(*sides, *raw, self.starts, self.counts[:2])
         scoring = Scoring(**options, sparse_v_threshold=self.threshold)

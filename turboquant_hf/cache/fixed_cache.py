@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from turboquant_hf.cache.copies import tensors_in
-from turboquant_hf.cache.fixed import FixedStep
+from turboquant_hf.cache.fixed import FixedLayer, FixedStep
 from turboquant_hf.cache.fixed_sliding import RingSlidingLayer
 from turboquant_hf.cache.hybrid import packed_part
 
@@ -21,14 +21,16 @@ class FixedCache:
     """Fixes the layers of a `TurboQuantCache` for the steps of one decoding loop, and then releases them.
 
     Args:
-        cache: a cache that holds a prompt and for which `why_not` gives None.
+        cache: a cache that holds a prompt before `prepare` is called, and for which `why_not` gives None.
     """
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
         self.workspaces: dict[tuple, torch.Tensor] = {}
-        self._where: tuple = ()
+        self._fixed: list[FixedLayer] = []
         self._packed: list = []
+        self._rings: list[RingSlidingLayer] = []
+        self._recurrent: list[LinearAttentionLayer] = []
 
     def prepare(self, tokens: int, expected: int) -> tuple:
         """Make room for a step of `tokens` in every layer.
@@ -41,12 +43,21 @@ class FixedCache:
         Returns:
             The addresses that a recorded step points to. A recording is valid while this value stays equal.
         """
-        if self._where and all(layer.fixed and layer.fixed.is_ready(layer, tokens) for layer in self._packed):
-            return (*self._where, *(x.data_ptr() for x in self._foreign()))
+        if not self._is_ready(tokens):
+            self._fix(tokens, expected)
+        return (*(fixed.serial for fixed in self._fixed), *(x.data_ptr() for x in self._states()))
+
+    def _is_ready(self, tokens: int) -> bool:
+        """Whether a step of `tokens` can be replayed as it is. Asked in every step."""
+        return bool(self._fixed) and min(fixed.free for fixed in self._fixed) >= tokens
+
+    def _fix(self, tokens: int, expected: int) -> None:
         layers = self.cache.layers
         for index, layer in enumerate(layers):
             if type(layer) is DynamicSlidingWindowLayer:
                 layers[index] = RingSlidingLayer(layer)
+        self._rings = [layer for layer in layers if type(layer) is RingSlidingLayer]
+        self._recurrent = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
         fixed, self._packed = [], self.cache.packed_layers
         for layer in self._packed:
             stored, tile = layer.tiles.keys.count, layer.preset.tile
@@ -54,37 +65,54 @@ class FixedCache:
             room = min(needed, max(SMALL_ROOM, stored // 10))
             enough = layer.fixed is not None and layer.tiles.keys.capacity > stored
             fixed.append(layer.fix(tokens, 0 if enough else max(room, 1), self.workspaces))
-        self.first, self._where = fixed[0], tuple(layer.serial for layer in fixed)
-        return (*self._where, *(x.data_ptr() for x in self._foreign()))
+        self._fixed = fixed
 
     def step(self, tokens: int, padding: torch.Tensor | None) -> FixedStep:
         """The context of a forward pass with `tokens` new tokens."""
-        return FixedStep(self.first.counts, tokens, self.first.room, padding)
+        return FixedStep(self._fixed[0].counts, tokens, self.room, padding)
 
     def holds_tokens(self) -> bool:
-        """Whether the cache holds a prompt."""
-        return all(layer.tail.count or layer.tiles.keys.count for layer in self.cache.packed_layers)
+        """Whether all packed layers hold tokens."""
+        return self._is_ready(1) or all(layer.tokens for layer in self.cache.packed_layers)
 
     def why_not(self) -> str | None:
-        """Why this cache's layers cannot be fixed, or None. Not asked again once they are fixed."""
-        return None if self._where else why_not(self.cache)
+        """Why the layers of this cache, which hold tokens, cannot be fixed; None if they can be, or are."""
+        cache = self.cache
+        if self._fixed:
+            return None
+        if cache.offloader is not None:
+            return "its tiles are offloaded to host memory"
+        if cache.preset.encode_first:
+            return "encode_first decodes and encodes the newest tokens at every step"
+        for layer in cache.layers:
+            if getattr(layer, "record_past", False):
+                return "its layers record what they would drop, for candidates that are taken back"
+            if packed_part(layer) is not None:
+                continue
+            sliding = type(layer) is DynamicSlidingWindowLayer
+            linear = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, CacheLayerMixin)
+            if sliding and not layer.is_initialized:
+                return "a sliding-window layer is still empty"
+            holds_tensors = next(tensors_in(vars(layer)), None) is not None
+            if not sliding and not linear and getattr(layer, "is_initialized", True) and holds_tensors:
+                return f"a {type(layer).__name__} moves what it holds"
+        if len({layer.device for layer in cache.packed_layers}) > 1:
+            return "its layers lie on several devices"
+        return None
 
     @property
     def room(self) -> int:
         """Length of a padding mask: all positions that the cache has room for."""
-        return self.first.room
+        return self._fixed[0].room
 
     def replayed(self, tokens: int) -> None:
         """Count in every layer the `tokens` that a step has stored on the device."""
-        for layer in self._packed:
+        for layer in (*self._packed, *self._rings):
             layer.replayed(tokens)
-        for layer in self.cache.layers:
-            if type(layer) is RingSlidingLayer:
-                layer.replayed(tokens)
 
     def release(self) -> None:
         """Give the cache its ordinary layers back, which can grow."""
-        self._where = ()
+        self._fixed = []
         for index, layer in enumerate(self.cache.layers):
             if isinstance(layer, RingSlidingLayer):
                 self.cache.layers[index] = layer.release()
@@ -94,40 +122,8 @@ class FixedCache:
     def snapshot(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(array, copy) of the arrays that cannot be undone by a counter: recurrent states and statistics."""
         statistics = [x for layer in self.cache.packed_layers for x in layer.fixed.statistics or ()]
-        return [(x, x.clone()) for x in (*self._foreign(), *statistics)]
+        return [(x, x.clone()) for x in (*self._states(), *statistics)]
 
-    def _foreign(self) -> Iterator[torch.Tensor]:
-        for layer in self.cache.layers:
-            if isinstance(layer, LinearAttentionLayer):
-                yield from tensors_in([layer.conv_states, layer.recurrent_states])
-
-
-def why_not(cache: Any) -> str | None:
-    """Why the layers of a `TurboQuantCache` cannot be fixed, or None where they can."""
-    if cache.offloader is not None:
-        return "its tiles are offloaded to host memory"
-    if cache.preset.encode_first:
-        return "encode_first decodes and encodes the newest tokens at every step"
-    if not cache.packed_layers:
-        return "none of its layers is packed"
-    for layer in cache.layers:
-        if getattr(layer, "record_past", False):
-            return "its layers record what they would drop, for candidates that are taken back"
-        part = packed_part(layer)
-        if part is not None:
-            if not part.is_initialized or not part.get_seq_length():
-                return "a layer is still empty"
-            continue
-        sliding = type(layer) is DynamicSlidingWindowLayer
-        linear = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, CacheLayerMixin)
-        if sliding and not layer.is_initialized:
-            return "a sliding-window layer is still empty"
-        if not sliding and not linear and getattr(layer, "is_initialized", True) and _holds_tensors(layer):
-            return f"a {type(layer).__name__} moves what it holds"
-    if len({layer.device for layer in cache.packed_layers}) > 1:
-        return "its layers lie on several devices"
-    return None
-
-
-def _holds_tensors(layer: Any) -> bool:
-    return next(tensors_in(vars(layer)), None) is not None
+    def _states(self) -> Iterator[torch.Tensor]:
+        """The recurrent states of transformers' layers."""
+        return tensors_in([(layer.conv_states, layer.recurrent_states) for layer in self._recurrent])

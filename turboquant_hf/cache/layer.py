@@ -77,17 +77,19 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         returns_handles: Callable[[], bool] = lambda: False,
         offloader: Offloader | None = None,
     ) -> None:
-        self._returns_handles = returns_handles
+        self._returns_handles, self.fixed = returns_handles, None
         super().__init__(preset, keys, values, offloader)
 
     def clear(self) -> None:
         super().clear()
         self.fixed: FixedLayer | None = None
 
-    # ------------------------------------------------------------------ transformers' protocol: growing
+    def changed(self) -> None:
+        super().changed()
+        if self.fixed is not None:
+            self.fixed.free = 0
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
-        self.allocate(key_states, key_states if value_states is None else value_states)
+    # ------------------------------------------------------------------ transformers' protocol: growing
 
     @torch.compiler.disable  # counters in Python: a graph break here, where tracing would compile every step anew
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -126,7 +128,11 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
     def observe(self, query: torch.Tensor) -> None:
         """Count the queries [B, Hq, q, D] of the newest q tokens into the statistics, until the first encode."""
         _, heads, tokens, dim = query.shape
-        if self.encoder.observes and heads % self.num_heads == 0 and dim == self.head_dims.keys:
+        if heads % self.num_heads or dim != self.head_dims.keys:
+            return
+        if self.in_step:
+            self.fixed.observe(query)
+        elif self.encoder.observes:
             self.encoder.observe(query, self.num_heads, self.sinks.starts, self.tokens - tokens)
 
     def handles(self) -> tuple[PackedHandle, PackedHandle]:
@@ -158,12 +164,13 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         if self.fixed is None or not self.fixed.holds(self):
             self.step = None
             self.fixed = FixedLayer(self, workspaces)
-        self.fixed.tell(self.tiles.keys.count, self.tokens)
+        self.fixed.tell(self)
         return self.fixed
 
     def unfix(self) -> None:
         """Go back to arrays that may move."""
         if self.fixed is not None:
+            self.changed()
             self.fixed = None
             tail = TailBuffer(*self.tail.arrays, self.tail_capacity)
             tail.append(*self.tail.view())
@@ -204,9 +211,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         # A fixed step reads whole arrays, because only the device knows how much of them is in use.
         return self.fixed.room if self.in_step else self.tokens
 
-    def get_mask_sizes(self, query_length) -> tuple[int, int]:
-        # Upstream 5.0 passes the positions, later versions their number.
-        query_length = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.width + (0 if self.in_step else query_length), 0
 
     def get_max_length(self) -> int:

@@ -55,7 +55,7 @@ def register_cache() -> bool:
         False if this version of transformers refuses a name; `past_key_values=` still works then.
     """
     add_cache_names(configuration_utils)
-    wrap_once("_prepare_cache_for_generation", _wrap, needed=True)
+    wrap_once("_prepare_cache_for_generation", _wrap)
     wrap_once("_prefill", _watch_prefill)
     wrap_once("init_continuous_batching", _refuse_continuous_batching)
     try:

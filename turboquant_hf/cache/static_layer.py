@@ -48,8 +48,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.token = traced.new_token(self)
 
     @torch.compiler.disable
-    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().allocate(key_states, value_states)
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
         for store in self.tiles:
             store.reserve(-(-self.max_cache_len // self.preset.tile), exact=True)
 

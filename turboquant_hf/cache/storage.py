@@ -13,7 +13,6 @@ from turboquant_hf.cache.ring import STEP_TOKENS, RingTail
 from turboquant_hf.cache.sides import SIDES, Side, Sides
 from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
-from turboquant_hf.kernels.decode import PackedSide
 from turboquant_hf.quantizers import Quantizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,6 +47,7 @@ class Storage:
 
     def clear(self) -> None:
         """Forget everything except the noted padding."""
+        self.changed()
         self.is_initialized = False
         if self.offloader is not None and self.tiles is not None:
             self.offloader.forget(self.tiles.keys)
@@ -55,9 +55,12 @@ class Storage:
         self.tail: TailBuffer | RingTail | None = None
         self.sinks: SinkBuffer | None = None
         self.encoder = Encoder(self.quantizers, self.preset.min_statistics)
+
+    def changed(self) -> None:
+        """Note that tokens or arrays are about to change. A prepared step would keep the old arrays in memory."""
         self.step: Any = None
 
-    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make empty arrays for the sizes, dtype and device of keys and values [B, H, T, D] (T may be 0)."""
         check_pair(key_states, value_states)
         for quantizer, x in zip(self.quantizers, (key_states, value_states), strict=True):
@@ -150,7 +153,7 @@ class Storage:
         if ready == 0 or not encoder.has_seen_enough(self.tokens - min(self.sinks.first, default=0)):
             self.tail.own()
             return
-        self.step = None  # it would keep the old arrays in memory
+        self.changed()
         if not encoder.fitted or encoder.unsettled is not None:
             whole = self.tail.count // tile  # the recent window is measured too
             seen = self._tail_tiles(whole), self.weight(stored, whole)
@@ -196,18 +199,18 @@ class Storage:
         quantizer, store, dim = self.quantizers.of(side), self.tiles.of(side), self.head_dims.of(side)
         return quantizer.decode(store.view(start, stop), self.states.of(side), dim, self.dtype).flatten(2, 3)
 
-    def packed_sides(self, *, spare: bool = False) -> list[PackedSide]:
-        """Keys and values as decode kernels read them, for rotated quantizers. `spare` adds the room for more tiles."""
-        parts = zip(self.quantizers, self.tiles, self.states, self.head_dims, strict=True)
-        return [
-            quantizer.packed_side(store.arrays if spare else store.view(), state, dim)
-            for quantizer, store, state, dim in parts
-        ]
+    def packed_sides(self, *, spare: bool = False) -> Sides:
+        """`PackedSide`s, as decode kernels read rotated quantizers. `spare` adds the room for more tiles."""
+        tiles = self.tiles.map(lambda store: store.arrays if spare else store.view())
+        return self.quantizers.map(
+            lambda quantizer, *side: quantizer.packed_side(*side), tiles, self.states, self.head_dims
+        )
 
     # ------------------------------------------------------------------ changing
 
     def cut(self, keep: int) -> None:
         """Keep the first `keep` tokens. A cut inside a tile decodes the part of the tile that is kept into the tail."""
+        self.changed()
         if keep >= self.stored:
             self.tail.crop(keep - self.stored)
             return
@@ -220,7 +223,7 @@ class Storage:
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every array by fn(array); fn changes the batch or the device."""
-        self.step = None
+        self.changed()
         for part in (*self.tiles, self.tail, self.sinks, self.encoder):
             part.map(fn)
 
@@ -232,9 +235,8 @@ class Storage:
             return {"noted": self.noted_starts, "filled": False}, {}
         self.commit()
         encoder, arrays = self.encoder, {}
-        for side in SIDES:
-            number, tiles = SIDES.index(side), self.tiles.of(side)
-            arrays |= {f"tiles.{number}.{name}": x for name, x in tiles.resident().items()}
+        for number, side in enumerate(SIDES):
+            arrays |= {f"tiles.{number}.{name}": x for name, x in self.tiles.of(side).resident().items()}
             arrays |= {f"tail.{number}": self.tail.view().of(side), f"sinks.{number}": self.sinks.arrays.of(side)}
             arrays |= {f"state.{number}.{name}": x for name, x in self.states.of(side).items()}
         if encoder.energy is not None:
@@ -264,7 +266,7 @@ class Storage:
         """
         batch, heads, *dims = described["shape"]
         dtype, self.noted_starts = getattr(torch, described["dtype"]), described["first"]
-        self.allocate(*(torch.empty(batch, heads, 0, dim, dtype=dtype, device=device) for dim in dims))
+        self.lazy_initialization(*(torch.empty(batch, heads, 0, dim, dtype=dtype, device=device) for dim in dims))
         self.noted_starts = described["noted"]
         tail, states = [], []
         for number, (side, dim) in enumerate(zip(SIDES, dims, strict=True)):

@@ -10,15 +10,10 @@ MARK = "_turboquant_original"
 """The attribute of a wrapper that holds the original method."""
 
 
-def wrap_once(method: str, wrap: Callable[[Callable], Callable], *, needed: bool = False) -> None:
-    """Replace a method of `GenerationMixin` by wrap(method). Idempotent.
-
-    Raises:
-        AttributeError: this version of transformers has no such method, and it is `needed`. A missing method that is
-            not needed is skipped.
-    """
-    original = getattr(GenerationMixin, method) if needed else getattr(GenerationMixin, method, None)
-    if original is not None and not hasattr(original, MARK):
+def wrap_once(method: str, wrap: Callable[[Callable], Callable]) -> None:
+    """Replace a method of `GenerationMixin` by wrap(method). Idempotent."""
+    original = getattr(GenerationMixin, method)
+    if not hasattr(original, MARK):
         wrapped = wrap(original)
         setattr(wrapped, MARK, original)
         setattr(GenerationMixin, method, wrapped)

@@ -11,6 +11,7 @@ from typing import Any
 from turboquant_hf.cache import ATTENTION_NAME, PackedCache, TurboQuantStaticCache
 from turboquant_hf.cache.messages import tell_eager_steps
 from turboquant_hf.cache.wrapping import wrap_once
+from turboquant_hf.generation.ahead import excess_steps, register_ahead
 from turboquant_hf.generation.recorders import RECORDERS
 from turboquant_hf.generation.steps import DecodeSteps
 from turboquant_hf.kernels.dispatch import backend
@@ -24,6 +25,7 @@ def register_steps() -> None:
     """Wrap the decoding loops. A call without one of our caches passes through. Idempotent."""
     for name in LOOPS:
         wrap_once(name, _wrap)
+    register_ahead()
 
 
 def _wrap(original: Callable) -> Callable:
@@ -45,6 +47,8 @@ def _wrap(original: Callable) -> Callable:
             return original(self, *args, **kwargs)
         expected = (config.max_length or 0) - bound.arguments["input_ids"].shape[1]
         steps = DecodeSteps(self, cache, max(expected, 0))
+        if RECORDERS[self.device.type].asynchronous:
+            cache.excess_steps = excess_steps(bound.arguments, cache)
         return _with_forward(self, steps, config, lambda: original(self, *args, **kwargs))
 
     return loop
@@ -65,6 +69,7 @@ def _with_forward(model: Any, steps: DecodeSteps, config: Any, run: Callable[[],
     try:
         return run()
     finally:
+        steps.cache.excess_steps = None
         _give_back(model)
         config.disable_compile = compiles
         if outer is None:

@@ -55,6 +55,9 @@ class CudaGraph:
         Whatever `call` raises; RuntimeError if it does something that a graph cannot record.
     """
 
+    asynchronous = True
+    """Whether the device works while the host goes on."""
+
     def __init__(self, call: Callable[[], Any], device: torch.device, pool: Any = None) -> None:
         before = torch.cuda.memory_reserved(device)
         random = torch.cuda.default_generators[device.index or 0].clone_state()
@@ -103,7 +106,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, random: torch.Generator, device: torch
 class Repeat:
     """The interface of `CudaGraph` without a graph: `replay` calls the function. For tests on a CPU."""
 
-    nbytes, pool = 0, None
+    nbytes, pool, asynchronous = 0, None, False
 
     def __init__(self, call: Callable[[], Any], device: torch.device, pool: Any = None) -> None:
         self.replay = call

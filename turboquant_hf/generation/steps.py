@@ -85,8 +85,6 @@ class DecodeSteps:
         """New tokens per sequence of a call that continues this cache; 0 for any other call."""
         if not any(kwargs.get(name) is self.cache for name in CACHE_ARGUMENTS):
             return 0
-        if not all(layer.is_initialized for layer in self.cache.packed_layers):
-            return 0
         given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
         given = [x for x in given if isinstance(x, torch.Tensor) and x.dim() >= 2]
         return given[0].shape[1] if given and self.fixed.holds_tokens() else 0
