@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import os
 import re
@@ -77,9 +78,10 @@ def test_the_strict_build_passes(tmp_path):
         assert (tmp_path / "html" / f"{page}.html").is_file()
 
 
-RUN = {"README.md", "usage.md", "contributing.md", "recipes.md", "choosing.md", "graphs.md", "index.md"}
-"""Pages with Python blocks: the first by tests/test_readme.py, the next ones by tests/test_contributing.py and
-tests/test_recipes.py, the last three below."""
+SHORT = ("choosing.md", "graphs.md", "index.md")
+RUN = {"README.md", "usage.md", "contributing.md", "recipes.md", "quickstart.md", *SHORT}
+"""Pages with Python blocks: the first two are run by tests/test_readme.py, the next ones by tests/test_contributing.py and
+tests/test_recipes.py, the others below."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -90,12 +92,21 @@ def test_every_page_with_python_is_run():
     assert {page.name for page in PAGES if blocks(page, "python")} == RUN
 
 
-@pytest.mark.parametrize("name", ["choosing.md", "graphs.md", "index.md"])
+@pytest.mark.parametrize("name", SHORT)
 def test_short_blocks_run_on_a_model(name, small_llama):
     ids = torch.randint(3, 199, (1, 300), generator=torch.Generator().manual_seed(0))
     found = {"inputs": {"input_ids": ids}, "model": small_llama(head_dim=64), "TurboQuantCache": TurboQuantCache}
     for block in blocks(DOCS / name, "python"):
         exec(compile(block, name, "exec"), found)
+
+
+@pytest.mark.slow
+def test_the_quick_start_prints_what_it_shows(capsys):
+    page = DOCS / "quickstart.md"
+    (program,), (shown,) = blocks(page, "python"), blocks(page, "text")
+    exec(compile(program, page.name, "exec"), {})
+    printed = capsys.readouterr().out
+    assert doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS), printed
 
 
 def commands() -> list[tuple[str, list[str]]]:
