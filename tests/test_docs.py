@@ -110,21 +110,25 @@ def test_the_quick_start_prints_what_it_shows(capsys):
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, arguments) of every `turboquant-hf` command in a block for a shell."""
+    """(page, arguments) of every `turboquant-hf` command with arguments, in a block for a shell or in a sentence."""
     found = []
     for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        lines = [part.replace("\n", " ") for part in re.findall(r"`(turboquant-hf [^`]+)`", sentences)]
         for block in (*blocks(page, "bash"), *blocks(page, "console")):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line.removeprefix("$ "), comments=True)
-                if words[:1] == ["turboquant-hf"]:
-                    found.append((page.name, words[1:]))
+            lines += block.replace("\\\n", " ").splitlines()
+        for line in lines:
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words[:1] == ["turboquant-hf"] and words[2:]:
+                found.append((page.name, words[1:]))
     return found
 
 
 def test_every_command_shown_has_its_flags(monkeypatch):
     """Not run, for they take hours or a GPU: each is read by its own parser."""
     shown = commands()
-    assert len(shown) > 20
+    assert len(shown) > 40
     load = cli.import_module
     monkeypatch.setattr(
         cli, "import_module", lambda name: SimpleNamespace(add_arguments=load(name).add_arguments, run=lambda args: 0)
