@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import math
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from tests.support import compatibility
-from turboquant_hf import TurboQuantCache, cli
+from turboquant_hf import TurboQuantCache, cli, load_preset
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -78,10 +79,23 @@ def test_the_strict_build_passes(tmp_path):
         assert (tmp_path / "html" / f"{page}.html").is_file()
 
 
+def test_the_picture_of_a_tile_shows_all_its_bytes(tmp_path):
+    drawing = runpy.run_path(str(DOCS / "figures" / "layout.py"))
+    preset, dim, tile = load_preset("k4v4"), drawing["DIM"], drawing["TILE"]
+    for role, quantizer in (("keys", preset.keys), ("values", preset.values)):
+        fields = quantizer.layout(dim, tile, torch.bfloat16).values()
+        stored = sum(math.prod(field.shape) * field.dtype.itemsize for field in fields)
+        assert sum(size for _, size, _ in drawing["parts"](role)) == stored
+    drawing["main"](tmp_path)
+    page = (DOCS / "design.md").read_text(encoding="utf-8")
+    for theme in drawing["THEMES"]:
+        assert (tmp_path / f"layout-{theme}.png").is_file() and f"figures/layout-{theme}.png" in page
+
+
 SHORT = ("choosing.md", "graphs.md", "index.md")
 RUN = {"README.md", "usage.md", "contributing.md", "recipes.md", "quickstart.md", *SHORT}
-"""Pages with Python blocks: the first two are run by tests/test_readme.py, the next ones by tests/test_contributing.py and
-tests/test_recipes.py, the others below."""
+"""Pages with Python blocks: tests/test_readme.py runs the first two, tests/test_contributing.py and
+tests/test_recipes.py the next ones, and the tests below the others."""
 
 
 def blocks(page: Path, language: str) -> list[str]:

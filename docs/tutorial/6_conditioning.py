@@ -181,7 +181,9 @@ def draw_groups(figure, c):
             ha="center",
             fontsize=13,
         )
-    axis.set(xlabel="the 64 channels, sorted", ylabel="importance for the scores", ylim=(0, importance[0] * 1.15), xticks=[])
+    axis.set(
+        xlabel="the 64 channels, sorted", ylabel="importance for the scores", ylim=(0, importance[0] * 1.15), xticks=[]
+    )
 
 
 show(
