@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
+import math
 import os
 import re
 import runpy
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from tests.support import compatibility
-from turboquant_hf import TurboQuantCache, cli
+from turboquant_hf import TurboQuantCache, cli, load_preset
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -77,9 +79,23 @@ def test_the_strict_build_passes(tmp_path):
         assert (tmp_path / "html" / f"{page}.html").is_file()
 
 
-RUN = {"README.md", "usage.md", "contributing.md", "recipes.md", "choosing.md", "graphs.md", "index.md"}
-"""Pages with Python blocks: the first by tests/test_readme.py, the next ones by tests/test_contributing.py and
-tests/test_recipes.py, the last three below."""
+def test_the_picture_of_a_tile_shows_all_its_bytes(tmp_path):
+    drawing = runpy.run_path(str(DOCS / "figures" / "layout.py"))
+    preset, dim, tile = load_preset("k4v4"), drawing["DIM"], drawing["TILE"]
+    for role, quantizer in (("keys", preset.keys), ("values", preset.values)):
+        fields = quantizer.layout(dim, tile, torch.bfloat16).values()
+        stored = sum(math.prod(field.shape) * field.dtype.itemsize for field in fields)
+        assert sum(size for _, size, _ in drawing["parts"](role)) == stored
+    drawing["main"](tmp_path)
+    page = (DOCS / "design.md").read_text(encoding="utf-8")
+    for theme in drawing["THEMES"]:
+        assert (tmp_path / f"layout-{theme}.png").is_file() and f"figures/layout-{theme}.png" in page
+
+
+SHORT = ("choosing.md", "graphs.md", "index.md")
+RUN = {"README.md", "usage.md", "contributing.md", "recipes.md", "quickstart.md", *SHORT}
+"""Pages with Python blocks: tests/test_readme.py runs the first two, tests/test_contributing.py and
+tests/test_recipes.py the next ones, and the tests below the others."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -90,7 +106,7 @@ def test_every_page_with_python_is_run():
     assert {page.name for page in PAGES if blocks(page, "python")} == RUN
 
 
-@pytest.mark.parametrize("name", ["choosing.md", "graphs.md", "index.md"])
+@pytest.mark.parametrize("name", SHORT)
 def test_short_blocks_run_on_a_model(name, small_llama):
     ids = torch.randint(3, 199, (1, 300), generator=torch.Generator().manual_seed(0))
     found = {"inputs": {"input_ids": ids}, "model": small_llama(head_dim=64), "TurboQuantCache": TurboQuantCache}
@@ -98,22 +114,35 @@ def test_short_blocks_run_on_a_model(name, small_llama):
         exec(compile(block, name, "exec"), found)
 
 
+@pytest.mark.slow
+def test_the_quick_start_prints_what_it_shows(capsys):
+    page = DOCS / "quickstart.md"
+    (program,), (shown,) = blocks(page, "python"), blocks(page, "text")
+    exec(compile(program, page.name, "exec"), {})
+    printed = capsys.readouterr().out
+    assert doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS), printed
+
+
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, arguments) of every `turboquant-hf` command in a block for a shell."""
+    """(page, arguments) of every `turboquant-hf` command with arguments, in a block for a shell or in a sentence."""
     found = []
     for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        lines = [part.replace("\n", " ") for part in re.findall(r"`(turboquant-hf [^`]+)`", sentences)]
         for block in (*blocks(page, "bash"), *blocks(page, "console")):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line.removeprefix("$ "), comments=True)
-                if words[:1] == ["turboquant-hf"]:
-                    found.append((page.name, words[1:]))
+            lines += block.replace("\\\n", " ").splitlines()
+        for line in lines:
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words[:1] == ["turboquant-hf"] and words[2:]:
+                found.append((page.name, words[1:]))
     return found
 
 
 def test_every_command_shown_has_its_flags(monkeypatch):
     """Not run, for they take hours or a GPU: each is read by its own parser."""
     shown = commands()
-    assert len(shown) > 20
+    assert len(shown) > 40
     load = cli.import_module
     monkeypatch.setattr(
         cli, "import_module", lambda name: SimpleNamespace(add_arguments=load(name).add_arguments, run=lambda args: 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from turboquant_hf.cache.layer import TurboQuantLayer
@@ -138,13 +139,29 @@ def test_the_table_of_places_names_what_is_there():
         assert missing == [], question
 
 
+def test_the_rows_of_a_run_are_those_of_the_page(tmp_path):
+    """What `--rows` prints of a run is what the picture reads."""
+    drawing = runpy.run_path(str(ROOT / "docs/figures/quality.py"))
+    numbers = {"top1": 0.953, "key_bits": 4.5, "value_bits": 4.0}
+    found = [{"preset": "kivi-2", "kl": 0.1912, **numbers}, {"preset": "k4v4", "kl": 0.00144, **numbers}]
+    text = drawing["table"]({"results": [*found, {"preset": "int4", "kl": 0.1, **numbers}]})
+    page = tmp_path / "page.md"
+    page.write_text(f"{drawing['HEADING']}\n\n{text}\n\nmore")
+    assert drawing["read_points"](page) == {"k4v4": (4.25, 0.0014), "kivi-2": (4.25, 0.191)}
+    assert text.splitlines()[2] == "| `k4v4` | this project | 4.25 | .0014 | .953 |"
+
+
 def test_the_picture_shows_every_row_of_its_table(tmp_path):
     drawing = runpy.run_path(str(ROOT / "docs/figures/quality.py"))
     points = drawing["read_points"](ROOT / "docs/results.md")
     below = read("docs/results.md").split(drawing["HEADING"])[1]
     rows = below[below.index("\n| method") :].split("\n\n")[0].splitlines()
     assert len(points) == sum(line.startswith("| ") for line in rows) - 1 > 10
-    assert set(drawing["OURS"]) <= points.keys() and set(drawing["SHORT"].values()) <= points.keys()
+    assert points.keys() <= {*drawing["OURS"], *drawing["SCALAR"], *drawing["OTHERS"]}
+    assert points.keys() & {*drawing["OURS"], *drawing["SCALAR"]}
+    measured = yaml.safe_load(read("configs/eval/baselines.yaml"))
+    names = {*measured["presets"], *measured["non_uniform"], *measured["quantized_cache"]}
+    assert {*drawing["OURS"], *drawing["SCALAR"], *drawing["OTHERS"]} <= names
     drawing["main"](tmp_path)
     for theme in drawing["THEMES"]:
         assert (tmp_path / f"quality-{theme}.png").stat().st_size > 10_000

@@ -1,76 +1,108 @@
-"""Draws README's picture from a table of docs/results.md: KL against bits per channel, one point per method.
+"""README's picture: KL against bits per channel, one point per method of a table in docs/results.md.
 
     python docs/figures/quality.py [FOLDER]
 
 writes quality-light.png and quality-dark.png to FOLDER (default: the folder of this file). The table is the one under
-"Beside other methods"; the command that measured it stands above it.
+"Beside other methods". It is what
+
+    python docs/figures/quality.py --rows runs/baselines/metrics.json
+
+prints of a run of `turboquant-hf baselines`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 HERE = Path(__file__).parent
 HEADING = "## Beside other methods"
-OURS = ("k4v4", "k3v3", "k2v2")
+OURS = ("k4v4", "k4v3", "k3v3", "k25v25", "k2v2")
+SCALAR = ("k4v4-scalar", "k3v3-scalar", "k2v2-scalar")
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#1f2328", "faint": "#59636e", "grid": "#d1d9e0", "ours": "#0969da"},
     "dark": {"paper": "#0d1117", "ink": "#f0f6fc", "faint": "#9198a1", "grid": "#3d444d", "ours": "#58a6ff"},
 }
-SHORT = {
-    "KIVI, 4 bits (`kivi-4`)": "KIVI 4",
-    "KIVI, 2 bits": "KIVI 2",
-    "KVQuant-style, 4 bits, 1 % outliers": "KVQuant-style 4",
-    "KVQuant-style, 3 bits, 1 % outliers": "KVQuant-style 3",
-    "`turbo4` of llama.cpp forks": "turbo4 (llama.cpp forks)",
-    "paper-mse-4": "TurboQuant paper 4",
-    "paper-mse-2": "TurboQuant paper 2",
-    "paper-prod-4 (with QJL)": "TurboQuant paper 4, with QJL",
-    "paper's 3.5 bits (outlier split)": "TurboQuant paper 3.5",
-    "paper's 2.5 bits": "TurboQuant paper 2.5",
-    "transformers QuantizedCache, HQQ, 4 bits": "HQQ 4",
-    "transformers QuantizedCache, quanto, 4 bits": "quanto 4",
-    "HQQ, 2 bits": "HQQ 2",
-    "quanto, 2 bits": "quanto 2",
+OTHERS = {
+    "kivi-4": ("KIVI 4", "KIVI, 4 bits"),
+    "kivi-2": ("KIVI 2", "KIVI, 2 bits"),
+    "kvquant-style-4": ("KVQuant-style 4", "as KVQuant, 4 bits, 1 % outliers"),
+    "kvquant-style-3": ("KVQuant-style 3", "as KVQuant, 3 bits, 1 % outliers"),
+    "turbo4": ("turbo4 (llama.cpp forks)", "`turbo4` of llama.cpp forks"),
+    "paper-mse-4": ("TurboQuant paper 4", "TurboQuant_mse, 4 bits"),
+    "paper-mse-2": ("TurboQuant paper 2", "TurboQuant_mse, 2 bits"),
+    "paper-prod-4": ("TurboQuant paper 4, with QJL", "TurboQuant_prod, 4 bits, with QJL"),
+    "paper-3.5": ("TurboQuant paper 3.5", "TurboQuant, 3.5 bits (outlier split)"),
+    "paper-2.5": ("TurboQuant paper 2.5", "TurboQuant, 2.5 bits (outlier split)"),
+    "polar-4": ("PolarQuant", "PolarQuant"),
+    "transformers-hqq-4": ("HQQ 4", "transformers' QuantizedCache, HQQ, 4 bits"),
+    "transformers-hqq-2": ("HQQ 2", "the same, 2 bits"),
+    "transformers-quanto-4": ("quanto 4", "transformers' QuantizedCache, quanto, 4 bits"),
+    "transformers-quanto-2": ("quanto 2", "the same, 2 bits"),
 }
-"""Labels of the methods whose name in the table is long."""
-LABEL_PLACES = {
-    "KIVI 4": "left", "HQQ 4": "above", "quanto 4": "below", "HQQ 2": "left", "TurboQuant paper 4": "left",
-    "TurboQuant paper 2": "above",
+"""Name of a method -> (its label in the picture, what the table says that it is)."""
+PLACES = {
+    "kivi-4": "left", "transformers-hqq-4": "above", "transformers-quanto-4": "below", "transformers-hqq-2": "left",
+    "paper-mse-4": "left", "paper-mse-2": "above",
 }  # fmt: skip
-"""Where a label stands beside its point: to the right where nothing is said."""
-OFFSETS = {"right": (7, -3, "left"), "left": (-7, -3, "right"), "below": (0, -14, "center"), "above": (0, 7, "center")}
+"""Where labels of other methods stand beside their points, if not to the right."""
+OFFSETS = {
+    "right": (7, -3, "left"), "left": (-7, -3, "right"), "below": (0, -14, "center"), "above": (0, 7, "center"),
+    "corner": (-5, -15, "right"), "raised": (6, 3, "left"),
+}  # fmt: skip
 
 
 def read_points(page: Path) -> dict[str, tuple[float, float]]:
-    """Label -> (bits per channel, KL) of every row of the first table below `HEADING`."""
+    """Method -> (bits per channel, KL) of every row of the first table below `HEADING`."""
     paragraphs = page.read_text(encoding="utf-8").split(HEADING)[1].split("\n\n")
     table = next(paragraph for paragraph in paragraphs if paragraph.startswith("|"))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return {SHORT.get(name, name): (float(bits), float(kl)) for name, bits, kl, *_ in rows[2:]}
+    return {name.strip("`"): (float(bits), float(kl)) for name, _, bits, kl, *_ in rows[2:]}
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """The table's lines from the metrics of a run of `turboquant-hf baselines`, by KL."""
+    what = {name: text for name, (_, text) in OTHERS.items()} | dict.fromkeys(OURS, "this project")
+    what |= dict.fromkeys(SCALAR, "this project, each number rounded alone")
+    lines = ["| method | what it is | bits, mean of K and V | KL | top-1 |", "|---|---|---|---|---|"]
+    for row in sorted(metrics["results"], key=lambda row: row["kl"]):
+        if (name := row["preset"]) in what:
+            bits, digits = (row["key_bits"] + row["value_bits"]) / 2, 4 if row["kl"] < 0.1 else 3
+            kl, top = f"{row['kl']:.{digits}f}".lstrip("0"), f"{row['top1']:.3f}".lstrip("0")
+            lines.append(f"| `{name}` | {what[name]} | {bits:.2f} | {kl} | {top} |")
+    return "\n".join(lines)
 
 
 def draw(points: dict[str, tuple[float, float]], colors: dict[str, str], path: Path) -> None:
     figure = Figure(figsize=(9, 5.2), layout="constrained", facecolor=colors["paper"])
     axis = figure.subplots()
     axis.set_facecolor(colors["paper"])
-    rivals = [place for name, place in points.items() if name not in OURS]
+    rivals = [points[name] for name in OTHERS if name in points]
     axis.scatter(*zip(*rivals, strict=True), s=34, color=colors["faint"], label="other methods", zorder=2)
-    ours = sorted(points[name] for name in OURS)
-    axis.plot(*zip(*ours, strict=True), "o-", ms=9, lw=2, color=colors["ours"], label="this project", zorder=3)
-    for name, place in points.items():
-        own = name in OURS
-        x, y, side = OFFSETS["below"] if own else OFFSETS[LABEL_PLACES.get(name, "right")]
-        style = {"fontsize": 12, "fontweight": "bold"} if own else {"fontsize": 9}
-        axis.annotate(
-            name, place, xytext=(x - 12 * own, y - 3 * own), textcoords="offset points", ha=side,
-            color=colors["ours" if own else "ink"], **style,
-        )  # fmt: skip
-    axis.set(yscale="log", xlim=(1.9, 5.4), ylim=(0.0008, 4))
+    for names, style, label in (
+        (SCALAR, {"ls": "--", "lw": 1, "marker": "o", "ms": 4}, "this project, each number rounded alone"),
+        (OURS, {"lw": 2, "marker": "o", "ms": 9}, "this project"),
+    ):
+        if own := sorted(points[name] for name in names if name in points):
+            axis.plot(*zip(*own, strict=True), color=colors["ours"], label=label, zorder=3, **style)
+    for name in (*OTHERS, *SCALAR, *OURS):
+        if name in points:
+            label, place, color, size, weight = name, "corner", colors["ours"], 12, "bold"
+            if name in SCALAR:
+                place, size, weight = "raised", 9, "normal"
+            elif name in OTHERS:
+                label, place, color, size, weight = OTHERS[name][0], "right", colors["ink"], 9, "normal"
+            x, y, side = OFFSETS[PLACES.get(name, place)]
+            axis.annotate(
+                label, points[name], xytext=(x, y), textcoords="offset points", ha=side,
+                color=color, fontsize=size, fontweight=weight,
+            )  # fmt: skip
+    axis.set(yscale="log", xlim=(1.9, 5.4), ylim=(0.55 * min(kl for _, kl in points.values()), 4))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda kl, _: f"{kl:g}"))
     axis.set_xlabel("bits per channel, mean of keys and values, scales and means counted", color=colors["ink"])
     axis.set_ylabel("KL from the uncompressed model (lower is better)", color=colors["ink"])
@@ -90,4 +122,7 @@ def main(folder: Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    if sys.argv[1:2] == ["--rows"]:
+        print(table(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))))
+    else:
+        main(*map(Path, sys.argv[1:2]))

@@ -151,9 +151,9 @@ def draw_theory(figure, c):
                   arrowprops={"arrowstyle": "-", "color": c.faint})  # fmt: skip
     axis.annotate("line: theory of Lloyd-Max", (3.5, (exact[2] * exact[3]) ** 0.5), xytext=(3.3, 0.07), color=c.ink,
                   arrowprops={"arrowstyle": "-", "color": c.ink})  # fmt: skip
-    axis.annotate("large dots: real keys", (2, on_keys[1]), xytext=(2.35, 0.27), color=c.blue,
+    axis.annotate("large dots: real keys", (2, on_keys[1]), xytext=(2.35, 0.18), color=c.blue,
                   arrowprops={"arrowstyle": "-", "color": c.blue})  # fmt: skip
-    axis.text(2.35, 0.18, "small dots: real values", color=c.orange)
+    axis.text(2.35, 0.27, "small dots: real values", color=c.orange)
     axis.set(yscale="log", xticks=widths, xlabel="bits per number", ylabel="error of the vectors", ylim=(0.0025, 1))
 
 

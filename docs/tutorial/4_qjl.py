@@ -156,7 +156,7 @@ def draw_softmax(factor: float):
     return draw
 
 
-factors = (0.25, 0.5, 1.0, 2.0, 4.0)
+factors = (0.25, 0.5, 1.0, 1.5, 2.0)
 slider([draw_softmax(f) for f in factors], [f"x {f:g}" for f in factors], "scores multiplied by", "4-softmax",
        "Attention weights of eight tokens, exact and after rounding with and without QJL", (8, 3.4))  # fmt: skip
 

@@ -242,7 +242,7 @@ def draw_blocks(figure, c):
         axis.annotate(
             f"3-bit codes,\nblocks of {block}",
             (bits, error),
-            xytext=(0, 9),
+            xytext=(-12 if block == 64 else 0, 9),
             textcoords="offset points",
             ha="center",
             fontsize=9,

@@ -10,8 +10,8 @@
 #
 # A random rotation treats all keys alike. It knows nothing of the data, and this is why it needs no data ([lesson
 # 3](3_lloyd_max.py)). But keys have a structure that one can see after a few hundred tokens. This lesson uses it, in
-# four steps: **centre**, **balance**, **group**, and a better code than rounding. The first three are this library's
-# default for keys, called `conditioned`.
+# four steps: **centre**, **balance**, **group**, and a better code than rounding. Together they are this library's
+# default for keys. The first three are called `conditioned`.
 
 # %%
 import math
@@ -51,6 +51,7 @@ def draw_centre(figure, c):
     axes[0].set_ylabel("token")
     bar = figure.colorbar(picture, ax=axes, pad=0.01)
     bar.outline.set_visible(False)
+    bar.set_label("value of the number")
 
 
 show(
@@ -122,7 +123,7 @@ balance = (rms_q / rms_k).sqrt()
 def draw_balance(figure, c):
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, k, q, title in (
-        (axes[0], rms_k, rms_q, "as they are"),
+        (axes[0], rms_k, rms_q, "as they are (a point is a channel)"),
         (axes[1], rms_k * balance, rms_q / balance, "balanced"),
     ):
         axis.scatter(k, q, s=26, color=c.blue)
@@ -156,8 +157,8 @@ claim(gain > 1)
 # ## Step 3: group
 #
 # After the balance, channels still differ in importance, rms(qᵢ) · rms(kᵢ). Sort them, give the important ones more
-# bits and the others fewer, and rotate each group for itself. The preset `k3v3-scalar` has 5 bits for the first
-# quarter, 3 for the second and 2 for the rest, which makes 3 bits on average.
+# bits and the others fewer, and rotate each group for itself. The preset `k3v3` has 5 bits for the first quarter, 3
+# for the second and 2 for the rest, which makes 3 bits on average.
 
 # %% tags=["hide-input"]
 importance = (rms_q * rms_k).sort(descending=True).values
@@ -180,7 +181,9 @@ def draw_groups(figure, c):
             ha="center",
             fontsize=13,
         )
-    axis.set(xlabel="the 64 channels, sorted", ylabel="importance", ylim=(0, importance[0] * 1.15), xticks=[])
+    axis.set(
+        xlabel="the 64 channels, sorted", ylabel="importance for the scores", ylim=(0, importance[0] * 1.15), xticks=[]
+    )
 
 
 show(
@@ -273,7 +276,7 @@ LABELS = {
     "balance": "+ balance",
     "groups": "+ groups",
     "trellis": "+ trellis",
-    "mse 4": "for comparison: random\nrotation alone, 4 bits",
+    "mse 4": "for comparison: random  \nrotation alone, 4 bits",
 }
 
 
@@ -301,7 +304,7 @@ show(
 )
 
 # %%
-named = {LABELS[name].replace("\n", " "): row for name, row in answers.items()}
+named = {LABELS[name].replace("  \n", " "): row for name, row in answers.items()}
 table(
     ["keys", "real bits", "KL", "same top token"],
     [(name, r["key_bits"], r["kl"], f"{100 * r['top1']:.0f} %") for name, r in named.items()],
