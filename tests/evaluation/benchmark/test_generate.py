@@ -115,6 +115,7 @@ def test_wrong_attention_has_no_speed(recorder, monkeypatch):
     assert dynamic["ms"] > 0 and eager["ms"] is None and "relative error" in eager["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_at_their_own_attention(recorder, replays, family):
     found = run(toy(shape=shape(family), caches=("dynamic", "graph", "eager"), cells=((1, 500),)), recorder)
