@@ -111,13 +111,19 @@ def test_estimates_of_preallocated_caches(name):
 
 
 @pytest.mark.parametrize("preset", preset_names())
-@pytest.mark.parametrize("tokens", [100, 511, 700])
-def test_every_preset(preset, tokens):
+def test_every_preset(preset):
+    """With tiles and a tail."""
+    hold(preset, 700)
+
+
+@pytest.mark.parametrize("preset", ["k4v4", "paper-mse-3"], ids=["with statistics", "without"])
+@pytest.mark.parametrize("tokens", [100, 511])
+def test_before_the_first_tile_and_before_there_are_statistics(preset, tokens):
     hold(preset, tokens)
 
 
 def test_room_ahead_for_more_than_one_tile():
-    hold("k4v4", 6000)
+    hold("kivi-4", 6000)
 
 
 def hold(preset, tokens):
