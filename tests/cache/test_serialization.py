@@ -36,8 +36,11 @@ def test_presets_survive_as_plain_data(name):
     assert CachePreset.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
 
 
-@pytest.mark.parametrize("tokens", [0, 5, 30, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [(0, torch.bfloat16), (5, torch.float32), (30, torch.bfloat16), (100, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_loaded_cache_holds_the_same(tmp_path, preset, dtype, tokens):
     options = {**TILES, "layers": {1: {"values": {"quantizer": "mse", "bits": 8}}}}
