@@ -83,6 +83,7 @@ def test_the_quantizer_of_the_page_keeps_the_contract(checkout):
     assert passed > 100 and "failed" not in printed
 
 
+@pytest.mark.slow
 def test_its_preset_packs_in_generate(checkout):
     assert float(python(checkout, "-c", USE)) == 8 + 16 / 128
 

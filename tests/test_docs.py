@@ -42,6 +42,7 @@ def test_the_compatibility_page_is_what_its_command_writes():
     assert (DOCS / "compatibility.md").read_text(encoding="utf-8") == compatibility.page(ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_runs_and_draws_its_pictures_for_both_themes(lesson, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TUTORIAL_QUICK", "1")
@@ -67,6 +68,7 @@ def test_the_messages_that_the_page_explains_exist():
     assert len(quoted) > 12 and [text for text in quoted if text not in source] == []
 
 
+@pytest.mark.slow
 def test_the_strict_build_passes(tmp_path):
     """The lessons' cells are not run here: the tests above run them. Needs the `docs` extra."""
     if not all(importlib.util.find_spec(name) for name in ("furo", "jupytext", "myst_nb", "sphinx")):

@@ -33,6 +33,7 @@ def loaded_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_the_import_loads_nothing_beside_torch_and_transformers():
     plain = loaded_after("import torch, transformers")
     added = loaded_after("import torch, transformers, turboquant_hf") - plain
@@ -40,6 +41,7 @@ def test_the_import_loads_nothing_beside_torch_and_transformers():
     assert not loaded_after("import turboquant_hf") & {"torch", "transformers", "numpy", "yaml"}
 
 
+@pytest.mark.slow
 def test_a_generation_config_takes_the_names_without_loading_models():
     code = (
         "import turboquant_hf; from transformers import GenerationConfig; GenerationConfig(cache_implementation={!r})"
@@ -48,6 +50,7 @@ def test_a_generation_config_takes_the_names_without_loading_models():
         assert "transformers.modeling_utils" not in loaded_after(code.format(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.families import FAMILIES, build, prompt
+from tests.support.families import build, family_named, prompt
 from tests.support.generating import LOGITS, TILES, assert_same, generate, inputs_of, turboquant
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import packed
@@ -95,7 +95,7 @@ def test_assisted_decoding(llama, small_llama, calls):
 @pytest.mark.parametrize("padding", [0, 19])
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
 def test_softcaps_and_attention_sinks(kind, calls, padding, monkeypatch):
-    family = next(family for family in FAMILIES if family.kind == kind)
+    family = family_named(kind)
     model = build(family)
     model.set_attn_implementation("turboquant")
     with torch.no_grad():

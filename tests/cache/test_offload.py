@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tests.support.families import FAMILIES, available, build, prompt
+from tests.support.families import available, build, family_named, prompt
 from tests.support.generating import TILES, generate, turboquant
 from tests.support.updates import feed, make_config
 from turboquant_hf import TurboQuantCache
@@ -51,7 +51,7 @@ def staged(monkeypatch):
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
 @pytest.mark.parametrize("attention", ["auto", "keep"])
 def test_generation_is_the_same(name, preset, attention):
-    family = next(family for family in FAMILIES if family.name == name)
+    family = family_named(name)
     if not available(family):
         pytest.skip(f"this transformers has no {family.kind}")
     model, inputs = build(family), prompt(family)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig, DynamicCache
 
-from tests.support.families import FAMILIES, available, build, prompt
+from tests.support.families import available, build, family_named, prompt
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 from turboquant_hf.config import BOUNDARY_VALUES, load_preset
 
@@ -16,7 +16,7 @@ BOUNDARY = {"preset": "k4v2", "boundary_layers": 1, **TILES}
 
 
 def family(name, label=None, **options):
-    base = next(family for family in FAMILIES if family.name == name)
+    base = family_named(name)
     return replace(base, options={**base.options, **options}, label=label or name)
 
 

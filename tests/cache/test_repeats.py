@@ -211,6 +211,7 @@ def divergence(packaged, preset: str, repeated: str, before: int = 0) -> float:
     return record["presets"][0]["kl"] / record["baseline"]["tokens"]
 
 
+@pytest.mark.slow
 @needs_packaged
 @pytest.mark.parametrize(
     ("repeated", "before"), [("\n", 0), (" ", 0), (" word", 0), ("0", 0), ("\n", 5)],

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Gemma2Config
 
-from tests.support.families import FAMILIES, available, build, prompt
+from tests.support.families import available, build, family_named, prompt
 from tests.support.generating import TILES, generate
 from tests.support.updates import feed, held, make_config
 from turboquant_hf import CacheFileError, CachePreset, TurboQuantCache, files, load_preset, preset_names
@@ -36,8 +36,11 @@ def test_presets_survive_as_plain_data(name):
     assert CachePreset.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
 
 
-@pytest.mark.parametrize("tokens", [0, 5, 30, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [(0, torch.bfloat16), (5, torch.float32), (30, torch.bfloat16), (100, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_loaded_cache_holds_the_same(tmp_path, preset, dtype, tokens):
     options = {**TILES, "layers": {1: {"values": {"quantizer": "mse", "bits": 8}}}}
@@ -65,7 +68,7 @@ def test_a_loaded_cache_holds_the_same(tmp_path, preset, dtype, tokens):
 @pytest.mark.parametrize("preset", ["lossless", "k4v4"])
 def test_generation_continues_from_a_file(tmp_path, name, preset):
     """The tokens are those of an unbroken run, also with sliding windows, recurrent states and shared layers."""
-    family = next(family for family in FAMILIES if family.name == name)
+    family = family_named(name)
     if not available(family):
         pytest.skip(f"this transformers has no {family.kind}")
     model, inputs = build(family), prompt(family)

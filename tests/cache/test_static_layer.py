@@ -124,8 +124,7 @@ def test_memory_is_what_is_held():
     assert layer.dense_nbytes == 2 * 2 * 2 * 1000 * 128 and layer.nbytes < layer.spare_nbytes
 
 
-@pytest.mark.parametrize("side", [0, 1], ids=["keys", "values"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize(("side", "bad"), [(0, float("nan")), (1, float("inf"))], ids=["keys-nan", "values-inf"])
 @pytest.mark.parametrize("feeding", ["chunk", "steps"])
 @pytest.mark.parametrize("name", ["k4v4", "k2v2", "int4"])
 @pytest.mark.parametrize("token", [30, 65], ids=["fitted", "later"])

@@ -12,6 +12,7 @@ from turboquant_hf.evaluation.harness.texts import packaged_text
 from turboquant_hf.evaluation.presets.named import resolve_caches
 from turboquant_hf.evaluation.tasks.haystack import Haystack
 
+pytestmark = pytest.mark.slow  # the packaged model reads thousands of tokens
 NAMES = ("k4v4", "k3v3", "paper-mse-4")
 # Measured on a CPU in float32: 0.0117, 0.0407, 0.0753. The bounds leave room for another machine's arithmetic.
 DEPTHS = (0.0, 0.5, 1.0)

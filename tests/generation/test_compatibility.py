@@ -12,9 +12,12 @@ from tests.support.families import available, build, prompt
 from tests.support.generating import turboquant
 from turboquant_hf.cache import TurboQuantLayer
 
-pytestmark = pytest.mark.skipif(
-    parse(transformers.__version__) < parse("5.24"), reason="the page is about transformers 5.24 and later"
-)
+pytestmark = [
+    pytest.mark.slow,  # whole generations, one per family and mode
+    pytest.mark.skipif(
+        parse(transformers.__version__) < parse("5.24"), reason="the page is about transformers 5.24 and later"
+    ),
+]
 PACKED = {family.name: family for family in families() if family.packed}
 
 

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from turboquant_hf import TurboQuantStaticCache
 from turboquant_hf.cache import traced
 
+pytestmark = pytest.mark.slow  # compilers
 PROMPT, ANSWER = 40, 24
 PRESETS = {
     "lossless": {"tile": 8, "recent_window": 8, "min_statistics": 16},

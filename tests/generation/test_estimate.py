@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from tests.support.families import FAMILIES, VOCAB, available, build, prompt
+from tests.support.families import FAMILIES, VOCAB, available, build, family_named, prompt
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache, load_preset, preset_names
 from turboquant_hf.cache.base import raw_nbytes
 from turboquant_hf.cache.estimate import MemoryPlan, longest_context
@@ -72,7 +72,7 @@ def test_estimates_are_what_caches_of_models_hold(name):
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
 def test_encoder_decoders(name):
     """Self-attention as estimated; cross-attention is transformers' own, and grows with the encoder's tokens."""
-    family = next(family for family in FAMILIES if family.name == name)
+    family = family_named(name)
     model = build(family).to(torch.bfloat16)
     inputs = {key: x.to(torch.bfloat16) if x.is_floating_point() else x for key, x in prompt(family).items()}
     config, plan = model.config, MemoryPlan(model.config, torch.bfloat16)
@@ -111,13 +111,19 @@ def test_estimates_of_preallocated_caches(name):
 
 
 @pytest.mark.parametrize("preset", preset_names())
-@pytest.mark.parametrize("tokens", [100, 511, 700])
-def test_every_preset(preset, tokens):
+def test_every_preset(preset):
+    """With tiles and a tail."""
+    hold(preset, 700)
+
+
+@pytest.mark.parametrize("preset", ["k4v4", "paper-mse-3"], ids=["with statistics", "without"])
+@pytest.mark.parametrize("tokens", [100, 511])
+def test_before_the_first_tile_and_before_there_are_statistics(preset, tokens):
     hold(preset, tokens)
 
 
 def test_room_ahead_for_more_than_one_tile():
-    hold("k4v4", 6000)
+    hold("kivi-4", 6000)
 
 
 def hold(preset, tokens):

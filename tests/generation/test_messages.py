@@ -9,7 +9,7 @@ import pytest
 from transformers import DynamicCache, StaticCache
 
 from tests.support import generating
-from tests.support.families import FAMILIES, MLA, Family, available, build, prompt
+from tests.support.families import MLA, Family, available, build, family_named, prompt
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 from turboquant_hf.cache import messages
 
@@ -37,7 +37,7 @@ CASES = {
     "xlnet": (Family("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}), IGNORED, IGNORED),
     "bloom": (Family("bloom"), OWN_CODE, OWN_CODE),
     "llama": (Family("llama"), SWITCHED, BETTER),
-    "hybrid": (next(family for family in FAMILIES if family.kind == "falcon_h1"), SWITCHED, BETTER),
+    "hybrid": (family_named("falcon_h1"), SWITCHED, BETTER),
 }
 WAYS = {
     "name": ({"cache_implementation": "turboquant"}, {}),
@@ -145,7 +145,7 @@ def test_real_prefix_tuning(llama, said):
 
 
 def test_the_cost_of_attentions_is_logged(said):
-    family = next(family for family in FAMILIES if family.kind == "gpt_oss")
+    family = family_named("gpt_oss")
     model = build(family)
     for _ in range(2):
         generate(model, prompt(family), cache_implementation="turboquant", output_attentions=True)

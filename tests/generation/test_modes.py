@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
-from tests.support.families import FAMILIES, build
+from tests.support.families import build, family_named
 from tests.support.generating import TILES, generate, inputs_of, turboquant
 from turboquant_hf import TurboQuantCache
 
@@ -284,7 +284,7 @@ def test_an_empty_prompt_starts_from_bos(llama, packed):
 
 
 def test_a_model_with_its_own_attention_refuses_the_name():
-    model = build(next(family for family in FAMILIES if family.kind == "bloom"))
+    model = build(family_named("bloom"))
     model.config._attn_implementation_internal = "turboquant"  # what from_pretrained does with the argument
     ids = torch.randint(3, 199, (1, 9))
     with pytest.raises(ValueError, match="attention in its own code.*load it without"):

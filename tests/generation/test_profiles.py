@@ -98,6 +98,7 @@ def test_lossy_presets_store_the_same_bytes_in_growing_and_preallocated_caches(m
             assert all(torch.equal(x, two.view()[name]) for name, x in one.view().items())
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_gives_the_tokens_of_an_eager_one(model, path):
     torch._dynamo.reset()
     model.set_attn_implementation("turboquant")

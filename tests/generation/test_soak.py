@@ -7,6 +7,7 @@ import pytest
 from tests.support.soak import soak
 from turboquant_hf.generation.recorders import RECORDERS, Repeat
 
+pytestmark = pytest.mark.slow  # thousands of forward passes
 STEPS = 500
 
 
@@ -33,7 +34,6 @@ def test_random_use_of_a_preset_stays_near_a_fresh_cache():
     assert sum(report.divergences) / len(report.divergences) < 1.0, "a shuffled history causes 4"
 
 
-@pytest.mark.slow
 def test_memory_stays_flat():
     report = soak(6000, "k4v4")
     assert len(report.resident) > 20

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.support.compatibility import COMPILED
-from tests.support.families import FAMILIES, available, build, prompt
+from tests.support.families import FAMILIES, available, build, family_named, prompt
 from tests.support.generating import LOGITS, TILES, generate, inputs_of, turboquant
 from turboquant_hf import TurboQuantCache, TurboQuantStaticCache
 
@@ -165,7 +165,7 @@ def teacher_forced(model, forward, tokens, cache, steps):
 )
 def test_one_graph_serves_every_step(compiler, kind, backend, preset):
     """No graph break and no second graph, across the first encode and several tiles, and for a second cache."""
-    model = build(next(family for family in FAMILIES if family.kind == kind), head_dim=32)
+    model = build(family_named(kind), head_dim=32)
     model.set_attn_implementation("turboquant")
     tokens = torch.randint(3, 199, (2, 60), generator=torch.Generator().manual_seed(0))
     steps = 11 if kind == "gpt_oss" else 40  # its other layers are upstream's, which change graphs at the window

@@ -134,6 +134,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 def test_triton_announces_its_builds_and_the_line_reaches_stderr(tmp_path):
     """In a process without any logging configuration, like a user's script."""
     pytest.importorskip("triton")

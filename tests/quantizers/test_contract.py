@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 from tests.support.quantizers import CASES, TILE, fit, id_of, make, query_rms_of, round_trip, tiles_of
 from turboquant_hf.config import load_preset
-from turboquant_hf.primitives import grid, hadamard_matrix
+from turboquant_hf.primitives import hadamard_matrix
 from turboquant_hf.quantizers import QUANTIZERS
 from turboquant_hf.quantizers.data import quantizer_from
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
-HEAD_DIMS = (64, 80, 128, 65)
+HEAD_DIMS = (64, 80, 65)
+"""A power of two, blocks of 16, and an odd number."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+VALUES = (0.0, 1.0, -1000.3, 1e-30, 1e10)
 
 
 def serves(name, options, head_dim):
@@ -27,12 +29,27 @@ def serves(name, options, head_dim):
     return head_dim % 16 == 0 if name == "polar" else head_dim % options.get("block", head_dim) != 1
 
 
-SERVED = [(case, head_dim) for case in CASES for head_dim in HEAD_DIMS if serves(*case, head_dim)]
+SERVED = [
+    (case, head_dim, DTYPES[(number + place) % len(DTYPES)])
+    for number, case in enumerate(CASES)
+    for place, head_dim in enumerate(HEAD_DIMS)
+    if serves(*case, head_dim)
+]
+"""(case, head dim, dtype): head dims and dtypes in pairs, so that a case meets all of both."""
+HALF = [served for served in SERVED if served[2] != torch.float32 and served[0][0] != "lossless"]
 
 
-@pytest.fixture(params=SERVED, ids=lambda served: f"{id_of(served[0])}-d{served[1]}")
+def id_of_served(served):
+    case, head_dim, dtype = served
+    return f"{id_of(case)}-d{head_dim}-{str(dtype).removeprefix('torch.')}"
+
+
+@pytest.fixture(params=SERVED, ids=id_of_served)
 def served(request):
-    return make(*request.param[0]), request.param[1]
+    (name, options), head_dim, dtype = request.param
+    quantizer = make(name, options)
+    quantizer.validate(head_dim, TILE)
+    return quantizer, head_dim, dtype
 
 
 @pytest.fixture
@@ -42,9 +59,12 @@ def quantizer(served):
 
 @pytest.fixture
 def head_dim(served):
-    quantizer, head_dim = served
-    quantizer.validate(head_dim, TILE)
-    return head_dim
+    return served[1]
+
+
+@pytest.fixture
+def dtype(served):
+    return served[2]
 
 
 def assert_same(left, right):
@@ -58,7 +78,6 @@ def test_every_quantizer_of_the_table_is_covered():
     assert all(kind.name == name for name, kind in QUANTIZERS.items())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layout_is_what_encode_returns(quantizer, head_dim, dtype):
     x, weight = tiles_of(head_dim, dtype=dtype)
     packed = quantizer.encode(x, fit(quantizer, x, weight), weight)
@@ -71,7 +90,6 @@ def test_layout_is_what_encode_returns(quantizer, head_dim, dtype):
     assert quantizer.bits_per_channel(head_dim, TILE, dtype) == 8 * stored / x.numel()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_returns_the_shape_and_dtype_asked_for(quantizer, head_dim, dtype):
     x, weight = tiles_of(head_dim, dtype=dtype)
     decoded = round_trip(quantizer, x, fit(quantizer, x, weight), weight, dtype)
@@ -80,10 +98,9 @@ def test_decode_returns_the_shape_and_dtype_asked_for(quantizer, head_dim, dtype
     assert decoded.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("served", HALF, indirect=True, ids=id_of_served)
 def test_arithmetic_is_float32_for_half_inputs(quantizer, head_dim, dtype):
-    if quantizer.name == "lossless":
-        return  # its bytes are those of its input
+    """Except `lossless`, whose bytes are those of its input."""
     x, weight = tiles_of(head_dim, dtype=dtype)
     state = fit(quantizer, x, weight)
     assert_same(state, fit(quantizer, x.float(), weight))
@@ -154,9 +171,12 @@ def test_encode_takes_strided_tiles(quantizer, head_dim):
     torch.testing.assert_close(round_trip(quantizer, strided, state, weight), round_trip(quantizer, x, state, weight))
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -1000.3, 1e-30, 1e10], ids=str)
-def test_constant_vectors_stay_finite(quantizer, head_dim, value):
+@pytest.mark.parametrize("value", VALUES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=id_of)
+def test_constant_vectors_stay_finite(case, value):
     """Except numbers that are out of range for the statistics of others (`test_range`)."""
+    quantizer, served = make(*case), [head_dim for head_dim in HEAD_DIMS if serves(*case, head_dim)]
+    head_dim = served[(CASES.index(case) + VALUES.index(value)) % len(served)]
     x, weight = tiles_of(head_dim)
     constant = torch.full_like(x, value)
     for state in (fit(quantizer, x, weight), fit(quantizer, constant, weight))[value == 1e10 :]:
@@ -178,7 +198,9 @@ def test_one_odd_token_stays_finite(quantizer, head_dim):
     assert odd.isfinite().all() or odd.isnan().any(dim=-1).all(), "1e5 times the size of a weak channel is too much"
 
 
-def test_options_can_be_replaced_but_not_written(quantizer):
+@pytest.mark.parametrize("case", CASES, ids=id_of)
+def test_options_can_be_replaced_but_not_written(case):
+    quantizer = make(*case)
     assert replace(quantizer) == quantizer
     for field in fields(quantizer):
         with pytest.raises(AttributeError):
@@ -260,127 +282,3 @@ def test_any_width_and_head_dim_round_trips(name, bits, head_dim, tile, dtype):
         key: (field.shape, field.dtype) for key, field in layout.items()
     }
     assert quantizer.decode(packed, {}, head_dim, dtype).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "head_dim", "bits"),
-    [
-        ("conditioned", {}, 128, 4 + 2 * 0.125),
-        ("conditioned", {"widths": ((0.5, 4), (0.5, 2)), "scale_format": "e3m5"}, 128, 3 + 0.125 + 0.125),
-        ("kivi", {}, 128, 4 + 1),
-        ("kivi", {"axis": "token"}, 80, 4 + 32 * 3 / 80),
-        ("mse", {}, 128, 4 + 0.125),
-        ("conditioned", {"widths": ((0.5, 5), (0.5, 3)), "codebook": "trellis"}, 64, 4 + 0.5 + 0.125),
-        ("mse", {"block": 128}, 256, 4 + 0.125),
-        ("mse", {"bits": 3, "codebook": "trellis", "scale_format": "e4m4"}, 64, 3 + 0.125),
-        ("outlier", {}, 128, 2.25 + 0.25),
-        ("outlier", {"outlier_bits": 4, "bits": 3}, 128, 3.25 + 0.25),
-        ("polar", {}, 128, 3.875),
-        ("prod", {}, 128, 4 + 0.25),
-        ("prod", {"block": 128, "sketch_size": 256}, 256, 3 + 2 + 0.25),
-        ("qjl", {"bits": 3}, 128, 3 + 0.125),
-        ("uniform", {}, 128, 4 + 0.5),
-        ("uniform", {"codebook": "nf4"}, 128, 4 + 0.25),
-    ],
-    ids=str,
-)
-def test_bits_per_channel_counts_every_overhead(name, options, head_dim, bits):
-    assert QUANTIZERS[name](**options).bits_per_channel(head_dim, 128) == pytest.approx(bits)
-
-
-@pytest.mark.parametrize(
-    ("name", "field", "value", "allowed"),
-    [
-        ("conditioned", "balance", "median", "query, key, none"),
-        ("kivi", "axis", "head", "channel, token"),
-        ("kivi", "bits", 0, "1 to 8"),
-        ("kivi", "bits", 9, "1 to 8"),
-        ("kivi", "group", 0, "from 1"),
-        ("kivi", "group", 2.5, "from 1"),
-        ("mse", "bits", True, "1 to 8"),
-        ("mse", "bits", "4", "1 to 8"),
-        ("mse", "block", 1, "2 channels"),
-        ("mse", "codebook", "nf4", "lloyd-max, grid, polynomial, uniform, trellis"),
-        ("mse", "rotation", "dct", "hadamard"),
-        ("mse", "rounds", 0, "from 1"),
-        ("mse", "scale", "max", "unbiased"),
-        ("outlier", "bits", 0, "1 to 8"),
-        ("outlier", "outlier_bits", 9, "1 to 8"),
-        ("outlier", "outlier_fraction", 0.0, "between 0 and 1"),
-        ("outlier", "outlier_fraction", 1, "between 0 and 1"),
-        ("polar", "rotation", "dct", "hadamard"),
-        ("prod", "bits", 1, "2 to 8"),
-        ("prod", "block", 1, "2 channels"),
-        ("prod", "rotation", "dct", "hadamard"),
-        ("prod", "scale", "max", "unbiased"),
-        ("prod", "sketch", "hadamard", "gaussian, orthogonal"),
-        ("prod", "sketch_size", -1, "from 0"),
-        ("qjl", "bits", 9, "1 to 8"),
-        ("qjl", "sketch", "hadamard", "gaussian, orthogonal"),
-        ("uniform", "bits", 1, "2 to 8"),
-        ("uniform", "codebook", "lloyd-max", "affine, symmetric, nf4"),
-        ("uniform", "group", -1, "from 1"),
-    ],
-    ids=str,
-)
-def test_impossible_options_are_named(name, field, value, allowed):
-    with pytest.raises(ValueError) as error:
-        QUANTIZERS[name](**{field: value})
-    for part in (name, f"{field}={value!r}", allowed):
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "head_dim", "parts"),
-    [
-        ("kivi", {"group": 48}, 64, ("group=48", "divisors of tile=128")),
-        ("mse", {"rotation": "hadamard"}, 65, ("65", "Hadamard")),
-        ("mse", {"block": 32}, 65, ("head_dim=65", "at least 2")),
-        ("outlier", {"outlier_fraction": 0.01}, 64, ("head_dim=64", "at least 2")),
-        ("polar", {}, 72, ("head_dim=72", "multiples of 16")),
-        ("polar", {"rotation": "hadamard"}, 65, ("head_dim=65", "multiples of 16")),
-        ("prod", {"block": 32}, 65, ("prod", "head_dim=65", "at least 2")),
-    ],
-    ids=str,
-)
-def test_impossible_head_dims_and_tiles_are_named(name, options, head_dim, parts):
-    with pytest.raises(ValueError) as error:
-        QUANTIZERS[name](**options).validate(head_dim, 128)
-    for part in parts:
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize("channel_major", [False, True])
-def test_a_trellis_needs_tiles_of_whole_words(channel_major):
-    quantizer = QUANTIZERS["mse"](bits=3, codebook="trellis", channel_major=channel_major)
-    scalar = replace(quantizer, codebook="grid")
-    tiles = torch.randn(1, 1, 2, 24, 64, generator=torch.Generator().manual_seed(0))
-    packed, expected = (q.encode(tiles, {}) for q in (quantizer, scalar))
-    for name in expected:
-        assert torch.equal(packed[name], expected[name])
-    assert torch.equal(quantizer.decode(packed, {}, 64, torch.float32), scalar.decode(expected, {}, 64, torch.float32))
-    assert quantizer.packed_side(packed, {}, 64).groups == scalar.groups(64) != quantizer.groups(64, 32)
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "bits", "channel_major", "in_words"),
-    [
-        (64, 4, False, True), (64, 5, False, False), (80, 2, False, True), (72, 3, False, False),
-        (72, 3, True, True), (8, 3, True, False), (64, 1, True, True),
-    ],
-)  # fmt: skip
-def test_groups_that_words_cannot_hold_use_the_grid(head_dim, bits, channel_major, in_words):
-    (group,) = QUANTIZERS["mse"](bits=bits, codebook="trellis", channel_major=channel_major).groups(head_dim)
-    assert group.in_words == in_words
-    assert in_words or group.codebook == grid(bits, head_dim)
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_unknown_options_are_named(name):
-    with pytest.raises(ValueError, match="bitz.*=4.*allowed"):
-        quantizer_from({"quantizer": name, "bitz": 4}, "keys")
-
-
-def test_nf4_has_one_width():
-    with pytest.raises(ValueError, match="bits=3.*allowed.*4"):
-        QUANTIZERS["uniform"](bits=3, codebook="nf4")

@@ -247,6 +247,10 @@ FAMILIES = [
 ]
 
 
+def family_named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
 def available(family: Family) -> bool:
     """Whether this transformers knows the model type."""
     try:

@@ -26,9 +26,9 @@ def held(cache):
     return [x for layer in cache.layers for x in (layer.keys, layer.values)]
 
 
-def states(tokens, batch=2, seed=0, dim=16):
+def states(tokens, batch=2, seed=0, dim=16, heads=2, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(batch, 2, tokens, dim, generator=generator) for _ in range(2))
+    return tuple(torch.randn(batch, heads, tokens, dim, generator=generator).to(dtype) for _ in range(2))
 
 
 def feed_layer(layer, keys, values, steps):

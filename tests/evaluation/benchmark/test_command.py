@@ -62,6 +62,7 @@ def test_plot(tmp_path, monkeypatch):
     assert not plot_level(ROWS, "model", tmp_path / "model.png")
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, capsys):
     group = {"shape": "toy", "dtype": "float32", "layers": 1, "cells": [[1, 384]]}
     data = {

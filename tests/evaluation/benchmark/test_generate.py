@@ -28,9 +28,13 @@ def shape(family: str) -> settings.Shape:
     return settings.Shape(family, 64, 4, 2, 32, 96, 50, family, FAMILIES[family])
 
 
-@pytest.fixture
-def recorder() -> rows.Recorder:
-    return rows.Recorder()
+WARM_UP = generate.warm_up
+
+
+@pytest.fixture(autouse=True)
+def cold(monkeypatch):
+    """Without the calls that load a process's libraries: only times depend on them."""
+    monkeypatch.setattr(generate, "warm_up", lambda model, group: None)
 
 
 @pytest.fixture
@@ -57,7 +61,8 @@ def run(group, recorder, compiles=True):
     return recorder.rows
 
 
-def test_whole_calls_beside_dynamic_cache(recorder, replays):
+def test_whole_calls_beside_dynamic_cache(recorder, replays, monkeypatch):
+    monkeypatch.setattr(generate, "warm_up", WARM_UP)
     found = run(toy(static_cells=((2, 500),)), recorder)
     names = ["DynamicCache", "StaticCache", "turboquant graph=False", "turboquant", "turboquant_static"]
     assert [row["cache"] for row in found] == names and not any(row.get("reason") for row in found)
@@ -115,6 +120,7 @@ def test_wrong_attention_has_no_speed(recorder, monkeypatch):
     assert dynamic["ms"] > 0 and eager["ms"] is None and "relative error" in eager["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_at_their_own_attention(recorder, replays, family):
     found = run(toy(shape=shape(family), caches=("dynamic", "graph", "eager"), cells=((1, 500),)), recorder)
@@ -164,6 +170,7 @@ def test_turns_keep_a_host_that_slows_down_out_of_the_ratio(recorder, monkeypatc
 
 def test_lengths_report_what_a_new_length_costs(recorder, monkeypatch):
     seen, real = [], calls.call
+    monkeypatch.setattr(generate, "CALLS", 4)
 
     def timed(shared, ids, *args, **arguments):
         made = real(shared, ids, *args, **arguments)

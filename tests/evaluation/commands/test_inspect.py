@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
-from tests.support.families import FAMILIES, available, build
+from tests.support.families import available, build, family_named
 from turboquant_hf import TurboQuantCache, preset_names
 from turboquant_hf.cli import main
 
@@ -113,7 +113,7 @@ def test_an_encoder_decoder_says_what_its_cross_attention_keeps(tmp_path, capsys
 
 
 def test_sparse_attention_is_listed_and_grows(tmp_path, capsys):
-    family = next(family for family in FAMILIES if family.name == "deepseek_v32")
+    family = family_named("deepseek_v32")
     if not available(family):
         pytest.skip("this transformers has no deepseek_v32")
     build(family).config.save_pretrained(tmp_path)

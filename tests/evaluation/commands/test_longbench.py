@@ -184,6 +184,7 @@ def test_table_averages_tasks_as_the_paper_does():
     assert lines[-1].split() == ["uncompressed", "(float32)", "32", "0.5", "100", "0", "33.33"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("load_metric")
 def test_longbench_command_runs_all_tasks(tiny_folder, data, tmp_path, capsys):
     output = tmp_path / "run"

@@ -102,6 +102,7 @@ def test_packaged_folder_is_an_ordinary_checkpoint(packaged):
     assert again.tokenize("1 2  3 of 2024") == packaged[1].tokenize("1 2  3 of 2024")
 
 
+@pytest.mark.slow
 @needs_packaged
 def test_load_model_is_quiet_and_leaves_the_package_unimported(packaged):
     code = (

@@ -222,6 +222,7 @@ def start(argv, **options):
     return subprocess.Popen([sys.executable, "-m", "turboquant_hf.cli", *argv], env=environment, text=True, **options)
 
 
+@pytest.mark.slow
 def test_killed_process_ends_with_the_bytes_of_an_unbroken_run(tmp_path, tiny_folder):
     text = tmp_path / "text.txt"
     text.write_text("Some plain text to look through, line by line.\n" * 60)
