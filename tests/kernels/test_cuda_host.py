@@ -64,8 +64,8 @@ def test_any_preset_is_served_or_has_a_reason(name, dim, monkeypatch):
     if not isinstance(preset.keys, RotatedQuantizer) or not isinstance(preset.values, RotatedQuantizer):
         pytest.skip("not for the packed kernels")
     served = {16: "", 80: ""}
-    served[96] = "k4v4 k4v3 k2v2 k25v25 k8v4 k4v2 k4v4-scalar k4v3-scalar"
-    served[64] = served[96] + " k3v3 k3v2 k3v3-scalar k3v2-scalar"
+    served[96] = "k4v4 k4v3 k3v3 k3v2 k2v2 k25v25 k8v4 k4v2 k4v4-scalar k4v3-scalar"
+    served[64] = served[96] + " k3v3-scalar k3v2-scalar"
     served[128] = served[256] = served[64] + " k2v2-scalar"
     monkeypatch.setattr(support, "shape_of", lambda *given: None)
     monkeypatch.setattr(kernel, "failure", lambda shape, device: None)

@@ -10,6 +10,7 @@ Three facts about attention are used before the random rotation:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -26,6 +27,9 @@ from turboquant_hf.quantizers.base import Packed, State, check_bits, check_choic
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 BALANCES = ("query", "key", "none")
+ALIGNMENTS = (1, 16)
+ALIGNED_FROM = 64
+"""Head dims from here on have quarters of at least 16 channels."""
 TINY = 2.0**-20
 """float16 rounds the means of a head too coarsely if its numbers are smaller than this."""
 
@@ -40,6 +44,8 @@ class Conditioned(RotatedQuantizer):
     Attributes:
         widths: ((fraction of the channels, bits), ...); fractions add up to 1, the most important channels first.
         center: keep the mean of every tile (fp16) and code the rest.
+        align: groups begin at the nearest multiple of this many channels (the lower one if two are as near), in heads
+            of at least 64 channels. The CUDA C++ kernel reads groups of 16, 32, ... channels.
         balance: "query" (falls back to "key" while no queries are known), "key" (s_i = rms(k_i)^-1/2) or "none".
     """
 
@@ -48,6 +54,7 @@ class Conditioned(RotatedQuantizer):
     scale: str = "unbiased"
     widths: tuple[tuple[float, int], ...] = ((1.0, 4),)
     center: bool = True
+    align: int = 1
     balance: str = "query"
 
     @classmethod
@@ -68,12 +75,14 @@ class Conditioned(RotatedQuantizer):
         if abs(sum(share for share, _ in self.widths) - 1.0) > 1e-6:
             raise ValueError(f"{self.name}: widths={self.widths!r}: the fractions must add up to 1")
         check_choice(self.name, "balance", self.balance, BALANCES)
+        check_choice(self.name, "align", self.align, ALIGNMENTS)
 
     def group_sizes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
-        edges, share = [0], 0.0
+        edges, share, step = [0], 0.0, self.align if head_dim >= ALIGNED_FROM else 1
         for fraction, _ in self.widths:
             share += fraction
-            edges.append(round(share * head_dim))
+            edges.append(round(share * head_dim) if step == 1 else math.ceil(share * head_dim / step - 0.5) * step)
+        edges[-1] = head_dim
         bits = (bits for _, bits in self.widths)
         return tuple((stop - start, width) for (start, stop), width in zip(pairwise(edges), bits, strict=True))
 

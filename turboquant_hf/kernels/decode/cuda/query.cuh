@@ -4,6 +4,12 @@
 // The place of a channel in `halves`. Of eight channels, one product with the mean takes 0, 1, 4, 5 and another 2, 3, 6, 7.
 __device__ __forceinline__ int half_place(int channel) { return (channel & ~6) | (channel & 2) << 1 | (channel & 4) >> 1; }
 
+// Whether all channels of a lane belong to one group.
+__host__ __device__ constexpr bool lanes_are_whole(int group = 0) {
+    return group == KEY_GROUPS || (group_start(group) % OWN == 0 && lanes_are_whole(group + 1));
+}
+static_assert(lanes_are_whole() || !HADAMARD, "a lane needs one size for its additions");
+
 // Size and unit of the key group that holds coded channel c. The rotation is block-diagonal over the groups.
 __device__ __forceinline__ void group_of(int c, int& size, float& unit) {
 #pragma unroll
@@ -71,7 +77,10 @@ __device__ __forceinline__ void transform_query(const Warp& w, const QueryLoads&
     multiply(x, w.a.key_turn + (i64)w.h * w.a.key_turn_stride, shared.scratch[n], w.lane);
 #endif
 #pragma unroll
-    for (int i = 0; i < OWN; i++) x[i] *= lead * w.key_gain;
+    for (int i = 0; i < OWN; i++) {
+        if (!lanes_are_whole()) group_of(OWN * w.lane + i, size, lead);
+        x[i] *= lead * w.key_gain;
+    }
 }
 
 // Code row n, which was loaded before. Rows behind the last row of the chunk are zeros.
@@ -89,12 +98,14 @@ __device__ __forceinline__ void code_query(const Warp& w, const QueryLoads& own,
     const float grow = 1.f / query_unit;
     unrolled<0, KEY_GROUPS>([&]<int G>() {
         static_assert(find_inverts_index<KeyRow<G>, KEY_SIZE[G]>(), "a code is found where index puts it");
-        constexpr int FIRST = group_start(G);
-        if (OWN * lane < FIRST || OWN * lane >= FIRST + KEY_SIZE[G]) return;
+        constexpr int FIRST = group_start(G), BEFORE = lanes_are_whole() ? 0 : OWN - 1;
+        if (OWN * lane + BEFORE < FIRST || OWN * lane >= FIRST + KEY_SIZE[G]) return;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             int u, j, part;
-            KeyRow<G>::find(OWN * lane + i - FIRST, u, j, part);
+            const int index = OWN * lane + i - FIRST;
+            if (!lanes_are_whole() && (index < 0 || index >= KEY_SIZE[G])) continue;
+            KeyRow<G>::find(index, u, j, part);
             const int v = __float2int_rn(x[i] * grow), high = (v + 64) >> 7;
             ((u8*)&shared.coded[2 * n][part][FIRST / 16 + u])[j] = (u8)high;
             ((u8*)&shared.coded[2 * n + 1][part][FIRST / 16 + u])[j] = (u8)(v - 128 * high);

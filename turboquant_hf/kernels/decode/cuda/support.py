@@ -57,7 +57,6 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
             all(row_fits(x.size, x) for x in keys.groups),
             "key groups of no whole units (16 channels), or levels off a grid",
         ),
-        (all(group.size * 32 % dim == 0 for group in keys.groups), "key groups that end inside a lane's channels"),
         (all(narrow(x) for x in (*keys.groups, *values.groups)), "a trellis of more than 4 bits"),
         (begin_at_words(keys.groups), "key groups that do not begin at whole words"),
         (owns_tokens(keys.groups, values.groups[0]), "keys of a trellis beside values without one"),
@@ -133,6 +132,10 @@ def shape_of(
 
 
 def _by_signs(side: PackedSide) -> bool:
-    """Whether the kernel can rotate by signs and additions: each group begins at a multiple of its size."""
-    ends = itertools.accumulate(group.size for group in side.groups)
-    return side.signs is not None and all(end % group.size == 0 for end, group in zip(ends, side.groups, strict=True))
+    """Whether the kernel can rotate by signs and additions.
+
+    Each group must begin at a multiple of its size, and none may end inside the channels of a lane.
+    """
+    ends = list(itertools.accumulate(group.size for group in side.groups))
+    begin_right = all(end % group.size == 0 for end, group in zip(ends, side.groups, strict=True))
+    return side.signs is not None and begin_right and all(end * 32 % ends[-1] == 0 for end in ends)
