@@ -41,7 +41,7 @@ def _level_near(bytes, subset: tl.constexpr):
 
 @triton.jit
 def priced(x, p_cells, p_near, GROUP: tl.constexpr):
-    """Prices of values x and i, int32: from the top 8 bits each of m_3 - m_0, m_2 - m_0, m_1 - m_0 (signed), and i."""
+    """Prices of values x and i, int64: from the top 16 bits each of m_3 - m_0, i, m_2 - m_0, m_1 - m_0."""
     x = x * GROUP.per_grid
     place = tl.minimum(tl.where(x > -CELLS // 2, x, -CELLS // 2), CELLS // 2 - 1) - 0.5
     cell = (place + MAGIC).to(tl.int32, bitcast=True) - (0x4B400000 - CELLS // 2)
@@ -57,7 +57,6 @@ def priced(x, p_cells, p_near, GROUP: tl.constexpr):
         price = tl.minimum((errors[subset] - least) * GROUP.price + MAGIC, MAGIC + DEAREST)
         # A NaN costs nothing: all four become DEAREST on a GPU, 0 in the interpreter.
         prices = prices + (price.to(tl.int32, bitcast=True),)  # noqa: RUF005
-    away = lowest
-    for subset in tl.static_range(1, 4):
-        away |= ((prices[subset] - prices[0]) & 0xFF) << (8 * subset)
-    return away
+    low = ((prices[2] - prices[0]) << 16) | ((prices[1] - prices[0]) & 0xFFFF)
+    high = ((prices[3] - prices[0]) << 16) | lowest
+    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)

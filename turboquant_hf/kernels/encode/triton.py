@@ -49,15 +49,7 @@ from turboquant_hf.kernels.encode.product import (
     ranks,
 )
 from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
-from turboquant_hf.kernels.encode.viterbi import (
-    any_in_words,
-    fits,
-    place_prices,
-    room_for_words,
-    search_words,
-    searches,
-    take_levels,
-)
+from turboquant_hf.kernels.encode.viterbi import any_in_words, fits, room_for_points, write_words
 
 __all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
 
@@ -69,32 +61,29 @@ REGISTERS = 255
 
 
 @triton.jit
-def _length(y):
-    """Sums of the squares of vectors y [tokens, channels], NaN where they are not finite, and norms."""
-    square = tl.sum(y * y, axis=1)
-    square = tl.where(square < float("inf"), square, float("nan"))
-    return square, tl.sqrt_rn(square)
-
-
-@triton.jit
-def _on_sphere(y, GROUP: tl.constexpr):
-    """Vectors y [tokens, channels] of one group, scaled to the norm sqrt(size)."""
-    _, norm = _length(y)
-    ones = tl.full((y.shape[0],), 1.0, tl.float32)
-    return y * tl.div_rn(ones, tl.maximum(norm / GROUP.root, 1e-30))[:, None]
-
-
-@triton.jit
-def _write_scales(
-    y, level, idle, p_scale, factor, t, GROUP: tl.constexpr, SPEC: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr
+def _write_group(
+    y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_points, p_codes, p_scale, factor, t, GROUP: tl.constexpr,
+    SPEC: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """Store the scales (times `factor`) of vectors y [tokens, channels] with these levels.
+    """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`).
 
     idle: which tokens have no weight, for groups in words.
     """
-    square, norm = _length(y)
-    if y.shape[1] != GROUP.size:
-        level = tl.where((tl.arange(0, y.shape[1]) < GROUP.size)[None, :], level, 0.0)
+    BLOCK_T: tl.constexpr = y.shape[0]
+    BLOCK_C: tl.constexpr = y.shape[1]
+    square = tl.sum(y * y, axis=1)
+    square = tl.where(square < float("inf"), square, float("nan"))
+    norm = tl.sqrt_rn(square)
+    point = y * tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), tl.maximum(norm / GROUP.root, 1e-30))[:, None]
+    if GROUP.in_words:
+        point = tl.where(idle[:, None], float("nan"), point)
+        level = write_words(
+            point, t, p_points, p_codes + GROUP.offset, p_cells, p_pairs, p_levels, GROUP, T, CHANNEL_MAJOR, not FOLDED
+        )  # fmt: skip
+    else:
+        codes, level = rounded(point, p_thresholds, p_levels, p_pairs, GROUP)
+    if BLOCK_C != GROUP.size:
+        level = tl.where((tl.arange(0, BLOCK_C) < GROUP.size)[None, :], level, 0.0)
     if RULE == "norm":
         scale = norm / GROUP.root
     elif RULE == "norm-corrected":
@@ -114,31 +103,26 @@ def _write_scales(
         stored = tl.where(tl.abs(scale) <= 65504.0, scale, float("nan")).to(tl.float16)
     tl.store(p_scale + t, stored, mask=t < T)
 
-
-@triton.jit
-def _pack_rows(codes, p_codes, GROUP: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr):
-    """Store the codes [tokens, channels] of a group that is not in words."""
-    if FOLDED:
+    if FOLDED and not GROUP.in_words:
         # Rows t and t + T / 2 stand 8 apart, in one thread of a matrix product. Go back to the order of tokens.
-        codes = tl.permute(tl.reshape(codes, (T // 16, 2, 8, codes.shape[1])), (1, 0, 2, 3))
-        codes = tl.reshape(codes, (T, codes.shape[3]))
+        codes = tl.permute(tl.reshape(codes, (BLOCK_T // 16, 2, 8, BLOCK_C)), (1, 0, 2, 3))
+        codes = tl.reshape(codes, (BLOCK_T, BLOCK_C))
     for plane in tl.static_range(plane_count(GROUP)):
         if GROUP.regular:
-            pack_regular(codes, p_codes, GROUP, plane, T, CHANNEL_MAJOR)
+            pack_regular(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
         else:
-            pack_plane(codes, p_codes, GROUP, plane, T, CHANNEL_MAJOR)
+            pack_plane(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
 
 
-@kernel("p_weight", "p_mean", "p_gain", "p_room")
+@kernel("p_weight", "p_mean", "p_gain", "p_points")
 def _encode_kernel(
     p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_cells,
-    p_room, p_codes, p_scale, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
+    p_points, p_codes, p_scale, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
     m_b: tl.int64, m_h: tl.int64, m_n, c_b: tl.int64, c_h: tl.int64, c_n, s_b: tl.int64, s_h: tl.int64, s_n,
     part_stride, a_b, a_h, u_h, H, N, TILES,
     SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr,
     ORDER: tl.constexpr, BALANCE: tl.constexpr, GAIN: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
-    THREADS: tl.constexpr,
 ):  # fmt: skip
     """MEAN: "none", "given" or "taken" (and stored)."""
     GROUPS: tl.constexpr = group_count(SPEC)
@@ -172,17 +156,13 @@ def _encode_kernel(
     p_mean += head_offset(b, h, m_b, m_h, D)
     p_codes += head_offset(b, h, c_b, c_h, SPEC.nbytes)
     p_scale += head_offset(b, h, s_b, s_h, T)
-    p_room += (head * tl.num_programs(1) + tl.program_id(1)) * T * BLOCK_D  # of use to groups in words alone
+    p_points += (head * tl.num_programs(1) + tl.program_id(1)) * 3 * T * BLOCK_D  # of use to groups in words alone
     for n in range(first, last):
         tile = tl.full((), 0, tl.int64) + n
         p_rows = p_x + row_offset(tile, x_n, D) + row_offset(t, x_t, D)[:, None]
         weight = 0.0
         if WEIGHT:
             weight = tl.load(p_weight + b * w_b + tile * w_n + t, mask=t < T, other=0.0).to(tl.float32)
-        idle = (weight == 0.0) if WEIGHT else (t < 0)
-        p_tile = p_codes + row_offset(tile, c_n, SPEC.nbytes)
-        p_scales = p_scale + row_offset(tile, s_n, T)
-        ys = ()
         for g in tl.static_range(GROUPS):
             y = tl.zeros((BLOCK_T, group_block(SPEC, g)), tl.float32)
             for low in tl.static_range(0, D, BLOCK_K):
@@ -209,25 +189,12 @@ def _encode_kernel(
                     y = product(y, high, rest, part, 0, PARTS, PATH)
                 else:
                     y = product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
-            ys = ys + (y,)  # noqa: RUF005
-            point = _on_sphere(y, group_of(SPEC, g))
-            if group_of(SPEC, g).in_words:
-                point = tl.where(idle[:, None], float("nan"), point)
-                place_prices(point, t, p_room, p_cells, p_pairs, g, SPEC, T, CHANNEL_MAJOR, not FOLDED)
-            else:
-                codes, level = rounded(point, p_thresholds, p_levels, p_pairs, group_of(SPEC, g))
-                factor = tl.load(p_units + g) / gain
-                _write_scales(y, level, idle, p_scales + g * T, factor, t, group_of(SPEC, g), SPEC, T, RULE)
-                _pack_rows(codes, p_tile + group_of(SPEC, g).offset, group_of(SPEC, g), T, CHANNEL_MAJOR, FOLDED)
-        if searches(SPEC):
-            search_words(p_room, p_tile, SPEC, T, THREADS)
-            for g in tl.static_range(GROUPS):
-                if group_of(SPEC, g).in_words:
-                    level = take_levels(
-                        t, p_room, p_tile, p_levels, g, SPEC, T, BLOCK_T, CHANNEL_MAJOR, not FOLDED, THREADS
-                    )  # fmt: skip
-                    factor = tl.load(p_units + g) / gain
-                    _write_scales(ys[g], level, idle, p_scales + g * T, factor, t, group_of(SPEC, g), SPEC, T, RULE)
+            idle = (weight == 0.0) if WEIGHT else (t < 0)
+            _write_group(
+                y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_points,
+                p_codes + row_offset(tile, c_n, SPEC.nbytes), p_scale + row_offset(tile, s_n, T) + g * T,
+                tl.load(p_units + g) / gain, t, group_of(SPEC, g), SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
+            )  # fmt: skip
 
 
 def encode_tiles(
@@ -253,7 +220,7 @@ def encode_tiles(
         _encode_kernel[(batch * heads, triton.cdiv(tiles, per_program))](
             **_arguments(x, coding, mean, out), p_weight=x if weight is None else weight,
             WEIGHT=weight is not None, w_b=strides[0], w_n=strides[1], N=tiles, TILES=per_program,
-            p_room=room_for_words(x, coding.groups, triton.cdiv(tiles, per_program)),
+            p_points=room_for_points(x, coding.groups, triton.cdiv(tiles, per_program)),
         )  # fmt: skip
     return out
 
@@ -287,7 +254,7 @@ def _arguments(
     x_b, x_h, x_n, x_t = x.stride()[:4]
     spec = tile_spec(groups, tile, coding.scale_format, channel_major=coding.channel_major, exact=True)
     # Wide heads get twice the warps. Not those with padded groups: Triton 3.6 then reads past its shared memory.
-    warps = 2 * WARPS if block > 128 and all(group.block == group.size for group in spec.groups) else WARPS
+    many = block > 128 and all(group.block == group.size for group in spec.groups)
     learned = {"p_order": coding.order, "p_balance": coding.balance, "p_gain": coding.gain}
     return {
         "p_x": x, "p_mean": x if kept is None else kept, "p_matrix": matrix, "p_units": units,
@@ -302,8 +269,8 @@ def _arguments(
         "BLOCK_K": 32 if path == FULL or parts > 1 else min(block, 128), "PATH": path, "PARTS": parts,
         "MEAN": "taken" if center else "none" if mean is None else "given", "ORDER": coding.order is not None,
         "BALANCE": coding.balance is not None, "GAIN": coding.gain is not None, "RULE": coding.scale_rule,
-        "CHANNEL_MAJOR": coding.channel_major, "num_warps": warps, "THREADS": 32 * warps, "num_stages": 1,
-        "maxnreg": min(REGISTERS, 65536 // (32 * warps) - 1),
+        "CHANNEL_MAJOR": coding.channel_major, "num_warps": 2 * WARPS if many else WARPS, "num_stages": 1,
+        "maxnreg": REGISTERS // 2 if many else REGISTERS,
     }  # fmt: skip
 
 

@@ -1,23 +1,21 @@
 """The search of `primitives.trellis.Trellis.encode` inside the Triton encoder: one word of 32 values per thread.
 
-    place_prices     m_0 .. m_3 of every value, and i        (`prices`)
-    search_words     path bits of all words: c'[s] = min(c[s / 2] + m_a, c[8 + s / 2] + m_b + mark)
-                     for the 16 states s, twice 32 values
-    take_levels      plain bits, and the levels that codes mean
+    prices   m_0 .. m_3 of a value, and i                 (`prices`)
+    search   c'[s] = min(c[s / 2] + m_a, c[8 + s / 2] + m_b + mark)      for the 16 states s, twice 32 values
+    words    path bits and plain bits, and the levels that they mean
 
-The words of all groups of a tile are searched together, so that small groups do not leave threads idle. They stand side
-by side in the memory of a program, in the order in which they are stored (`kernels.common.words.place_in_words`):
+Memory of a program, in words as they are stored (`kernels.common.words.place_in_words`), neighbours side by side:
 
-    p_room   int32 [32][words]   prices: from the top 8 bits each of m_3 - m_0, m_2 - m_0, m_1 - m_0, i;
-                                 later the levels, as float32
+    p_prices   int64   [32][words]   from the top 16 bits each of m_3 - m_0, i, m_2 - m_0, m_1 - m_0
+    p_points   float32 [32][words]   the values, and later the levels
 
 - A cost has the high 16 bits of a register (signed), the path to it the low 16. One minimum chooses both.
 - All prices are less m_0, which changes no choice. A quarter of the additions falls away: those of subset 0.
 - A path is the choices of 16 values, the oldest in bit 0: 1 (the mark) for the way whose oldest path bit is 1.
   The choice at value t is p_(t-4). A tie of costs goes to the way without the mark, as in the reference.
-- In 32 values a cost stays between -37 and 37 `DEAREST`.
-- There may be fewer words than threads. Several threads then search the same word, and write the same. Nothing is
-  overwritten that another thread may still read: there is a barrier before.
+- After 16 values the least cost is subtracted from all. In 16 values a cost stays between -16 and 20 `DEAREST`.
+- A small group has fewer words than the program has threads. Several threads then search the same word, and write the
+  same. Nothing is overwritten that another thread may still read: there is a barrier before.
 """
 
 from __future__ import annotations
@@ -27,12 +25,14 @@ import triton
 import triton.language as tl
 
 from turboquant_hf.kernels.codes import CodeGroup
-from turboquant_hf.kernels.common.spec import group_count, group_of, padded_size
+from turboquant_hf.kernels.common.spec import padded_size
 from turboquant_hf.kernels.common.words import in_token_order, in_word_order, parities, place_in_words, word_plane
 from turboquant_hf.kernels.encode.prices import priced
 from turboquant_hf.kernels.encode.rounding import INTERPRETED
 from turboquant_hf.primitives import trellis
 
+WORDS = 256
+"""Words that a program searches at a time."""
 FEWEST = 64
 """Words of a group and tile that the kernel is trusted with on a GPU; the plain encoder serves smaller groups."""
 STATES = tl.constexpr(16)
@@ -53,12 +53,12 @@ def fits(x: torch.Tensor, groups: tuple[CodeGroup, ...]) -> bool:
     return not x.is_cuda or all(group.size * x.shape[3] >= 32 * FEWEST for group in groups if group.in_words)
 
 
-def room_for_words(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: int) -> torch.Tensor:
-    """Memory for prices and levels (int32), for `programs` programs per head of tiles x [B, H, N, T, D]."""
+def room_for_points(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: int) -> torch.Tensor:
+    """Memory of `write_words` (float32), for `programs` programs per head of tiles x [B, H, N, T, D]."""
     if not any_in_words(groups):
         return x
     size = x.shape[0] * x.shape[1] * programs * x.shape[3] * padded_size(x.shape[4])
-    return torch.empty(size, dtype=torch.int32, device=x.device)
+    return torch.empty(3 * size, dtype=torch.float32, device=x.device)
 
 
 @triton.constexpr_function
@@ -68,62 +68,33 @@ def _subset_of(register):
 
 
 @triton.constexpr_function
-def first_word(spec, tile, index):
-    """Words of a tile's groups before number `index`."""
-    return sum(group.size * tile // 32 for group in spec.groups[:index] if group.in_words)
+def words_at_once(count):
+    return min(WORDS, triton.next_power_of_2(count))
 
 
 @triton.constexpr_function
-def word_count(spec, tile):
-    return sum(group.size * tile // 32 for group in spec.groups if group.in_words)
-
-
-@triton.constexpr_function
-def path_place(spec, tile, index):
-    """Where the path bits of word 0 would be if it were of group `index`, in units of 4 bytes from the tile's codes."""
-    group = spec.groups[index]
-    first = sum(other.size * tile // 32 for other in spec.groups[:index] if other.in_words)
-    return group.offset // 4 + group.bits - 1 - first * group.bits
-
-
-@triton.constexpr_function
-def whole(group, rows, tile, in_order):
-    """Whether the rows and channels of a block are the tokens and channels of a group, one by one."""
-    return in_order and rows == tile and group.size == group.block
-
-
-@triton.constexpr_function
-def searches(spec):
-    return any(group.in_words for group in spec.groups)
-
-
-@triton.constexpr_function
-def at_once(count, threads):
-    """Of `count` words, how many are searched at a time."""
-    return min(threads, triton.next_power_of_2(count))
-
-
-@triton.constexpr_function
-def _signed_byte(subset):
-    """PTX: byte `subset` of a register as a signed number, times 2**16."""
-    return f"prmt.b32 $0, $1, 0, 0x{8 + subset:X}{subset}44;"
+def values_at_once(count):
+    """Values that are priced at a time: the largest power of two in their number, up to four per thread."""
+    return min(4 * WORDS, count & -count)
 
 
 @triton.jit
-def _cost(price, subset: tl.constexpr):
-    """m_subset - m_0, in the high half of a register."""
+def _low_half(x):
+    """x << 16. A plain shift would be merged into every addition, which then is not merged with the minimum."""
     if INTERPRETED:
-        return (price << (8 * (3 - subset))) >> 24 << 16
+        return x << 16
     else:
         return tl.inline_asm_elementwise(
-            _signed_byte(subset), "=r,r", [price], dtype=tl.int32, is_pure=True, pack=1
+            "prmt.b32 $0, $1, 0, 0x1044;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
         )  # fmt: skip
 
 
 @triton.jit
 def _step(costs, price, mark, MARKED: tl.constexpr):
     """One value: the costs of the best ways to all states, with their paths. mark: 1 << number of the step."""
-    zero = (mark * 0, _cost(price, 1), _cost(price, 2), _cost(price, 3))
+    low = price.to(tl.int32)
+    high = (price >> 32).to(tl.int32)
+    zero = (mark * 0, _low_half(low), low & -0x10000, high & -0x10000)
     one = zero
     if MARKED:
         one = (mark, zero[1] | mark, zero[2] | mark, zero[3] | mark)
@@ -194,9 +165,10 @@ def _path(word, p_prices, COUNT: tl.constexpr):
     for state in tl.static_range(STATES):
         costs = costs + (tl.full(word.shape, state, tl.int32),)  # noqa: RUF005
     costs = _search(costs, p_first, COUNT, False)
+    least = _least(costs) & -0x10000
     ways = ()
     for state in tl.static_range(STATES):
-        ways = ways + (costs[state] + (state << 4),)  # noqa: RUF005
+        ways = ways + (costs[state] - least + (state << 4),)  # noqa: RUF005
     costs = _search(ways, p_second, COUNT, False)
     ways = ()
     for state in tl.static_range(STATES):
@@ -207,9 +179,10 @@ def _path(word, p_prices, COUNT: tl.constexpr):
     for state in tl.static_range(STATES):
         costs = costs + (tl.where(closing == state, 0, (5 * DEAREST) << 16),)  # noqa: RUF005
     early = _search(costs, p_second, COUNT, True)
+    least = _least(early) & -0x10000
     costs = ()
     for state in tl.static_range(STATES):
-        costs = costs + (early[state] & -0x10000,)  # noqa: RUF005
+        costs = costs + ((early[state] & -0x10000) - least,)  # noqa: RUF005
     late = _of_state(_search(costs, p_first, COUNT, True), closing)
     # The choices of a half are p_(first - 4) .. p_(first + 11).
     middle = _of_state(early, _reversed(late & 15))
@@ -227,23 +200,26 @@ def _with_field(fields, plain, i: tl.constexpr, GROUP: tl.constexpr, PLAIN: tl.c
 
 
 @triton.jit
-def _finish(path, p_room, p_levels, GROUP: tl.constexpr, TOTAL: tl.constexpr):
-    """The words of plain bits that belong to paths; levels take the place of the prices at p_room."""
+def _finish(path, word, p_prices, p_points, p_levels, GROUP: tl.constexpr, COUNT: tl.constexpr):
+    """The words of plain bits that belong to paths; levels take the place of the values."""
+    BITS: tl.constexpr = GROUP.bits
     z1, z0 = parities(path)
     plain = ()
-    for _ in tl.static_range(GROUP.bits - 1):
-        plain = plain + (tl.zeros(path.shape, tl.uint32),)  # noqa: RUF005
+    for _ in tl.static_range(BITS - 1):
+        plain = plain + (tl.zeros(word.shape, tl.uint32),)  # noqa: RUF005
+    p_lowest = p_prices.to(tl.pointer_type(tl.uint16)) + (4 * word + 2)
+    p_level = p_points + word
     for _quad in range(8):
         numbers = ()
         for i in tl.static_range(4):
-            lowest = (tl.load(p_room + i * TOTAL) & 0xFF).to(tl.uint32)
+            lowest = tl.load(p_lowest + i * 4 * COUNT).to(tl.uint32)
             subset = ((z1 >> i) & 1) << 1 | ((z0 >> i) & 1)
             numbers = numbers + (lowest + ((subset - lowest) & 3),)  # noqa: RUF005
         for i in tl.static_range(4):
             level = tl.load(p_levels + numbers[i].to(tl.int32))
-            tl.store(p_room + i * TOTAL, level.to(tl.int32, bitcast=True))
+            tl.store(p_level + i * COUNT, level)
         new = ()
-        for p in tl.static_range(GROUP.bits - 1):
+        for p in tl.static_range(BITS - 1):
             fields = plain[p] >> 4
             for i in tl.static_range(4):
                 fields = _with_field(fields, numbers[i] >> 2, i, GROUP, p)
@@ -251,89 +227,58 @@ def _finish(path, p_room, p_levels, GROUP: tl.constexpr, TOTAL: tl.constexpr):
         plain = new
         z1 = z1 >> 4
         z0 = z0 >> 4
-        p_room += 4 * TOTAL
+        p_lowest += 16 * COUNT
+        p_level += 4 * COUNT
     return plain
 
 
 @triton.jit
-def _rows_in_room(G: tl.constexpr, SPEC: tl.constexpr, T: tl.constexpr):
-    """Where in p_room the words of group G are: [32, words]."""
-    COUNT: tl.constexpr = group_of(SPEC, G).size * T // 32
-    TOTAL: tl.constexpr = word_count(SPEC, T)
-    return tl.arange(0, 32)[:, None] * TOTAL + first_word(SPEC, T, G) + tl.arange(0, COUNT)[None, :]
-
-
-@triton.jit
-def _in_room(t, G: tl.constexpr, SPEC: tl.constexpr, T: tl.constexpr, CHANNEL_MAJOR: tl.constexpr):
-    """Where in p_room the values of tokens t and of the channels of group G are, and which there are."""
-    GROUP: tl.constexpr = group_of(SPEC, G)
-    c = tl.arange(0, GROUP.block)
-    word, index = place_in_words(t[:, None], c[None, :], GROUP, T, CHANNEL_MAJOR)
-    at = index * word_count(SPEC, T) + first_word(SPEC, T, G) + word
-    return at, (t < T)[:, None] & (c < GROUP.size)[None, :]
-
-
-@triton.jit
-def place_prices(
-    point, t, p_room, p_cells, p_near, G: tl.constexpr, SPEC: tl.constexpr, T: tl.constexpr,
+def write_words(
+    point, t, p_room, p_codes, p_cells, p_near, p_levels, GROUP: tl.constexpr, T: tl.constexpr,
     CHANNEL_MAJOR: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
-    """Store the prices of vectors `point` [tokens, channels] of group G, whose rows are the tokens t.
+    """Code vectors `point` [tokens, channels] of one group, whose rows are the tokens t, and store its words.
 
     A NaN costs nothing, whatever its code. Other values are below 2**15 units of the grid: points have norm
-    sqrt(size). SORTED: whether row r is token r.
+    sqrt(size). SORTED: whether row r is token r. p_codes: the group's first byte; p_room: 12 bytes per value.
+
+    Returns: the levels, 0 in channels that are not the group's.
     """
-    GROUP: tl.constexpr = group_of(SPEC, G)
-    price = priced(point, p_cells + GROUP.cells, p_near + GROUP.table, GROUP)
-    if whole(GROUP, point.shape[0], T, SORTED):
-        tl.store(p_room + _rows_in_room(G, SPEC, T), in_word_order(price, CHANNEL_MAJOR))
-    else:
-        at, inside = _in_room(t, G, SPEC, T, CHANNEL_MAJOR)
-        tl.store(p_room + at, price, mask=inside)
-
-
-@triton.jit
-def search_words(p_room, p_codes, SPEC: tl.constexpr, T: tl.constexpr, THREADS: tl.constexpr):
-    """Find and store the path bits of all words of a tile, whose prices are in p_room."""
-    TOTAL: tl.constexpr = word_count(SPEC, T)
-    tl.debug_barrier()
-    for low in range(0, TOTAL, at_once(TOTAL, THREADS)):
-        word = tl.minimum(low + tl.arange(0, at_once(TOTAL, THREADS)), TOTAL - 1)
-        path = _path(word, p_room, TOTAL)
-        place = word * 0
-        for g in tl.static_range(group_count(SPEC)):
-            if group_of(SPEC, g).in_words:
-                own = path_place(SPEC, T, g) + word * group_of(SPEC, g).bits
-                place = tl.where(word >= first_word(SPEC, T, g), own, place)
-        tl.store(p_codes.to(tl.pointer_type(tl.uint32)) + place, path)
-    tl.debug_barrier()
-
-
-@triton.jit
-def take_levels(
-    t, p_room, p_codes, p_levels, G: tl.constexpr, SPEC: tl.constexpr, T: tl.constexpr, BLOCK_T: tl.constexpr,
-    CHANNEL_MAJOR: tl.constexpr, SORTED: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """Store the plain bits of group G, whose paths are stored.
-
-    Returns: the levels [tokens, channels], 0 in channels that are not the group's.
-    """
-    GROUP: tl.constexpr = group_of(SPEC, G)
-    TOTAL: tl.constexpr = word_count(SPEC, T)
+    BITS: tl.constexpr = GROUP.bits
     COUNT: tl.constexpr = GROUP.size * T // 32
-    for low in range(0, COUNT, at_once(COUNT, THREADS)):
-        word = tl.minimum(low + tl.arange(0, at_once(COUNT, THREADS)), COUNT - 1)
-        p_word = (p_codes + GROUP.offset).to(tl.pointer_type(tl.uint32)) + word * GROUP.bits
-        path = tl.load(p_word + (GROUP.bits - 1))
-        plain = _finish(path, p_room + first_word(SPEC, T, G) + word, p_levels + GROUP.table, GROUP, TOTAL)
-        for p in tl.static_range(GROUP.bits - 1):
-            tl.store(p_word + p, plain[p])
-    tl.debug_barrier()
-    p_level = p_room.to(tl.pointer_type(tl.float32))
-    if whole(GROUP, BLOCK_T, T, SORTED):
-        level = in_token_order(tl.load(p_level + _rows_in_room(G, SPEC, T)), BLOCK_T, CHANNEL_MAJOR)
+    TOKENS: tl.constexpr = point.shape[0]
+    WHOLE: tl.constexpr = SORTED and TOKENS == T and GROUP.size == GROUP.block
+    p_prices = tl.multiple_of(p_room.to(tl.pointer_type(tl.int64)), 16)
+    p_points = tl.multiple_of(p_room + 2 * 32 * COUNT, 16)
+    p_cells += GROUP.cells
+    p_near += GROUP.table
+    p_levels += GROUP.table
+    if WHOLE:
+        o_point = tl.arange(0, 32)[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
+        tl.store(p_points + o_point, in_word_order(point, CHANNEL_MAJOR))
     else:
-        at, inside = _in_room(t, G, SPEC, T, CHANNEL_MAJOR)
-        level = tl.load(p_level + at, mask=inside, other=0.0)
+        c = tl.arange(0, GROUP.block)
+        m_point = (t < T)[:, None] & (c < GROUP.size)[None, :]
+        of_point, index = place_in_words(t[:, None], c[None, :], GROUP, T, CHANNEL_MAJOR)
+        o_point = index * COUNT + of_point
+        tl.store(p_points + o_point, point, mask=m_point)
+    tl.debug_barrier()
+    for low in range(0, 32 * COUNT, values_at_once(32 * COUNT)):
+        o_value = low + tl.arange(0, values_at_once(32 * COUNT))
+        tl.store(p_prices + o_value, priced(tl.load(p_points + o_value), p_cells, p_near, GROUP))
+    tl.debug_barrier()
+    for low in range(0, COUNT, words_at_once(COUNT)):
+        word = tl.minimum(low + tl.arange(0, words_at_once(COUNT)), COUNT - 1)
+        path = _path(word, p_prices, COUNT)
+        plain = _finish(path, word, p_prices, p_points, p_levels, GROUP, COUNT)
+        p_word = p_codes.to(tl.pointer_type(tl.uint32)) + word * BITS
+        for p in tl.static_range(BITS - 1):
+            tl.store(p_word + p, plain[p])
+        tl.store(p_word + (BITS - 1), path)
+    tl.debug_barrier()
+    if WHOLE:
+        level = in_token_order(tl.load(p_points + o_point), TOKENS, CHANNEL_MAJOR)
+    else:
+        level = tl.load(p_points + o_point, mask=m_point, other=0.0)
     tl.debug_barrier()
     return level
