@@ -54,8 +54,11 @@ def cut_windows(tokens: torch.Tensor, context: int, windows: int) -> list[torch.
 
 
 def first_scored(presets: Sequence[CachePreset], chunk: int) -> int:
-    """The first position from which every preset has packed history, a multiple of `chunk`."""
-    packed = max([chunk, *(preset.first_encode for preset in presets)])
+    """The first position from which every preset has packed history, a multiple of `chunk`.
+
+    It is the same with and without a profile, so that the same tokens are scored.
+    """
+    packed = max([chunk, *(preset.with_overrides(profile=None).first_encode for preset in presets)])
     return -(-packed // chunk) * chunk
 
 
