@@ -44,8 +44,10 @@ def layer_attention(
     note_padding(layer, attention_mask, tokens)
     layer.observe(query)
     in_parts = whole and layer.reads_parts
-    one_mask = attention_mask is None or attention_mask.shape[1] == 1  # the kernels take one mask for all heads
-    packed = packed_attention(layer, query, attention_mask, **options) if in_parts and one_mask else None
+    served = in_parts and not options["output_attentions"] and options.get("sinks") is None
+    if attention_mask is not None and attention_mask.shape[1] != 1:
+        served = False  # the kernels take one mask for all heads
+    packed = packed_attention(layer, query, attention_mask, **options) if served else None
     if packed is not None:
         output = (packed, None)
     elif in_parts and serves(attention_mask, query, length, options):
