@@ -44,7 +44,10 @@ def layer_attention(
     note_padding(layer, attention_mask, tokens)
     layer.observe(query)
     in_parts = whole and layer.reads_parts
-    packed = packed_attention(layer, query, attention_mask, **options) if in_parts else None
+    served = in_parts and not options["output_attentions"] and options.get("sinks") is None
+    if attention_mask is not None and attention_mask.shape[1] != 1:
+        served = False  # the kernels take one mask for all heads
+    packed = packed_attention(layer, query, attention_mask, **options) if served else None
     if packed is not None:
         output = (packed, None)
     elif in_parts and serves(attention_mask, query, length, options):
@@ -76,14 +79,13 @@ def packed_attention(
     """Attention by kernels: query [B, Hq, q, D] -> [B, q, Hq, D], or None if the call needs dense tensors.
 
     The kernels serve up to `MAX_QUERIES` queries of plain causal attention over rotated tiles. They apply the causal
-    order themselves and take the padding of the keys, the same for all heads. A mask for several queries must therefore
-    be a `CausalMask`.
+    order themselves and take the padding of the keys. A mask for several queries must therefore be a `CausalMask`.
     """
     if isinstance(attention_mask, CausalMask):
         keys = attention_mask.keys
     elif attention_mask is None:
         keys = None
-    elif query.shape[2] == attention_mask.shape[1] == 1 and attention_mask.dtype == torch.bool:
+    elif query.shape[2] == 1 and attention_mask.dtype == torch.bool:
         keys = attention_mask[:, 0, 0, :].expand(query.shape[0], -1)
     else:
         return None

@@ -2,7 +2,7 @@
 
 After every token, `generate` asks the device whether all sequences are finished. The device is idle until the host has
 the answer and has launched the next step. transformers has a check that reads the answer one step late
-(`DeferredStopCheck`, from 5.24 on), and uses it on one kind of device only. Here it also serves recorded steps:
+(`DeferredStopCheck`, from 5.17 on), and uses it on one kind of device only. Here it also serves recorded steps:
 
     device    | step 1 | step 2 | step 3 |
     host       launch 2, is 1 the last? launch 3, is 2 the last? ...
@@ -55,9 +55,9 @@ def register_ahead() -> None:
         return
 
     class DeferredStopCheck(original):
-        def __init__(self, input_ids: torch.Tensor, max_length: int, cache: Any, is_kept: bool, *args: Any) -> None:
+        def __init__(self, input_ids: torch.Tensor, max_length: int, cache: Any, cache_is_returned: bool, *args: Any):
             excess = getattr(cache, "excess_steps", None)
-            super().__init__(input_ids, max_length, cache, is_kept and excess != 0, *args)
+            super().__init__(input_ids, max_length, cache, cache_is_returned and excess != 0, *args)
             self.generator = _generator(input_ids.device) if excess else None
             self.states: deque[torch.Tensor] = deque(maxlen=2)
 
