@@ -38,6 +38,7 @@ def test_the_navigation_names_every_page_once():
     assert len(LESSONS) == 6
 
 
+@pytest.mark.slow
 def test_the_compatibility_page_is_what_its_command_writes():
     assert (DOCS / "compatibility.md").read_text(encoding="utf-8") == compatibility.page(ROOT)
 

@@ -70,14 +70,15 @@ def test_a_fresh_cache_works_without_fullgraph(model, preset, attention):
         assert_same(greedy(compiled, cache), expected)
         assert all(layer.is_initialized for layer in cache.packed_layers)
     assert counters["stats"]["unique_graphs"] > 0
+    if attention == "turboquant":
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("make", [fresh, allocated])
-def test_any_cache_gives_whole_graphs(model, make, preset, fullgraph):
+def test_any_cache_gives_whole_graphs(model, make, preset):
     expected = greedy(model, fresh(model, preset))
-    compiled = torch.compile(model.forward, fullgraph=fullgraph, backend="aot_eager")
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         assert_same(greedy(compiled, make(model, preset)), expected)
     assert not counters["graph_break"]

@@ -20,6 +20,7 @@ LENGTHS = {3: 1, 23: 2, 24: 1, 41: 2, 300: 3}
 """{tokens: batch}: before the first tile, at the first tile, and with room for several tiles ahead."""
 SOME = ("llama", "mistral", "mixtral", "qwen3", "gemma3", "gemma4", "gpt_oss", "phi3", "deepseek_v3", "qwen3_next")
 SOME += ("falcon_h1", "llama4")
+"""Families that are tested at every length. The others are `slow`."""
 ASK_FOR_NUMBERS = ("granitemoe",)
 """Families whose experts sort tokens on the host in early versions of transformers."""
 CONFIG = LlamaConfig(num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=2, head_dim=64, hidden_size=128)
@@ -46,7 +47,9 @@ def same(estimate, cache):
     assert sum(kind.layers for kind in estimate.layers) == len(cache.layers)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in DECODERS]
+)
 def test_estimates_are_what_caches_of_models_hold(name):
     model = made(name)
     observed, own = could_switch(model), model.config._attn_implementation

@@ -103,8 +103,12 @@ CASES = {  # keys, bits of values, head dim, bytes that may spill
 }
 
 
-@pytest.mark.parametrize("architecture", SHARED)
-@pytest.mark.parametrize("case", CASES)
+def architectures(case: str) -> list[str]:
+    """One per size of shared memory, on which the source depends. sm_89 and sm_120 have the same and take turns."""
+    return ["sm_80", "sm_90", ("sm_89", "sm_120")[list(CASES).index(case) % 2]]
+
+
+@pytest.mark.parametrize(("case", "architecture"), [(case, name) for case in CASES for name in architectures(case)])
 def test_cuda_source_compiles(case, architecture):
     """The source compiles for these architectures without any header, and spills few registers."""
     nvrtc = Nvrtc()
