@@ -84,6 +84,9 @@ def test_first_scored_position_has_packed_history():
     presets = [load_preset("k4v4", recent_window=128), load_preset("k2v2", recent_window=0)]
     assert first_scored(presets, 128) == 512
     assert first_scored(presets[:1], 100) == 300
+    # A profile packs earlier; the same tokens are scored.
+    profiled = presets[1].with_overrides(profile="profile.safetensors")
+    assert profiled.first_encode == 128 and first_scored([profiled], 128) == 512
 
 
 def test_windows_are_spread_and_too_short_a_text_is_named():
