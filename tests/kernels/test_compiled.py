@@ -22,6 +22,7 @@ from .conftest import INTERPRETED
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="a compiler's work")]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_triton_kernels_compile(capability, tmp_path):
     pytest.importorskip("triton")
