@@ -128,7 +128,7 @@ def test_a_lane_finds_its_values(bits, shares):
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 128])
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 80, 96, 128, 192])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_lane_finds_its_keys(bits, size):
     """`TokenWords`: `Pair<I>` and `Token<I, R>` read the tokens that `OwnTokens` counts for a lane."""
