@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", type=float, help="how far moments are moved towards their diagonals, 0 to 1; default: chosen"
     )
-    parser.add_argument(
-        "--map-values", action="store_true", help="map values, too; so far it was measured, KL is larger then"
-    )
+    parser.add_argument("--map-values", action="store_true", help="map values, too, which so far did not lower KL")
     flags.add_settings(parser)
 
 
