@@ -77,7 +77,7 @@ def plain_docstring(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def follow_theme(app, page: str, source: list[str]) -> None:
-    """Make two images of every `<picture>`, of which Furo shows the one of the chosen theme. GitHub reads `<picture>`."""
+    """Make two images of each `<picture>`, as GitHub reads it: the site shows the one of the theme that is chosen."""
 
     def images(picture: re.Match[str]) -> str:
         dark, alt, light = picture.groups()
