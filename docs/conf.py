@@ -25,6 +25,8 @@ exclude_patterns = ["_build", "conf.py", "figures", "tutorial/lesson.py"]
 # Pages
 myst_heading_anchors = 3
 
+PICTURE = re.compile(r'<picture>\s*<source .* srcset="(.+)">\s*<img alt="(.+)" src="(.+)">\s*</picture>')
+
 # Lessons: Python files in jupytext's percent format. The cache runs a lesson again only when its cells have changed.
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = os.environ.get("DOCS_EXECUTION", "cache")
@@ -74,5 +76,17 @@ def plain_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = out
 
 
+def follow_theme(app, page: str, source: list[str]) -> None:
+    """Make two images of each `<picture>`, as GitHub reads it: the site shows the one of the theme that is chosen."""
+
+    def images(picture: re.Match[str]) -> str:
+        dark, alt, light = picture.groups()
+        themes = (("light", light), ("dark", dark))
+        return "\n\n".join(f"```{{image}} {file}\n:alt: {alt}\n:class: only-{name}\n```" for name, file in themes)
+
+    source[0] = PICTURE.sub(images, source[0])
+
+
 def setup(app) -> None:
+    app.connect("source-read", follow_theme)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before napoleon's

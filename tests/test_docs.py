@@ -80,6 +80,12 @@ def test_the_strict_build_passes(tmp_path):
     assert done.returncode == 0, done.stderr
     for page in ("index", "api", "tutorial/4_qjl"):
         assert (tmp_path / "html" / f"{page}.html").is_file()
+    for page, name in (("index", "quality"), ("design", "layout")):
+        html = (tmp_path / "html" / f"{page}.html").read_text(encoding="utf-8")
+        for theme in ("light", "dark"):
+            (image,) = re.findall(rf'<img [^>]*class="[^"]*only-{theme}[^>]*>', html)
+            source = re.search(r'src="([^"]+)"', image)[1]
+            assert f"{name}-{theme}" in source and (tmp_path / "html" / source).is_file()
 
 
 def test_the_picture_of_a_tile_shows_all_its_bytes(tmp_path):
