@@ -47,7 +47,7 @@ OTHERS = {
 }
 """Name of a method -> (its label in the picture, what the table says that it is)."""
 PLACES = {
-    "kivi-4": "left", "transformers-hqq-4": "above", "transformers-quanto-4": "right", "kvquant-style-3": "left", "transformers-hqq-2": "left",
+    "kivi-4": "left", "transformers-hqq-4": "above", "transformers-hqq-2": "left", "kvquant-style-3": "left",
     "paper-mse-4": "below", "paper-mse-2": "above",
 }  # fmt: skip
 """Where labels of other methods stand beside their points, if not to the right."""

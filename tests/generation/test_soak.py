@@ -35,7 +35,7 @@ def test_random_use_of_a_preset_stays_near_a_fresh_cache():
 
 
 def test_memory_stays_flat():
-    report = soak(6000, "k4v4")
+    report = soak(3000, "k4v4")
     assert len(report.resident) > 20
     assert report.growth(report.resident) < 16 * 2**20
     assert report.growth(report.objects) < 200
