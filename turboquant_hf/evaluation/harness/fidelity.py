@@ -29,8 +29,16 @@ from turboquant_hf.evaluation.presets.named import recent_windows
 
 GROUP = 8
 """Presets per unit, beside one uncompressed model. More save its time; fewer lose less if a run is killed."""
-COLUMNS = ("preset", "perplexity", "kl", "top1", "key_bits", "value_bits", "compression_ratio")
-HEADER = ("preset", "perplexity", "KL", "top-1", "K bits", "V bits", "smaller")
+COLUMNS = {
+    "preset": "preset",
+    "perplexity": "perplexity",
+    "kl": "KL",
+    "top1": "top-1",
+    "key_bits": "K bits",
+    "value_bits": "V bits",
+    "compression_ratio": "smaller",
+}
+"""Key of a result -> title of its column. `uncompressed_row` has the same columns in the same order."""
 
 Windows = Sequence[torch.Tensor]
 Record = dict[str, Any]
@@ -242,11 +250,11 @@ def run_fidelity(
 def table(metrics: dict[str, Any]) -> str:
     """One line per preset of a run's metrics, below the line of the uncompressed model."""
     rows = [uncompressed_row(metrics["baseline"]["perplexity"], metrics["dtype"])]
-    return format_table([*rows, *([row[c] for c in COLUMNS] for row in metrics["results"])], HEADER)
+    return format_table([*rows, *([row[c] for c in COLUMNS] for row in metrics["results"])], COLUMNS.values())
 
 
 def uncompressed_row(perplexity: float, dtype: str) -> list[Any]:
-    """The line of the uncompressed model."""
+    """The line of the uncompressed model: one entry per column of `COLUMNS`."""
     bits, smaller = uncompressed_size(dtype)
     return [cache_label(UNCOMPRESSED, dtype), perplexity, 0.0, 1.0, bits, bits, smaller]
 
