@@ -183,7 +183,7 @@ class TailBuffer(Tail):
         self._take(rest, self._room_for(self.count))
 
     def own(self) -> None:
-        """Copy a block that was kept without a copy: it may be a view into a larger tensor."""
+        """Copy a block that was kept without a copy, because it may be a view into a larger tensor."""
         if self._borrowed:
             self._resize(self._room_for(self.count))
 

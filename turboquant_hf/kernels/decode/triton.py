@@ -16,7 +16,8 @@ from turboquant_hf.kernels.decode.split import _split_kernel
 BLOCK_RAW = 32
 RAW_TOKENS = 256
 """Raw tokens per program: they cost about as much as a run of tiles."""
-MAX_ROWS = 64
+ROWS_PER_PROGRAM = 64
+"""The most query rows of one KV head that a program serves."""
 INTERPRETER_SPLITS = 3
 
 
@@ -46,7 +47,7 @@ def decode_attention(
     key_spec = tile_spec(keys.groups, tile, keys.scale_format, channel_major=False, exact=single)
     value_spec = tile_spec(values.groups, tile, values.scale_format, channel_major=True, exact=single)
 
-    block_m = min(MAX_ROWS, padded_size(m))
+    block_m = min(ROWS_PER_PROGRAM, padded_size(m))
     row_blocks = triton.cdiv(m, block_m)
     if num_splits is None:
         num_splits = _fill(device) // (batch * heads * row_blocks)
