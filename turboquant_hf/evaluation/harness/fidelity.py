@@ -28,7 +28,8 @@ from turboquant_hf.evaluation.presets.memory import average_bits
 from turboquant_hf.evaluation.presets.named import recent_windows
 
 GROUP = 8
-"""Presets per unit, beside one uncompressed model. More save its time; fewer lose less if a run is killed."""
+"""Presets that a unit measures beside one uncompressed model. With more, this model runs less often. With fewer, a run
+that is killed loses less."""
 COLUMNS = {
     "preset": "preset",
     "perplexity": "perplexity",
@@ -42,7 +43,7 @@ COLUMNS = {
 
 Windows = Sequence[torch.Tensor]
 Record = dict[str, Any]
-"""Sums over the scored tokens of a window, of the uncompressed model and of each preset."""
+"""What `measure_window` returns: sums over the scored tokens, for the uncompressed model and for each preset."""
 
 
 def cut_windows(tokens: torch.Tensor, context: int, windows: int) -> list[torch.Tensor]:
@@ -130,7 +131,7 @@ def measure_window(
     For every preset, the tokens before `start` are read raw in one piece, and packed then. Otherwise a preset that
     waits for its statistics would seem better, because more of its history would be computed from raw tokens.
 
-    gradual: the presets that get these tokens chunk by chunk instead, and encode them as in use.
+    gradual: for each preset, whether it gets these tokens chunk by chunk instead, and encodes them as in use.
     """
     tokens = window.to(model.device)
     dense = DynamicCache(config=model.config)
