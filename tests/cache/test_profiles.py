@@ -237,10 +237,10 @@ def test_layers_are_warmed_for_steps_once_per_map_and_keep_no_map_alive(monkeypa
     monkeypatch.setattr(FixedLayer, "dense", lambda self, side: warmed.append(side) or dense(self, side))
 
     def fix(profile):
-        """Fix the layers of a new cache. Returns how many sides of layers were warmed."""
+        """Fix and warm the layers of a new cache, as on a GPU. Returns how many sides of layers were warmed."""
         before = len(warmed)
         for layer in feed(cache_of(profile), 64).packed_layers:
-            layer.fix(1, 1, {})
+            layer.fix(1, 1, {})._warm(layer)
         return len(warmed) - before
 
     profiles = [random_profile(make_config(), heads=2, dim=16, layers=3) for _ in range(2)]

@@ -130,7 +130,8 @@ class FixedLayer:
         if where not in workspaces:
             workspaces[where] = decode_workspace(where[1], WORKSPACE_ROWS, where[2], layer.device)
         self.workspace = workspaces[where]
-        self._warm(layer)
+        if layer.device.type == "cuda":
+            self._warm(layer)
         self.statistics, self.unsettled = None, layer.encoder.unsettled
         if layer.encoder.observes:
             self.statistics = layer.encoder.buffers((*shape[:2], self.head_dims.keys), layer.device)
