@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import MistralConfig
 from tests.support.profiles import random_profile, random_vectors
 from tests.support.updates import feed, held, make_config
 from turboquant_hf import CacheFileError, CachePreset, Profile, TurboQuantCache, TurboQuantStaticCache, load_preset
+from turboquant_hf.cache.fixed import FixedLayer
 from turboquant_hf.cache.profiles import FILE
 
 TILES = {"tile": 32, "recent_window": 0, "min_statistics": 256}
@@ -227,3 +230,22 @@ def test_presets_with_a_profile_survive_as_plain_data(path, profile):
     assert load_preset("k4v4", profile=None).to_dict()["profile"] is None
     with pytest.raises(ValueError, match=r"profile: one that is in no file .* allowed: profile\.save\(path\) first"):
         load_preset("k4v4", profile=profile).to_dict()
+
+
+def test_layers_are_warmed_for_steps_once_per_map_and_keep_no_map_alive(monkeypatch):
+    warmed, dense = [], FixedLayer.dense
+    monkeypatch.setattr(FixedLayer, "dense", lambda self, side: warmed.append(side) or dense(self, side))
+
+    def fix(profile):
+        """Fix and warm the layers of a new cache, as on a GPU. Returns how many sides of layers were warmed."""
+        before = len(warmed)
+        for layer in feed(cache_of(profile), 64).packed_layers:
+            layer.fix(1, 1, {})._warm(layer)
+        return len(warmed) - before
+
+    profiles = [random_profile(make_config(), heads=2, dim=16, layers=3) for _ in range(2)]
+    assert [fix(profiles[i]) for i in (0, 0, 1, 1, 0)] == [6, 0, 6, 0, 0]
+    maps = [weakref.ref(x) for profile in profiles for layer in profile.layers for x in layer]
+    profiles.clear()
+    gc.collect()
+    assert [ref() for ref in maps] == [None] * 12

@@ -41,20 +41,20 @@ def in_threads(function, arguments):
         return list(pool.map(call, arguments, timeout=300))
 
 
-def test_layers_made_in_many_threads_get_different_tokens():
+def test_layers_made_in_many_threads_get_different_numbers():
     made = in_threads(lambda _: [make_layer(60, tokens=1) for _ in range(40)], range(THREADS))
     layers = [layer for some in made for layer in some]
-    assert len({int(layer.token) for layer in layers}) == len(layers)
-    assert all(layer_of(layer.token) is layer for layer in layers)
+    assert len({int(layer.number) for layer in layers}) == len(layers)
+    assert all(layer_of(layer.number) is layer for layer in layers)
 
 
-def test_a_token_is_valid_as_long_as_its_layer_lives():
+def test_a_number_is_valid_as_long_as_its_layer_lives():
     layer = make_layer(60)
     copied, unpickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
-    names = {int(x.token) for x in (layer, copied, unpickled)}
+    names = {int(x.number) for x in (layer, copied, unpickled)}
     assert len(names) == 3 and names <= set(_LAYERS)
     for each in (copied, unpickled):
-        assert layer_of(each.token) is each
+        assert layer_of(each.number) is each
         each.update(*torch.randn(2, 1, 2, 1, 16))
         assert each.get_seq_length() == 21 and layer.get_seq_length() == 20
     del layer, copied, unpickled, each

@@ -101,6 +101,6 @@ def test_what_is_stored_outlives_the_tensors_of_compiled_code(model):
     layer = TurboQuantStaticCache(model.config, max_cache_len=1024).layers[0]
     given = torch.randn(2, 2, 2, 900, 32)
     new = given.clone()
-    traced.append(*new, layer.token)
+    traced.append(*new, layer.number)
     new.zero_()
     assert torch.equal(layer.keys[:, :, :900], given[0]) and torch.equal(layer.values[:, :, :900], given[1])

@@ -151,7 +151,7 @@ def test_a_static_cache_in_another_process(model, ids, copied, monkeypatch):
     for name in list(traced._LAYERS):
         monkeypatch.delitem(traced._LAYERS, name)
     other = copied(cache)
-    assert all(traced.layer_of(layer.token) is layer for layer in other.packed_layers)
+    assert all(traced.layer_of(layer.number) is layer for layer in other.packed_layers)
     expected = generate(model, first)
     assert torch.equal(generate(model, first, other), expected)
 

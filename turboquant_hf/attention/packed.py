@@ -41,7 +41,7 @@ def layer_attention(
     if attention_mask is None and causal and 1 < tokens < length:
         # The queries are the layer's newest tokens, but SDPA's own causal rule aligns them to the oldest.
         attention_mask = CausalMask(query.shape[0], tokens, length, query.device)
-    note_padding(layer, attention_mask, tokens)
+    learn_padding(layer, attention_mask, tokens)
     layer.observe(query)
     in_parts = whole and layer.reads_parts
     served = in_parts and not options["output_attentions"] and options.get("sinks") is None
@@ -61,8 +61,11 @@ def layer_attention(
     return output
 
 
-def note_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_length: int) -> None:
-    """Learn the left padding from a prompt's mask, if it was not noted and nothing is encoded yet."""
+def learn_padding(layer: TurboQuantLayer, attention_mask: torch.Tensor | None, q_length: int) -> None:
+    """Learn the left padding from a prompt's mask, if nobody has noted it and nothing is encoded yet.
+
+    Calls of a model without `generate` need this: `PackedCache.note_padding` was then not called.
+    """
     if attention_mask is None or q_length == 1 or layer.noted_starts is not None or layer.tiles.keys.count:
         return
     layer.learn_padding(left_padding(attention_mask).expand(layer.batch_size).tolist())

@@ -25,7 +25,7 @@ def traced_attention(
     """query [B, Hq, q, D], handles of a `TurboQuantStaticLayer` -> ([B, q, Hq, Dv], weights or None)."""
     if isinstance(value, PackedHandle) and is_plain(options) and getattr(module, "is_causal", True):
         scaling, softcap, s_aux = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
-        return attend(query, value.new, attention_mask, s_aux, scaling, softcap, key.layer.token), None
+        return attend(query, value.new, attention_mask, s_aux, scaling, softcap, key.layer.number), None
     return dense_attention(module, query, key.dense(), densified(value), attention_mask, **options)
 
 
@@ -37,7 +37,7 @@ def attend(
     s_aux: torch.Tensor | None,
     scaling: float | None,
     softcap: float | None,
-    token: torch.Tensor,
+    number: torch.Tensor,
 ) -> torch.Tensor:
     """Plain causal attention of the newest q tokens: [B, Hq, q, D] -> [B, q, Hq, Dv]. The layer then encodes.
 
@@ -45,10 +45,10 @@ def attend(
     """
     module = SimpleNamespace(is_causal=True, training=False, num_key_value_groups=query.shape[1] // values.shape[1])
     options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, "output_attentions": False}
-    return layer_attention(module, query, *layer_of(token).handles(), mask, **options)[0].contiguous()
+    return layer_attention(module, query, *layer_of(number).handles(), mask, **options)[0].contiguous()
 
 
 @attend.register_fake
-def _(query, values, mask, s_aux, scaling, softcap, token):
+def _(query, values, mask, s_aux, scaling, softcap, number):
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, values.shape[3]))

@@ -1,7 +1,9 @@
-"""The rule by which tiles are encoded: observe -> wait -> fit -> weigh -> encode -> mark bad heads.
+"""What tiles are encoded with: count queries (`observe`), learn once (`fit`), then `encode`.
 
-A sequence that begins with copies of one token teaches nothing of the tokens to come. Its statistics are taken again
-once other tokens have come, and what is stored of it is encoded anew.
+- `Storage.commit` says when tiles are encoded. It calls these functions.
+- `encode` marks the heads of tiles that hold NaN or infinity: their gain becomes NaN, and so does all that is read.
+- A sequence that begins with copies of one token teaches nothing about the tokens to come. It learns again once other
+  tokens have come, and its tiles so far are encoded anew (`fit_again`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from turboquant_hf.quantizers.base import State
 REPEATS = 2.0
 """Values of a smaller effective rank are repeats of one or two tokens; ordinary text has 4 to 30."""
 FEW = 8.0
-"""Values of a smaller effective rank, behind repeats, may be few tokens beside many repeats."""
+"""Below this rank, what follows repeats may be a few tokens among many repeats. The sequence then learns once more."""
 AGAIN = 2
 """How often, at most, a sequence learns again."""
 
@@ -119,7 +121,10 @@ class Encoder:
             self._settle(self.unsettled)
 
     def _settle(self, unsettled: torch.Tensor | None) -> None:
-        """Count queries from here on where something has yet to be learned, and else no more. Waits for the device."""
+        """Go on counting queries while some sequence must learn again. Otherwise stop, and free the sums.
+
+        Waits for the device.
+        """
         if unsettled is None or not unsettled.any():
             self.unsettled = self.energy = self.count = None
             return

@@ -5,7 +5,8 @@ A growing cache counts its tokens in Python and moves its arrays when they grow.
 
     tiles      as they are, with room for the tiles of the coming steps
     raw tail   a ring of R slots; the token at position p lies in slot p % R
-    counts     int32 [3] on the device: tiles encoded, tokens held, and a kernel's ticket
+    counts     int32 [3] on the device: tiles encoded, tokens held, and a counter of programs, by which the
+               last program of `append` knows that it is the last
 
 A step appends to the ring and attends by the counts, both on the device. Between two steps, the host encodes the tiles
 that are due by the layer's own rule (`Storage.commit`). The host knows how many tokens were replayed.
@@ -25,15 +26,13 @@ from turboquant_hf.cache.sides import SIDES, Side, Sides
 from turboquant_hf.kernels.append.reference import FixedTokens
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring
 from turboquant_hf.kernels.dispatch import add_queries, append_tokens, decode_attention, decode_workspace
+from turboquant_hf.primitives.memo import once
 from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.quantizers.rotated import reads_packed
 
 WORKSPACE_ROWS = 16
 """Query rows per KV head for which the shared workspace is made; a step with more rows gets its own memory."""
 _LOCAL = threading.local()
-_LOCK = threading.Lock()
-_WARMED: set[tuple] = set()
-"""The kinds of layers that `FixedLayer` has warmed, one entry per kind."""
 _SERIALS = itertools.count()
 
 
@@ -73,7 +72,7 @@ class FixedStep:
         return self.length + torch.arange(self.tokens, device=self.length.device)
 
     def full_mask(self) -> torch.Tensor:
-        """The causal mask without padding, bool [B or 1, 1, tokens, room], for attention over dense tensors."""
+        """The causal mask with the padding hidden, bool [B or 1, 1, tokens, room], for attention over dense tensors."""
         if None not in self._masks:
             seen = torch.arange(self.room, device=self.length.device) <= self.positions()[:, None]
             self._masks[None] = self._with_padding(seen, self.padding)
@@ -87,6 +86,7 @@ class FixedStep:
         if (window, slots) not in self._masks:
             positions = self.positions()[:, None]
             newest = self.length + self.tokens - 1
+            # The position in each slot of the ring; negative where the slot is still empty.
             held = newest - (newest - torch.arange(slots, device=newest.device)) % slots
             seen = (held >= 0) & (held <= positions) & (held > positions - window)
             padding = None if self.padding is None else self.padding.index_select(1, held.clamp(min=0))
@@ -130,21 +130,25 @@ class FixedLayer:
         if where not in workspaces:
             workspaces[where] = decode_workspace(where[1], WORKSPACE_ROWS, where[2], layer.device)
         self.workspace = workspaces[where]
-        self._warm(layer)
+        if layer.device.type == "cuda":
+            self._warm(layer)
         self.statistics, self.unsettled = None, layer.encoder.unsettled
         if layer.encoder.observes:
             self.statistics = layer.encoder.buffers((*shape[:2], self.head_dims.keys), layer.device)
 
     def _warm(self, layer: Any) -> None:
-        """Make the rotations and tables that kernels keep for good, once per process: a recording cannot copy them."""
-        what = (self.quantizers, self.head_dims, layer.num_heads, self.dtype, layer.device)
-        if what not in _WARMED and layer.device.type == "cuda":
+        """Make the rotations and tables that kernels keep, once per kind of layer.
+
+        They are copied from the host, and such a copy cannot be recorded.
+        """
+        kinds = self.quantizers.map(lambda quantizer: quantizer.kind)
+        warmed = _warmed(kinds, self.head_dims, layer.num_heads, self.dtype, layer.device)
+        if not warmed.is_set():
             for side in SIDES:
                 self.dense(side)
             if self.reads_packed:
                 self.attend(torch.zeros_like(self.ring.keys[:, :, :1]), scaling=1.0)
-            with _LOCK:
-                _WARMED.add(what)
+            warmed.set()
 
     def holds(self, layer: Any) -> bool:
         """Whether these are still the arrays of the layer."""
@@ -197,6 +201,12 @@ class FixedLayer:
         arrays += [] if self.unsettled is None else [self.unsettled]
         for x in arrays:
             x.copy_(x.index_select(0, index))
+
+
+@once(maxsize=512)
+def _warmed(*kind: Any) -> threading.Event:
+    """The same event for all layers of one kind. It is set once a layer of this kind has been warmed."""
+    return threading.Event()
 
 
 def _first_state(

@@ -14,7 +14,7 @@ from turboquant_hf.cache.fixed_sliding import RingSlidingLayer
 from turboquant_hf.cache.hybrid import packed_part
 
 SMALL_ROOM = 16
-"""Tiles that are always allocated at once for the tokens of a call, however little the cache holds."""
+"""At most this many tiles are allocated ahead for a call, or a tenth of the tiles held if that is more."""
 
 
 class FixedCache:
@@ -37,8 +37,8 @@ class FixedCache:
 
         Args:
             tokens: new tokens of the step.
-            expected: tokens that the call may still bring. Their room is allocated at once up to 2,048 tokens or a
-                tenth of what is held, whichever is more. Otherwise the room grows by that much at a time.
+            expected: tokens that the call may still bring. Their room is allocated at once, but no more than
+                `SMALL_ROOM` says. If that is not enough, the room grows by as much each time that it is full.
 
         Returns:
             The addresses that a recorded step points to. A recording is valid while this value stays equal.

@@ -155,6 +155,7 @@ class TurboQuantLayer(Storage, CacheLayerMixin):
         self.commit()
         tile, wanted = self.preset.tile, self.tail.count + tokens
         if not isinstance(self.tail, RingTail) or wanted > self.tail.slots:
+            # Room for as many raw tokens as the layer usually holds, but at first only an eighth more than needed.
             waits = 0 if self.encoder.is_ready else self.preset.min_statistics + tile
             usual = max(waits, self.tail_capacity)
             slots = -(-max(wanted, min(usual, wanted + max(FIRST_TOKENS, wanted // 8))) // tile) * tile

@@ -40,12 +40,12 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             raise ValueError("encode_first=True is not supported by a static cache; allowed: False")
         super().__init__(preset, keys, values, returns_handles)
         self.max_cache_len = max_cache_len
-        self.token = traced.new_token(self)
+        self.number = traced.new_number(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give a copy, or a layer from another process, its own token."""
+        """Give a copy, or a layer from another process, its own number."""
         vars(self).update(state)
-        self.token = traced.new_token(self)
+        self.number = traced.new_number(self)
 
     @torch.compiler.disable
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -62,7 +62,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if not torch.compiler.is_compiling():
             return super().update(key_states, value_states)
         states = autocast(key_states, value_states)
-        traced.append(*(x.detach() for x in states), self.token)
+        traced.append(*(x.detach() for x in states), self.number)
         handles = TracedHandle(self, "keys", states[0]), TracedHandle(self, "values", states[1])
         return handles if self._returns_handles() else tuple(handle.dense() for handle in handles)
 
@@ -86,7 +86,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def get_seq_length(self, *args) -> torch.Tensor | int:
         """Tokens held. In traced code this is a tensor on the device, except for an empty layer."""
         if torch.compiler.is_compiling():
-            return traced.length(self.token, self.device) if self.is_initialized else 0
+            return traced.length(self.number, self.device) if self.is_initialized else 0
         return super().get_seq_length()
 
     @property
@@ -109,7 +109,7 @@ class TracedHandle(PackedHandle):
         self.layer, self.side, self.new, self.length = layer, side, new, layer.max_cache_len
 
     def dense(self) -> torch.Tensor:
-        return traced.dense(self.new, self.side, self.length, self.layer.token)
+        return traced.dense(self.new, self.side, self.length, self.layer.number)
 
     @property
     def shape(self) -> torch.Size:

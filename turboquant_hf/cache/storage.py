@@ -151,7 +151,7 @@ class Storage:
         tile, stored, encoder = self.preset.tile, self.stored, self.encoder
         ready = max(self.tail.count - self.preset.recent_window, 0) // tile
         if ready == 0 or not encoder.has_seen_enough(self.tokens - min(self.sinks.first, default=0)):
-            self.tail.own()
+            self.tail.own()  # nothing is encoded now, so the tail must not stay a view of the caller's tensors
             return
         self.changed()
         if not encoder.fitted or encoder.unsettled is not None:
@@ -195,7 +195,7 @@ class Storage:
         return torch.cat(parts, dim=2)  # a copy: some quantizers decode to a view of the tiles
 
     def decode(self, side: Side, start: int, stop: int) -> torch.Tensor:
-        """Tiles [start, stop) of keys or values, decoded: [B, H, tokens, D]. The slots of sinks hold no data."""
+        """Tiles [start, stop) of keys or values, decoded: [B, H, tokens, D]. At the sinks, the numbers mean nothing."""
         quantizer, store, dim = self.quantizers.of(side), self.tiles.of(side), self.head_dims.of(side)
         return quantizer.decode(store.view(start, stop), self.states.of(side), dim, self.dtype).flatten(2, 3)
 

@@ -19,8 +19,9 @@ SPARE_SHARE = 20
 """Tiles grow by 1/20 of their number (and at least MIN_SPARE_TILES), so that spare capacity stays near 5 %."""
 
 GROWTH_TOKENS = 64
+"""Room for more raw tokens than usual is a multiple of this."""
 FIRST_TOKENS = 512
-"""Room for raw tokens at first; a larger recent window gets its room as it fills."""
+"""Room for raw tokens at first. A larger recent window gets its room as it fills."""
 
 
 class TileStore:
@@ -183,7 +184,7 @@ class TailBuffer(Tail):
         self._take(rest, self._room_for(self.count))
 
     def own(self) -> None:
-        """Copy a block that was kept without a copy: it may be a view into a larger tensor."""
+        """Copy a block that was kept without a copy, because it may be a view into a larger tensor."""
         if self._borrowed:
             self._resize(self._room_for(self.count))
 

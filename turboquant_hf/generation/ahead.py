@@ -1,14 +1,14 @@
-"""Lets the host queue a decode step before it knows that the step before was not the last.
+"""Lets the host launch step n + 1 before it knows whether step n was the last.
 
 After every token, `generate` asks the device whether all sequences are finished. The device is idle until the host has
 the answer and has launched the next step. transformers has a check that reads the answer one step late
-(`DeferredStopCheck`, from 5.17 on), and uses it on one kind of device only. Here it also serves recorded steps:
+(`DeferredStopCheck`, from 5.17 on), but uses it only on Apple GPUs ("mps"). Here it also serves recorded steps:
 
     device    | step 1 | step 2 | step 3 |
     host       launch 2, is 1 the last? launch 3, is 2 the last? ...
 
 - If a call ends by its length alone, the host knows the last step in advance.
-- Otherwise one step runs too many. transformers takes back its token, scores and cache entries. Its random numbers are
+- Otherwise one step too many runs. transformers takes back its token, scores and cache entries. Its random numbers are
   taken back here. In a cache that outlives the call, a tile may be encoded one token earlier than without that step.
 - Code of users would see that step. A call with processors, criteria or a streamer of their own is therefore served
   only if it ends by its length alone.
@@ -29,7 +29,7 @@ from turboquant_hf.cache.wrapping import MARK
 
 
 def excess_steps(arguments: Mapping[str, Any], cache: PackedCache) -> int | None:
-    """Steps that may run too many in a decoding loop of `generate`, 0 or 1; None if the host must not run ahead.
+    """How many steps too many may run in a decoding loop of `generate`, 0 or 1; None if the host must not run ahead.
 
     Args:
         arguments: those of the loop, by name.
@@ -44,12 +44,16 @@ def excess_steps(arguments: Mapping[str, Any], cache: PackedCache) -> int | None
     if not all(type(other).__module__.startswith("transformers.") for other in others):
         return None
     is_kept = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    # Sliding windows and recurrent states take a step back only if they record what they drop.
+    # A cache that outlives the call must take the extra step back. Only packed layers can. Sliding windows and
+    # recurrent states would need a record of what they drop.
     return None if is_kept and not all(isinstance(layer, TurboQuantLayer) for layer in cache.layers) else 1
 
 
 def register_ahead() -> None:
-    """Put a subclass in the place of transformers' check. It differs for caches with `excess_steps`. Idempotent."""
+    """Put a subclass in the place of transformers' check. Idempotent.
+
+    The subclass behaves differently only for caches whose `excess_steps` is not None.
+    """
     original = getattr(upstream, "DeferredStopCheck", None)
     if original is None or hasattr(original, MARK):
         return

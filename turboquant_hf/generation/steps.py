@@ -1,6 +1,7 @@
 """`DecodeSteps`: replaces a model's `forward` during one decoding loop, and replays decode steps as graphs.
 
-- The first step of a shape runs as it is over the fixed cache. This loads kernels and handles.
+- The first step of a shape runs as it is over the fixed cache. This loads kernels and makes cuBLAS handles, which
+  cannot be done while a graph is recorded.
 - The second step is recorded and replayed. All further steps are replayed.
 - Between two steps, the host encodes the tiles that are due. If that moves an array, the next step is recorded again.
 """
@@ -33,7 +34,8 @@ class DecodeSteps:
     """A forward function that replays graphs if it can, and calls the model's own forward otherwise.
 
     Args:
-        model: the model. The `forward` of its class is called: an attribute of the instance belongs to another loop.
+        model: the model. The `forward` of its class is called, because `model.forward` may be the wrapper of
+            `generation.hook`, which calls this object.
         cache: the cache of the loop. Calls with another cache are passed on.
         expected: tokens per sequence that the loop may still bring.
     """
@@ -99,7 +101,7 @@ class DecodeSteps:
 
     def _step(self, tokens: int, kwargs: dict) -> Any:
         self._steps += 1
-        self.expected = max(self.expected - tokens, tokens)
+        self.expected = max(self.expected - tokens, tokens)  # room for this step, even behind the announced end
         where = self.fixed.prepare(tokens, self.expected)
         inputs = _Inputs(kwargs, self.fixed.room, self._is_padded(kwargs))
         recorded = self._graphs.get(inputs.key)

@@ -92,17 +92,22 @@ def group_places(groups: tuple[CodeGroup, ...], tile: int, channel_major: bool) 
     return places
 
 
-# A warp of decode.cu multiplies 16 rows by 32 columns: lane 4 g + t has columns of part t, in rows g and g + 8. Four
-# neighbouring columns, a unit, are the bytes of one register.
+# Words hold what one lane of decode.cu multiplies, so that no code passes between lanes. A warp multiplies 16 rows by
+# 32 columns: lane 4 g + t has the columns of part t, in rows g and g + 8 (docs/kernels.md, "Who holds what in a warp").
+# Four neighbouring columns, a unit, are the bytes of one register. In a tile of 128 tokens:
 #
-# Values: rows are channels, columns tokens. A word is 32 neighbouring tokens of one channel, the part of lane t.
-# Keys: rows are tokens, columns channels. A lane has a quarter of the group's channels, and of each 32 tokens the pairs
-# 4 u + 2 b + {0, 1}, u = 0 .. 7, where b = g % 2. Its values, token by token, are cut into words of 32. One after the
-# other, the words of all lanes stand side by side: a warp reads neighbouring bytes.
+# Values   Rows are channels, columns are tokens. Word 4 c + t holds tokens 32 t .. 32 t + 31 of channel c.
+# Keys     Rows are tokens, columns are channels. Lane 4 g + t has quarter t of the group's channels. It has 16 tokens:
+#          32 (g // 2) + 4 u + 2 (g % 2) + {0, 1} for u = 0 .. 7. Its values, token by token, are cut into words of 32.
+#          The first words of all lanes stand side by side, then their second words, and so on. A warp therefore reads
+#          neighbouring bytes.
+#          Example, 64 channels: lane 0 has channels 0 .. 15, tokens 0 and 1 in its first word, 4 and 5 in its second.
+#          Lane 4 has the same channels, tokens 2 and 3 in its first word, 6 and 7 in its second.
 #
-# The trellis visits the values 16 a + 8 b + n of a word (a, b bits; n < 8) in the order of 4 n + 2 b + a. The bits of a
-# unit's four values are then neighbours, in the two parities as in planes of one and of two bits. A byte permutation
-# needs them so. Half of a word also needs only one of the two words of a two-bit plane.
+# The trellis visits the values 16 a + 8 b + n of a word (a, b bits; n < 8) in the order of 4 n + 2 b + a. The bits of
+# the four values of a unit then lie four bits apart, both in the parities and in the planes of plain bits. There a byte
+# permutation needs them, which looks up a unit (`decode/cuda/words.cuh` shows the bits). Half of a word also needs
+# only one of the two words of a two-bit plane.
 
 
 def fills_words(size: int, channel_major: bool) -> bool:
@@ -133,8 +138,8 @@ def from_words(words: torch.Tensor, tile: int, size: int, channel_major: bool) -
 def from_places(places: torch.Tensor, tile: int, size: int, channel_major: bool) -> torch.Tensor:
     """`from_words` of words whose values are not in the order of the trellis, but by their numbers 16 a + 8 b + n.
 
-    Four neighbouring values lie side by side in a row, too: with half as many places per word, each for a pair, the
-    result has half as many columns.
+    Four neighbouring values of a word stand side by side in a row of the result. So a place may also stand for a pair
+    of values: with half as many places per word, the result has half as many columns.
     """
     *lead, _, word = places.shape
     if channel_major:

@@ -39,10 +39,10 @@ __all__ = [
 def _by_backend(
     reference: Callable[..., Any], module: str, tensor: Callable[[Any], torch.Tensor] = lambda first: first
 ) -> Callable[..., Any]:
-    """`reference`, or its Triton version in `module`, on the device of `tensor(first argument)`.
+    """A function that calls `reference`, or its Triton version in `module`, as the device of the call asks.
 
-    The result names that module, in full, as its attribute `fast`. The CUDA C++ backend is for decode attention only
-    and leaves these to Triton.
+    The device is that of `tensor(first argument)`. The function's attribute `fast` is the full name of the module. The
+    CUDA C++ backend has only decode attention and leaves these functions to Triton.
     """
     name, fast = reference.__name__, f"turboquant_hf.kernels.{module}"
 
@@ -78,7 +78,8 @@ def decode_attention(
 ) -> torch.Tensor:
     """`decode.reference.decode_attention` by the chosen backend.
 
-    CUDA C++ covers part of what Triton does: with "auto" it is asked first, with "cuda" it must support the call.
+    CUDA C++ serves only some of the calls that Triton serves. With "auto" it serves those that it supports. With "cuda"
+    a call that it does not support is an error.
 
     Args:
         workspace: from `decode_workspace`, for calls that are recorded in CUDA graphs. Only CUDA C++ uses it.

@@ -1,12 +1,13 @@
-"""Levels that are sums of two, so that a kernel finds each of 32 with two look-ups in tables of 8 bytes.
+"""Levels that are sums of two bytes. A kernel finds each of 32 levels by two look-ups, in tables of 8 bytes.
 
 A trellis of 4 bits has 8 segments of 4 levels, one for each subset (`primitives.trellis`). Level 4 p + s is
 
     first[p] + second[p in (0, 7)][s]
 
-The outermost segments have offsets of their own, since that is where levels lie far apart. Levels are antisymmetric, so
-a segment's offsets are 0, x, y, x + y: eight numbers make all 32. Among patterns of segments that share offsets, this
-one has the least squared error that tables of 8 bytes allow: 4 to 6 % above that of free levels (docs/notebook.md).
+The outermost segments have offsets of their own, because levels lie far apart there. Levels are antisymmetric, so the
+offsets of a segment are 0, x, y, x + y, and eight numbers make all 32 levels. Other segments could share offsets
+instead. This choice has the least squared error that tables of 8 bytes allow: 4 to 6 % above that of free levels
+(docs/notebook.md).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _APART = 0.01
 
 
 def addends(steps: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """`first` of the 8 segments, and `second` of inner and outermost ones (2 x 4); None for steps that are not sums."""
+    """`first` of the 8 segments, and `second` of inner and outermost ones (2 x 4). None if steps are not sums."""
     if len(steps) != LEVELS:
         return None
     first = steps[::SUBSETS]

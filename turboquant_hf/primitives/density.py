@@ -22,7 +22,7 @@ NODES = 12
 
 @dataclass(frozen=True)
 class Density:
-    """The density of x = value(u). `value` is odd and increasing, and u has the even density `weight` over its mass."""
+    """The density of x = value(u). `value` is odd and increasing. u has the density weight(u) / mass, an even one."""
 
     end: float
     weight: Callable[[Tensor], Tensor]

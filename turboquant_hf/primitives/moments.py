@@ -1,4 +1,4 @@
-"""Linear maps from second moments: the best basis in which to round a vector whose inner products are what matters.
+"""Linear maps from second moments: the best basis for rounding a vector of which only inner products matter.
 
 A vector x is rounded as y = A x, so an error n of y is an error A^-1 n of x. Let S = E[x x'], let the error be weighed
 by W (for keys E[q q'], for values W_o' W_o), and let the rounding error of y be white with the energy of y. Then
@@ -9,8 +9,10 @@ and over all matrices A it is least for
 
     A = diag(l^-1/4) U' W^1/2,    W^1/2 S W^1/2 = U diag(l) U'.
 
-Both traces then are the sum of l^1/2: the channels of y are uncorrelated, have the energies l^1/2, and are as important
-as they are strong. Over diagonal matrices the same argument gives A_ii = (W_ii / S_ii)^1/4.
+Both traces are then the sum of l^1/2. The channels of y are uncorrelated. Channel i has the energy l_i^1/2, and its
+error counts in proportion to l_i^1/2, too. Among diagonal matrices, the best is A_ii = (W_ii / S_ii)^1/4: by the
+Cauchy-Schwarz inequality, the sum of A_ii^2 S_ii times the sum of W_ii / A_ii^2 is least where both sums have the same
+terms up to a factor.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from __future__ import annotations
 import torch
 
 RIDGE = 1e-6
-"""Share of the mean diagonal that is added to it, so that a direction nothing was seen of can still be inverted."""
+"""This share of the mean diagonal is added to the diagonal, so that a direction that was never seen can be inverted."""
 
 
 def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
-    """moment [..., D, D] moved towards its own diagonal: 0 leaves it as it is, 1 leaves the diagonal alone."""
+    """moment [..., D, D] moved towards its own diagonal: 0 leaves it as it is, 1 keeps only the diagonal."""
     diagonal = torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1))
     return torch.lerp(moment, diagonal, share)
 

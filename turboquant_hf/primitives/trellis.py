@@ -17,8 +17,8 @@ These are four instructions per 32 values, without a table, and they need no oth
 `kernels.codes.to_words` says which 32 values form a word, `primitives.packing` how they are packed.
 
 The encoder is Viterbi's search, and closes the circle with a second one (`Trellis.encode`). It counts in whole numbers:
-costs are then small enough to share a register with a path, and equal on every machine. Of a value x, in the grid unit
-of the levels (`Trellis.grid`),
+costs are then small enough to share a register with a path, and equal on every machine. For a value x, measured in grid
+units (`Trellis.grid`),
 
     i         how many of the thresholds (L[j] + L[j + 4]) / 2 are below x
     L[i .. i + 3]   the nearest levels of the four subsets, since level j belongs to subset j mod 4
@@ -114,13 +114,13 @@ class Trellis:
         return tuple(float(round(edge)) if self.unit else edge for edge in edges)
 
     def cells(self) -> Tensor:
-        """Of every cell of the grid, [k, k + 1) units for k from -CELLS / 2, the i of its values: uint8 [CELLS]."""
+        """The number i of the values in each cell: uint8 [CELLS]. Cell n begins n - CELLS / 2 grid units from 0."""
         cell = torch.arange(-CELLS // 2, CELLS // 2)
         return torch.bucketize(cell, torch.tensor(self._edges), right=True).to(torch.uint8)
 
     @property
     def reach(self) -> int:
-        """Values that the search sees on each side of the point where it closes the circle: whole rounds in all."""
+        """Values that the first search sees on each side of its point. Both sides together are whole rounds."""
         half = self.word // 2 if self.word % 2 == 0 else self.word
         return -(-max(WARM_UP, 4 * self.memory) // half) * half
 

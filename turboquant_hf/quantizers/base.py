@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, ClassVar
@@ -44,6 +45,11 @@ class Quantizer(ABC):
 
     marks_infinity: ClassVar[bool] = False
     """Whether `encode` handles infinities itself: they count as NaN there, or are kept."""
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for quantizers that share their matrices and tables. It keeps no tensor alive."""
+        return self
 
     @classmethod
     def check_options(cls, owner: str, options: dict[str, Any]) -> None:

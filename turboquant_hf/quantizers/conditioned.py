@@ -3,9 +3,12 @@
 Three facts about attention are used before the random rotation:
 
 - Softmax ignores what all keys have in common. The mean key of a tile is therefore stored, and only the rest is coded.
-- The error of q.k matters, not that of k. Over diagonal scalings s, E[(q.(k - k^))^2] is least for
-  s_i = sqrt(rms(q_i) / rms(k_i)) (Cauchy-Schwarz on the product of the rotated error's energy and the query's).
+- The error of q.k matters, not that of k. Over factors s_i of the channels, E[(q.(k - k^))^2] is least for
+  s_i = sqrt(rms(q_i) / rms(k_i)). `primitives/moments.py` derives this.
 - Channels whose product rms(q_i) rms(k_i) is large deserve more bits.
+
+`balance_channels` multiplies the s_i of each group by one more factor, which brings the group to unit energy. One-byte
+scales need this.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from turboquant_hf.quantizers.rotated import RotatedQuantizer
 BALANCES = ("query", "key", "none")
 ALIGNMENTS = (1, 16)
 ALIGNED_FROM = 64
-"""Head dims from here on have quarters of at least 16 channels."""
-TINY = 2.0**-20
+"""`align` applies from this head dim on: a quarter of the channels is then at least 16."""
+SMALL_MEAN = 2.0**-20
 """float16 rounds the means of a head too coarsely if its numbers are smaller than this."""
 
 
@@ -121,11 +124,14 @@ class Conditioned(RotatedQuantizer):
 
 
 def _units(tiles: torch.Tensor, weight: torch.Tensor, energy: torch.Tensor, count: torch.Tensor) -> State:
-    """{"offset", "unit"}: 0 and 1 for channels whose means float16 holds; {} if it holds all. Waits for the device."""
+    """{"offset", "unit"} for channels whose means float16 does not hold: there, (key - offset) / unit is encoded.
+
+    Other channels get 0 and 1. The result is {} if float16 holds all means. Waits for the device.
+    """
     means = tile_mean(tiles, weight).float().abs()
-    size = energy.sum(dim=-1) / (count[:, None] * energy.shape[-1]).clamp(min=1.0)
-    tiny = (size > 0.0) & (size < TINY**2) & (means.amax(dim=(2, 3)) < TINY)
-    beyond = (~(means <= HALF_MAX / 2).all(dim=2) | tiny[:, :, None]).any(dim=0, keepdim=True)
+    mean_square = energy.sum(dim=-1) / (count[:, None] * energy.shape[-1]).clamp(min=1.0)
+    small = (mean_square > 0.0) & (mean_square < SMALL_MEAN**2) & (means.amax(dim=(2, 3)) < SMALL_MEAN)
+    beyond = (~(means <= HALF_MAX / 2).all(dim=2) | small[:, :, None]).any(dim=0, keepdim=True)
     if not beyond.any():
         return {}
     counts = count[:, None, None]

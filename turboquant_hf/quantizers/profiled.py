@@ -1,14 +1,16 @@
-"""What a profile of the model makes of `conditioned` keys and `mse` values: a linear map per head, known beforehand.
+"""`Profiled`: replaces `conditioned` keys and `mse` values if the model has a profile. It applies a known map per head.
 
-The map (`primitives.moments`) decorrelates the channels and sorts them by importance. Groups, rotations, codebooks and
-scales are those of the quantizer that it replaces. Nothing is learned from the tokens, so nothing waits for them, and
-equal tokens become equal bytes.
+- The map is linear (`primitives.moments`). It decorrelates the channels and sorts them by importance.
+- Groups, rotations, codebooks and scales are those of the quantizer that is replaced.
+- Nothing is learned from the tokens. So no tile waits for statistics, and equal tokens become equal bytes.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, fields
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -44,8 +46,8 @@ class HeadMaps:
     def turned(self, quantizer: Profiled, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, B^-T, balance): a vector x is coded as B (balance * x), with unit energy in every group of channels.
 
-        Made once per quantizer and device, so that kernels may keep what they make of it. The balance brings the
-        channels of x near 1, by powers of two.
+        All layers and caches get the same tensors, because kernels keep the tables that they make of a tensor. The
+        balance consists of powers of two and brings the channels of x near 1.
 
         Returns: float32 [1, H, D, D], [1, H, D, D] and [1, H, D].
         """
@@ -63,7 +65,7 @@ class HeadMaps:
         level = torch.cat([part.mean(-1, keepdim=True).expand_as(part) for part in parts], dim=-1).sqrt().unsqueeze(-1)
         rotation = block_rotation(quantizer.sizes, quantizer.rotation, quantizer.rounds, quantizer.seed, 0).double()
         balance = torch.ones_like(energy)
-        if quantizer.centered:  # what is not centred is multiplied as it comes
+        if quantizer.centered:  # a vector without a mean is multiplied by the matrix as it comes, without a balance
             balance = power_of_two(1.0 / (inverse.square() @ energy.unsqueeze(-1)).squeeze(-1).sqrt())
         forward = rotation @ (matrix / level) / balance.unsqueeze(-2)
         dual = rotation @ (inverse.transpose(-1, -2) * level) * balance.unsqueeze(-2)
@@ -93,6 +95,10 @@ class Profiled(RotatedQuantizer):
     sizes: tuple[tuple[int, int], ...] = ()
     center: bool = False
     maps: HeadMaps | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        return replace(self, maps=None), weakref.ref(self.maps)
 
     def group_sizes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         return self.sizes
@@ -132,7 +138,11 @@ class Profiled(RotatedQuantizer):
     def fit(
         self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
     ) -> State:
-        """The same for all tiles: a balance of centred vectors; of others a gain, which marks NaN in their scales."""
+        """A state that does not depend on the tiles.
+
+        Centred vectors get the balance of their map. Others get a gain of 1: a head with NaN or infinity needs a place
+        where `Encoder.encode` can mark it.
+        """
         batch, device = tiles.shape[0], tiles.device
         if self.center:
             return {"balance": self._turned(self.maps.heads, device)[2].expand(batch, -1, -1).contiguous()}

@@ -28,7 +28,7 @@ from turboquant_hf.evaluation.harness.run import Run
 from turboquant_hf.evaluation.harness.tables import format_table
 from turboquant_hf.evaluation.harness.texts import read_text
 from turboquant_hf.kernels import dispatch
-from turboquant_hf.kernels.decode.cuda import MAX_ROWS
+from turboquant_hf.kernels.decode.cuda import ROWS_PER_BLOCK
 
 THRESHOLDS = (1e-5, 1e-4, 1e-3, 1e-2)
 SHARES = (0.0, 0.5, 0.8, 0.95)
@@ -130,8 +130,8 @@ def decode(model, tokens: torch.Tensor, cache: TurboQuantCache) -> tuple[torch.T
     for token in tokens.split(1, dim=1):
         found.append(forward(model, token, cache).logits[0, -1].float().log_softmax(dim=-1))
         for layer in cache.packed_layers:
-            # Rounded up: a kernel counts a tile once per MAX_ROWS rows.
-            times = -(-query_heads // layer.num_heads // MAX_ROWS)
+            # Rounded up: a kernel counts a tile once per ROWS_PER_BLOCK rows.
+            times = -(-query_heads // layer.num_heads // ROWS_PER_BLOCK)
             tiles += layer.tiles[0].count * layer.num_heads * times
     return torch.stack(found), dispatch.unread_tiles() / tiles
 

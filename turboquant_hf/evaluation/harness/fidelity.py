@@ -28,13 +28,22 @@ from turboquant_hf.evaluation.presets.memory import average_bits
 from turboquant_hf.evaluation.presets.named import recent_windows
 
 GROUP = 8
-"""Presets per unit, beside one uncompressed model. More save its time; fewer lose less if a run is killed."""
-COLUMNS = ("preset", "perplexity", "kl", "top1", "key_bits", "value_bits", "compression_ratio")
-HEADER = ("preset", "perplexity", "KL", "top-1", "K bits", "V bits", "smaller")
+"""Presets that a unit measures beside one uncompressed model. With more, this model runs less often. With fewer, a run
+that is killed loses less."""
+COLUMNS = {
+    "preset": "preset",
+    "perplexity": "perplexity",
+    "kl": "KL",
+    "top1": "top-1",
+    "key_bits": "K bits",
+    "value_bits": "V bits",
+    "compression_ratio": "smaller",
+}
+"""Key of a result -> title of its column. `uncompressed_row` has the same columns in the same order."""
 
 Windows = Sequence[torch.Tensor]
 Record = dict[str, Any]
-"""Sums over the scored tokens of a window, of the uncompressed model and of each preset."""
+"""What `measure_window` returns: sums over the scored tokens, for the uncompressed model and for each preset."""
 
 
 def cut_windows(tokens: torch.Tensor, context: int, windows: int) -> list[torch.Tensor]:
@@ -122,7 +131,7 @@ def measure_window(
     For every preset, the tokens before `start` are read raw in one piece, and packed then. Otherwise a preset that
     waits for its statistics would seem better, because more of its history would be computed from raw tokens.
 
-    gradual: the presets that get these tokens chunk by chunk instead, and encode them as in use.
+    gradual: for each preset, whether it gets these tokens chunk by chunk instead, and encodes them as in use.
     """
     tokens = window.to(model.device)
     dense = DynamicCache(config=model.config)
@@ -242,11 +251,11 @@ def run_fidelity(
 def table(metrics: dict[str, Any]) -> str:
     """One line per preset of a run's metrics, below the line of the uncompressed model."""
     rows = [uncompressed_row(metrics["baseline"]["perplexity"], metrics["dtype"])]
-    return format_table([*rows, *([row[c] for c in COLUMNS] for row in metrics["results"])], HEADER)
+    return format_table([*rows, *([row[c] for c in COLUMNS] for row in metrics["results"])], COLUMNS.values())
 
 
 def uncompressed_row(perplexity: float, dtype: str) -> list[Any]:
-    """The line of the uncompressed model."""
+    """The line of the uncompressed model: one entry per column of `COLUMNS`."""
     bits, smaller = uncompressed_size(dtype)
     return [cache_label(UNCOMPRESSED, dtype), perplexity, 0.0, 1.0, bits, bits, smaller]
 

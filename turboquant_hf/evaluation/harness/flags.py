@@ -97,7 +97,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser, chunk: int = 512) -> 
         type=whole(0),
         default=None,
         metavar="TOKENS",
-        help="override the presets' recent window; with 0 only the sinks stay raw, and not the question or the answer",
+        help="override the presets' recent window; with 0, all tokens but the sinks are packed, the question too",
     )
     parser.add_argument("--attention", default=ATTENTION_NAME, help="attention implementation of the model")
 

@@ -1,4 +1,4 @@
-"""Whether a hub id can be had, asked before the hub's client tries for most of a minute."""
+"""Checks that a hub id can be loaded, because the hub's own client tries for most of a minute before it gives up."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SECONDS = 3.0
 
 
 def check_reachable(name: str) -> None:
-    """Return where a model that is no path here was downloaded earlier, or where the hub may have it.
+    """Return if the model `name` was downloaded earlier, or if the hub can be asked for it.
 
     Raises:
-        FileNotFoundError: it was not, and the hub cannot be asked.
+        FileNotFoundError: neither is so; or `name` is no hub id.
     """
     try:
         if any(isinstance(try_to_load_from_cache(name, file), str) for file in FILES):
@@ -34,7 +34,7 @@ def check_reachable(name: str) -> None:
 
 
 def _answers(endpoint: str) -> bool:
-    """Whether something listens there. A proxy would do this for us, so that it is not asked behind one."""
+    """Whether something listens at this address. Not called if there is a proxy, which makes the connections."""
     parts = urlsplit(endpoint)
     port = parts.port or (80 if parts.scheme == "http" else 443)
     try:

@@ -123,7 +123,7 @@ class TurboQuantLM(HFLM):
         return answers
 
     def _batches(self, rows: list[tuple[int, ...]], size: int | None) -> list[list[tuple[int, ...]]]:
-        """Batches of rows of similar lengths, longest first; of equal lengths if padding would enter a state."""
+        """Batches of rows of similar lengths, longest first; of equal lengths if the model has recurrent states."""
         if not rows:
             return []
         if size is None:

@@ -21,14 +21,14 @@ from turboquant_hf.quantizers.profile import Profile
 from turboquant_hf.quantizers.profiled import HeadMaps
 
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-"""How far moments may be moved towards their diagonals."""
+"""`make_profile` tries to move moments this far towards their diagonals (`primitives.shrunk`)."""
 TILE, SINKS = 128, 4
-"""Of the presets: keys are centred by tiles, and sinks are never coded."""
+"""As in the presets: keys are centred tile by tile, and sinks are never coded."""
 
 
 @dataclass
 class Moments:
-    """Of the packed layers, a list entry each: float64 [H, D, D].
+    """Second moments, float64 [H, D, D], one list entry per packed layer.
 
     Attributes:
         queries: E[q q'] over the query heads that read a KV head.
@@ -42,7 +42,7 @@ class Moments:
 
     @staticmethod
     def mean(parts: Sequence[Moments]) -> Moments:
-        """Of windows of the same length."""
+        """The mean of the moments of windows of the same length."""
         sides = zip(*((m.queries, m.keys, m.values) for m in parts), strict=True)
         return Moments(*([sum(x) / len(parts) for x in zip(*side, strict=True)] for side in sides))
 
@@ -59,14 +59,15 @@ def make_profile(
 
     Args:
         model: a causal language model whose attention can be set to "turboquant"; it is set back afterwards.
-        windows: token ids [1, T] of equal length, at least two; the length is best that of the contexts to come.
-        share: how far moments are moved towards their diagonals; None chooses one of `SHARES` for keys and one for
-            values, by the error that is predicted for the windows that were left out when the maps were made.
+        windows: token ids [1, T], at least two windows of equal length, best that of the contexts to come.
+        share: how far moments are moved towards their diagonals. None chooses one of `SHARES` for keys and one for
+            values: maps are made from every second window, and their error is predicted for the other windows.
         values: map values, too. Without it they are coded as without a profile, with the unit of the profile's text.
-        note: told what is worth telling, a line each.
+        note: called with each line that a user should see.
 
     Returns: a profile in memory; `save` writes it.
-    Raises: ValueError for a model whose attention is not ours to set, or windows that do not serve.
+    Raises: ValueError for a model whose attention cannot be set, or for windows that are too few, too short or of
+        different lengths.
 
     Example:
         >>> import torch
@@ -111,7 +112,7 @@ def make_profile(
 
 @torch.inference_mode()
 def window_moments(model, window: torch.Tensor) -> Moments:
-    """Of one window [1, T], read at once; sinks and what fills no tile are left out."""
+    """The moments of one window [1, T], read at once. Sinks are left out, and keys at the end that fill no tile."""
     cache = TurboQuantCache(model.config, load_preset("lossless", recent_window=window.shape[1]))
     if not cache.packed_layers:
         raise ValueError(f"model={type(model).__name__} is not supported: nothing of its cache is packed")
@@ -143,10 +144,12 @@ def second_moment(x: torch.Tensor) -> torch.Tensor:
 
 
 def output_weights(model, moments: Moments) -> tuple[list[torch.Tensor], int]:
-    """(for every packed layer the sum of W_o' W_o over the query heads that read a KV head, of how many it is known).
+    """The sum of W_o' W_o over the query heads that read a KV head, for every packed layer.
 
-    float64 [H, D, D]. It is known of attention modules with a `layer_idx` and a linear `o_proj` of plain numbers, and
-    the identity of others.
+    It is known for attention modules with a `layer_idx` and a linear `o_proj` of plain numbers. Other layers get the
+    identity.
+
+    Returns: one float64 [H, D, D] per layer, and the number of layers for which it is known.
     """
     found = {}
     for module in model.modules():
@@ -174,9 +177,9 @@ def best_share(
     kept_moments: Sequence[torch.Tensor],
     kept_weights: Sequence[torch.Tensor],
 ) -> float:
-    """Which of `SHARES`, for maps of the first two, predicts the smallest error for the moments kept apart.
+    """The share whose maps of `moments` and `weights` give the least predicted error for the moments kept apart.
 
-    The errors of heads differ by orders of magnitude: their geometric mean is compared.
+    The errors of heads differ by orders of magnitude, so their geometric mean is compared.
     """
 
     def predicted(share: float) -> float:
@@ -195,14 +198,14 @@ def _maps(moment: torch.Tensor, weight: torch.Tensor, share: float) -> HeadMaps:
 
 
 def _unmapped(moment: torch.Tensor) -> HeadMaps:
-    """The identity for values of this moment."""
+    """The identity map, with the energy of values that have this moment."""
     energy = moment.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).expand(moment.shape[:2])
     matrix = torch.eye(moment.shape[1]).expand(moment.shape)
     return HeadMaps(matrix.contiguous(), energy.clamp(min=1e-30).float().contiguous())
 
 
 def _grouped(query: torch.Tensor, heads: int) -> torch.Tensor:
-    """Queries [Hq, T, D] of a group laid end to end: [heads, Hq / heads * T, D]."""
+    """Queries [Hq, T, D] by KV head, those of its query heads end to end: [heads, Hq / heads * T, D]."""
     return query.unflatten(0, (heads, -1)).flatten(1, 2)
 
 

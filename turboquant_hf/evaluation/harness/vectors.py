@@ -47,8 +47,8 @@ def load_vectors(path: Path) -> torch.Tensor:
 def capture(model, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(queries, keys, values) of every packed layer as attention sees them, [heads, T, D] each, without sinks.
 
-    The model's attention implementation must be "turboquant", which shows the queries to the cache. The queries of a
-    group of heads are concatenated, so that they have as many heads as the keys.
+    The model's attention implementation must be "turboquant", which shows the queries to the cache. The queries of all
+    query heads that read a KV head are concatenated, so queries have as many heads as keys.
     """
     cache = TurboQuantCache(model.config, load_preset("lossless", recent_window=tokens.shape[1]))
     seen: dict[int, torch.Tensor] = {}

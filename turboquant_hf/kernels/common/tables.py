@@ -32,7 +32,7 @@ def threshold_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torc
 @once(maxsize=256)
 @torch.inference_mode(False)
 def cell_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
-    """Of every trellis one after the other, the number i of each cell of its grid (`Trellis.cells`), uint8."""
+    """The number i of each cell of a grid (`Trellis.cells`), uint8, one trellis after the other."""
     rows = [group.codebook.cells() for group in groups if group.in_words]
     return torch.cat([*rows, torch.zeros(0 if rows else 1, dtype=torch.uint8)]).to(device)
 
@@ -42,8 +42,8 @@ def cell_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Ten
 def pair_table(groups: tuple[CodeGroup, ...], device: torch.device) -> torch.Tensor:
     """int32, offsets as in `level_table`: the level of each code and of the next, as two halves in the codebook's unit.
 
-    Zeros where a codebook has no unit. With both levels at hand their threshold is known too: one load for a code.
-    Of a trellis entry i has levels i .. i + 3, in grid units plus 128: that of subset s in byte s.
+    Zeros where a codebook has no unit. The threshold lies midway between the two levels, so one load gives all three.
+    For a trellis, entry i holds the levels i .. i + 3 in grid units plus 128: the level of subset s in byte s.
     """
     rows = []
     for group in groups:

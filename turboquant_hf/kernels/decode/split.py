@@ -98,7 +98,7 @@ def _split_kernel(
         low = split * tiles_per_split
         high = tl.minimum(low + tiles_per_split, tiles)
         low = tl.maximum(low, tl.minimum(first // T, high))
-        # Values need it too: their scales are taken relative to those of the first tile.
+        # Probabilities times scales of values need it, too: they are divided by the largest scale of the first tile.
         value_unit = tl.full((), 1.0, tl.float32)
         if DTYPE == tl.float16:
             if low < high:

@@ -87,7 +87,7 @@ def score_tile(
     p_codes, p_scale, p_levels, qs, n, codes_n, scale_n, KEYS: tl.constexpr,
     T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Products of tile n of a head with all chunks of its queries, before their factor: [BLOCK_T, M]."""
+    """Products of tile n of a head with all chunks of its queries, not yet multiplied by their unit: [BLOCK_T, M]."""
     p_tile = p_codes + row_offset(n, codes_n, KEYS.nbytes)
     scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
     for g in tl.static_range(group_count(KEYS)):

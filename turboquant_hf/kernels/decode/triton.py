@@ -14,10 +14,13 @@ from turboquant_hf.kernels.decode.merge import _merge_kernel
 from turboquant_hf.kernels.decode.split import _split_kernel
 
 BLOCK_RAW = 32
+"""Raw tokens that a program reads at a time."""
 RAW_TOKENS = 256
-"""Raw tokens per program: they cost about as much as a run of tiles."""
-MAX_ROWS = 64
-INTERPRETER_SPLITS = 3
+"""Raw tokens per program. They take about as long as a run of tiles."""
+ROWS_PER_PROGRAM = 64
+"""The most query rows of one KV head that a program serves."""
+INTERPRETER_PROGRAMS = 6
+"""Programs in the interpreter, where the number of multiprocessors is not known. They run one after the other."""
 
 
 def decode_attention(
@@ -46,7 +49,7 @@ def decode_attention(
     key_spec = tile_spec(keys.groups, tile, keys.scale_format, channel_major=False, exact=single)
     value_spec = tile_spec(values.groups, tile, values.scale_format, channel_major=True, exact=single)
 
-    block_m = min(MAX_ROWS, padded_size(m))
+    block_m = min(ROWS_PER_PROGRAM, padded_size(m))
     row_blocks = triton.cdiv(m, block_m)
     if num_splits is None:
         num_splits = _fill(device) // (batch * heads * row_blocks)
@@ -108,7 +111,7 @@ def _inner_contiguous(side: PackedSide) -> tuple[torch.Tensor, torch.Tensor, tor
 def _fill(device: torch.device) -> int:
     """How many programs keep the device busy: two per multiprocessor."""
     if device.type != "cuda":
-        return INTERPRETER_SPLITS * 2
+        return INTERPRETER_PROGRAMS
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 

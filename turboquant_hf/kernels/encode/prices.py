@@ -5,6 +5,11 @@
     e_s        L (L - 2 x)
     m_s        min(round((e_s - min e) * price), DEAREST)
 
+What `priced` returns, an int64 of four 16-bit fields, the highest first:
+
+    | m_3 - m_0 | i | m_2 - m_0 | m_1 - m_0 |
+
+- The search only compares sums of prices, so m_0 may be subtracted from all four.
 - Two loads of tables that fit in a few lines of the cache, and no search.
 - Numbers are rounded by adding 1.5 * 2**23: conversions run at a quarter of the speed of additions.
 """
@@ -41,7 +46,7 @@ def _level_near(bytes, subset: tl.constexpr):
 
 @triton.jit
 def priced(x, p_cells, p_near, GROUP: tl.constexpr):
-    """Prices of values x and i, int64: from the top 16 bits each of m_3 - m_0, i, m_2 - m_0, m_1 - m_0."""
+    """Prices of values x, and i: int64, as described at the top of this file."""
     x = x * GROUP.per_grid
     place = tl.minimum(tl.where(x > -CELLS // 2, x, -CELLS // 2), CELLS // 2 - 1) - 0.5
     cell = (place + MAGIC).to(tl.int32, bitcast=True) - (0x4B400000 - CELLS // 2)

@@ -54,10 +54,12 @@ from turboquant_hf.kernels.encode.viterbi import any_in_words, fits, room_for_po
 __all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
 
 PROGRAMS = 256
-"""Give one program several tiles only while this many programs remain, so that its matrices are loaded once."""
+"""A program takes several tiles, because it then loads its matrices once. It takes fewer tiles if less than this many
+programs would be left."""
 WARPS = 8
 REGISTERS = 255
-"""Per thread of 8 warps: one program per SM, which hardly spills. Two per SM take twice the time on an H100."""
+"""With 255 registers per thread, one program fills an SM and hardly spills. With half as many, two programs share
+an SM, which takes twice the time on an H100."""
 
 
 @triton.jit
@@ -76,6 +78,7 @@ def _write_group(
     norm = tl.sqrt_rn(square)
     point = y * tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), tl.maximum(norm / GROUP.root, 1e-30))[:, None]
     if GROUP.in_words:
+        # A NaN costs nothing in the search, so a token without weight leaves the other values of its word free.
         point = tl.where(idle[:, None], float("nan"), point)
         level = write_words(
             point, t, p_points, p_codes + GROUP.offset, p_cells, p_pairs, p_levels, GROUP, T, CHANNEL_MAJOR, not FOLDED
@@ -124,7 +127,16 @@ def _encode_kernel(
     BLOCK_K: tl.constexpr, PATH: tl.constexpr, PARTS: tl.constexpr, MEAN: tl.constexpr, WEIGHT: tl.constexpr,
     ORDER: tl.constexpr, BALANCE: tl.constexpr, GAIN: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
 ):  # fmt: skip
-    """MEAN: "none", "given" or "taken" (and stored)."""
+    """The kernel of this file's text.
+
+    p_x, p_weight, p_mean, p_codes, p_scale    x, w, m, c, s in the names of strides: input, weight, mean, codes, scales
+    p_matrix, p_units                          a, u: the rotation in PARTS parts, and one factor per group's scale
+    p_thresholds, p_levels, p_pairs, p_cells   tables of the codebooks (`common.tables`)
+    p_points                                   memory of `viterbi`
+
+    Strides end in _b (sequence), _h (head), _n (tile) or _t (token). A tensor that is missing is passed as x and is not
+    read: WEIGHT, ORDER, BALANCE and GAIN say which are there, and MEAN is "none", "given" or "taken" (and stored).
+    """
     GROUPS: tl.constexpr = group_count(SPEC)
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     FOLDED: tl.constexpr = CHANNEL_MAJOR and T == BLOCK_T and any_rows(SPEC)

@@ -1,21 +1,29 @@
 """The search of `primitives.trellis.Trellis.encode` inside the Triton encoder: one word of 32 values per thread.
 
-    prices   m_0 .. m_3 of a value, and i                 (`prices`)
+    prices   m_0 .. m_3 and i of every value                             (`prices`)
     search   c'[s] = min(c[s / 2] + m_a, c[8 + s / 2] + m_b + mark)      for the 16 states s, twice 32 values
     words    path bits and plain bits, and the levels that they mean
 
+    c[s]     the least cost of all ways to state s; bit i of the state at value t is the path bit p_(t-i)
+    m_0..3   what the value costs in each of the four subsets of levels
+    a, b     the subsets that p_t .. p_(t-4) give, where p_(t-4) is 0 (a) or 1 (b) and state s has the other bits
+    i        the number of the lowest of the four levels that are nearest to the value, one per subset
+
 Memory of a program, in words as they are stored (`kernels.common.words.place_in_words`), neighbours side by side:
 
-    p_prices   int64   [32][words]   from the top 16 bits each of m_3 - m_0, i, m_2 - m_0, m_1 - m_0
+    p_prices   int64   [32][words]   what `prices.priced` returns: the four m and i of a value
     p_points   float32 [32][words]   the values, and later the levels
 
 - A cost has the high 16 bits of a register (signed), the path to it the low 16. One minimum chooses both.
-- All prices are less m_0, which changes no choice. A quarter of the additions falls away: those of subset 0.
-- A path is the choices of 16 values, the oldest in bit 0: 1 (the mark) for the way whose oldest path bit is 1.
-  The choice at value t is p_(t-4). A tie of costs goes to the way without the mark, as in the reference.
-- After 16 values the least cost is subtracted from all. In 16 values a cost stays between -16 and 20 `DEAREST`.
-- A small group has fewer words than the program has threads. Several threads then search the same word, and write the
-  same. Nothing is overwritten that another thread may still read: there is a barrier before.
+- Two ways lead into a state. They differ in p_(t-4), and the choice at value t is that bit. A path holds the last 16
+  choices, the earliest in bit 0. The mark is the bit of the present choice.
+- If both ways cost the same, the way without the mark is the smaller number. The reference chooses it, too.
+- m_0 is subtracted from all four prices of a value, which changes no choice. Subset 0 then costs nothing, and a quarter
+  of the additions falls away.
+- After 16 values the least cost is subtracted from all. During 16 values, costs stay between -16 * `DEAREST` and
+  20 * `DEAREST`, which fits in 16 bits.
+- A small group has fewer words than the program has threads. Several threads then search the same word and write the
+  same results. A barrier before each overwriting makes sure that no thread still reads the old contents.
 """
 
 from __future__ import annotations
@@ -31,7 +39,7 @@ from turboquant_hf.kernels.encode.prices import priced
 from turboquant_hf.kernels.encode.rounding import INTERPRETED
 from turboquant_hf.primitives import trellis
 
-WORDS = 256
+WORDS_PER_PROGRAM = 256
 """Words that a program searches at a time."""
 FEWEST = 64
 """Words of a group and tile that the kernel is trusted with on a GPU; the plain encoder serves smaller groups."""
@@ -69,13 +77,13 @@ def _subset_of(register):
 
 @triton.constexpr_function
 def words_at_once(count):
-    return min(WORDS, triton.next_power_of_2(count))
+    return min(WORDS_PER_PROGRAM, triton.next_power_of_2(count))
 
 
 @triton.constexpr_function
 def values_at_once(count):
     """Values that are priced at a time: the largest power of two in their number, up to four per thread."""
-    return min(4 * WORDS, count & -count)
+    return min(4 * WORDS_PER_PROGRAM, count & -count)
 
 
 @triton.jit
@@ -154,10 +162,11 @@ def _reversed(path):
 
 @triton.jit
 def _path(word, p_prices, COUNT: tl.constexpr):
-    """The path bits of words, uint32: a search with free ends finds the state that a second one starts and ends in.
+    """The path bits of words, uint32, by two searches. The circle is closed between values 15 and 16.
 
-    The circle is closed between values 15 and 16: both searches are of whole halves of the word. The first one leaves
-    its paths out: bits 0..3 are the state that a way began in, bits 4..7 its state between the halves.
+    First search, values 0 to 31: any start and end. It gives the best state between values 15 and 16. It needs no
+    paths. Bits 0..3 of a cost hold the state that the way began in instead, bits 4..7 its state between 15 and 16.
+    Second search, values 16 to 31 and then 0 to 15: it starts and ends in that state, and gives the path.
     """
     p_first = p_prices + word
     p_second = p_first + HALF * COUNT
@@ -191,7 +200,10 @@ def _path(word, p_prices, COUNT: tl.constexpr):
 
 @triton.jit
 def _with_field(fields, plain, i: tl.constexpr, GROUP: tl.constexpr, PLAIN: tl.constexpr):
-    """A word of plain bits, moved down 4 bits every 4 values, with those of a value that is i modulo 4 at the top."""
+    """`fields` with the plain bits of value i (of four) put at the top, if they belong to the word PLAIN.
+
+    The caller shifts `fields` down by 4 before every four values.
+    """
     WIDTH: tl.constexpr = word_plane(GROUP, PLAIN, 0)
     if i % WIDTH == word_plane(GROUP, PLAIN, 2):
         field = (plain >> word_plane(GROUP, PLAIN, 1)) & ((1 << WIDTH) - 1)
@@ -239,7 +251,7 @@ def write_words(
 ):  # fmt: skip
     """Code vectors `point` [tokens, channels] of one group, whose rows are the tokens t, and store its words.
 
-    A NaN costs nothing, whatever its code. Other values are below 2**15 units of the grid: points have norm
+    A NaN costs nothing, whatever its code (`priced`). Other values are below 2**15 units of the grid: points have norm
     sqrt(size). SORTED: whether row r is token r. p_codes: the group's first byte; p_room: 12 bytes per value.
 
     Returns: the levels, 0 in channels that are not the group's.

@@ -1,7 +1,7 @@
 """Launch geometry: how query rows, KV heads and tiles are dealt to blocks, and how many warps a block has.
 
-The grid of a launch is (splits, H, B * chunks). A chunk is up to `MAX_ROWS` query rows of one KV head. The tiles of a
-head are dealt to `splits` blocks per chunk.
+The grid of a launch is (splits, H, B * chunks). A chunk is up to `ROWS_PER_BLOCK` query rows of one KV head. The tiles
+of a head are dealt to `splits` blocks per chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from turboquant_hf.kernels.decode.cuda.source import Shape, block_rows, most_warps
 from turboquant_hf.kernels.decode.inputs import PackedSide
 
-MAX_ROWS = block_rows(wide=True)
+ROWS_PER_BLOCK = block_rows(wide=True)
+"""The most query rows of one KV head that a block serves."""
 MAX_SPLITS = 64
 MAX_GRID = 65535
 """The most blocks in the second and in the third direction of a launch."""

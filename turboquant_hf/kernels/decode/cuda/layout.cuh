@@ -21,7 +21,7 @@ constexpr int UNITS = D / 16, CHANNEL_TILES = D / 16, VALUE_ROW_BYTES = 16 * VAL
 constexpr int KEY_SCALE_BYTES = KEY_FORMAT ? 1 : 2, VALUE_SCALE_BYTES = VALUE_FORMAT ? 1 : 2;
 // The tokens of an S product are the lane's first token, index(0, 2 (g & 1), g >> 1), plus a constant per unit and row half.
 // Rows of keys that belong to one value of g >> 1 are followed by KEY_PAD bytes, so that lanes meet different banks.
-constexpr int OWN_TOKENS = ValueRow::BYTES;
+constexpr int OWN_TOKENS = ValueRow::index(0, 0, 1);  // from the first token of a lane part to that of the next
 __host__ __device__ constexpr int key_place(int token) { return token * KEY_ROW_BYTES + token / OWN_TOKENS * KEY_PAD; }
 // Each team has room for the keys (codes, scales, mean) of one tile and for the values (codes, scales) of one tile.
 // Key groups in words stand behind the rows of the other groups.

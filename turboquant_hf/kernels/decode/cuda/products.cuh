@@ -58,8 +58,8 @@ __device__ __forceinline__ void multiply_tokens(int (&c)[NT][4], const int (&sta
         });
 }
 
-// The place of a lane's words of keys. The words of a group stand side by side for all lanes, and one turn of four pairs of
-// tokens after the other. `room` is an address in shared memory.
+// Where a lane's words of keys lie. `room` is the address of all words of the tile in shared memory. The first words of all
+// lanes stand side by side, then their second words, and so on. A turn of the loop reads the words of four pairs of tokens.
 struct KeyWords {
     u32 room;
     int lane, turn;

@@ -1,7 +1,8 @@
 // Phase 1: a warp turns a row of queries into the coded domain of the keys, q' = unit * gain * R diag(1 / balance) q with
 // the channels sorted, as 15-bit numbers whose high and low bytes go to shared memory.
 
-// The place of a channel in `halves`. Of eight channels, one product with the mean takes 0, 1, 4, 5 and another 2, 3, 6, 7.
+// The place of a channel in `halves`. Of eight channels, one product with the mean takes channels 0, 1, 4, 5 and another 2, 3,
+// 6, 7. The four channels of a product therefore stand side by side.
 __device__ __forceinline__ int half_place(int channel) { return (channel & ~6) | (channel & 2) << 1 | (channel & 4) >> 1; }
 
 // Whether all channels of a lane belong to one group.
@@ -22,8 +23,8 @@ __device__ __forceinline__ void group_of(int c, int& size, float& unit) {
     }
 }
 
-// What a lane loads for its channels of one row. Such arrays are kept out of the structures with a warp's numbers: compilers
-// keep a structure with arrays in one piece until all loops are unrolled, and then generate more code.
+// What a lane loads for its channels of one row. These arrays are not members of `Warp`: a compiler keeps a structure with an
+// array in one piece until all loops are unrolled, and then generates more code.
 struct QueryLoads {
     u16 query[OWN], order[OWN];
     float balance[OWN], signs[OWN];
@@ -39,8 +40,9 @@ __device__ __forceinline__ void ask_for_query(const Warp& w, QueryLoads& own, in
     if (HADAMARD) read_row(own.signs, a.key_turn + (i64)w.h * a.key_turn_stride + first);
 }
 
-// The row in half precision, for the products with the mean. It is multiplied by the power of two that takes its largest
-// number to 2^14 or more. What half precision then loses is negligible beside the largest number.
+// The row in half precision, for the products with the mean. It is multiplied by the power of two that brings its largest
+// number between 2^14 and 2^15 (or below, if that number is less than 2^-112). What half precision then loses is negligible
+// beside the largest number.
 __device__ __forceinline__ void keep_halves(const Warp& w, int n, const float (&x)[OWN]) {
     constexpr u32 ONE = 1u << 23;  // one step of the exponent in a float's bits
     const u32 exponent = max(warp_largest(x) & 0x7F800000u, 15 * ONE);
@@ -111,6 +113,6 @@ __device__ __forceinline__ void code_query(const Warp& w, const QueryLoads& own,
             ((u8*)&shared.coded[2 * n + 1][part][FIRST / 16 + u])[j] = (u8)(v - 128 * high);
         }
     });
-    // Every lane arrives for its own writes, which compute-sanitizer's racecheck can follow.
+    // Every lane arrives, not one per warp: compute-sanitizer's racecheck can then see which writes come before the barrier.
     asm volatile("{ .reg .b64 x; mbarrier.arrive.shared.b64 x, [%0]; }" ::"r"(w.coded_rows()) : "memory");
 }

@@ -114,13 +114,15 @@ __device__ __forceinline__ void multiply(float (&x)[OWN], const float* matrix, f
     }
 }
 
-__device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }  // in the floats' order
+// A float's bits as a whole number, such that numbers compare as the floats do; and back.
+__device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }
 __device__ __forceinline__ float warp_maximum(float x) {
     int highest, mine = in_order(__float_as_int(x));
     asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(highest) : "r"(mine));
     return __int_as_float(in_order(highest));
 }
-__device__ __forceinline__ u32 warp_largest(const float (&x)[OWN]) {  // bits without a sign: a NaN is above all
+// The bits of the largest |x| of a warp. A NaN counts as larger than all numbers.
+__device__ __forceinline__ u32 warp_largest(const float (&x)[OWN]) {
     u32 mine = 0, largest;
 #pragma unroll
     for (int i = 0; i < OWN; i++) mine = max(mine, __float_as_uint(fabsf(x[i])));

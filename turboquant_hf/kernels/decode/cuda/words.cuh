@@ -6,16 +6,21 @@
 //
 // A word is 8 units of four values, whose levels are the bytes of a register. Bit 16 (u % 2) + 4 j + PHASE belongs to
 // byte j of unit u, with PHASE = 2 (u / 2 % 2) + u / 4. A plane of two bits has the fields of units 0..3 in its first word
-// and those of units 4..7 in its second word. Four neighbouring bits are then one selector of a byte permutation:
+// and those of units 4..7 in its second word. `Word` keeps the bits of a unit in pairs of neighbouring bits, two pairs in
+// each four bits of a register:
 //
-//     PHASE 0, 2    both pairs of bits (z1, z0) of a four of `parities[0]`; plain[0]
-//     PHASE 1, 3    of `parities[1]`; plain[1]
+//     units of PHASE 0 and 2    their (z1, z0) are the low and the high pair of each four bits of parities[0];
+//                               their plain bits are the same pairs of plain[0]
+//     units of PHASE 1 and 3    the same in parities[1] and plain[1]
+//
+// A pair of parities and a pair of plain bits, put side by side, are one selector of a byte permutation.
 //
 // With 4 bits a level is the sum of two bytes (primitives/addends.py): one for the plain bits p2, p1, p0, and one for
-// z1, z0 and whether the plain bits are all equal. Both selectors have two bits of one plane and a third of another:
+// z1, z0 and whether the plain bits are all equal. A selector is then a pair of `plain` or `parities`, and a third bit:
 //
-//     bits 0, 2 of a four of `agree`    whether p2 = p1, which stands for p2 in a selector
-//     bits 0, 2 of `equal`              whether p2 = p1 = p0
+//     agree, beside `plain`        bits 0 and 2 of each four: whether p2 = p1. The table is ordered by (agree, p1, p0)
+//                                  instead of (p2, p1, p0)
+//     equal, beside `parities`     bits 0 and 2 of each four: whether p2 = p1 = p0
 
 __device__ __forceinline__ u32 rotate_left(u32 x, int count) {
     u32 y;
@@ -90,8 +95,8 @@ struct Word {
 template <int BITS, int SHARES>
 struct ChannelWords {
     typedef Word<BITS, SHARES> W;
-    static constexpr int BYTES = 32, UNITS = 8, ADDENDS = W::ADDENDS;  // BYTES: tokens of a lane part
-    static constexpr int LOADED = 0;                                  // every share begins where the word does
+    static constexpr int UNITS = 8, ADDENDS = W::ADDENDS;
+    static constexpr int LOADED = 0;  // every share begins where the word does
     W word;
 
     template <int ALIGN, int OFFSET>
@@ -105,8 +110,8 @@ struct ChannelWords {
     static __host__ __device__ __forceinline__ constexpr int index(int u, int j, int t) { return 32 * t + 4 * u + j; }
 };
 
-// The codes of N channels of keys that a lane multiplies for a pair of tokens, rows 0 and 1. Pair I of one turn of the loop
-// has the units from 2 UNITS I on of the lane's words.
+// The codes of N channels of keys that a lane multiplies for a pair of tokens, rows 0 and 1. A turn of the loop handles four
+// pairs of tokens. Pair I has units 2 UNITS I to 2 UNITS (I + 1) - 1 of the lane's words.
 template <int N, int BITS>
 struct TokenWords {
     static constexpr int UNITS = N / 16, ADDENDS = Word<BITS>::ADDENDS;

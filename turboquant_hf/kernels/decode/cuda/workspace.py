@@ -22,8 +22,8 @@ def workspace_size(blocks: int, shape: Shape, warps: int) -> int:
 
 def largest_workspace(batch_heads: int, rows: int, dim: int, device: torch.device) -> int:
     """Words that are enough for any call with up to `rows` query rows per KV head, whatever its splits."""
-    blocks = max(batch_heads * -(-rows // geometry.MAX_ROWS), 4 * geometry.multiprocessors(device))
-    return ARRIVALS + blocks * geometry.MAX_ROWS * (dim + 2 + max_warps(dim) * dim)
+    blocks = max(batch_heads * -(-rows // geometry.ROWS_PER_BLOCK), 4 * geometry.multiprocessors(device))
+    return ARRIVALS + blocks * geometry.ROWS_PER_BLOCK * (dim + 2 + max_warps(dim) * dim)
 
 
 def cleared(words: int, device: torch.device) -> torch.Tensor:
