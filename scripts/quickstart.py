@@ -26,7 +26,7 @@ with step(2, "load PyTorch, Transformers and SmolLM2-135M (converted once)"):
     from transformers import DynamicCache, set_seed
 
     from turboquant_hf import TurboQuantCache, load_preset
-    from turboquant_hf.evaluation.harness.fidelity import cut_windows, measure, uncompressed_row
+    from turboquant_hf.evaluation.harness.fidelity import COLUMNS, cut_windows, measure, uncompressed_row
     from turboquant_hf.evaluation.harness.models import load_model
     from turboquant_hf.evaluation.harness.tables import format_table
     from turboquant_hf.evaluation.harness.texts import packaged_text
@@ -84,9 +84,10 @@ def perplexity(model, tokenizer, text: str) -> None:
     presets = [load_preset(name, recent_window=0, encode_first=True) for name in PRESETS]
     with torch.inference_mode():
         baseline, results = measure(model, windows, presets)
-    rows = [uncompressed_row(baseline, str(model.dtype).removeprefix("torch."))[:-1]]
-    rows += [[r["preset"], r["perplexity"], r["kl"], r["top1"], r["key_bits"], r["value_bits"]] for r in results]
-    print(format_table(rows, ["cache", "perplexity", "KL", "top-1", "K bits", "V bits"]))
+    uncompressed = uncompressed_row(baseline, str(model.dtype).removeprefix("torch."))
+    rows = [dict(zip(COLUMNS, uncompressed, strict=True)), *results]
+    shown = [column for column in COLUMNS if column != "compression_ratio"]  # says little of so short a text
+    print(format_table([[row[column] for column in shown] for row in rows], [COLUMNS[column] for column in shown]))
 
 
 if __name__ == "__main__":

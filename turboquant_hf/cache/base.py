@@ -184,8 +184,9 @@ class PackedCache(Compression, Cache):
     def note_padding(self, attention_mask) -> None:
         """Tell an empty cache where each sequence begins, from a 0/1 mask [B, T] of left-padded input.
 
-        `generate` calls this itself. Without it, padding still never reaches the output. But padding then counts as
-        tokens when sinks are chosen and keys are measured. None removes an earlier note.
+        `generate` calls this itself. Without it, padding still never reaches the output, and attention "turboquant"
+        learns from the masks of prompts where sequences begin. With another attention, padding counts as tokens when
+        sinks are chosen and keys are measured. None removes an earlier note.
 
         Raises:
             ValueError: the mask is not a tensor.
