@@ -1,4 +1,4 @@
-"""Packed codes: the only description of the byte layout.
+"""Packed codes: the only description of the bytes of a row and of a word (`kernels.codes` makes tiles of them).
 
 Codes of `bits` bits (1..8) are split into planes. There is one plane for each of the powers of two 8, 4, 2 and 1 that
 add up to `bits`. The widest plane comes first and holds the low-order bits of the code:

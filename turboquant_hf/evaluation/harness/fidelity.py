@@ -39,9 +39,9 @@ COLUMNS = {
     "value_bits": "V bits",
     "compression_ratio": "smaller",
 }
+"""Key of a result -> title of its column. `uncompressed_row` has the same columns in the same order."""
 SUMS = ("nll", "kl", "top1")
 """What `measure_window` adds up over the scored tokens, and `combine` divides by their number."""
-"""Key of a result -> title of its column. `uncompressed_row` has the same columns in the same order."""
 
 Windows = Sequence[torch.Tensor]
 Record = dict[str, Any]
@@ -187,11 +187,11 @@ def combine(records: Sequence[Record]) -> tuple[float, list[dict[str, Any]]]:
     tokens = sum(counts)
     results = []
     for sums in zip(*(record["presets"] for record in records), strict=True):
-        nll, kl, top1 = (sum(one[key] for one in sums) / tokens for key in SUMS)
+        means = {key: sum(one[key] for one in sums) / tokens for key in SUMS}
         sizes = {k: v for k, v in sums[-1].items() if k not in ("preset", *SUMS)}
         by_window = [one["kl"] / count for one, count in zip(sums, counts, strict=True)]
         results.append(
-            {"preset": sums[0]["preset"], "perplexity": math.exp(nll), "kl": kl, "top1": top1, **sizes}
+            {"preset": sums[0]["preset"], "perplexity": math.exp(means.pop("nll")), **means, **sizes}
             | {"kl_by_window": by_window}
         )
     return math.exp(sum(record["baseline"]["nll"] for record in records) / tokens), results
