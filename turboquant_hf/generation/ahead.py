@@ -26,6 +26,7 @@ from transformers.generation import utils as upstream
 
 from turboquant_hf.cache import PackedCache, TurboQuantLayer
 from turboquant_hf.cache.wrapping import MARK
+from turboquant_hf.generation.recorders import default_generator
 
 
 def excess_steps(arguments: Mapping[str, Any], cache: PackedCache) -> int | None:
@@ -62,7 +63,7 @@ def register_ahead() -> None:
         def __init__(self, input_ids: torch.Tensor, max_length: int, cache: Any, cache_is_returned: bool, *args: Any):
             excess = getattr(cache, "excess_steps", None)
             super().__init__(input_ids, max_length, cache, cache_is_returned and excess != 0, *args)
-            self.generator = _generator(input_ids.device) if excess else None
+            self.generator = default_generator(input_ids.device) if excess else None
             self.states: deque[torch.Tensor] = deque(maxlen=2)
 
         @staticmethod
@@ -83,10 +84,3 @@ def register_ahead() -> None:
 
     setattr(DeferredStopCheck, MARK, original)
     upstream.DeferredStopCheck = DeferredStopCheck
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator

@@ -17,6 +17,13 @@ ASKING = {
 """Operations that wait for the device to tell the host a value or a shape."""
 
 
+def default_generator(device: torch.device) -> torch.Generator:
+    """torch's own generator of a device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
+
+
 class RefuseWaiting(TorchDispatchMode):
     """Raises RuntimeError at the first operation of this thread that a CUDA graph cannot record.
 
@@ -60,7 +67,7 @@ class CudaGraph:
 
     def __init__(self, call: Callable[[], Any], device: torch.device, pool: Any = None) -> None:
         before = torch.cuda.memory_reserved(device)
-        random = torch.cuda.default_generators[device.index or 0].clone_state()
+        random = default_generator(device).clone_state()
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -100,7 +107,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, random: torch.Generator, device: torch
         graph.capture_end()
     except RuntimeError:
         # The driver has dropped the recording before torch could end its own part.
-        torch.cuda.default_generators[device.index or 0].graphsafe_set_state(random)
+        default_generator(device).graphsafe_set_state(random)
 
 
 class Repeat:
