@@ -84,6 +84,7 @@ class Conditioned(RotatedQuantizer):
         edges, share, step = [0], 0.0, self.align if head_dim >= ALIGNED_FROM else 1
         for fraction, _ in self.widths:
             share += fraction
+            # Unaligned edges are rounded as ever: caches in files depend on it.
             edges.append(round(share * head_dim) if step == 1 else math.ceil(share * head_dim / step - 0.5) * step)
         edges[-1] = head_dim
         bits = (bits for _, bits in self.widths)
