@@ -40,12 +40,12 @@ from .memo import once
 
 WARM_UP = 16
 """Values, at least, that the search sees on each side of the point where it closes the circle."""
-PRICE = 500.0
+PRICE = 80.0
 """What an error of twice the median gap between levels costs in the search, in its whole numbers."""
-DEAREST = 1600
-"""The most that a value's subset may cost: 16 values, the spread of 4 more and OPEN then fit in 16 signed bits."""
-OPEN = 250
-"""What it costs the first search to end in another state than it began in. From 150 to 500 it saves 1 % of error."""
+DEAREST = 127
+"""The most that a value's subset may cost: less than another subset by at most what fits in 8 signed bits."""
+OPEN = 40
+"""What it costs the first search to end in another state than it began in. From 24 to 80 it saves 1 % of error."""
 CELLS = 256
 """Cells of a grid: from -CELLS / 2 units to CELLS / 2."""
 MAGIC = 12582912.0

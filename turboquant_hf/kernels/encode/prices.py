@@ -5,9 +5,9 @@
     e_s        L (L - 2 x)
     m_s        min(round((e_s - min e) * price), DEAREST)
 
-What `priced` returns, an int64 of four 16-bit fields, the highest first:
+What `priced` returns, an int32 of four bytes, the highest first:
 
-    | m_3 - m_0 | i | m_2 - m_0 | m_1 - m_0 |
+    | m_3 - m_0 | m_2 - m_0 | m_1 - m_0 | i |
 
 - The search only compares sums of prices, so m_0 may be subtracted from all four.
 - Two loads of tables that fit in a few lines of the cache, and no search.
@@ -46,7 +46,7 @@ def _level_near(bytes, subset: tl.constexpr):
 
 @triton.jit
 def priced(x, p_cells, p_near, GROUP: tl.constexpr):
-    """Prices of values x, and i: int64, as described at the top of this file."""
+    """Prices of values x, and i: int32, as described at the top of this file."""
     x = x * GROUP.per_grid
     place = tl.minimum(tl.where(x > -CELLS // 2, x, -CELLS // 2), CELLS // 2 - 1) - 0.5
     cell = (place + MAGIC).to(tl.int32, bitcast=True) - (0x4B400000 - CELLS // 2)
@@ -62,6 +62,5 @@ def priced(x, p_cells, p_near, GROUP: tl.constexpr):
         price = tl.minimum((errors[subset] - least) * GROUP.price + MAGIC, MAGIC + DEAREST)
         # A NaN costs nothing: all four become DEAREST on a GPU, 0 in the interpreter.
         prices = prices + (price.to(tl.int32, bitcast=True),)  # noqa: RUF005
-    low = ((prices[2] - prices[0]) << 16) | ((prices[1] - prices[0]) & 0xFFFF)
-    high = ((prices[3] - prices[0]) << 16) | lowest
-    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    away = ((prices[3] - prices[0]) << 24) | (((prices[2] - prices[0]) & 0xFF) << 16)
+    return away | (((prices[1] - prices[0]) & 0xFF) << 8) | lowest

@@ -11,7 +11,7 @@
 
 Memory of a program, in words as they are stored (`kernels.common.words.place_in_words`), neighbours side by side:
 
-    p_prices   int64   [32][words]   what `prices.priced` returns: the four m and i of a value
+    p_prices   int32   [32][words]   what `prices.priced` returns: the four m and i of a value
     p_points   float32 [32][words]   the values, and later the levels
 
 - A cost has the high 16 bits of a register (signed), the path to it the low 16. One minimum chooses both.
@@ -20,8 +20,7 @@ Memory of a program, in words as they are stored (`kernels.common.words.place_in
 - If both ways cost the same, the way without the mark is the smaller number. The reference chooses it, too.
 - m_0 is subtracted from all four prices of a value, which changes no choice. Subset 0 then costs nothing, and a quarter
   of the additions falls away.
-- After 16 values the least cost is subtracted from all. During 16 values, costs stay between -16 * `DEAREST` and
-  20 * `DEAREST`, which fits in 16 bits.
+- Costs stay between -32 * `DEAREST` and 41 * `DEAREST` in a search of 32 values, which fits in 16 bits.
 - A small group has fewer words than the program has threads. Several threads then search the same word and write the
   same results. A barrier before each overwriting makes sure that no thread still reads the old contents.
 """
@@ -66,7 +65,7 @@ def room_for_points(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: in
     if not any_in_words(groups):
         return x
     size = x.shape[0] * x.shape[1] * programs * x.shape[3] * padded_size(x.shape[4])
-    return torch.empty(3 * size, dtype=torch.float32, device=x.device)
+    return torch.empty(2 * size, dtype=torch.float32, device=x.device)
 
 
 @triton.constexpr_function
@@ -86,26 +85,34 @@ def values_at_once(count):
     return min(4 * WORDS_PER_PROGRAM, count & -count)
 
 
+@triton.constexpr_function
+def _raised_byte(subset):
+    """PTX: byte `subset` as a signed number times 2**16, and the low half of another register."""
+    return f"prmt.b32 $0, $1, $2, 0x{8 | subset:X}{subset}54;"
+
+
 @triton.jit
-def _low_half(x):
-    """x << 16. A plain shift would be merged into every addition, which then is not merged with the minimum."""
+def _raised(price, low, subset: tl.constexpr):
+    """What a subset costs, in the high half, and `low` in the low half.
+
+    Shifts would be merged into the additions, which then are not merged with the minimums.
+    """
     if INTERPRETED:
-        return x << 16
+        return ((price << (8 * (3 - subset))) >> 24 << 16) | low
     else:
         return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, 0, 0x1044;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+            _raised_byte(subset), "=r,r,r", [price, low], dtype=tl.int32, is_pure=True, pack=1
         )  # fmt: skip
 
 
 @triton.jit
 def _step(costs, price, mark, MARKED: tl.constexpr):
     """One value: the costs of the best ways to all states, with their paths. mark: 1 << number of the step."""
-    low = price.to(tl.int32)
-    high = (price >> 32).to(tl.int32)
-    zero = (mark * 0, _low_half(low), low & -0x10000, high & -0x10000)
+    none = mark * 0
+    zero = (none, _raised(price, none, 1), _raised(price, none, 2), _raised(price, none, 3))
     one = zero
     if MARKED:
-        one = (mark, zero[1] | mark, zero[2] | mark, zero[3] | mark)
+        one = (mark, _raised(price, mark, 1), _raised(price, mark, 2), _raised(price, mark, 3))
     new = ()
     for state in tl.static_range(STATES):
         a = costs[state // 2]
@@ -174,10 +181,9 @@ def _path(word, p_prices, COUNT: tl.constexpr):
     for state in tl.static_range(STATES):
         costs = costs + (tl.full(word.shape, state, tl.int32),)  # noqa: RUF005
     costs = _search(costs, p_first, COUNT, False)
-    least = _least(costs) & -0x10000
     ways = ()
     for state in tl.static_range(STATES):
-        ways = ways + (costs[state] - least + (state << 4),)  # noqa: RUF005
+        ways = ways + (costs[state] + (state << 4),)  # noqa: RUF005
     costs = _search(ways, p_second, COUNT, False)
     ways = ()
     for state in tl.static_range(STATES):
@@ -188,10 +194,9 @@ def _path(word, p_prices, COUNT: tl.constexpr):
     for state in tl.static_range(STATES):
         costs = costs + (tl.where(closing == state, 0, (5 * DEAREST) << 16),)  # noqa: RUF005
     early = _search(costs, p_second, COUNT, True)
-    least = _least(early) & -0x10000
     costs = ()
     for state in tl.static_range(STATES):
-        costs = costs + ((early[state] & -0x10000) - least,)  # noqa: RUF005
+        costs = costs + (early[state] & -0x10000,)  # noqa: RUF005
     late = _of_state(_search(costs, p_first, COUNT, True), closing)
     # The choices of a half are p_(first - 4) .. p_(first + 11).
     middle = _of_state(early, _reversed(late & 15))
@@ -219,7 +224,7 @@ def _finish(path, word, p_prices, p_points, p_levels, GROUP: tl.constexpr, COUNT
     plain = ()
     for _ in tl.static_range(BITS - 1):
         plain = plain + (tl.zeros(word.shape, tl.uint32),)  # noqa: RUF005
-    p_lowest = p_prices.to(tl.pointer_type(tl.uint16)) + (4 * word + 2)
+    p_lowest = p_prices.to(tl.pointer_type(tl.uint8)) + 4 * word
     p_level = p_points + word
     for _quad in range(8):
         numbers = ()
@@ -252,7 +257,7 @@ def write_words(
     """Code vectors `point` [tokens, channels] of one group, whose rows are the tokens t, and store its words.
 
     A NaN costs nothing, whatever its code (`priced`). Other values are below 2**15 units of the grid: points have norm
-    sqrt(size). SORTED: whether row r is token r. p_codes: the group's first byte; p_room: 12 bytes per value.
+    sqrt(size). SORTED: whether row r is token r. p_codes: the group's first byte; p_room: 8 bytes per value.
 
     Returns: the levels, 0 in channels that are not the group's.
     """
@@ -260,8 +265,8 @@ def write_words(
     COUNT: tl.constexpr = GROUP.size * T // 32
     TOKENS: tl.constexpr = point.shape[0]
     WHOLE: tl.constexpr = SORTED and TOKENS == T and GROUP.size == GROUP.block
-    p_prices = tl.multiple_of(p_room.to(tl.pointer_type(tl.int64)), 16)
-    p_points = tl.multiple_of(p_room + 2 * 32 * COUNT, 16)
+    p_prices = tl.multiple_of(p_room.to(tl.pointer_type(tl.int32)), 16)
+    p_points = tl.multiple_of(p_room + 32 * COUNT, 16)
     p_cells += GROUP.cells
     p_near += GROUP.table
     p_levels += GROUP.table
