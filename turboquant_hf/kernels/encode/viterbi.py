@@ -80,12 +80,6 @@ def words_at_once(count):
 
 
 @triton.constexpr_function
-def values_at_once(count):
-    """Values that are priced at a time: the largest power of two in their number, up to four per thread."""
-    return min(4 * WORDS_PER_PROGRAM, count & -count)
-
-
-@triton.constexpr_function
 def _raised_byte(subset):
     """PTX: byte `subset` as a signed number times 2**16, and the low half of another register."""
     return f"prmt.b32 $0, $1, $2, 0x{8 | subset:X}{subset}54;"
@@ -126,20 +120,35 @@ def _step(costs, price, mark, MARKED: tl.constexpr):
 
 
 @triton.jit
-def _search(costs, p_price, COUNT: tl.constexpr, MARKED: tl.constexpr):
-    """16 values, whose choices are marked in the paths if MARKED; their prices are loaded four values ahead."""
-    coming = ()
+def _four(p_first, COUNT: tl.constexpr):
+    """What is stored for four neighbouring values of words."""
+    loaded = ()
     for i in tl.static_range(4):
-        coming = coming + (tl.load(p_price + i * COUNT),)  # noqa: RUF005
+        loaded = loaded + (tl.load(p_first + i * COUNT),)  # noqa: RUF005
+    return loaded
+
+
+@triton.jit
+def _search(costs, p_price, p_point, p_cells, p_near, GROUP: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr):
+    """16 values. The first search prices them, and stores the prices. The second one marks choices in the paths.
+
+    What is stored is loaded four values ahead.
+    """
+    p_from = p_point if FIRST else p_price
+    coming = _four(p_from, COUNT)
     mark = tl.full((), 1, tl.int32)
     for quad in range(HALF // 4):
         prices = coming
-        p_next = p_price + tl.minimum(quad + 1, HALF // 4 - 1) * 4 * COUNT
-        coming = ()
+        coming = _four(p_from + tl.minimum(quad + 1, HALF // 4 - 1) * 4 * COUNT, COUNT)
+        if FIRST:
+            points = prices
+            prices = ()
+            for i in tl.static_range(4):
+                price = priced(points[i], p_cells, p_near, GROUP)
+                tl.store(p_price + (4 * quad + i) * COUNT, price)
+                prices = prices + (price,)  # noqa: RUF005
         for i in tl.static_range(4):
-            coming = coming + (tl.load(p_next + i * COUNT),)  # noqa: RUF005
-        for i in tl.static_range(4):
-            costs = _step(costs, prices[i], mark << i, MARKED)
+            costs = _step(costs, prices[i], mark << i, not FIRST)
         mark = mark << 4
     return costs
 
@@ -168,23 +177,25 @@ def _reversed(path):
 
 
 @triton.jit
-def _path(word, p_prices, COUNT: tl.constexpr):
+def _path(word, p_prices, p_points, p_cells, p_near, GROUP: tl.constexpr, COUNT: tl.constexpr):
     """The path bits of words, uint32, by two searches. The circle is closed between values 15 and 16.
 
     First search, values 0 to 31: any start and end. It gives the best state between values 15 and 16. It needs no
     paths. Bits 0..3 of a cost hold the state that the way began in instead, bits 4..7 its state between 15 and 16.
     Second search, values 16 to 31 and then 0 to 15: it starts and ends in that state, and gives the path.
     """
-    p_first = p_prices + word
-    p_second = p_first + HALF * COUNT
+    p_price = p_prices + word
+    p_point = p_points + word
     costs = ()
     for state in tl.static_range(STATES):
         costs = costs + (tl.full(word.shape, state, tl.int32),)  # noqa: RUF005
-    costs = _search(costs, p_first, COUNT, False)
+    costs = _search(costs, p_price, p_point, p_cells, p_near, GROUP, COUNT, True)
     ways = ()
     for state in tl.static_range(STATES):
         ways = ways + (costs[state] + (state << 4),)  # noqa: RUF005
-    costs = _search(ways, p_second, COUNT, False)
+    LATE: tl.constexpr = HALF * COUNT
+    costs = _search(ways, p_price + LATE, p_point + LATE, p_cells, p_near, GROUP, COUNT, True)
+    tl.debug_barrier()
     ways = ()
     for state in tl.static_range(STATES):
         ways = ways + (tl.where((costs[state] & 15) == state, costs[state], costs[state] + (OPEN << 16)),)  # noqa: RUF005
@@ -193,11 +204,12 @@ def _path(word, p_prices, COUNT: tl.constexpr):
     costs = ()
     for state in tl.static_range(STATES):
         costs = costs + (tl.where(closing == state, 0, (5 * DEAREST) << 16),)  # noqa: RUF005
-    early = _search(costs, p_second, COUNT, True)
+    early = _search(costs, p_price + LATE, p_point, p_cells, p_near, GROUP, COUNT, False)
     costs = ()
     for state in tl.static_range(STATES):
         costs = costs + (early[state] & -0x10000,)  # noqa: RUF005
-    late = _of_state(_search(costs, p_first, COUNT, True), closing)
+    costs = _search(costs, p_price, p_point, p_cells, p_near, GROUP, COUNT, False)
+    late = _of_state(costs, closing)
     # The choices of a half are p_(first - 4) .. p_(first + 11).
     middle = _of_state(early, _reversed(late & 15))
     return ((middle << 12) | (late >> 4) | (late << 28)).to(tl.uint32, bitcast=True)
@@ -226,12 +238,14 @@ def _finish(path, word, p_prices, p_points, p_levels, GROUP: tl.constexpr, COUNT
         plain = plain + (tl.zeros(word.shape, tl.uint32),)  # noqa: RUF005
     p_lowest = p_prices.to(tl.pointer_type(tl.uint8)) + 4 * word
     p_level = p_points + word
-    for _quad in range(8):
+    coming = _four(p_lowest, 4 * COUNT)
+    for quad in range(8):
         numbers = ()
         for i in tl.static_range(4):
-            lowest = tl.load(p_lowest + i * 4 * COUNT).to(tl.uint32)
+            lowest = coming[i].to(tl.uint32)
             subset = ((z1 >> i) & 1) << 1 | ((z0 >> i) & 1)
             numbers = numbers + (lowest + ((subset - lowest) & 3),)  # noqa: RUF005
+        coming = _four(p_lowest + tl.minimum(quad + 1, 7) * 16 * COUNT, 4 * COUNT)
         for i in tl.static_range(4):
             level = tl.load(p_levels + numbers[i].to(tl.int32))
             tl.store(p_level + i * COUNT, level)
@@ -244,7 +258,6 @@ def _finish(path, word, p_prices, p_points, p_levels, GROUP: tl.constexpr, COUNT
         plain = new
         z1 = z1 >> 4
         z0 = z0 >> 4
-        p_lowest += 16 * COUNT
         p_level += 4 * COUNT
     return plain
 
@@ -280,13 +293,9 @@ def write_words(
         o_point = index * COUNT + of_point
         tl.store(p_points + o_point, point, mask=m_point)
     tl.debug_barrier()
-    for low in range(0, 32 * COUNT, values_at_once(32 * COUNT)):
-        o_value = low + tl.arange(0, values_at_once(32 * COUNT))
-        tl.store(p_prices + o_value, priced(tl.load(p_points + o_value), p_cells, p_near, GROUP))
-    tl.debug_barrier()
     for low in range(0, COUNT, words_at_once(COUNT)):
         word = tl.minimum(low + tl.arange(0, words_at_once(COUNT)), COUNT - 1)
-        path = _path(word, p_prices, COUNT)
+        path = _path(word, p_prices, p_points, p_cells, p_near, GROUP, COUNT)
         plain = _finish(path, word, p_prices, p_points, p_levels, GROUP, COUNT)
         p_word = p_codes.to(tl.pointer_type(tl.uint32)) + word * BITS
         for p in tl.static_range(BITS - 1):
