@@ -45,13 +45,18 @@ def _level_near(bytes, subset: tl.constexpr):
 
 
 @triton.jit
-def priced(x, p_cells, p_near, GROUP: tl.constexpr):
-    """Prices of values x, and i: int32, as described at the top of this file."""
+def lowest_near(x, p_cells, GROUP: tl.constexpr):
+    """i of values x: int32."""
     x = x * GROUP.per_grid
     place = tl.minimum(tl.where(x > -CELLS // 2, x, -CELLS // 2), CELLS // 2 - 1) - 0.5
     cell = (place + MAGIC).to(tl.int32, bitcast=True) - (0x4B400000 - CELLS // 2)
-    lowest = tl.load(p_cells + cell).to(tl.int32)
-    near = tl.load(p_near + lowest)
+    return tl.load(p_cells + cell).to(tl.int32)
+
+
+@triton.jit
+def priced(x, lowest, near, GROUP: tl.constexpr):
+    """Prices of values x, and i: int32, as described at the top of this file. near: the table's number at i."""
+    x = x * GROUP.per_grid
     errors = ()
     for subset in tl.static_range(4):
         level = _level_near(near, subset)

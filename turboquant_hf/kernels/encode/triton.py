@@ -2,7 +2,7 @@
 
     mean    = mean over the tile's tokens                      (`common.means`)
     y       = A (balance * (x - mean))                         (`product`)
-    codes   = nearest levels of y / rms(y), group by group     (`rounding`; along a trellis `viterbi`)
+    codes   = nearest levels of y / rms(y), group by group     (`rounding`; along a trellis `in_words`)
     scale   = by the rule, from |y|, y and the levels
     bytes   = fields of the codes, added up                    (`packing`)
 
@@ -34,6 +34,7 @@ from turboquant_hf.kernels.common.tables import cell_table, level_table, pair_ta
 from turboquant_hf.kernels.encode import reference
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
 from turboquant_hf.kernels.encode.finite import bad_heads
+from turboquant_hf.kernels.encode.in_words import any_in_words, fits, room_for_points, write_words
 from turboquant_hf.kernels.encode.means import tile_mean
 from turboquant_hf.kernels.encode.packing import pack_plane, pack_regular
 from turboquant_hf.kernels.encode.product import (
@@ -49,7 +50,6 @@ from turboquant_hf.kernels.encode.product import (
     ranks,
 )
 from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
-from turboquant_hf.kernels.encode.viterbi import any_in_words, fits, room_for_points, write_words
 
 __all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
 
@@ -58,8 +58,7 @@ PROGRAMS = 256
 programs would be left."""
 WARPS = 8
 REGISTERS = 255
-"""With 255 registers per thread, one program fills an SM and hardly spills. With half as many, two programs share
-an SM, which takes twice the time on an H100."""
+"""One program then fills an SM. With 128, two share it, and spill: `k4v4` takes 2 % longer on an H200."""
 
 
 @triton.jit
@@ -76,13 +75,15 @@ def _write_group(
     square = tl.sum(y * y, axis=1)
     square = tl.where(square < float("inf"), square, float("nan"))
     norm = tl.sqrt_rn(square)
-    point = y * tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), tl.maximum(norm / GROUP.root, 1e-30))[:, None]
+    length = tl.maximum(norm / GROUP.root, 1e-30)
+    point = y * tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), length)[:, None]
     if GROUP.in_words:
         # A NaN costs nothing in the search, so a token without weight leaves the other values of its word free.
         point = tl.where(idle[:, None], float("nan"), point)
-        level = write_words(
+        point, level = write_words(
             point, t, p_points, p_codes + GROUP.offset, p_cells, p_pairs, p_levels, GROUP, T, CHANNEL_MAJOR, not FOLDED
         )  # fmt: skip
+        y = point * length[:, None]
     else:
         codes, level = rounded(point, p_thresholds, p_levels, p_pairs, GROUP)
     if BLOCK_C != GROUP.size:
@@ -132,8 +133,7 @@ def _encode_kernel(
     p_x, p_weight, p_mean, p_codes, p_scale    x, w, m, c, s in the names of strides: input, weight, mean, codes, scales
     p_matrix, p_units                          a, u: the rotation in PARTS parts, and one factor per group's scale
     p_thresholds, p_levels, p_pairs, p_cells   tables of the codebooks (`common.tables`)
-    p_points                                   memory of `viterbi`
-
+    p_points                                   memory of `in_words`
     Strides end in _b (sequence), _h (head), _n (tile) or _t (token). A tensor that is missing is passed as x and is not
     read: WEIGHT, ORDER, BALANCE and GAIN say which are there, and MEAN is "none", "given" or "taken" (and stored).
     """
@@ -168,7 +168,7 @@ def _encode_kernel(
     p_mean += head_offset(b, h, m_b, m_h, D)
     p_codes += head_offset(b, h, c_b, c_h, SPEC.nbytes)
     p_scale += head_offset(b, h, s_b, s_h, T)
-    p_points += (head * tl.num_programs(1) + tl.program_id(1)) * 2 * T * BLOCK_D  # of use to groups in words alone
+    p_points += (head * tl.num_programs(1) + tl.program_id(1)) * 3 * T * BLOCK_D  # of use to groups in words alone
     for n in range(first, last):
         tile = tl.full((), 0, tl.int64) + n
         p_rows = p_x + row_offset(tile, x_n, D) + row_offset(t, x_t, D)[:, None]
