@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.encode.prices import lowest_near, priced
+from turboquant_hf.kernels.encode.prices import levels_near, lowest_near, priced
 from turboquant_hf.kernels.encode.rounding import INTERPRETED
 from turboquant_hf.primitives import trellis
 
@@ -40,42 +40,49 @@ def _subset_of(register):
     return 2 * ((register & 0o23).bit_count() & 1) + ((register & 0o04).bit_count() & 1)
 
 
-@triton.constexpr_function
-def _raised_byte(subset):
-    """PTX: byte `subset` as a signed number times 2**16, and the low half of another register."""
-    return f"prmt.b32 $0, $1, $2, 0x{8 | subset:X}{subset}54;"
+def _step_text(marked: bool) -> str:
+    """`_step` in PTX: $0 to $15 are the new costs, $16 to $31 the old ones, $32 the prices, $33 the mark.
 
-
-@triton.jit
-def _raised(price, low, subset: tl.constexpr):
-    """What a subset costs, in the high half, and `low` in the low half.
-
-    Shifts would be merged into the additions, which then are not merged with the minimums.
+    Triton needs seconds to lay out a step's additions one by one, and merges shifts into them, which then are not
+    merged with the minimums. A permutation moves a price of 8 bits, and its sign, to the high half.
     """
-    if INTERPRETED:
-        return ((price << (8 * (3 - subset))) >> 24 << 16) | low
-    else:
-        return tl.inline_asm_elementwise(
-            _raised_byte(subset), "=r,r,r", [price, low], dtype=tl.int32, is_pure=True, pack=1
-        )  # fmt: skip
+    lines = [".reg .b32 a, b, none, zero<4>, one<4>;", "mov.b32 none, 0;"]
+    for subset in (1, 2, 3):
+        place = f"0x{8 | subset:X}{subset}54"
+        lines.append(f"prmt.b32 zero{subset}, $32, none, {place};")
+        if marked:
+            lines.append(f"prmt.b32 one{subset}, $32, $33, {place};")
+    for state in range(16):
+        ways = [f"${16 + state // 2}", f"${24 + state // 2}"]
+        for way, (register, name) in enumerate(((state, "zero"), (16 + state, "one" if marked else "zero"))):
+            subset = 2 * ((register & 0o23).bit_count() & 1) + ((register & 0o04).bit_count() & 1)
+            price = f"{name}{subset}" if subset else "$33" if marked and way else ""
+            if price:
+                lines.append(f"add.s32 {'ab'[way]}, {ways[way]}, {price};")
+                ways[way] = "ab"[way]
+        lines.append(f"min.s32 ${state}, {ways[0]}, {ways[1]};")
+    return "{" + " ".join(lines) + "}"
+
+
+_COSTS = tl.constexpr((tl.int32,) * 16)
+_OPERANDS = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 18))
+_MARKED, _UNMARKED = tl.constexpr(_step_text(True)), tl.constexpr(_step_text(False))
 
 
 @triton.jit
 def _step(costs, price, mark, MARKED: tl.constexpr):
     """One value: the costs of the best ways to all states, with their paths. mark: 1 << number of the step."""
-    none = mark * 0
-    zero = (none, _raised(price, none, 1), _raised(price, none, 2), _raised(price, none, 3))
-    one = zero
-    if MARKED:
-        one = (mark, _raised(price, mark, 1), _raised(price, mark, 2), _raised(price, mark, 3))
+    if not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            _MARKED if MARKED else _UNMARKED, _OPERANDS, costs + (price, mark), dtype=_COSTS, is_pure=True, pack=1
+        )  # fmt: skip
+    zero = (0, price << 16 >> 24 << 16, price << 8 >> 24 << 16, price >> 24 << 16)
     new = ()
     for state in tl.static_range(STATES):
-        a = costs[state // 2]
-        b = costs[STATES // 2 + state // 2]
-        if _subset_of(state) != 0:
-            a += zero[_subset_of(state)]
-        if MARKED or _subset_of(STATES + state) != 0:
-            b += one[_subset_of(STATES + state)]
+        a = costs[state // 2] + zero[_subset_of(state)]
+        b = costs[STATES // 2 + state // 2] + zero[_subset_of(STATES + state)]
+        if MARKED:
+            b += mark
         new = new + (tl.minimum(a, b),)  # noqa: RUF005
     return new
 
@@ -120,7 +127,7 @@ def _first_search(costs, p_price, p_point, p_cells, p_near, GROUP: tl.constexpr,
     for quad in range(HALF // 4):
         near = ()
         for i in tl.static_range(4):
-            near = near + (tl.load(p_near + lowest[i]),)  # noqa: RUF005
+            near = near + (levels_near(lowest[i], p_near),)  # noqa: RUF005
         later = _four_lowest(coming, p_cells, GROUP)
         last = four(p_point + tl.minimum(quad + 2, HALF // 4 - 1) * 4 * COUNT, COUNT)
         prices = ()
