@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -179,3 +180,11 @@ def test_dispatch_gives_a_cpu_this_version(monkeypatch):
         monkeypatch.setenv(dispatch.VARIABLE, name)
         attend(dispatch.decode_attention, attention_inputs(), scaling=0.125)
     assert len(calls) == 2
+
+
+def test_a_code_of_64_states_is_left_to_the_reference():
+    groups = groups_of((64, 3), make=partial(trellis_code, states=64))
+    arguments = attention_inputs(keys=groups, values=groups, tile=64, tiles=2)
+    expected = attend(reference.decode_attention, arguments, scaling=0.125)
+    assert torch.equal(attend(dispatch.decode_attention, arguments, scaling=0.125), expected)
+    assert not cpu.serves(arguments[1])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from turboquant_hf.primitives import Trellis, distortion, lloyd_max, pack, packed_size, trellis, trellis_code, unpack
 from turboquant_hf.primitives.addends import addends, nearest_sums
 from turboquant_hf.primitives.training import _means, sphere_words, train
-from turboquant_hf.primitives.trellis import _TRAINED
+from turboquant_hf.primitives.trellis_codes import TRAINED
 
 BITS = (1, 2, 3, 4, 5)
 # Squared error on Gaussian values: 16 states, tail-biting words of 32.
@@ -51,7 +51,7 @@ def test_error_on_the_sphere_is_below_lloyd_maxs_own(bits, dim):
     )
 
 
-@pytest.mark.parametrize(("bits", "dim"), sorted(_TRAINED), ids=str)
+@pytest.mark.parametrize(("bits", "dim"), sorted(TRAINED), ids=str)
 def test_shipped_levels_are_the_means_of_what_they_stand_for(bits, dim):
     """Lloyd's condition, but for the grid, which is coarse for 64 levels: moving levels to their means gains little.
 
@@ -219,14 +219,17 @@ def test_words_are_searched_one_by_one():
     assert torch.equal(trellis_code(2).encode(strided), codes)
 
 
-def test_larger_codes_and_words_are_parameters():
-    """64 states in words of 64 have even less error."""
-    large = Trellis(trellis_code(2).levels, "64 states", h0=0o103, h1=0o024, word=64)
-    x = sphere_words(None, 4000, seed=3, word=64)
-    assert large.memory == 6
-    assert error(large, x) < 0.98 * error(trellis_code(2), x.view(-1, 32))
+@pytest.mark.parametrize(("bits", "design"), [(1, 0.2918), (2, 0.0827), (3, 0.0230), (4, 0.0066)])
+def test_64_states_have_even_less_error(bits, design):
+    large, x = trellis_code(bits, states=64), sphere_words(None, 4000, seed=3, word=64)
+    assert (large.memory, large.for_kernels) == (6, False)
+    found = error(large, x)
+    assert found <= 1.02 * design and found < 0.98 * error(trellis_code(bits), x.view(-1, 32))
     codes = large.encode(x[:1])
-    assert large.numbers(codes)[0].tolist() == slow_numbers(codes[0].tolist(), 2, 0o103, 0o024)
+    assert large.numbers(codes)[0].tolist() == slow_numbers(codes[0].tolist(), bits, 0o103, 0o024)
+    # Words may also be given in pieces, as they are packed.
+    assert torch.equal(large.encode(x.view(-1, 2, 32)), large.encode(x).view(-1, 2, 32))
+    assert torch.equal(large.decode(codes.view(2, 32)), large.decode(codes).view(2, 32))
 
 
 LEVELS = (-1.0, -0.5, 0.5, 1.0)
@@ -238,6 +241,7 @@ LEVELS = (-1.0, -0.5, 0.5, 1.0)
         pytest.param(lambda: trellis_code(0), "bits=0", id="0-bits"),
         pytest.param(lambda: trellis_code(6), "bits=6: must be from 1 to 5", id="6-bits"),
         pytest.param(lambda: trellis_code(2, 15), "dim=15", id="dim-15"),
+        pytest.param(lambda: trellis_code(2, states=8), "states=8: must be 16 or 64", id="8-states"),
         pytest.param(lambda: Trellis(LEVELS[:2], "c"), "levels has 2 entries", id="two-levels"),
         pytest.param(lambda: Trellis(LEVELS[::-1], "c"), "must be increasing", id="unsorted"),
         pytest.param(lambda: Trellis(LEVELS, "c", h0=2, h1=4), "h0=0o2, h1=0o4", id="short-memory"),

@@ -223,10 +223,10 @@ ROTATED = [case for case in CASES if issubclass(QUANTIZERS[case[0]], RotatedQuan
 @pytest.mark.parametrize("case", ROTATED, ids=id_of)
 def test_both_orders_of_codes_decode_alike(case):
     quantizer = make(*case)
-    x, weight = tiles_of(64, count=24) if quantizer.codebook == "trellis" else tiles_of(80)
+    x, weight = tiles_of(64, count=24) if quantizer.codebook.startswith("trellis") else tiles_of(80)
     state = fit(quantizer, x, weight)
     rows, columns = (round_trip(replace(quantizer, channel_major=major), x, state, weight) for major in (False, True))
-    if quantizer.codebook == "trellis":  # other values make a word: the codes differ, not how good they are
+    if quantizer.codebook.startswith("trellis"):  # other values make a word: the codes differ, not how good they are
         errors = [(decoded - x)[:, :, 1:].square().mean() for decoded in (rows, columns)]
         torch.testing.assert_close(*errors, rtol=0.03, atol=0)
     else:

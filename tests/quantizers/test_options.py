@@ -50,7 +50,7 @@ def test_bits_per_channel_counts_every_overhead(name, options, head_dim, bits):
         ("mse", "bits", True, "1 to 8"),
         ("mse", "bits", "4", "1 to 8"),
         ("mse", "block", 1, "2 channels"),
-        ("mse", "codebook", "nf4", "lloyd-max, grid, polynomial, uniform, trellis"),
+        ("mse", "codebook", "nf4", "lloyd-max, grid, polynomial, uniform, trellis, trellis-64"),
         ("mse", "rotation", "dct", "hadamard"),
         ("mse", "rounds", 0, "from 1"),
         ("mse", "scale", "max", "unbiased"),

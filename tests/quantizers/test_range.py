@@ -80,7 +80,7 @@ def test_later_numbers_that_do_not_fit_become_nan(case):
     x, weight = tiles_of(DIM)
     decoded = round_trip(quantizer, 1e12 * x, fit(quantizer, x, weight), weight)
     bad = decoded.isnan().any(dim=-1)
-    if getattr(quantizer, "codebook", None) == "trellis":  # a token without weight has the scale 0 in words
+    if getattr(quantizer, "codebook", "").startswith("trellis"):  # a token without weight has the scale 0 in words
         bad = bad[weight[:, None].bool().expand_as(bad)]
     assert bad.all()
 

@@ -26,6 +26,7 @@ CASES = [
     ("mse", {"bits": 1, "scale": "unbiased", "rotation": "qr", "per_head": True}),
     ("mse", {"bits": 4, "codebook": "trellis", "scale": "norm-corrected", "channel_major": True}),
     ("mse", {"bits": 3, "codebook": "trellis", "scale_format": "e4m4", "block": 32}),
+    ("mse", {"bits": 2, "codebook": "trellis-64", "channel_major": True}),
     ("mse", {"bits": 5, "block": 32, "rounds": 2, "rotation": "qr", "seed": 7}),
     ("outlier", {}),
     ("outlier", {"bits": 3, "outlier_bits": 4, "scale": "norm-corrected", "channel_major": True}),

@@ -93,7 +93,8 @@ def decode_attention(
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
     if chosen == "torch":
-        module = decode_cpu if query.device.type == "cpu" else decode_reference
+        fast = query.device.type == "cpu" and decode_cpu.serves(history)
+        module = decode_cpu if fast else decode_reference
         return module.decode_attention(query, history, scoring, mask=mask)
     module = import_module("turboquant_hf.kernels.decode.triton")
     with on_device(query.device):

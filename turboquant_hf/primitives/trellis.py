@@ -97,6 +97,11 @@ class Trellis:
         return self.h0.bit_length() - 1
 
     @property
+    def for_kernels(self) -> bool:
+        """Whether fast kernels are written for this code."""
+        return (self.h0, self.h1, self.word) == (0o23, 0o04, 32)
+
+    @property
     def grid(self) -> float:
         """The unit of the search: levels are odd multiples of it, or simply at most 127 times as large."""
         return self.unit / 2 if self.unit else max(map(abs, self.levels)) / 127
@@ -140,9 +145,9 @@ class Trellis:
         of the other values are then chosen as if that value were not there.
 
         Args:
-            x: [..., word], any float dtype; errors are float32.
+            x: whole words, one after the other, of any shape and float dtype; errors are float32.
 
-        Returns: uint8 [..., word].
+        Returns: uint8, of the shape of x.
         """
         words = x.float().reshape(-1, self.word).t()  # [word, words]: one step of the search works on one row
         count = WORDS_AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
@@ -150,14 +155,14 @@ class Trellis:
         return torch.cat(codes, dim=1).t().reshape(x.shape)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Levels of the codes: `dtype`, of the shape of codes [..., word] (integers below 2**bits)."""
+        """Levels of the codes: `dtype`, of the shape of codes (integers below 2**bits, as `encode` returns them)."""
         return self.tensor(codes.device, dtype)[self.numbers(codes).int()]
 
     def numbers(self, codes: Tensor) -> Tensor:
-        """The number of the level that each code stands for, uint8 [..., word]: the plain bits, z1, z0."""
-        path = codes >> (self.bits - 1)
+        """The number of the level that each code stands for, uint8: the plain bits, z1, z0."""
+        path = codes.reshape(-1, self.word) >> (self.bits - 1)
         plain = codes & (2 ** (self.bits - 1) - 1)
-        return plain << 2 | self._subsets(path, dim=-1)
+        return plain << 2 | self._subsets(path, dim=-1).view(codes.shape)
 
     def _subsets(self, path: Tensor, dim: int) -> Tensor:
         """2 z1 + z0, from path bits that wrap around along `dim`."""
@@ -241,55 +246,3 @@ def _branch_subsets(h0: int, h1: int, device: torch.device) -> Tensor:
     registers = range(2 ** h0.bit_length())
     subsets = [2 * ((r & h0).bit_count() & 1) + ((r & h1).bit_count() & 1) for r in registers]
     return torch.tensor(subsets, device=device)
-
-
-# (bits, dim) -> the unit and the steps above zero of the levels that `training.train` made; dim 0: the Gaussian limit.
-_TRAINED: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
-    (1, 0): (0.0217164122, (13, 55)),
-    (1, 16): (0.0199702121, (16, 59)),
-    (1, 32): (0.0251995735, (12, 47)),
-    (1, 64): (0.0195403844, (15, 61)),
-    (2, 0): (0.0393606313, (4, 14, 26, 47)),
-    (2, 16): (0.0318404585, (5, 18, 32, 55)),
-    (2, 32): (0.0328479968, (5, 17, 31, 55)),
-    (2, 64): (0.0344650634, (5, 16, 30, 53)),
-    (3, 0): (0.0418580770, (2, 7, 12, 17, 23, 31, 42, 59)),
-    (3, 16): (0.0435200110, (2, 6, 11, 16, 22, 29, 38, 51)),
-    (3, 32): (0.0382592529, (2, 7, 13, 18, 25, 33, 44, 61)),
-    (3, 64): (0.0391702503, (2, 7, 12, 18, 25, 33, 44, 61)),
-    (4, 0): (0.0501293943, (0, 3, 5, 8, 9, 12, 14, 17, 20, 23, 25, 28, 33, 41, 50, 58)),
-    (4, 16): (0.0420973201, (0, 3, 6, 9, 11, 14, 17, 20, 23, 26, 29, 32, 37, 45, 53, 61)),
-    (4, 32): (0.0490552777, (0, 3, 5, 8, 9, 12, 14, 17, 20, 23, 25, 28, 33, 40, 48, 55)),
-    (4, 64): (0.0493779063, (0, 3, 5, 8, 9, 12, 14, 17, 20, 23, 25, 28, 33, 41, 49, 57)),
-    (5, 0): (0.0688663051, (*range(18), 19, 20, 21, 23, 24, 26, 28, 30, 32, 35, 38, 42, 47, 55)),
-    (5, 16): (0.0488166660, (0, 2, 3, 4, 5, 7, 8, 10, 11, 12, 14, 15, 17, 18, 20, 21, 23, 25, 26, 28, 30, 32,
-                           34, 36, 39, 41, 44, 47, 50, 53, 57, 63)),
-    (5, 32): (0.0689236149, (*range(18), 19, 20, 21, 23, 24, 26, 28, 30, 32, 34, 37, 40, 44, 49)),
-    (5, 64): (0.0685770884, (*range(18), 19, 20, 21, 23, 24, 26, 28, 30, 32, 35, 38, 41, 45, 51)),
-}  # fmt: skip
-
-
-@once(maxsize=512)
-def trellis_code(bits: int, dim: int | None = None) -> Trellis:
-    """The code of 16 states in words of 32 for a coordinate of a random point of the sphere, scaled to variance 1.
-
-    Levels are on the grid of `codebook.grid`, so that kernels hold them as bytes. This file has them as numbers,
-    because a cache that was saved on another machine must decode to the same tensors.
-
-    Args:
-        bits: 1..5.
-        dim: the number of channels that are rotated together, or None for the Gaussian limit. Levels were trained for
-            16, 32 and 64 channels and for the limit. Groups of up to 128 channels use the levels of the next smaller
-            size, which adds at most .6 % of error. Larger groups use those of the limit. Levels of 4 bits are sums of
-            two (`primitives.addends`), which adds 4 to 6 % of error.
-
-    Raises: ValueError for other widths, or a dim below 16, whose coordinates are too far from Gaussian.
-    """
-    if not 1 <= bits <= 5:
-        raise ValueError(f"bits={bits}: must be from 1 to 5")
-    if dim is not None and dim < 16:
-        raise ValueError(f"dim={dim}: must be at least 16")
-    size = 0 if dim is None or dim > 128 else max(size for size in (16, 32, 64) if size <= dim)
-    unit, steps = _TRAINED[bits, size]
-    levels = [(step + 0.5) * unit for step in steps]
-    return Trellis((*(-level for level in reversed(levels)), *levels), f"trellis_code(bits={bits}, dim={dim})", unit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,6 @@ from turboquant_hf.kernels.dispatch import bad_heads, decode_tiles, encode_tiles
 from turboquant_hf.kernels.encode.reference import saturated_heads
 from turboquant_hf.kernels.statistics import power_of_two, typical_scale
 from turboquant_hf.primitives import (
-    WORD,
     grid,
     head_rotations,
     lloyd_max,
@@ -38,8 +37,11 @@ from turboquant_hf.primitives.memo import once
 from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
 
 CODEBOOKS = {
-    "lloyd-max": lloyd_max, "grid": grid, "polynomial": polynomial, "uniform": uniform, "trellis": trellis_code
+    "lloyd-max": lloyd_max, "grid": grid, "polynomial": polynomial, "uniform": uniform, "trellis": trellis_code,
+    "trellis-64": partial(trellis_code, states=64),
 }  # fmt: skip
+TRELLISES = {"trellis": 32, "trellis-64": 64}
+"""Codebooks in words -> values per word. A tile must have a multiple of so many tokens."""
 ROTATIONS = ("auto", "hadamard", "qr", "identity")
 WIDENINGS = 32
 """How many times the gain of a head may be doubled in one encode."""
@@ -55,8 +57,9 @@ class RotatedQuantizer(Quantizer):
         codebook: "lloyd-max" for the exact sphere density in the rotated dimension, "grid" or "polynomial" (nearly as
             good, and made for kernels), "uniform", or "trellis": 13 to 30 % less error, in words of 32 values. Groups
             that words do not serve have the "grid" instead: more than 4 bits, fewer than 16 channels, tiles that are no
-            multiple of 32 tokens, or, where the words do not run along tokens (`channel_major`), a number of channels
-            that is no multiple of 16.
+            multiple of 32 tokens (64 with 64 states), or, where the words do not run along tokens (`channel_major`), a
+            number of channels that is no multiple of 16. "trellis-64" has 64 states instead of 16, to compare: only
+            plain torch reads it (on a CPU, or with TURBOQUANT_BACKEND=torch).
         rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
         rounds: how many sign-and-Hadamard rounds.
         seed: of the rotation; the same for all layers, so that they share one matrix.
@@ -95,9 +98,9 @@ class RotatedQuantizer(Quantizer):
     def group_sizes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         """(channels, bits) of every group; the channels add up to `head_dim`."""
 
-    def groups(self, head_dim: int, tile: int = WORD) -> tuple[CodeGroup, ...]:
+    def groups(self, head_dim: int, tile: int = 64) -> tuple[CodeGroup, ...]:
         """The coded groups of a head of `head_dim` channels, in tiles of `tile` tokens."""
-        codebook = "grid" if self.codebook == "trellis" and tile % WORD else self.codebook
+        codebook = "grid" if tile % TRELLISES.get(self.codebook, 1) else self.codebook
         return _code_groups(self.group_sizes(head_dim), codebook, self.channel_major)
 
     def validate(self, head_dim: int, tile: int) -> None:
@@ -228,7 +231,7 @@ class RotatedQuantizer(Quantizer):
 def _code_groups(sizes: tuple[tuple[int, int], ...], codebook: str, channel_major: bool) -> tuple[CodeGroup, ...]:
     groups = []
     for size, bits in sizes:
-        served = codebook != "trellis" or (bits <= 4 and size >= 16 and fills_words(size, channel_major))
+        served = codebook not in TRELLISES or (bits <= 4 and size >= 16 and fills_words(size, channel_major))
         groups.append(CodeGroup(size, CODEBOOKS[codebook if served else "grid"](bits, size)))
     return tuple(groups)
 

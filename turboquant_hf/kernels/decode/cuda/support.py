@@ -78,7 +78,7 @@ def row_fits(size: int, group: CodeGroup) -> bool:
     steps = group.codebook.steps
     fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
     if group.in_words:
-        return fits and (len(steps) != LEVELS or addends(steps) is not None)
+        return fits and group.codebook.for_kernels and (len(steps) != LEVELS or addends(steps) is not None)
     return fits and size * main_width(group.bits) % 32 == 0
 
 
