@@ -55,7 +55,7 @@ def _step_text(marked: bool) -> str:
     for state in range(16):
         ways = [f"${16 + state // 2}", f"${24 + state // 2}"]
         for way, (register, name) in enumerate(((state, "zero"), (16 + state, "one" if marked else "zero"))):
-            subset = 2 * ((register & 0o23).bit_count() & 1) + ((register & 0o04).bit_count() & 1)
+            subset = _subset_of(register)
             price = f"{name}{subset}" if subset else "$33" if marked and way else ""
             if price:
                 lines.append(f"add.s32 {'ab'[way]}, {ways[way]}, {price};")
