@@ -14,7 +14,10 @@ def word_planes(codebook: Trellis) -> tuple[tuple[int, int, int], ...]:
     Raises: ValueError for another trellis than the one that kernels are written for.
     """
     if not codebook.for_kernels:
-        raise ValueError(f"{codebook.name}: h0={codebook.h0:#o}, h1={codebook.h1:#o}, word={codebook.word}: unknown")
+        raise ValueError(
+            f"{codebook.name}: h0={codebook.h0:#o}, h1={codebook.h1:#o}, word={codebook.word} is not supported; "
+            "allowed: 0o23, 0o04, 32, and others with TURBOQUANT_BACKEND=torch"
+        )
     plain = planes(codebook.bits - 1) if codebook.bits > 1 else ()
     return tuple((width, shift, index) for width, shift in plain for index in range(width))
 
