@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 
 import pytest
 import torch
 
-from tests.support.cases import attend, attention_inputs
+from tests.support.cases import attend, attention_inputs, groups_of
 from turboquant_hf.kernels import dispatch
+from turboquant_hf.kernels.codes import TileCoding
 from turboquant_hf.kernels.decode import cpu, cuda, reference
+from turboquant_hf.kernels.encode import reference as encode_reference
+from turboquant_hf.primitives import trellis_code
 
 from .conftest import INTERPRETED
 
@@ -49,6 +53,21 @@ def test_an_unavailable_backend_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         dispatch.backend("cpu")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_code_of_64_states_is_left_to_the_reference(backend, monkeypatch):
+    monkeypatch.setattr(dispatch, "backend", lambda device=None: backend)
+    groups = groups_of((64, 3), make=partial(trellis_code, states=64))
+    coding, x = TileCoding(torch.eye(64), groups, center=True), torch.randn(1, 2, 3, 64, 64)
+    packed, expected = dispatch.encode_tiles(x, coding), encode_reference.encode_tiles(x, coding)
+    assert all(torch.equal(packed[name], expected[name]) for name in expected)
+    decoded = dispatch.decode_tiles(packed, torch.eye(64), coding)
+    assert torch.equal(decoded, encode_reference.decode_tiles(packed, torch.eye(64), coding))
+    assert (decoded - x).square().mean() < 0.025
+    arguments = attention_inputs(keys=groups, values=groups, tile=64, tiles=2)
+    wanted = attend(reference.decode_attention, arguments)
+    assert torch.equal(attend(dispatch.decode_attention, arguments), wanted)
 
 
 FAST = [name for name in dispatch.__all__ if hasattr(getattr(dispatch, name), "fast")]

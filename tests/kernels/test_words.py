@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.support.accuracy import check
 from tests.support.cases import attention_inputs, groups_of
 from turboquant_hf.kernels.codes import TileCoding, from_words, group_places, load_scale, tile_bytes, to_words
 from turboquant_hf.kernels.encode import reference
-from turboquant_hf.primitives import Trellis, grid, rotation_matrix, trellis_code, unpack_words
+from turboquant_hf.primitives import grid, rotation_matrix, trellis_code, unpack_words
 
 from .conftest import INTERPRETED
 
@@ -195,9 +197,10 @@ def test_kernels_are_written_for_one_trellis():
     pytest.importorskip("triton")
     from turboquant_hf.kernels.common.words import word_planes
 
-    assert word_planes(trellis_code(4)) == ((2, 0, 0), (2, 0, 1), (1, 2, 0))
-    with pytest.raises(ValueError, match="h0=0o103"):
-        word_planes(Trellis(trellis_code(2).levels, "64 states", h0=0o103, h1=0o024, word=64))
+    assert word_planes(4) == ((2, 0, 0), (2, 0, 1), (1, 2, 0))
+    (other,) = groups_of((16, 2), make=partial(trellis_code, states=64))
+    assert not other.for_kernels
+    assert all(group.for_kernels for group in (*mixed(), *groups_of((16, 2), make=trellis_code)))
 
 
 def test_a_nan_stays_with_its_token():

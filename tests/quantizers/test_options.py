@@ -109,7 +109,7 @@ def test_a_trellis_needs_tiles_of_whole_words(channel_major):
     for name in expected:
         assert torch.equal(packed[name], expected[name])
     assert torch.equal(quantizer.decode(packed, {}, 64, torch.float32), scalar.decode(expected, {}, 64, torch.float32))
-    assert quantizer.packed_side(packed, {}, 64).groups == scalar.groups(64) != quantizer.groups(64, 32)
+    assert quantizer.packed_side(packed, {}, 64).groups == scalar.groups(64, 24) != quantizer.groups(64, 32)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_trellis_needs_tiles_of_whole_words(channel_major):
     ],
 )  # fmt: skip
 def test_groups_that_words_cannot_hold_use_the_grid(head_dim, bits, channel_major, in_words):
-    (group,) = QUANTIZERS["mse"](bits=bits, codebook="trellis", channel_major=channel_major).groups(head_dim)
+    (group,) = QUANTIZERS["mse"](bits=bits, codebook="trellis", channel_major=channel_major).groups(head_dim, 32)
     assert group.in_words == in_words
     assert in_words or group.codebook == grid(bits, head_dim)
 

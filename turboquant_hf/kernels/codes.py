@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turboquant_hf.primitives import WORD, Codebook, Trellis, packed_size
+from turboquant_hf.primitives import SIXTEEN_STATES, WORD, Codebook, Trellis, packed_size
 
 SCALE_RULES = ("norm", "norm-corrected", "mse", "unbiased")
 SCALE_FORMATS = {"fp16": (0, 1.0), "e4m4": (6, 64.0), "e3m5": (5, 2.0**11)}
@@ -31,6 +31,12 @@ class CodeGroup:
     def in_words(self) -> bool:
         """Whether the codes follow a trellis, and are packed in words of 32."""
         return isinstance(self.codebook, Trellis)
+
+    @property
+    def for_kernels(self) -> bool:
+        """Whether fast kernels can read the group. Of trellises, they know the one of 16 states."""
+        book = self.codebook
+        return not isinstance(book, Trellis) or (book.h0, book.h1, book.word) == SIXTEEN_STATES
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ A function of this file is made from its reference and has the same signature.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
@@ -23,6 +23,7 @@ from turboquant_hf.kernels.backends import (
     on_device,
     unavailable,
 )
+from turboquant_hf.kernels.codes import CodeGroup, TileCoding
 from turboquant_hf.kernels.decode import cpu as decode_cpu
 from turboquant_hf.kernels.decode import reference as decode_reference
 from turboquant_hf.kernels.decode.inputs import History, Scoring
@@ -42,19 +43,26 @@ def _by_backend(
     """A function that calls `reference`, or its Triton version in `module`, as the device of the call asks.
 
     The device is that of `tensor(first argument)`. The function's attribute `fast` is the full name of the module. The
-    CUDA C++ backend has only decode attention and leaves these functions to Triton.
+    CUDA C++ backend has only decode attention and leaves these functions to Triton. Groups that Triton does not know
+    (`CodeGroup.for_kernels`) are left to `reference`.
     """
     name, fast = reference.__name__, f"turboquant_hf.kernels.{module}"
 
     @wraps(reference)
     def call(first: Any, *arguments: Any, **options: Any) -> Any:
         device = tensor(first).device
-        function = reference if backend(device) == "torch" else getattr(import_module(fast), name)
+        groups = [group for x in arguments if isinstance(x, TileCoding) for group in x.groups]
+        plain = backend(device) == "torch" or not _known(groups)
+        function = reference if plain else getattr(import_module(fast), name)
         with on_device(device):
             return function(first, *arguments, **options)
 
     call.fast = fast
     return call
+
+
+def _known(groups: Iterable[CodeGroup]) -> bool:
+    return all(group.for_kernels for group in groups)
 
 
 append_tokens = _by_backend(append_reference.append_tokens, "append.triton")
@@ -92,9 +100,9 @@ def decode_attention(
                 return module.decode_attention(query, history, scoring, mask=mask, workspace=workspace)
         if chosen == "cuda":
             raise RuntimeError(f"{VARIABLE}=cuda does not support this call: {reason}")
-    if chosen == "torch":
-        fast = query.device.type == "cpu" and decode_cpu.serves(history)
-        module = decode_cpu if fast else decode_reference
+    known = _known((*history.keys.groups, *history.values.groups))
+    if chosen == "torch" or not known:
+        module = decode_cpu if query.device.type == "cpu" and known else decode_reference
         return module.decode_attention(query, history, scoring, mask=mask)
     module = import_module("turboquant_hf.kernels.decode.triton")
     with on_device(query.device):

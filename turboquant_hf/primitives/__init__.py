@@ -7,10 +7,11 @@ from .moments import rounding_error, rounding_map, shrunk
 from .packing import WORD, pack, pack_words, packed_size, planes, unpack, unpack_words
 from .polar import CircularCodebook, from_polar, polar_codebook, to_polar
 from .rotation import hadamard_matrix, has_hadamard, head_rotations, rotation_matrix
-from .trellis import Trellis
+from .trellis import SIXTEEN_STATES, Trellis
 from .trellis_codes import trellis_code
 
 __all__ = [
+    "SIXTEEN_STATES",
     "WORD",
     "CircularCodebook",
     "Codebook",

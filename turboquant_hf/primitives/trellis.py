@@ -16,9 +16,9 @@ The trellis bites its tail: indices wrap around inside a word of 32 values. Bit 
 These are four instructions per 32 values, without a table, and they need no other word.
 `kernels.codes.to_words` says which 32 values form a word, `primitives.packing` how they are packed.
 
-The encoder is Viterbi's search, and closes the circle with a second one (`Trellis.encode`). It counts in whole numbers:
-costs are then small enough to share a register with a path, and equal on every machine. For a value x, measured in grid
-units (`Trellis.grid`),
+The encoder is Viterbi's search, and closes the circle with a second one (`Trellis.encode`). It counts in whole numbers,
+which are small enough to share a register with a path. A GPU may round one to its neighbour, because it rounds a
+product and a sum together. For a value x, measured in grid units (`Trellis.grid`),
 
     i         how many of the thresholds (L[j] + L[j + 4]) / 2 are below x
     L[i .. i + 3]   the nearest levels of the four subsets, since level j belongs to subset j mod 4
@@ -38,12 +38,14 @@ from torch import Tensor
 from .codebook import constant
 from .memo import once
 
+SIXTEEN_STATES = (0o23, 0o04, 32)
+"""h0, h1 and word of the code of 16 states, which the kernels are written for."""
 WARM_UP = 16
 """Values, at least, that the search sees on each side of the point where it closes the circle."""
 PRICE = 80.0
 """What an error of twice the median gap between levels costs in the search, in its whole numbers."""
 DEAREST = 127
-"""The most that a value's subset may cost: less than another subset by at most what fits in 8 signed bits."""
+"""The most that a subset may cost for one value. The difference of two such costs fits in a signed byte."""
 OPEN = 40
 """What it costs the first search to end in another state than it began in. From 24 to 80 it saves 1 % of error."""
 CELLS = 256
@@ -72,9 +74,9 @@ class Trellis:
     levels: tuple[float, ...]
     name: str
     unit: float = 0.0
-    h0: int = 0o23
-    h1: int = 0o04
-    word: int = 32
+    h0: int = SIXTEEN_STATES[0]
+    h1: int = SIXTEEN_STATES[1]
+    word: int = SIXTEEN_STATES[2]
 
     def __post_init__(self) -> None:
         if len(self.levels) not in (4, 8, 16, 32, 64, 128, 256):
@@ -95,11 +97,6 @@ class Trellis:
     def memory(self) -> int:
         """The number of earlier path bits that a value depends on. The code has 2**memory states."""
         return self.h0.bit_length() - 1
-
-    @property
-    def for_kernels(self) -> bool:
-        """Whether fast kernels are written for this code."""
-        return (self.h0, self.h1, self.word) == (0o23, 0o04, 32)
 
     @property
     def grid(self) -> float:

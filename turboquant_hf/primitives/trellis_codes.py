@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .memo import once
-from .trellis import Trellis
+from .trellis import SIXTEEN_STATES, Trellis
 
 TRAINED: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
     (1, 0): (0.0217164122, (13, 55)),
@@ -29,7 +29,7 @@ TRAINED: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
     (5, 64): (0.0685770884, (*range(18), 19, 20, 21, 23, 24, 26, 28, 30, 32, 35, 38, 41, 45, 51)),
 }  # fmt: skip
 """(bits, dim) -> unit and steps above zero of the levels that `training.train` made; dim 0: the Gaussian limit."""
-_CODES = {16: (0o23, 0o04, 32), 64: (0o103, 0o024, 64)}
+_CODES = {16: SIXTEEN_STATES, 64: (0o103, 0o024, 64)}
 """Number of states -> h0, h1 and word. Both codes are from Ungerboeck's table (`trellis`)."""
 
 

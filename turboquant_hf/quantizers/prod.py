@@ -80,7 +80,8 @@ class Prod(ScaledQuantizer):
         head_dim, device = tiles.shape[-1], tiles.device
         packed = self.stage.encode(tiles, {}, weight)
         rotation = self.stage.rotation_of(head_dim, 0, device)
-        left = tiles @ rotation.T - decode_rotated(packed, TileCoding(rotation, self.stage.groups(head_dim)))
+        coding = TileCoding(rotation, self.stage.groups(head_dim, tiles.shape[-2]))
+        left = tiles @ rotation.T - decode_rotated(packed, coding)
         sizes = [size for size, _ in self.sketch_sizes(head_dim)]
         pairs = [
             sketch_encode(part, sketch)
@@ -96,7 +97,8 @@ class Prod(ScaledQuantizer):
         triples = zip(signs, norms, self.sketches(head_dim, device), strict=True)
         left = torch.cat([sketch_decode(*triple) for triple in triples], dim=-1)
         rotation = self.stage.rotation_of(head_dim, 0, device)
-        return (decode_rotated(packed, TileCoding(rotation, self.stage.groups(head_dim))) + left) @ rotation
+        coding = TileCoding(rotation, self.stage.groups(head_dim, packed["scale"].shape[-1]))
+        return (decode_rotated(packed, coding) + left) @ rotation
 
 
 class _FirstStage(MSE):

@@ -40,7 +40,7 @@ CODEBOOKS = {
     "lloyd-max": lloyd_max, "grid": grid, "polynomial": polynomial, "uniform": uniform, "trellis": trellis_code,
     "trellis-64": partial(trellis_code, states=64),
 }  # fmt: skip
-TRELLISES = {"trellis": 32, "trellis-64": 64}
+TRELLISES = {name: CODEBOOKS[name](1).word for name in ("trellis", "trellis-64")}
 """Codebooks in words -> values per word. A tile must have a multiple of so many tokens."""
 ROTATIONS = ("auto", "hadamard", "qr", "identity")
 WIDENINGS = 32
@@ -58,8 +58,8 @@ class RotatedQuantizer(Quantizer):
             good, and made for kernels), "uniform", or "trellis": 13 to 30 % less error, in words of 32 values. Groups
             that words do not serve have the "grid" instead: more than 4 bits, fewer than 16 channels, tiles that are no
             multiple of 32 tokens (64 with 64 states), or, where the words do not run along tokens (`channel_major`), a
-            number of channels that is no multiple of 16. "trellis-64" has 64 states instead of 16, to compare: only
-            plain torch reads it (on a CPU, or with TURBOQUANT_BACKEND=torch).
+            number of channels that is no multiple of 16. "trellis-64" has 64 states instead of 16, to compare. No
+            fast kernel knows it: plain torch encodes and reads it, on GPUs, too.
         rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
         rounds: how many sign-and-Hadamard rounds.
         seed: of the rotation; the same for all layers, so that they share one matrix.
@@ -98,7 +98,7 @@ class RotatedQuantizer(Quantizer):
     def group_sizes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         """(channels, bits) of every group; the channels add up to `head_dim`."""
 
-    def groups(self, head_dim: int, tile: int = 64) -> tuple[CodeGroup, ...]:
+    def groups(self, head_dim: int, tile: int) -> tuple[CodeGroup, ...]:
         """The coded groups of a head of `head_dim` channels, in tiles of `tile` tokens."""
         codebook = "grid" if tile % TRELLISES.get(self.codebook, 1) else self.codebook
         return _code_groups(self.group_sizes(head_dim), codebook, self.channel_major)

@@ -5,20 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turboquant_hf.primitives import Trellis, planes
+from turboquant_hf.primitives import planes
 
 
-def word_planes(codebook: Trellis) -> tuple[tuple[int, int, int], ...]:
-    """(width of the plane, shift of its field in the plain bits, index in the plane) of every word of plain bits.
-
-    Raises: ValueError for another trellis than the one that kernels are written for.
-    """
-    if not codebook.for_kernels:
-        raise ValueError(
-            f"{codebook.name}: h0={codebook.h0:#o}, h1={codebook.h1:#o}, word={codebook.word} is not supported; "
-            "allowed: 0o23, 0o04, 32, and others with TURBOQUANT_BACKEND=torch"
-        )
-    plain = planes(codebook.bits - 1) if codebook.bits > 1 else ()
+def word_planes(bits: int) -> tuple[tuple[int, int, int], ...]:
+    """(width of the plane, shift of its field in the plain bits, index in the plane) of every word of plain bits."""
+    plain = planes(bits - 1) if bits > 1 else ()
     return tuple((width, shift, index) for width, shift in plain for index in range(width))
 
 

@@ -47,12 +47,6 @@ def _in_float32(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return call
 
 
-def serves(history: History) -> bool:
-    """Whether this file can read the tiles: of trellises, it knows one."""
-    groups = (*history.keys.groups, *history.values.groups)
-    return all(group.codebook.for_kernels for group in groups if group.in_words)
-
-
 @_in_float32
 def decode_attention(
     query: torch.Tensor, history: History, scoring: Scoring, *, mask: torch.Tensor | None = None

@@ -34,13 +34,17 @@ def any_in_words(groups: tuple[CodeGroup, ...]) -> bool:
 def fits(x: torch.Tensor, groups: tuple[CodeGroup, ...]) -> bool:
     """Whether the kernel codes tiles x [B, H, N, T, D] right: on a GPU, groups in words need `FEWEST` words per tile.
 
-    On an H200, Triton 3.6 coded a group of 64 words wrong behind a group of 32. Tiles of 128 tokens have at least 64.
+    Before prices and levels had memory of their own, Triton 3.6 on an H200 coded a group of 64 words wrong behind a
+    group of 32. This was not tried again. Tiles of 128 tokens have at least 64.
     """
     return not x.is_cuda or all(group.size * x.shape[3] >= 32 * FEWEST for group in groups if group.in_words)
 
 
-def room_for_points(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: int) -> torch.Tensor:
-    """Memory of `write_words` (float32), for `programs` programs per head of tiles x [B, H, N, T, D]."""
+def room_for_words(x: torch.Tensor, groups: tuple[CodeGroup, ...], programs: int) -> torch.Tensor:
+    """Memory of `write_words`, float32, for `programs` programs per head of tiles x [B, H, N, T, D].
+
+    12 bytes per value of a padded tile, as said above; x itself where no group is in words.
+    """
     if not any_in_words(groups):
         return x
     size = x.shape[0] * x.shape[1] * programs * x.shape[3] * padded_size(x.shape[4])
@@ -114,10 +118,12 @@ def write_words(
 ):  # fmt: skip
     """Code vectors `point` [tokens, channels] of one group, whose rows are the tokens t, and store its words.
 
-    A NaN costs nothing, whatever its code (`priced`). Other values are below 2**15 units of the grid: points have norm
-    sqrt(size). SORTED: whether row r is token r. p_codes: the group's first byte; p_room: 12 bytes per value.
+    A NaN costs nothing, whatever its code (`priced`). Other values are below 2**15 units of the grid, because points
+    have norm sqrt(size), or they belong to a token whose norm overflows. SORTED: whether row r is token r. p_codes: the
+    group's first byte; p_room: 12 bytes per value.
 
-    Returns: the levels, 0 in channels that are not the group's.
+    Returns: the points, read back so that they need no registers during the search, and their levels. Both are 0 in
+    channels that are not the group's.
     """
     BITS: tl.constexpr = GROUP.bits
     COUNT: tl.constexpr = GROUP.size * T // 32

@@ -12,8 +12,8 @@ What `priced` returns, an int32 of four bytes, the highest first:
 - The search only compares sums of prices, so m_0 may be subtracted from all four.
 - Two loads of tables that fit in a few lines of the cache, and no search.
 - Numbers are rounded by adding 1.5 * 2**23: conversions run at a quarter of the speed of additions.
-- A compiled kernel takes the same steps in PTX. Triton would need half a minute to lay them out one by one: it
-  follows each load and store through everything that it is connected with.
+- A compiled kernel takes the same steps in PTX, because Triton's layout pass follows each load and store through all
+  connected operations (compile times: docs/notebook.md).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _FIRST_CELL = 0x4B400000 - trellis.CELLS // 2
 """The bits of MAGIC plus the number of the first cell."""
 _LOWEST = tl.constexpr(f"""{{
     .reg .f32 x; .reg .b32 cell; .reg .b64 at;
-    mul.f32 x, $1, $3;
+    mul.rn.f32 x, $1, $3;
     max.f32 x, x, {_bits(-trellis.CELLS / 2)};
     min.f32 x, x, {_bits(trellis.CELLS / 2 - 1)};
-    add.f32 x, x, {_bits(-0.5)};
-    add.f32 x, x, {_bits(MAGIC.value)};
+    add.rn.f32 x, x, {_bits(-0.5)};
+    add.rn.f32 x, x, {_bits(MAGIC.value)};
     mov.b32 cell, x;
     sub.s32 cell, cell, {_FIRST_CELL};
     cvt.u64.u32 at, cell;
@@ -51,24 +51,18 @@ _LOWEST = tl.constexpr(f"""{{
     ld.global.nc.u8 $0, [at];
 }}""")
 """PTX of `lowest_near`: $0 is i; $1 a value, $2 the table of cells, $3 grid units per unit."""
-_NEAR = tl.constexpr("""{
-    .reg .b64 at;
-    mad.wide.u32 at, $1, 4, $2;
-    ld.global.nc.b32 $0, [at];
-}""")
-"""PTX of `levels_near`: $0 is the number at entry $1 of the table $2."""
 
 
 def _price_text() -> str:
-    lines = [".reg .b32 byte, p<4>, low, high; .reg .f32 x, level, e<4>, least, other;", "mul.f32 x, $1, $4;"]
-    lines.append("add.f32 x, x, x;")
+    lines = [".reg .b32 byte, p<4>, low, high; .reg .f32 x, level, e<4>, least, other;", "mul.rn.f32 x, $1, $4;"]
+    lines.append("add.rn.f32 x, x, x;")
     for s in range(4):
         lines.append(f"prmt.b32 byte, $3, 0x4B000000, 0x744{s};")  # the mantissa of 2**23 plus byte s
-        lines.append(f"mov.b32 level, byte; add.f32 level, level, {_bits(-8388608.0 - 128.0)};")
-        lines.append(f"sub.f32 e{s}, level, x; mul.f32 e{s}, level, e{s};")
+        lines.append(f"mov.b32 level, byte; add.rn.f32 level, level, {_bits(-8388608.0 - 128.0)};")
+        lines.append(f"sub.rn.f32 e{s}, level, x; mul.rn.f32 e{s}, level, e{s};")
     lines.append("min.f32 least, e0, e1; min.f32 other, e2, e3; min.f32 least, least, other;")
     for s in range(4):
-        lines.append(f"sub.f32 e{s}, e{s}, least; fma.rn.f32 e{s}, e{s}, $5, {_bits(MAGIC.value)};")
+        lines.append(f"sub.rn.f32 e{s}, e{s}, least; fma.rn.f32 e{s}, e{s}, $5, {_bits(MAGIC.value)};")
         lines.append(f"min.f32 e{s}, e{s}, {_bits(MAGIC.value + trellis.DEAREST)}; mov.b32 p{s}, e{s};")
     lines += [f"sub.s32 p{s}, p{s}, p0;" for s in (1, 2, 3)]
     lines += ["prmt.b32 low, $2, p1, 0x0040;", "prmt.b32 high, p2, p3, 0x4000;", "prmt.b32 $0, low, high, 0x7610;"]
@@ -93,20 +87,10 @@ def lowest_near(x, p_cells, GROUP: tl.constexpr):
 
 
 @triton.jit
-def levels_near(lowest, p_near):
-    """The four nearest levels of values, one byte each, of which `lowest` is i: int32."""
-    if not INTERPRETED:
-        return tl.inline_asm_elementwise(
-            _NEAR, "=r,r,l", [lowest, p_near.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
-        )  # fmt: skip
-    return tl.load(p_near + lowest)
-
-
-@triton.jit
 def priced(x, lowest, near, GROUP: tl.constexpr):
     """Prices of values x, and i: int32, as described at the top of this file.
 
-    lowest, near: what `lowest_near` and `levels_near` return.
+    lowest: what `lowest_near` returns; near: the table's number at that entry.
     """
     if not INTERPRETED:
         return tl.inline_asm_elementwise(
@@ -122,7 +106,7 @@ def priced(x, lowest, near, GROUP: tl.constexpr):
     prices = ()
     for subset in tl.static_range(4):
         price = tl.minimum((errors[subset] - least) * GROUP.price + MAGIC, MAGIC + DEAREST)
-        # A NaN costs nothing: all four become DEAREST on a GPU, 0 in the interpreter.
+        # NaN: four equal bit patterns here, four times DEAREST in PTX. The differences are 0 in both.
         prices = prices + (price.to(tl.int32, bitcast=True),)  # noqa: RUF005
     away = ((prices[3] - prices[0]) << 24) | (((prices[2] - prices[0]) & 0xFF) << 16)
     return away | (((prices[1] - prices[0]) & 0xFF) << 8) | lowest

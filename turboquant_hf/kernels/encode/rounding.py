@@ -33,7 +33,7 @@ def _odd(x, GROUP: tl.constexpr, NAME: tl.constexpr):
 
 
 @triton.jit
-def _looked_up(p_table, index):
+def looked_up(p_table, index):
     """int32 entries of a small table. Assembly, because Triton would give a plain load a layout for wide rows."""
     if INTERPRETED:
         return tl.load(p_table + index)
@@ -64,7 +64,7 @@ def rounded(point, p_thresholds, p_levels, p_pairs, GROUP: tl.constexpr):
             above = point > _odd(number, GROUP, "midpoints")
             return low + above.to(tl.int32), _odd(2.0 * number + tl.where(above, 1.0, -1.0), GROUP, "levels")
         elif GROUP.unit > 0.0:
-            pair = _looked_up(p_pairs + GROUP.table, low)
+            pair = looked_up(p_pairs + GROUP.table, low)
             under = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             over = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             above = point > (under + over) * (0.5 * GROUP.unit)

@@ -34,7 +34,7 @@ from turboquant_hf.kernels.common.tables import cell_table, level_table, pair_ta
 from turboquant_hf.kernels.encode import reference
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
 from turboquant_hf.kernels.encode.finite import bad_heads
-from turboquant_hf.kernels.encode.in_words import any_in_words, fits, room_for_points, write_words
+from turboquant_hf.kernels.encode.in_words import any_in_words, fits, room_for_words, write_words
 from turboquant_hf.kernels.encode.means import tile_mean
 from turboquant_hf.kernels.encode.packing import pack_plane, pack_regular
 from turboquant_hf.kernels.encode.product import (
@@ -54,8 +54,7 @@ from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
 __all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
 
 PROGRAMS = 256
-"""A program takes several tiles, because it then loads its matrices once. It takes fewer tiles if less than this many
-programs would be left."""
+"""A program takes several tiles, and loads its matrices once, as long as this many programs remain."""
 WARPS = 8
 REGISTERS = 255
 """One program then fills an SM. With 128, two share it, and spill: `k4v4` takes 2 % longer on an H200."""
@@ -63,7 +62,7 @@ REGISTERS = 255
 
 @triton.jit
 def _write_group(
-    y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_points, p_codes, p_scale, factor, t, GROUP: tl.constexpr,
+    y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_room, p_codes, p_scale, factor, t, GROUP: tl.constexpr,
     SPEC: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`).
@@ -81,9 +80,9 @@ def _write_group(
         # A NaN costs nothing in the search, so a token without weight leaves the other values of its word free.
         point = tl.where(idle[:, None], float("nan"), point)
         point, level = write_words(
-            point, t, p_points, p_codes + GROUP.offset, p_cells, p_pairs, p_levels, GROUP, T, CHANNEL_MAJOR, not FOLDED
+            point, t, p_room, p_codes + GROUP.offset, p_cells, p_pairs, p_levels, GROUP, T, CHANNEL_MAJOR, not FOLDED
         )  # fmt: skip
-        y = point * length[:, None]
+        y = point * length[:, None]  # y again, within two roundings
     else:
         codes, level = rounded(point, p_thresholds, p_levels, p_pairs, GROUP)
     if BLOCK_C != GROUP.size:
@@ -118,10 +117,10 @@ def _write_group(
             pack_plane(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
 
 
-@kernel("p_weight", "p_mean", "p_gain", "p_points")
+@kernel("p_weight", "p_mean", "p_gain", "p_room")
 def _encode_kernel(
     p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_cells,
-    p_points, p_codes, p_scale, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
+    p_room, p_codes, p_scale, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
     m_b: tl.int64, m_h: tl.int64, m_n, c_b: tl.int64, c_h: tl.int64, c_n, s_b: tl.int64, s_h: tl.int64, s_n,
     part_stride, a_b, a_h, u_h, H, N, TILES,
     SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -133,7 +132,8 @@ def _encode_kernel(
     p_x, p_weight, p_mean, p_codes, p_scale    x, w, m, c, s in the names of strides: input, weight, mean, codes, scales
     p_matrix, p_units                          a, u: the rotation in PARTS parts, and one factor per group's scale
     p_thresholds, p_levels, p_pairs, p_cells   tables of the codebooks (`common.tables`)
-    p_points                                   memory of `in_words`
+    p_room                                     memory of `in_words`
+
     Strides end in _b (sequence), _h (head), _n (tile) or _t (token). A tensor that is missing is passed as x and is not
     read: WEIGHT, ORDER, BALANCE and GAIN say which are there, and MEAN is "none", "given" or "taken" (and stored).
     """
@@ -168,7 +168,7 @@ def _encode_kernel(
     p_mean += head_offset(b, h, m_b, m_h, D)
     p_codes += head_offset(b, h, c_b, c_h, SPEC.nbytes)
     p_scale += head_offset(b, h, s_b, s_h, T)
-    p_points += (head * tl.num_programs(1) + tl.program_id(1)) * 3 * T * BLOCK_D  # of use to groups in words alone
+    p_room += (head * tl.num_programs(1) + tl.program_id(1)) * 3 * T * BLOCK_D  # of use to groups in words alone
     for n in range(first, last):
         tile = tl.full((), 0, tl.int64) + n
         p_rows = p_x + row_offset(tile, x_n, D) + row_offset(t, x_t, D)[:, None]
@@ -203,7 +203,7 @@ def _encode_kernel(
                     y = product(y, high, rest, matrices, g * PARTS, PARTS, PATH)
             idle = (weight == 0.0) if WEIGHT else (t < 0)
             _write_group(
-                y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_points,
+                y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_room,
                 p_codes + row_offset(tile, c_n, SPEC.nbytes), p_scale + row_offset(tile, s_n, T) + g * T,
                 tl.load(p_units + g) / gain, t, group_of(SPEC, g), SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
             )  # fmt: skip
@@ -232,7 +232,7 @@ def encode_tiles(
         _encode_kernel[(batch * heads, triton.cdiv(tiles, per_program))](
             **_arguments(x, coding, mean, out), p_weight=x if weight is None else weight,
             WEIGHT=weight is not None, w_b=strides[0], w_n=strides[1], N=tiles, TILES=per_program,
-            p_points=room_for_points(x, coding.groups, triton.cdiv(tiles, per_program)),
+            p_room=room_for_words(x, coding.groups, triton.cdiv(tiles, per_program)),
         )  # fmt: skip
     return out
 

@@ -14,9 +14,10 @@
 - If both ways cost the same, the way without the mark is the smaller number. The reference chooses it, too.
 - m_0 is subtracted from all four prices of a value, which changes no choice. Subset 0 then costs nothing, and a quarter
   of the additions falls away.
-- Costs stay between -32 * `DEAREST` and 41 * `DEAREST` in a search of 32 values, which fits in 16 bits.
-- A thread has few neighbours to wait with, because the program's tile fills the registers. Loads are therefore far
-  ahead of their use: values by eight values, i and stored prices by four.
+- Costs stay between -32 * `DEAREST` and 37 * `DEAREST`: states that may not begin start at 5 * `DEAREST`, and each of
+  32 values adds at most `DEAREST`. This fits in 16 bits.
+- Few warps run per SM, because a tile fills the registers, so a thread must not wait for memory. Loads are issued
+  early: a value eight values before it is needed, i and stored prices four.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turboquant_hf.kernels.encode.prices import levels_near, lowest_near, priced
-from turboquant_hf.kernels.encode.rounding import INTERPRETED
+from turboquant_hf.kernels.encode.prices import lowest_near, priced
+from turboquant_hf.kernels.encode.rounding import INTERPRETED, looked_up
 from turboquant_hf.primitives import trellis
 
+H0, H1, _ = trellis.SIXTEEN_STATES
 STATES = tl.constexpr(16)
 HALF = tl.constexpr(16)
 DEAREST = tl.constexpr(trellis.DEAREST)
@@ -36,15 +38,16 @@ OPEN = tl.constexpr(trellis.OPEN)
 
 @triton.constexpr_function
 def _subset_of(register):
-    """The subset of a value, from path bits of which bit i is p_(t-i): parities of h0 = 23 and h1 = 04 octal."""
-    return 2 * ((register & 0o23).bit_count() & 1) + ((register & 0o04).bit_count() & 1)
+    """The subset of a value, from path bits of which bit i is p_(t-i): parities of h0 and h1."""
+    return 2 * ((register & H0).bit_count() & 1) + ((register & H1).bit_count() & 1)
 
 
 def _step_text(marked: bool) -> str:
     """`_step` in PTX: $0 to $15 are the new costs, $16 to $31 the old ones, $32 the prices, $33 the mark.
 
-    Triton needs seconds to lay out a step's additions one by one, and merges shifts into them, which then are not
-    merged with the minimums. A permutation moves a price of 8 bits, and its sign, to the high half.
+    Written operation by operation in Triton, steps take seconds to compile, and shifts are merged into additions, which
+    then are not merged with the minimums. Here one permutation (prmt) puts a price of 8 bits, with its sign, into the
+    high half.
     """
     lines = [".reg .b32 a, b, none, zero<4>, one<4>;", "mov.b32 none, 0;"]
     for subset in (1, 2, 3):
@@ -89,7 +92,7 @@ def _step(costs, price, mark, MARKED: tl.constexpr):
 
 @triton.jit
 def four(p_first, COUNT: tl.constexpr):
-    """What is stored for four neighbouring values of words."""
+    """What is stored for values n .. n + 3 of each word. p_first points at value n; COUNT entries lie between two."""
     loaded = ()
     for i in tl.static_range(4):
         loaded = loaded + (tl.load(p_first + i * COUNT),)  # noqa: RUF005
@@ -127,7 +130,7 @@ def _first_search(costs, p_price, p_point, p_cells, p_near, GROUP: tl.constexpr,
     for quad in range(HALF // 4):
         near = ()
         for i in tl.static_range(4):
-            near = near + (levels_near(lowest[i], p_near),)  # noqa: RUF005
+            near = near + (looked_up(p_near, lowest[i]),)  # noqa: RUF005
         later = _four_lowest(coming, p_cells, GROUP)
         last = four(p_point + tl.minimum(quad + 2, HALF // 4 - 1) * 4 * COUNT, COUNT)
         prices = ()
@@ -184,6 +187,7 @@ def path_of(word, p_prices, p_points, p_cells, p_near, GROUP: tl.constexpr, COUN
         ways = ways + (costs[state] + (state << 4),)  # noqa: RUF005
     LATE: tl.constexpr = HALF * COUNT
     costs = _first_search(ways, p_price + LATE, p_point + LATE, p_cells, p_near, GROUP, COUNT)
+    # Where several threads search one word, one of them has stored its prices, and all read them below.
     tl.debug_barrier()
     ways = ()
     for state in tl.static_range(STATES):

@@ -53,6 +53,7 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
         (max(geometry.grid(query, keys)) <= geometry.MAX_GRID, "more blocks than a launch can have"),
         (values.order is None and values.balance is None and values.mean is None, "conditioned values"),
         (len(values.groups) == 1, "grouped values"),
+        (all(x.for_kernels for x in (*keys.groups, *values.groups)), "a trellis of other than 16 states"),
         (
             all(row_fits(x.size, x) for x in keys.groups),
             "key groups of no whole units (16 channels), or levels off a grid",
@@ -78,7 +79,7 @@ def row_fits(size: int, group: CodeGroup) -> bool:
     steps = group.codebook.steps
     fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
     if group.in_words:
-        return fits and group.codebook.for_kernels and (len(steps) != LEVELS or addends(steps) is not None)
+        return fits and (len(steps) != LEVELS or addends(steps) is not None)
     return fits and size * main_width(group.bits) % 32 == 0
 
 
