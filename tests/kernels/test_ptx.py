@@ -67,9 +67,6 @@ def run(text: str, operands: dict[int, int], memory: dict[int, int] | None = Non
             held[target] = value(sources[0])
         elif kind == "ld":
             held[target] = memory[value(sources[0].strip("[]"))]
-        elif kind == "mad":
-            x, y, z = map(value, sources)
-            held[target] = x * y + z
         elif kind == "fma":  # the double product is exact, and its sum is rounded once more than PTX rounds it
             x, y, z = (np.float64(float_of(value(source))) for source in sources)
             held[target] = bits_of(x * y + z)

@@ -197,9 +197,11 @@ def test_kernels_are_written_for_one_trellis():
     pytest.importorskip("triton")
     from turboquant_hf.kernels.common.words import word_planes
 
-    assert word_planes(4) == ((2, 0, 0), (2, 0, 1), (1, 2, 0))
+    assert word_planes(trellis_code(4)) == ((2, 0, 0), (2, 0, 1), (1, 2, 0))
     (other,) = groups_of((16, 2), make=partial(trellis_code, states=64))
     assert not other.for_kernels
+    with pytest.raises(ValueError, match="h0=0o103"):
+        word_planes(other.codebook)
     assert all(group.for_kernels for group in (*mixed(), *groups_of((16, 2), make=trellis_code)))
 
 

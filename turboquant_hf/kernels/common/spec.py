@@ -164,7 +164,7 @@ def _word_spec(
         chunks=(padded_size(length) if channel_major else length) // chunk,
         first_chunk=first_chunk, aligned=False, regular=False, edge=0.0, guess=(), midpoints=(), levels=(),
         unit=group.codebook.unit, coefficients=(), lead=1.0, table=table,
-        in_words=True, words=word_planes(group.bits), cells=cells,
+        in_words=True, words=word_planes(group.codebook), cells=cells,
         per_grid=1 / group.codebook.grid, price=group.codebook.price,
     )  # fmt: skip
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turboquant_hf.primitives import planes
+from turboquant_hf.primitives import SIXTEEN_STATES, Trellis, planes
 
 
-def word_planes(bits: int) -> tuple[tuple[int, int, int], ...]:
-    """(width of the plane, shift of its field in the plain bits, index in the plane) of every word of plain bits."""
-    plain = planes(bits - 1) if bits > 1 else ()
+def word_planes(codebook: Trellis) -> tuple[tuple[int, int, int], ...]:
+    """(width of the plane, shift of its field in the plain bits, index in the plane) of every word of plain bits.
+
+    Raises: ValueError for another trellis than the one that kernels are written for.
+    """
+    if (codebook.h0, codebook.h1, codebook.word, codebook.reach) != (*SIXTEEN_STATES, 16):
+        raise ValueError(f"{codebook.name}: h0={codebook.h0:#o}, h1={codebook.h1:#o}, word={codebook.word}: unknown")
+    plain = planes(codebook.bits - 1) if codebook.bits > 1 else ()
     return tuple((width, shift, index) for width, shift in plain for index in range(width))
 
 

@@ -63,7 +63,7 @@ def _parity(path: torch.Tensor, taps: int) -> torch.Tensor:
 @torch.inference_mode(False)
 def _pairs(codebook: Trellis) -> torch.Tensor:
     """[1, 256 or 8192] float64, each the bytes of two levels: those of two nibbles, whose fifth bits are 8 higher."""
-    if codebook.bits > MOST_BITS:
+    if codebook.bits > MOST_BITS or codebook.word != 32:
         raise ValueError(f"{codebook.name}: words of {codebook.word} codes of {codebook.bits} bits are not supported")
     index = torch.arange(1 << (13 if codebook.bits == MOST_BITS else 8), device="cpu")
     numbers = torch.stack([index >> shift & 15 | index >> 4 + shift & 16 for shift in (0, 4)], dim=-1)

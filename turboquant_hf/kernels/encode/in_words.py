@@ -2,7 +2,7 @@
 
 Memory of a program, in words as they are stored (`kernels.common.words.place_in_words`), neighbours side by side:
 
-    p_prices   int32   [32][words]   what `prices.priced` returns: the four prices of a value, and i
+    p_prices   int32   [32][words]   what `prices.priced` returns: the prices of a value, and i
     p_points   float32 [32][words]   the values
     p_reached  float32 [32][words]   the levels that stand for them
 
@@ -76,7 +76,7 @@ def _with_field(fields, plain, i: tl.constexpr, GROUP: tl.constexpr, PLAIN: tl.c
 
 @triton.jit
 def _finish(path, word, p_prices, p_reached, p_levels, GROUP: tl.constexpr, COUNT: tl.constexpr):
-    """The words of plain bits that belong to paths; levels take the place of the values."""
+    """The words of plain bits that belong to paths. Stores the levels that the values have got."""
     BITS: tl.constexpr = GROUP.bits
     z1, z0 = parities(path)
     plain = ()
