@@ -14,10 +14,11 @@ import torch
 
 from turboquant_hf.cache.sides import Sides
 from turboquant_hf.cache.word import warn_of_nan
-from turboquant_hf.kernels.dispatch import bad_heads, query_energy
+from turboquant_hf.kernels.dispatch import query_energy
+from turboquant_hf.kernels.encode.reference import bad_heads
 from turboquant_hf.kernels.statistics import effective_rank
 from turboquant_hf.quantizers import Quantizer
-from turboquant_hf.quantizers.base import State
+from turboquant_hf.quantizers.base import Packed, State
 
 REPEATS = 2.0
 """Values of a smaller effective rank are repeats of one or two tokens; ordinary text has 4 to 30."""
@@ -134,19 +135,26 @@ class Encoder:
             self.count.zero_()
 
     def encode(self, tiles: Sides, weight: torch.Tensor, stores: Sides) -> None:
-        """Append tiles [B, H, N, T, D] with weight [B, N, T] to the stores."""
-        written, states = [], []
-        for store, quantizer, x, state in zip(stores, self.quantizers, tiles, self.states, strict=True):
-            packed, state = store.encode(quantizer, nan_for_inf(x, quantizer), state, weight)
-            written += (*packed.values(), *state.values())
-            states.append(state)
+        """Append tiles [B, H, N, T, D] with weight [B, N, T] to the stores. Waits for the device, once."""
+        flag = torch.zeros(1, dtype=torch.int8, device=weight.device)
+        tiles = tiles.map(nan_for_inf, self.quantizers)
+        parts = stores, self.quantizers, tiles, self.states
+        packed = [store.encode(*side, weight, flag) for store, *side in zip(*parts, strict=True)]
+        if flag.item():
+            self._mend(tiles, weight, stores, packed)
+
+    def _mend(self, tiles: Sides, weight: torch.Tensor, stores: Sides, packed: list[Packed]) -> None:
+        """Widen the scales of newest tiles that do not fit. Mark heads that are not finite, in all their tiles."""
+        parts = stores, self.quantizers, tiles, self.states, packed
+        states = [store.make_room(*side, weight, new) for store, *side, new in zip(*parts, strict=True)]
         if any(new is not old for new, old in zip(states, self.states, strict=True)):
             self.states = Sides(*states)
         gains = [state["gain"] for state in self.states if "gain" in state]
-        bad = bad_heads(tiles, weight) if gains else None
-        for gain in gains:
-            gain.masked_fill_(bad, torch.nan)
-        warn_of_nan(written, self.quantizers)
+        if gains:
+            bad = bad_heads(tiles.keys, weight) | bad_heads(tiles.values, weight)
+            for gain in gains:
+                gain.masked_fill_(bad, torch.nan)
+        warn_of_nan([x for arrays in (*packed, *states) for x in arrays.values()], self.quantizers)
 
     def restore(
         self,

@@ -41,14 +41,24 @@ class HostTileStore(TileStore):
         return super().view()
 
     def encode(
-        self, quantizer: Quantizer, tiles: torch.Tensor, state: dict, weight: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], dict]:
-        packed = quantizer.encode(tiles, state, weight)
-        widened = quantizer.make_room(tiles, state, weight, packed, self.resident())
+        self, quantizer: Quantizer, tiles: torch.Tensor, state: dict, weight: torch.Tensor, flag: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        lead = tiles.shape[:3]
+        packed = {n: tiles.new_empty((*lead, *field.shape), dtype=field.dtype) for n, field in self.fields.items()}
+        quantizer.encode_into(tiles, state, weight, packed, flag)
+        self.append(packed)
+        return packed
+
+    def make_room(
+        self, quantizer: Quantizer, tiles: torch.Tensor, state: dict, weight: torch.Tensor, packed: dict
+    ) -> dict:
+        older = {name: array[:, :, : -tiles.shape[2]] for name, array in self.resident().items()}
+        widened = quantizer.make_room(tiles, state, weight, packed, older)
         if widened is not state:
             self.owner.forget(self)
-        self.append(packed)
-        return packed, widened
+            for name, array in self.resident().items():
+                array[:, :, -tiles.shape[2] :].copy_(packed[name])
+        return widened
 
     def write(self, rows: torch.Tensor, packed: dict[str, torch.Tensor]) -> None:
         self.owner.forget(self)

@@ -48,12 +48,18 @@ class TileStore:
         return self.view(self.count - added)
 
     def encode(
-        self, quantizer: Quantizer, tiles: torch.Tensor, state: dict, weight: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], dict]:
-        """Encode and add tiles [B, H, N, T, D]; returns the packed arrays, and the state that decodes them."""
+        self, quantizer: Quantizer, tiles: torch.Tensor, state: dict, weight: torch.Tensor, flag: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Encode and add tiles [B, H, N, T, D]; returns the packed arrays. flag: see `Quantizer.encode_into`."""
         packed = self.extend(tiles.shape[2])
-        quantizer.encode_into(tiles, state, weight, packed)
-        return packed, quantizer.make_room(tiles, state, weight, packed, self.view(0, self.count - tiles.shape[2]))
+        quantizer.encode_into(tiles, state, weight, packed, flag)
+        return packed
+
+    def make_room(
+        self, quantizer: Quantizer, tiles: torch.Tensor, state: dict, weight: torch.Tensor, packed: dict
+    ) -> dict:
+        """A state that decodes all tiles, of which `packed` are the newest; see `Quantizer.make_room`."""
+        return quantizer.make_room(tiles, state, weight, packed, self.view(0, self.count - tiles.shape[2]))
 
     def encode_again(
         self, quantizer: Quantizer, old: dict, new: dict, rows: torch.Tensor, weight: torch.Tensor, like: torch.Tensor

@@ -31,7 +31,7 @@ from turboquant_hf.kernels.encode import reference as encode_reference
 from turboquant_hf.kernels.statistics import reference as statistics_reference
 
 __all__ = [
-    "BACKENDS", "VARIABLE", "add_queries", "append_tokens", "backend", "bad_heads", "balance_channels",
+    "BACKENDS", "VARIABLE", "add_queries", "append_tokens", "backend", "balance_channels",
     "decode_attention", "decode_tiles", "decode_workspace", "encode_tiles",
     "on_device", "prepared_decode", "query_energy", "tile_energy", "tile_mean", "unavailable", "unread_tiles",
 ]  # fmt: skip
@@ -69,7 +69,6 @@ append_tokens = _by_backend(append_reference.append_tokens, "append.triton")
 tile_mean = _by_backend(encode_reference.tile_mean, "encode.triton")
 encode_tiles = _by_backend(encode_reference.encode_tiles, "encode.triton")
 decode_tiles = _by_backend(encode_reference.decode_tiles, "encode.triton", lambda packed: packed["codes"])
-bad_heads = _by_backend(encode_reference.bad_heads, "encode.triton", lambda fresh: fresh[0])
 tile_energy = _by_backend(statistics_reference.tile_energy, "statistics.triton")
 query_energy = _by_backend(statistics_reference.query_energy, "statistics.triton")
 balance_channels = _by_backend(statistics_reference.balance_channels, "statistics.triton")

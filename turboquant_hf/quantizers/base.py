@@ -94,15 +94,27 @@ class Quantizer(ABC):
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
         """Code tiles [B, H, N, T, D] -> arrays [B, H, N, *field.shape], as `layout` says."""
 
-    def encode_into(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed) -> None:
-        """`encode` into the arrays `out`, views [B, H, N, ...] of storage, without a copy where possible."""
+    def encode_into(
+        self,
+        tiles: torch.Tensor,
+        state: State,
+        weight: torch.Tensor | None,
+        out: Packed,
+        flag: torch.Tensor | None = None,
+    ) -> None:
+        """`encode` into the arrays `out`, views [B, H, N, ...] of storage, without a copy where possible.
+
+        flag: int8 [1], set to 1 where numbers that count were not finite or do not fit. `make_room` may help then.
+        """
         for name, array in self.encode(tiles, state, weight).items():
             out[name].copy_(array)
+            if flag is not None and array.is_floating_point():
+                flag |= array.isnan().any()
 
     def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
-        """A state with which the scales of these tiles fit: nearly always `state` itself.
+        """A state with which the scales of these tiles fit. Called where `encode_into` has set its flag.
 
-        For another state, `new` (the encoded tiles) and `old` (all tiles before them) are rewritten.
+        For another state than `state`, `new` (the encoded tiles) and `old` (all tiles before them) are rewritten.
         """
         return state
 

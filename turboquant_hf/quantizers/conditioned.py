@@ -104,10 +104,17 @@ class Conditioned(RotatedQuantizer):
             energy = tile_energy(_in_units(tiles, state), weight, True) * state["unit"].square()
         return {**state, **balance_channels(energy, count, query_rms, sizes, self.balance)}
 
-    def _encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed | None) -> Packed:
+    def _encode(
+        self,
+        tiles: torch.Tensor,
+        state: State,
+        weight: torch.Tensor | None,
+        out: Packed | None,
+        flag: torch.Tensor | None = None,
+    ) -> Packed:
         if "unit" in state:
             tiles, state = _in_units(tiles, state), {**state, "balance": state["balance"] * state["unit"]}
-        return super()._encode(tiles, state, weight, out)
+        return super()._encode(tiles, state, weight, out, flag)
 
     def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         return super().decode(_with_whole_mean(packed, state), state, head_dim, dtype)

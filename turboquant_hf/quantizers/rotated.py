@@ -21,8 +21,8 @@ from turboquant_hf.kernels.codes import (
     tile_bytes,
 )
 from turboquant_hf.kernels.decode import PackedSide
-from turboquant_hf.kernels.dispatch import bad_heads, decode_tiles, encode_tiles, tile_energy
-from turboquant_hf.kernels.encode.reference import saturated_heads
+from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles, tile_energy
+from turboquant_hf.kernels.encode.reference import bad_heads, saturated_heads
 from turboquant_hf.kernels.statistics import power_of_two, typical_scale
 from turboquant_hf.primitives import (
     grid,
@@ -159,12 +159,26 @@ class RotatedQuantizer(Quantizer):
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
         return self._encode(tiles, state, weight, None)
 
-    def encode_into(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed) -> None:
-        self._encode(tiles, state, weight, out)
+    def encode_into(
+        self,
+        tiles: torch.Tensor,
+        state: State,
+        weight: torch.Tensor | None,
+        out: Packed,
+        flag: torch.Tensor | None = None,
+    ) -> None:
+        self._encode(tiles, state, weight, out, flag)
 
-    def _encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None, out: Packed | None) -> Packed:
+    def _encode(
+        self,
+        tiles: torch.Tensor,
+        state: State,
+        weight: torch.Tensor | None,
+        out: Packed | None,
+        flag: torch.Tensor | None = None,
+    ) -> Packed:
         coding = self.coding(state, tiles.shape, tiles.device)
-        return encode_tiles(tiles, coding, weight=weight, out=out)
+        return encode_tiles(tiles, coding, weight=weight, out=out, flag=flag)
 
     def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
         """Heads whose one-byte scales saturate get a larger gain, or NaN where no gain helps. Waits for the device."""
@@ -173,7 +187,7 @@ class RotatedQuantizer(Quantizer):
         full = saturated_heads(new["scale"], weight)
         if not full.any():
             return state
-        hopeless = full & bad_heads([tiles], weight)
+        hopeless = full & bad_heads(tiles, weight)
         if "mean" in new:
             hopeless |= new["mean"].isnan().flatten(2).any(dim=-1)
         gain = state["gain"] if "gain" in state else torch.ones_like(full, dtype=torch.float32)

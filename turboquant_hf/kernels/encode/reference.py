@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from turboquant_hf.kernels.codes import (
@@ -39,6 +37,7 @@ def encode_tiles(
     mean: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     out: dict[str, torch.Tensor] | None = None,
+    flag: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Transform, scale, code and pack tiles.
 
@@ -48,6 +47,8 @@ def encode_tiles(
         weight: [B, N, T], 0 for padding and sinks. It enters the mean (`coding.center`). In groups in words, a token
             without weight has the scale 0 and does not influence the codes of other tokens.
         out: arrays [B, H, N, ...], or views, to write to instead of new ones.
+        flag: int8 [1], set to 1 where a token with weight is stored with a NaN or with the largest one-byte scale. So it
+            is where x is not finite, or where a scale or a mean does not fit.
 
     Returns:
         {"codes": uint8 [B, H, N, bytes], "scale": [B, H, N, G, T]} and with `coding.center` "mean" [B, H, N, D] fp16:
@@ -89,6 +90,8 @@ def encode_tiles(
     if coding.gain is not None:
         scale = scale / coding.gain[:, :, None, None, None]
     made = {"codes": packed, "scale": store_scale(scale, coding.scale_format), **({"mean": mean} if center else {})}
+    if flag is not None:
+        flag |= _suspect(made["scale"], weight)
     if out is None:
         return made
     for name, array in made.items():
@@ -103,16 +106,14 @@ def sorted_columns(rotation: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(source).scatter(-1, index, source)
 
 
-def bad_heads(fresh: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+def bad_heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Which heads, bool [B, H], hold a NaN or an infinity in tiles [B, H, N, T, D] where weight [B, N, T] is not 0.
 
     One-byte scales have no pattern for NaN, so they would hide it. Callers give such a head a NaN gain instead. All
     that is read of the head's tiles is then NaN, as attention over raw tensors would be.
     """
-    skipped = weight[:, None] == 0
-    norms = [torch.linalg.vector_norm(x, ord=torch.inf, dim=-1) for x in fresh]
-    worst = torch.stack([norm.masked_fill(skipped, 0.0).amax(dim=(2, 3)).float() for norm in norms])
-    return ~worst.isfinite().all(dim=0)
+    norm = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1).masked_fill(weight[:, None] == 0, 0.0)
+    return ~norm.amax(dim=(2, 3)).isfinite()
 
 
 def saturated_heads(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -122,7 +123,15 @@ def saturated_heads(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     if scale.dtype != torch.uint8:
         return torch.zeros(scale.shape[:2], dtype=torch.bool, device=scale.device)
-    return ((scale == 255) & (weight[:, None, :, None, :] > 0)).flatten(2).any(dim=-1)
+    return _suspect(scale, weight, dim=(2, 3, 4))
+
+
+def _suspect(scale: torch.Tensor, weight: torch.Tensor | None, dim: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Whether a token with weight has a scale [B, H, N, groups, T] that is the largest byte, or NaN."""
+    found = scale == 255 if scale.dtype == torch.uint8 else scale.isnan()
+    if weight is not None:
+        found = found & (weight > 0)[:, None, :, None, :]
+    return found.any() if dim is None else found.any(dim=dim)
 
 
 def _nan_for_inf(x: torch.Tensor) -> torch.Tensor:

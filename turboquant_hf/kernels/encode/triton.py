@@ -33,8 +33,7 @@ from turboquant_hf.kernels.common.spec import (
 from turboquant_hf.kernels.common.tables import cell_table, level_table, pair_table, threshold_table
 from turboquant_hf.kernels.encode import reference
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
-from turboquant_hf.kernels.encode.finite import bad_heads
-from turboquant_hf.kernels.encode.in_words import any_in_words, fits, room_for_words, write_words
+from turboquant_hf.kernels.encode.in_words import fits, room_for_words, write_words
 from turboquant_hf.kernels.encode.means import tile_mean
 from turboquant_hf.kernels.encode.packing import pack_plane, pack_regular
 from turboquant_hf.kernels.encode.product import (
@@ -51,7 +50,7 @@ from turboquant_hf.kernels.encode.product import (
 )
 from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
 
-__all__ = ["bad_heads", "decode_tiles", "encode_tiles", "tile_mean"]
+__all__ = ["decode_tiles", "encode_tiles", "tile_mean"]
 
 PROGRAMS = 256
 """A program takes several tiles, and loads its matrices once, as long as this many programs remain."""
@@ -62,12 +61,13 @@ REGISTERS = 255
 
 @triton.jit
 def _write_group(
-    y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_room, p_codes, p_scale, factor, t, GROUP: tl.constexpr,
-    SPEC: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, FOLDED: tl.constexpr,
+    y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_room, p_codes, p_scale, p_flag, factor, t,
+    GROUP: tl.constexpr, SPEC: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Round rotated vectors y [tokens, channels] of one group and store codes and scales (times `factor`).
 
-    idle: which tokens have no weight, for groups in words.
+    idle: which tokens have no weight.
     """
     BLOCK_T: tl.constexpr = y.shape[0]
     BLOCK_C: tl.constexpr = y.shape[1]
@@ -105,6 +105,8 @@ def _write_group(
     else:
         stored = tl.where(tl.abs(scale) <= 65504.0, scale, float("nan")).to(tl.float16)
     tl.store(p_scale + t, stored, mask=t < T)
+    suspect = (stored == 255) if SPEC.shift else (stored != stored)
+    tl.store(p_flag + t * 0, tl.full((BLOCK_T,), 1, tl.int8), mask=suspect & (t < T) & ~idle)
 
     if FOLDED and not GROUP.in_words:
         # Rows t and t + T / 2 stand 8 apart, in one thread of a matrix product. Go back to the order of tokens.
@@ -117,10 +119,10 @@ def _write_group(
             pack_plane(codes, p_codes + GROUP.offset, GROUP, plane, T, CHANNEL_MAJOR)
 
 
-@kernel("p_weight", "p_mean", "p_gain", "p_room")
+@kernel("p_weight", "p_mean", "p_gain", "p_room", "p_flag")
 def _encode_kernel(
     p_x, p_weight, p_mean, p_matrix, p_units, p_order, p_balance, p_gain, p_thresholds, p_levels, p_pairs, p_cells,
-    p_room, p_codes, p_scale, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
+    p_room, p_codes, p_scale, p_flag, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n,
     m_b: tl.int64, m_h: tl.int64, m_n, c_b: tl.int64, c_h: tl.int64, c_n, s_b: tl.int64, s_h: tl.int64, s_n,
     part_stride, a_b, a_h, u_h, H, N, TILES,
     SPEC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -132,7 +134,7 @@ def _encode_kernel(
     p_x, p_weight, p_mean, p_codes, p_scale    x, w, m, c, s in the names of strides: input, weight, mean, codes, scales
     p_matrix, p_units                          a, u: the rotation in PARTS parts, and one factor per group's scale
     p_thresholds, p_levels, p_pairs, p_cells   tables of the codebooks (`common.tables`)
-    p_room                                     memory of `in_words`
+    p_room, p_flag                             memory of `in_words`; see `reference.encode_tiles`
 
     Strides end in _b (sequence), _h (head), _n (tile) or _t (token). A tensor that is missing is passed as x and is not
     read: WEIGHT, ORDER, BALANCE and GAIN say which are there, and MEAN is "none", "given" or "taken" (and stored).
@@ -205,7 +207,7 @@ def _encode_kernel(
             _write_group(
                 y, idle, p_thresholds, p_levels, p_pairs, p_cells, p_room,
                 p_codes + row_offset(tile, c_n, SPEC.nbytes), p_scale + row_offset(tile, s_n, T) + g * T,
-                tl.load(p_units + g) / gain, t, group_of(SPEC, g), SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
+                p_flag, tl.load(p_units + g) / gain, t, group_of(SPEC, g), SPEC, T, RULE, CHANNEL_MAJOR, FOLDED,
             )  # fmt: skip
 
 
@@ -216,23 +218,24 @@ def encode_tiles(
     mean: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     out: dict[str, torch.Tensor] | None = None,
+    flag: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Equivalent to `reference.encode_tiles`; products are float32 to within a few units in the last place."""
     if not fits(x, coding.groups):
-        return reference.encode_tiles(x, coding, mean=mean, weight=weight, out=out)
+        return reference.encode_tiles(x, coding, mean=mean, weight=weight, out=out, flag=flag)
     batch, heads, tiles = x.shape[:3]
     x = rows_contiguous(x)
     if out is None:
         out = _new_arrays(x, coding)
     if x.numel():
         per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
-        weighted = weight is not None and (coding.center or any_in_words(coding.groups))
-        weight = rows_contiguous(weight) if weighted else None
+        weight = None if weight is None else rows_contiguous(weight)
+        flag = torch.empty(1, dtype=torch.int8, device=x.device) if flag is None else flag
         strides = (0, 0) if weight is None else weight.stride()[:2]
         _encode_kernel[(batch * heads, triton.cdiv(tiles, per_program))](
             **_arguments(x, coding, mean, out), p_weight=x if weight is None else weight,
             WEIGHT=weight is not None, w_b=strides[0], w_n=strides[1], N=tiles, TILES=per_program,
-            p_room=room_for_words(x, coding.groups, triton.cdiv(tiles, per_program)),
+            p_room=room_for_words(x, coding.groups, triton.cdiv(tiles, per_program)), p_flag=flag,
         )  # fmt: skip
     return out
 
