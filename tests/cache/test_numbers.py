@@ -12,7 +12,7 @@ from turboquant_hf.config import load_preset
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring, decode_attention
 
 
-@pytest.mark.parametrize("bad", [float("nan"), -float("inf")], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), -float("inf")], ids=["nan", "-nan", "-inf"])
 @pytest.mark.parametrize(
     "name",
     ["lossless", "k4v4", "k2v2", "k8v4", "paper-mse-4", "paper-prod-3", "paper-2.5", "kivi-4", "int8", "nf4", "polar-4"]
@@ -41,7 +41,7 @@ def test_nan_and_infinity_do_not_become_plausible_numbers(name, bad):
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["keys", "values"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")], ids=["nan", "-nan", "inf"])
 @pytest.mark.parametrize("name", ["k8v4", "k4v4", "k4v3", "k3v3", "k2v2"])
 def test_a_bad_number_reaches_the_output_of_its_head(name, bad, side):
     """The attention output of that head is NaN, for keys and for values, as with raw tensors. Other heads are equal."""

@@ -21,11 +21,11 @@ A_SHAPE = {  # builds of one shape: a preset, head dim, dtype and number of head
     "_add_kernel": 1,
     "_append_kernel": 1,
     "_decode_kernel": 2,  # keys, values
-    "_encode_kernel": 4,  # keys, values, with a weight or without
-    "_finite_kernel": 2,  # dtypes that may differ between keys and values
-    "_mean_kernel": 1,
+    "_encode_kernel": 2,  # keys, values
     "_merge_kernel": 1,
     "_query_kernel": 1,
+    "_rank_kernel": 1,
+    "_scale_kernel": 1,
     "_split_kernel": 8,  # with a mask or without, counts on the host or device, up to 8 queries or more
     "_state_kernel": 2,
     "_tile_kernel": 3,

@@ -69,7 +69,6 @@ from turboquant_hf.cache import TurboQuantLayer  # noqa: E402
 from turboquant_hf.config import load_preset  # noqa: E402
 from turboquant_hf.kernels import dispatch  # noqa: E402
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring  # noqa: E402
-from turboquant_hf.kernels.encode import triton as encode_triton  # noqa: E402
 
 
 class Conversation:
@@ -132,14 +131,10 @@ def main() -> None:
         for padded in (False, True):
             Conversation(shape, 1, 1500, 300, padded)
         Conversation(shape, 1, 1, 1, padded=False)  # the first tile comes in steps
-        encode_triton.tile_mean(torch.zeros(1, HEADS, 5, 128, 64, dtype=torch.float16), None)
         BUILDS.first = False
         for index, prompt in enumerate(PROMPTS):
             turn = TURNS[index % len(TURNS)]
             Conversation(shape, 1 + index % 3, prompt, turn, padded=prompt > 3 and index % 2 == 1)
-    for tiles in (1, 2, 16):
-        BUILDS.conversation = f"means of {tiles} tiles"
-        encode_triton.tile_mean(torch.zeros(2, HEADS, tiles, 128, 64, dtype=torch.float16), None)
     kernels = {name: len(known) for name, known in sorted(BUILDS.known.items())}
     print(json.dumps({"launches": BUILDS.launches, "kernels": kernels, "later": BUILDS.later}))
 

@@ -20,7 +20,6 @@ from turboquant_hf.cache import TurboQuantLayer
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring
-from turboquant_hf.kernels.encode import triton as encode_triton
 from turboquant_hf.quantizers.profiled import profiled
 
 LAYERS = (("k4v4-scalar", 128, torch.bfloat16), ("k2v2-scalar", 64, torch.float16), ("k3v3", 64, torch.float16))
@@ -90,8 +89,6 @@ def main(capability: int) -> None:
         growing(*layer)
     for preset, dim, dtype in PROFILED:
         growing(preset, dim, dtype, (random_maps(2, dim), random_maps(2, dim)))
-    encode_triton.tile_mean(torch.randn(1, 2, 3, 128, 64, dtype=torch.float16), None)
-    encode_triton.bad_heads([torch.randn(1, 2, 3, 128, 64, dtype=torch.float16)], torch.ones(1, 3, 128))
     print(json.dumps(compiled))
 
 

@@ -24,9 +24,7 @@ class Tagged(Lossless):
     name: ClassVar[str] = "tagged"
     needs_statistics: ClassVar[bool] = True
 
-    def fit(
-        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
-    ) -> State:
+    def fit(self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, flag=None) -> State:
         first = tiles.contiguous().view(torch.uint8)
         return {"tag": first.flatten(2)[:, :, -97:].to(torch.int64).sum(-1).to(torch.uint8) | 1}
 

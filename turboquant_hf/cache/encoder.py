@@ -8,15 +8,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from turboquant_hf.cache.sides import Sides
 from turboquant_hf.cache.word import warn_of_nan
-from turboquant_hf.kernels.dispatch import query_energy
+from turboquant_hf.kernels.dispatch import effective_rank, query_energy
 from turboquant_hf.kernels.encode.reference import bad_heads
-from turboquant_hf.kernels.statistics import effective_rank
 from turboquant_hf.quantizers import Quantizer
 from turboquant_hf.quantizers.base import Packed, State
 
@@ -52,6 +52,7 @@ class Encoder:
         self.count: torch.Tensor | None = None
         self.queried = 0
         self.unsettled: torch.Tensor | None = None
+        self._first: _First | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -88,13 +89,15 @@ class Encoder:
     def fit(self, tiles: Sides, weight: torch.Tensor, length: int) -> None:
         """Freeze the statistics of tiles [B, H, N, T, D] with weight [B, N, T] in a layer of `length` tokens.
 
-        Queries are used if they were seen for at least half of the tokens.
+        Queries are used if they were seen for at least half of the tokens. The next `encode` looks at what was learned.
         """
-        rms = self._query_rms(length)
-        self.states = self.quantizers.map(lambda quantizer, x: quantizer.fit(x, weight, rms), tiles)
+        self._first = first = _First(tiles, weight, self._query_rms(length))
+        self.states = self.quantizers.map(
+            lambda quantizer, x: quantizer.fit(x, weight, first.rms, flag=first.flag), tiles
+        )
         self.fitted = True
-        learned = any(quantizer.needs_statistics for quantizer in self.quantizers)
-        self._settle(AGAIN * (effective_rank(tiles.values, weight) < REPEATS).to(torch.int8) if learned else None)
+        if any(quantizer.needs_statistics for quantizer in self.quantizers):
+            first.rank = effective_rank(tiles.values, weight)
 
     def fit_again(self, tiles: Sides, weight: torch.Tensor, length: int, stores: Sides, stored: torch.Tensor) -> None:
         """Take the statistics again, as in `fit`, for unsettled sequences whose tiles are no repeats.
@@ -104,7 +107,7 @@ class Encoder:
             length: how many tokens have come since the last time.
             stores: whose tiles, with weight `stored` [B, N, T], are encoded anew.
         """
-        rank = effective_rank(tiles.values, weight)
+        rank = effective_rank(tiles.values, weight).nanmean(dim=-1)
         due = (self.unsettled > 0) & (rank >= REPEATS)
         if due.any():
             rows, rms, states = due.nonzero()[:, 0], self._query_rms(length), []
@@ -135,13 +138,29 @@ class Encoder:
             self.count.zero_()
 
     def encode(self, tiles: Sides, weight: torch.Tensor, stores: Sides) -> None:
-        """Append tiles [B, H, N, T, D] with weight [B, N, T] to the stores. Waits for the device, once."""
-        flag = torch.zeros(1, dtype=torch.int8, device=weight.device)
+        """Append tiles [B, H, N, T, D] with weight [B, N, T] to the stores.
+
+        The host looks at the device after all is launched, and what it finds hardly ever changes anything. Offloaded
+        tiles also wait for their copies.
+        """
+        flag, first, self._first = torch.zeros(1, dtype=torch.int8, device=weight.device), self._first, None
         tiles = tiles.map(nan_for_inf, self.quantizers)
-        parts = stores, self.quantizers, tiles, self.states
-        packed = [store.encode(*side, weight, flag) for store, *side in zip(*parts, strict=True)]
+        packed = self._append(tiles, weight, stores, flag)
+        if first is not None and first.flag.item():
+            fit = lambda quantizer, x: quantizer.fit(x, first.weight, first.rms)  # noqa: E731
+            self.states = self.quantizers.map(fit, first.tiles)
+            for store in stores:
+                store.count -= tiles.keys.shape[2]
+            packed = self._append(tiles, weight, stores, flag.zero_())
         if flag.item():
             self._mend(tiles, weight, stores, packed)
+        if first is not None:
+            few = [AGAIN * (rank < REPEATS) for rank in first.ranks()]
+            self._settle(torch.tensor(few, dtype=torch.int8, device=weight.device) if any(few) else None)
+
+    def _append(self, tiles: Sides, weight: torch.Tensor, stores: Sides, flag: torch.Tensor) -> list[Packed]:
+        parts = stores, self.quantizers, tiles, self.states
+        return [store.encode(*side, weight, flag) for store, *side in zip(*parts, strict=True)]
 
     def _mend(self, tiles: Sides, weight: torch.Tensor, stores: Sides, packed: list[Packed]) -> None:
         """Widen the scales of newest tiles that do not fit. Mark heads that are not finite, in all their tiles."""
@@ -186,8 +205,32 @@ class Encoder:
     def _query_rms(self, length: int) -> torch.Tensor | None:
         if self.energy is None or 2 * self.queried < length:
             return None
-        pooled = self.energy.sum(0, keepdim=True) / self.count.sum(0, keepdim=True).clamp(min=1)
-        return torch.where(self.count > 0, self.energy / self.count.clamp(min=1), pooled).sqrt()
+        mean = self.energy / self.count.clamp(min=1)
+        if len(mean) > 1:
+            pooled = self.energy.sum(0, keepdim=True) / self.count.sum(0, keepdim=True).clamp(min=1)
+            mean = torch.where(self.count > 0, mean, pooled)
+        return mean.sqrt()
+
+
+class _First:
+    """What statistics were taken from, and what is still to be looked at once the device has them.
+
+    Attributes:
+        tiles, weight, rms: what quantizers were fitted to.
+        flag: int8 [1], set to 1 where they must be fitted again, by the host's waiting (`Quantizer.fit`).
+        rank: the effective rank of each head, float32 [B, H], or None where no quantizer learns.
+    """
+
+    def __init__(self, tiles: Sides, weight: torch.Tensor, rms: torch.Tensor | None) -> None:
+        self.tiles, self.weight, self.rms = tiles, weight, rms
+        self.flag = torch.zeros(1, dtype=torch.int8, device=weight.device)
+        self.rank: torch.Tensor | None = None
+
+    def ranks(self) -> list[float]:
+        """The effective rank of each sequence, averaged over its heads; NaN where nothing counts."""
+        heads = [] if self.rank is None else self.rank.tolist()
+        known = [[x for x in row if x == x] for row in heads]
+        return [sum(row) / len(row) if row else math.nan for row in known]
 
 
 def _with_rows(state: State, rows: torch.Tensor, new: State) -> State:

@@ -154,14 +154,15 @@ class Storage:
             self.tail.own()  # nothing is encoded now, so the tail must not stay a view of the caller's tensors
             return
         self.changed()
+        whole = self.tail.count // tile
+        weight = self.weight(stored, whole)
         if not encoder.fitted or encoder.unsettled is not None:
-            whole = self.tail.count // tile  # the recent window is measured too
-            seen = self._tail_tiles(whole), self.weight(stored, whole)
+            seen = self._tail_tiles(whole), weight  # the recent window is measured too
             if not encoder.fitted:
                 encoder.fit(*seen, self.tokens)
             else:
                 encoder.fit_again(*seen, ready * tile, self.tiles, self.weight(0, stored // tile))
-        encoder.encode(self._tail_tiles(ready), self.weight(stored, ready), self.tiles)
+        encoder.encode(self._tail_tiles(ready), weight[:, :ready], self.tiles)
         self.tail.drop_front(ready * tile)
 
     def _tail_tiles(self, count: int) -> Sides:

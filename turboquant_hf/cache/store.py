@@ -96,7 +96,8 @@ class TileStore:
         for name in list(self.arrays):
             array = self.arrays.pop(name)  # only one array at a time is held twice
             grown[name] = array.new_empty((*array.shape[:2], capacity, *array.shape[3:]))
-            grown[name][:, :, : self.count] = array[:, :, : self.count]
+            if self.count:
+                grown[name][:, :, : self.count] = array[:, :, : self.count]
         self.arrays = grown
 
     def view(self, start: int = 0, stop: int | None = None) -> dict[str, torch.Tensor]:
@@ -246,6 +247,12 @@ class SinkBuffer:
     def write(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
         """Copy those of the tokens [position, position + T) that are sinks."""
         if not self.size or not keys.shape[2] or position >= self.latest + self.size:
+            return
+        if len(set(self.first)) == 1:  # copies of slices, where gather would launch a dozen kernels
+            low = max(self.first[0], position)
+            high = max(low, min(self.first[0] + self.size, position + keys.shape[2]))
+            for array, new in zip(self.arrays, (keys, values), strict=True):
+                array[:, :, low - self.first[0] : high - self.first[0]] = new[:, :, low - position : high - position]
             return
         slots = self.positions() - position
         inside = (slots >= 0) & (slots < keys.shape[2])

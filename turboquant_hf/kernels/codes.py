@@ -175,7 +175,10 @@ def store_scale(scale: torch.Tensor, scale_format: str = "fp16") -> torch.Tensor
     if scale_format == "fp16":
         return to_half(scale)
     shift, unit = SCALE_FORMATS[scale_format]
-    bits = (scale / unit).clamp(0.0, 65504.0).to(torch.float16).view(torch.int16).to(torch.int32)
+    # A NaN may have its sign set, and would then be a negative number.
+    bits = (
+        (scale / unit).nan_to_num(nan=65504.0).clamp(0.0, 65504.0).to(torch.float16).view(torch.int16).to(torch.int32)
+    )
     return ((bits + (1 << (shift - 1))) >> shift).clamp(max=255).to(torch.uint8)
 
 

@@ -31,9 +31,9 @@ from turboquant_hf.kernels.encode import reference as encode_reference
 from turboquant_hf.kernels.statistics import reference as statistics_reference
 
 __all__ = [
-    "BACKENDS", "VARIABLE", "add_queries", "append_tokens", "backend", "balance_channels",
-    "decode_attention", "decode_tiles", "decode_workspace", "encode_tiles",
-    "on_device", "prepared_decode", "query_energy", "tile_energy", "tile_mean", "unavailable", "unread_tiles",
+    "BACKENDS", "VARIABLE", "add_queries", "append_tokens", "backend", "balance_channels", "centred_energy",
+    "decode_attention", "decode_tiles", "decode_workspace", "effective_rank", "encode_tiles", "on_device",
+    "prepared_decode", "query_energy", "tile_energy", "typical_scale", "unavailable", "unread_tiles",
 ]  # fmt: skip
 
 
@@ -66,10 +66,12 @@ def _known(groups: Iterable[CodeGroup]) -> bool:
 
 
 append_tokens = _by_backend(append_reference.append_tokens, "append.triton")
-tile_mean = _by_backend(encode_reference.tile_mean, "encode.triton")
 encode_tiles = _by_backend(encode_reference.encode_tiles, "encode.triton")
 decode_tiles = _by_backend(encode_reference.decode_tiles, "encode.triton", lambda packed: packed["codes"])
 tile_energy = _by_backend(statistics_reference.tile_energy, "statistics.triton")
+centred_energy = _by_backend(statistics_reference.centred_energy, "statistics.triton")
+typical_scale = _by_backend(statistics_reference.typical_scale, "statistics.triton")
+effective_rank = _by_backend(statistics_reference.effective_rank, "statistics.triton")
 query_energy = _by_backend(statistics_reference.query_energy, "statistics.triton")
 balance_channels = _by_backend(statistics_reference.balance_channels, "statistics.triton")
 add_queries = _by_backend(statistics_reference.add_queries, "statistics.triton")

@@ -73,7 +73,12 @@ class Quantizer(ABC):
         """The arrays that `encode` returns, per tile and head, for input of `dtype`."""
 
     def fit(
-        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+        self,
+        tiles: torch.Tensor,
+        weight: torch.Tensor,
+        query_rms: torch.Tensor | None,
+        *,
+        flag: torch.Tensor | None = None,
     ) -> State:
         """What to remember of the first tiles: the state that `encode` and `decode` get.
 
@@ -81,14 +86,16 @@ class Quantizer(ABC):
             tiles: [B, H, N, T, D].
             weight: [B, N, T], 1 for a token that counts and 0 for padding and sinks.
             query_rms: [B, H, D] root mean square of the queries that read this head, or None when they are unknown.
-            waits: whether the names in the state may depend on the numbers in `tiles`. The host then waits for them.
+            flag: int8 [1]. With it, the host does not wait for the numbers in `tiles`. It is set to 1 where a state of
+                other names is needed, which a call without a flag gives.
         """
         return {}
 
     def empty_state(self, num_heads: int, head_dim: int, tile: int, device: torch.device | str = "cpu") -> State:
         """The state of empty tiles of one sequence: the shapes that `fit` gives, with harmless values."""
         tiles = torch.zeros(1, num_heads, 1, tile, head_dim, dtype=torch.float32, device=device)
-        return self.fit(tiles, torch.ones(1, 1, tile, dtype=torch.float32, device=device), None, waits=False)
+        flag = torch.zeros(1, dtype=torch.int8, device=device)
+        return self.fit(tiles, torch.ones(1, 1, tile, dtype=torch.float32, device=device), None, flag=flag)
 
     @abstractmethod
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
@@ -104,7 +111,8 @@ class Quantizer(ABC):
     ) -> None:
         """`encode` into the arrays `out`, views [B, H, N, ...] of storage, without a copy where possible.
 
-        flag: int8 [1], set to 1 where numbers that count were not finite or do not fit. `make_room` may help then.
+        flag: int8 [1], set to 1 if numbers that are stored are not finite or do not fit. Call `make_room` then. This
+            version does not know which tokens count.
         """
         for name, array in self.encode(tiles, state, weight).items():
             out[name].copy_(array)
@@ -112,9 +120,10 @@ class Quantizer(ABC):
                 flag |= array.isnan().any()
 
     def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
-        """A state with which the scales of these tiles fit. Called where `encode_into` has set its flag.
+        """A state with which the scales of these tiles fit: `state` itself if they do.
 
-        For another state than `state`, `new` (the encoded tiles) and `old` (all tiles before them) are rewritten.
+        Called after a flag of `encode_into` was set, for keys or values, and when tiles are encoded anew. For another
+        state than `state`, `new` (the encoded tiles) and `old` (all tiles before them) are rewritten.
         """
         return state
 

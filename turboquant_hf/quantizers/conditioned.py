@@ -21,11 +21,10 @@ from typing import Any, ClassVar
 import torch
 
 from turboquant_hf.checks import shown
-from turboquant_hf.kernels.codes import HALF_MAX
 from turboquant_hf.kernels.decode import PackedSide
-from turboquant_hf.kernels.dispatch import balance_channels, tile_energy, tile_mean
+from turboquant_hf.kernels.dispatch import balance_channels, centred_energy, tile_energy
 from turboquant_hf.kernels.encode.reference import sorted_columns
-from turboquant_hf.kernels.statistics import borrow, power_of_two
+from turboquant_hf.kernels.statistics import beyond_half, borrow, power_of_two
 from turboquant_hf.quantizers.base import Packed, State, check_bits, check_choice
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
@@ -33,8 +32,6 @@ BALANCES = ("query", "key", "none")
 ALIGNMENTS = (1, 16)
 ALIGNED_FROM = 64
 """`align` applies from this head dim on: a quarter of the channels is then at least 16."""
-SMALL_MEAN = 2.0**-20
-"""float16 rounds the means of a head too coarsely if its numbers are smaller than this."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +92,24 @@ class Conditioned(RotatedQuantizer):
         return self.center
 
     def fit(
-        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+        self,
+        tiles: torch.Tensor,
+        weight: torch.Tensor,
+        query_rms: torch.Tensor | None,
+        *,
+        flag: torch.Tensor | None = None,
     ) -> State:
         sizes = tuple(size for size, _ in self.group_sizes(tiles.shape[-1]))
-        energy, count = tile_energy(tiles, weight, self.center), weight.sum(dim=(1, 2))
-        state = _units(tiles, weight, energy, count) if self.center and waits and tiles.dtype != torch.float16 else {}
-        if state:
-            energy = tile_energy(_in_units(tiles, state), weight, True) * state["unit"].square()
-        return {**state, **balance_channels(energy, count, query_rms, sizes, self.balance)}
+        count, state = weight.sum(dim=(1, 2)), {}
+        if not self.center or tiles.dtype == torch.float16:
+            energy, largest = (centred_energy(tiles, weight)[0] if self.center else tile_energy(tiles, weight)), None
+        else:
+            energy, largest = centred_energy(tiles, weight)
+            if flag is None:
+                state = _units(tiles, weight, beyond_half(energy, count, largest), count)
+            if state:
+                energy = centred_energy(_in_units(tiles, state), weight)[0] * state["unit"].square()
+        return {**state, **balance_channels(energy, count, query_rms, sizes, self.balance, largest, flag)}
 
     def _encode(
         self,
@@ -131,20 +138,17 @@ class Conditioned(RotatedQuantizer):
         return (sorted_columns(rotation, state["order"]) / state["balance"].unsqueeze(-2)).transpose(-1, -2)
 
 
-def _units(tiles: torch.Tensor, weight: torch.Tensor, energy: torch.Tensor, count: torch.Tensor) -> State:
-    """{"offset", "unit"} for channels whose means float16 does not hold: there, (key - offset) / unit is encoded.
+def _units(tiles: torch.Tensor, weight: torch.Tensor, beyond: torch.Tensor, count: torch.Tensor) -> State:
+    """{"offset", "unit"} for channels `beyond` float16 in any sequence: there, (key - offset) / unit is encoded.
 
-    Other channels get 0 and 1. The result is {} if float16 holds all means. Waits for the device.
+    Other channels get 0 and 1. The result is {} if there are none. Waits for the device.
     """
-    means = tile_mean(tiles, weight).float().abs()
-    mean_square = energy.sum(dim=-1) / (count[:, None] * energy.shape[-1]).clamp(min=1.0)
-    small = (mean_square > 0.0) & (mean_square < SMALL_MEAN**2) & (means.amax(dim=(2, 3)) < SMALL_MEAN)
-    beyond = (~(means <= HALF_MAX / 2).all(dim=2) | small[:, :, None]).any(dim=0, keepdim=True)
+    beyond = beyond.any(dim=0, keepdim=True)
     if not beyond.any():
         return {}
     counts = count[:, None, None]
     offset = torch.where(beyond, borrow((tiles.float() * weight[:, None, :, :, None]).sum(dim=(2, 3)), counts), 0.0)
-    rms = borrow(tile_energy(tiles.float() - offset[:, :, None, None], weight, False), counts).sqrt()
+    rms = borrow(tile_energy(tiles.float() - offset[:, :, None, None], weight), counts).sqrt()
     return {"offset": offset, "unit": torch.where(beyond & (rms > 0.0), power_of_two(rms), 1.0)}
 
 

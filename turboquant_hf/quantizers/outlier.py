@@ -44,9 +44,14 @@ class Outlier(RotatedQuantizer):
         return ((strong, self.outlier_bits), (head_dim - strong, self.bits))
 
     def fit(
-        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+        self,
+        tiles: torch.Tensor,
+        weight: torch.Tensor,
+        query_rms: torch.Tensor | None,
+        *,
+        flag: torch.Tensor | None = None,
     ) -> State:
-        energy = tile_energy(tiles, weight, False)
+        energy = tile_energy(tiles, weight)
         order = energy.argsort(dim=-1, descending=True, stable=True)
         return {**super().fit(tiles, weight, query_rms), "order": order.to(torch.int16)}
 

@@ -136,7 +136,12 @@ class Profiled(RotatedQuantizer):
         return (dual / balance.unsqueeze(-2)).transpose(-1, -2)
 
     def fit(
-        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+        self,
+        tiles: torch.Tensor,
+        weight: torch.Tensor,
+        query_rms: torch.Tensor | None,
+        *,
+        flag: torch.Tensor | None = None,
     ) -> State:
         """A state that does not depend on the tiles.
 

@@ -6,8 +6,8 @@ from abc import abstractmethod
 
 import torch
 
-from turboquant_hf.kernels.dispatch import tile_energy
-from turboquant_hf.kernels.statistics import power_of_two, typical_scale
+from turboquant_hf.kernels.dispatch import tile_energy, typical_scale
+from turboquant_hf.kernels.statistics import power_of_two
 from turboquant_hf.quantizers.base import Packed, Quantizer, State
 
 ROOM = 16.0
@@ -22,9 +22,14 @@ class ScaledQuantizer(Quantizer):
     """
 
     def fit(
-        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+        self,
+        tiles: torch.Tensor,
+        weight: torch.Tensor,
+        query_rms: torch.Tensor | None,
+        *,
+        flag: torch.Tensor | None = None,
     ) -> State:
-        rms = typical_scale(tile_energy(tiles, weight, False), weight.sum(dim=(1, 2)))
+        rms = typical_scale(tile_energy(tiles, weight), weight.sum(dim=(1, 2)))
         return {"unit": ROOM * power_of_two(rms)}
 
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:

@@ -47,7 +47,12 @@ class NonUniform(Quantizer):
         }
 
     def fit(
-        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+        self,
+        tiles: torch.Tensor,
+        weight: torch.Tensor,
+        query_rms: torch.Tensor | None,
+        *,
+        flag: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         unit, *_ = self._normalised(self._rows(tiles))
         return {"levels": lloyd_levels(unit.flatten(1), 2**self.bits)}

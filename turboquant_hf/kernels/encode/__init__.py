@@ -1,5 +1,5 @@
 """Encoding whole tiles (rotate, scale, round, pack), and decoding them to vectors."""
 
-from turboquant_hf.kernels.encode.reference import decode_tiles, encode_tiles, tile_mean
+from turboquant_hf.kernels.encode.reference import decode_tiles, encode_tiles
 
-__all__ = ["decode_tiles", "encode_tiles", "tile_mean"]
+__all__ = ["decode_tiles", "encode_tiles"]

@@ -47,8 +47,8 @@ def encode_tiles(
         weight: [B, N, T], 0 for padding and sinks. It enters the mean (`coding.center`). In groups in words, a token
             without weight has the scale 0 and does not influence the codes of other tokens.
         out: arrays [B, H, N, ...], or views, to write to instead of new ones.
-        flag: int8 [1], set to 1 where a token with weight is stored with a NaN or with the largest one-byte scale. So it
-            is where x is not finite, or where a scale or a mean does not fit.
+        flag: int8 [1], set to 1 if a token with weight is stored with a NaN or the largest one-byte scale: x is not
+            finite there, or its scale or mean does not fit.
 
     Returns:
         {"codes": uint8 [B, H, N, bytes], "scale": [B, H, N, G, T]} and with `coding.center` "mean" [B, H, N, D] fp16:

@@ -34,7 +34,6 @@ from turboquant_hf.kernels.common.tables import cell_table, level_table, pair_ta
 from turboquant_hf.kernels.encode import reference
 from turboquant_hf.kernels.encode.dequantize import decode_tiles
 from turboquant_hf.kernels.encode.in_words import fits, room_for_words, write_words
-from turboquant_hf.kernels.encode.means import tile_mean
 from turboquant_hf.kernels.encode.packing import pack_plane, pack_regular
 from turboquant_hf.kernels.encode.product import (
     FULL,
@@ -50,7 +49,7 @@ from turboquant_hf.kernels.encode.product import (
 )
 from turboquant_hf.kernels.encode.rounding import INTERPRETED, rounded
 
-__all__ = ["decode_tiles", "encode_tiles", "tile_mean"]
+__all__ = ["decode_tiles", "encode_tiles"]
 
 PROGRAMS = 256
 """A program takes several tiles, and loads its matrices once, as long as this many programs remain."""

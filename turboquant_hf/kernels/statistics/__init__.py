@@ -2,7 +2,9 @@
 
 from turboquant_hf.kernels.statistics.reference import (
     balance_channels,
+    beyond_half,
     borrow,
+    centred_energy,
     effective_rank,
     power_of_two,
     query_energy,
@@ -11,5 +13,6 @@ from turboquant_hf.kernels.statistics.reference import (
 )
 
 __all__ = [
-    "balance_channels", "borrow", "effective_rank", "power_of_two", "query_energy", "tile_energy", "typical_scale",
+    "balance_channels", "beyond_half", "borrow", "centred_energy", "effective_rank", "power_of_two", "query_energy",
+    "tile_energy", "typical_scale",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from turboquant_hf.kernels.codes import HALF_MAX
 from turboquant_hf.kernels.encode.reference import tile_mean
 
 PRIOR_TOKENS = 256
@@ -12,12 +13,15 @@ PRIOR_TOKENS = 256
 SAMPLED_TILES = 8
 """`effective_rank` reads at least that many tiles where there are more, and less than twice as many."""
 
+SMALL_MEAN = 2.0**-20
+"""float16 rounds the means of a head too coarsely if its numbers are smaller than this."""
+
 TINY = 1e-30
 """A mean square below this counts as zero: its root predicts nothing about later numbers."""
 
 
-def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
-    """Sums of squares over the tokens that count. With `center`, the mean of each tile is subtracted before.
+def tile_energy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Sums of squares over the tokens that count.
 
     Args:
         x: [B, H, N, T, D].
@@ -25,10 +29,17 @@ def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Te
 
     Returns: float32 [B, H, D].
     """
-    x = x.float()
-    if center:
-        x = x - tile_mean(x, weight).unsqueeze(-2).float()
-    return (x.square() * weight[:, None, :, :, None].float()).sum(dim=(2, 3))
+    return (x.float().square() * weight[:, None, :, :, None].float()).sum(dim=(2, 3))
+
+
+def centred_energy(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tile_energy` of the tokens minus the mean of their tile, and the largest absolute mean of each channel.
+
+    Returns: float32 [B, H, D] twice. The largest mean is infinite if one does not fit in float16.
+    """
+    mean = tile_mean(x, weight).float()
+    largest = mean.abs().nan_to_num(nan=torch.inf).amax(dim=2)
+    return tile_energy(x.float() - mean.unsqueeze(-2), weight), largest
 
 
 def query_energy(
@@ -67,6 +78,8 @@ def balance_channels(
     query_rms: torch.Tensor | None,
     sizes: tuple[int, ...],
     balance: str,
+    largest: torch.Tensor | None = None,
+    flag: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The state of conditioned keys (`quantizers.conditioned`) from their energies.
 
@@ -75,9 +88,13 @@ def balance_channels(
         query_rms: float32 [B, H, D], or None where the queries are unknown.
         sizes: channels of every group, the most important first; one group keeps the channels' order.
         balance: "query" (without queries as "key"), "key" or "none".
+        largest, flag: the largest means of `centred_energy`, and int8 [1], set to 1 where `beyond_half` finds any. Both
+            may be missing.
 
     Returns: {"balance": float32 [B, H, D], "order": int16 [B, H, D]}.
     """
+    if flag is not None and largest is not None:
+        flag |= beyond_half(energy, count, largest).any()
     key_rms = _root(borrow(energy, count[:, None, None]))
     importance, factor = key_rms, torch.ones_like(key_rms)
     if balance == "query" and query_rms is not None:
@@ -96,6 +113,16 @@ def balance_channels(
     return {"balance": factor, "order": order.to(torch.int16)}
 
 
+def beyond_half(energy: torch.Tensor, count: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """The channels, bool [B, H, D], whose means float16 does not hold, or may soon not hold any more.
+
+    energy, largest: from `centred_energy`. count: tokens [B].
+    """
+    mean_square = energy.sum(dim=-1) / (count[:, None] * energy.shape[-1]).clamp(min=1.0)
+    small = (mean_square > 0.0) & (mean_square < SMALL_MEAN**2) & (largest.amax(dim=-1) < SMALL_MEAN)
+    return (largest > HALF_MAX / 2) | small[:, :, None]
+
+
 def typical_scale(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Root mean square of a head's elements from energies [B, H, D] over `count` [B] tokens: [B, H], 1 for zeros.
 
@@ -106,23 +133,29 @@ def typical_scale(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 def effective_rank(tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """How many directions the tokens of each sequence take, averaged over heads: float32 [B]; NaN where nothing counts.
+    """How many directions the tokens of each head take: float32 [B, H]; NaN where nothing counts.
 
     tr(S)^2 / tr(S^2) of a head's S = sum of x x': 1 for copies of one token, at most n for n different ones, and D
-    for white noise. Heads of zeros, and those that are not finite, do not count. At most 15 tiles are read, evenly
-    spread, and every fourth token of them, so that a long prompt costs no more than a short one.
+    for white noise. The rank of zeros, and of numbers whose squares float32 does not hold, is NaN. From 8 tiles
+    on, at most 15 are read, evenly spread, and every fourth token of them. So a long prompt costs no more than a short
+    one.
 
     Args:
         tiles: [B, H, N, T, D], without rotary positions, which make one token look like many: values.
         weight: [B, N, T], 1 for a token that counts and 0 for padding and sinks.
     """
-    step, thin = max(1, tiles.shape[2] // SAMPLED_TILES), 4 if tiles.shape[2] >= SAMPLED_TILES else 1
-    x = tiles[:, :, ::step, ::thin].float()
-    x = torch.where(weight[:, None, ::step, ::thin, None] > 0, x, 0.0)  # padding may be NaN
-    x = (x / x.abs().amax(dim=(2, 3, 4), keepdim=True)).flatten(2, 3)
+    x, weight = thinned(tiles, weight)
+    x = torch.where(weight[:, None, :, :, None] > 0, x.float(), 0.0).flatten(2, 3)  # padding may be NaN
     moments = x.transpose(-1, -2) @ x
+    moments = moments / moments.abs().amax(dim=(-2, -1), keepdim=True)
     trace = moments.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return (trace.square() / moments.square().sum(dim=(-2, -1))).nanmean(dim=-1)
+    return trace.square() / moments.square().sum(dim=(-2, -1))
+
+
+def thinned(tiles: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that `effective_rank` reads, as views."""
+    step, thin = max(1, tiles.shape[2] // SAMPLED_TILES), 4 if tiles.shape[2] >= SAMPLED_TILES else 1
+    return tiles[:, :, ::step, ::thin], weight[:, ::step, ::thin]
 
 
 def power_of_two(x: torch.Tensor) -> torch.Tensor:

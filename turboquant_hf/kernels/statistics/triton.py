@@ -2,8 +2,10 @@
 
 _query_kernel    sums of squares of a prompt's queries       one program per KV head and 256 tokens
 _add_kernel      the same for the tokens of a step           one program per KV head
-_tile_kernel     sums of squares of centred tiles            one program per run of tiles and 64 channels
+_tile_kernel     sums of squares of tiles, centred or not    one program per run of tiles and 64 channels
 _state_kernel    balance and order from these sums           one program per KV head
+_scale_kernel    the typical scale from these sums           one program per KV head
+_rank_kernel     the effective rank of values                one program per KV head
 """
 
 from __future__ import annotations
@@ -12,18 +14,26 @@ import torch
 import triton
 import triton.language as tl
 
+from turboquant_hf.kernels.codes import HALF_MAX
 from turboquant_hf.kernels.common.addresses import head_offset, row_offset, rows_contiguous, tiles_per_program
 from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.means import masked_mean
 from turboquant_hf.kernels.common.spec import padded_size
-from turboquant_hf.kernels.statistics.reference import PRIOR_TOKENS, TINY, typical_scale
+from turboquant_hf.kernels.statistics import reference
 
-__all__ = ["add_queries", "balance_channels", "query_energy", "tile_energy", "typical_scale"]
+__all__ = [
+    "add_queries", "balance_channels", "centred_energy", "effective_rank", "query_energy", "tile_energy",
+    "typical_scale",
+]  # fmt: skip
 
 QUERIES = 256
 PROGRAMS = 1024
-PRIOR = tl.constexpr(float(PRIOR_TOKENS))
-LEAST = tl.constexpr(TINY)
+MOST_MOMENTS = 128
+"""The largest head dim whose second moments a program keeps: with 256, Triton 3.6 makes code that ptxas refuses."""
+PRIOR = tl.constexpr(float(reference.PRIOR_TOKENS))
+LEAST = tl.constexpr(reference.TINY)
+SMALL = tl.constexpr(reference.SMALL_MEAN)
+HALF = tl.constexpr(HALF_MAX)
 
 
 @triton.jit
@@ -45,7 +55,7 @@ def sum_of_squares(
 
 @kernel("p_starts")
 def _query_kernel(
-    p_query, p_starts, p_out, q_b: tl.int64, q_h: tl.int64, q_t, H, GROUP, TOKENS, POSITION, QUERIES, PARTS,
+    p_query, p_starts, p_out, p_count, q_b: tl.int64, q_h: tl.int64, q_t, H, GROUP, TOKENS, POSITION, QUERIES, PARTS,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -58,6 +68,8 @@ def _query_kernel(
     p_rows = p_query + head_offset(b, h * GROUP, q_b, q_h, D)
     sum = sum_of_squares(p_rows, first, last, q_t, GROUP, q_h, D, BLOCK_T, BLOCK_D)
     tl.store(p_out + (head * PARTS + part) * D + d, sum, mask=d < D)
+    count = tl.maximum(TOKENS - tl.maximum(start, 0), 0) * GROUP
+    tl.store(p_count + b, count.to(tl.float32), mask=(h == 0) & (part == 0))
 
 
 def query_energy(
@@ -69,12 +81,12 @@ def query_energy(
     group = query_heads // heads
     parts = max(1, triton.cdiv(tokens, QUERIES))
     out = torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=query.device)
+    count = torch.empty((batch, 1, 1), dtype=torch.float32, device=query.device)
     if out.numel():
         _query_kernel[(batch * heads, parts)](
-            query, starts, out, *query.stride()[:3], heads, group, tokens, position, QUERIES, parts,
+            query, starts, out, count, *query.stride()[:3], heads, group, tokens, position, QUERIES, parts,
             D=dim, BLOCK_T=max(16, min(64, 8192 // padded_size(dim))), BLOCK_D=padded_size(dim),
         )  # fmt: skip
-    count = (position + tokens - starts.clamp(min=position)).clamp(min=0).float()[:, None, None] * group
     return (out[:, :, 0] if parts == 1 else out.sum(dim=2)), count
 
 
@@ -108,7 +120,7 @@ def add_queries(
 
 @kernel()
 def _tile_kernel(
-    p_x, p_weight, p_out, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n, H, N, TILES, PARTS,
+    p_x, p_weight, p_out, p_largest, x_b: tl.int64, x_h: tl.int64, x_n, x_t, w_b: tl.int64, w_n, H, N, TILES, PARTS,
     T: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -117,6 +129,7 @@ def _tile_kernel(
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
     sum = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    largest = tl.zeros((BLOCK_D,), tl.float32)
     p_x += head_offset(b, h, x_b, x_h, D)
     for n in range(part * TILES, tl.minimum((part + 1) * TILES, N)):
         tile = tl.full((), 0, tl.int64) + n
@@ -124,25 +137,43 @@ def _tile_kernel(
         x = tl.load(p_rows, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         weight = tl.load(p_weight + b * w_b + tile * w_n + t, mask=t < T, other=0.0).to(tl.float32)
         if CENTER:
-            x -= masked_mean(x, weight, T, True).to(tl.float32)[None, :]
+            mean = masked_mean(x, weight, T, True).to(tl.float32)
+            largest = tl.maximum(largest, tl.where(mean == mean, tl.abs(mean), float("inf")))
+            x -= mean[None, :]
         sum += x * x * weight[:, None]
-    tl.store(p_out + (head * PARTS + part) * D + d, tl.sum(sum, axis=0), mask=d < D)
+    o_part = (head * PARTS + part) * D + d
+    tl.store(p_out + o_part, tl.sum(sum, axis=0), mask=d < D)
+    if CENTER:
+        tl.store(p_largest + o_part, largest, mask=d < D)
 
 
-def tile_energy(x: torch.Tensor, weight: torch.Tensor, center: bool) -> torch.Tensor:
-    """Equivalent to `reference.tile_energy`."""
+def _tile_sums(x: torch.Tensor, weight: torch.Tensor, center: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sums of squares, and the largest means where `center`, of every run of tiles: [B, H, runs, D] each."""
     x, weight = rows_contiguous(x), rows_contiguous(weight)
     batch, heads, tiles, tile, dim = x.shape
     per_program = tiles_per_program(batch * heads * tiles, PROGRAMS)
     parts = triton.cdiv(tiles, per_program)
     out = torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=x.device)
+    largest = torch.empty_like(out) if center else None
     if out.numel():
         block = min(64, padded_size(dim))
         _tile_kernel[(batch * heads, parts, triton.cdiv(dim, block))](
-            x, weight, out, *x.stride()[:4], *weight.stride()[:2], heads, tiles, per_program, parts,
-            T=tile, D=dim, CENTER=center, BLOCK_T=padded_size(tile), BLOCK_D=block,
+            x, weight, out, out if largest is None else largest, *x.stride()[:4], *weight.stride()[:2], heads, tiles,
+            per_program, parts, T=tile, D=dim, CENTER=center, BLOCK_T=padded_size(tile),
+            BLOCK_D=block,
         )  # fmt: skip
-    return out.sum(dim=2)
+    return out, largest
+
+
+def tile_energy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Equivalent to `reference.tile_energy`."""
+    return _tile_sums(x, weight, center=False)[0].sum(dim=2)
+
+
+def centred_energy(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equivalent to `reference.centred_energy`."""
+    energy, largest = _tile_sums(x, weight, center=True)
+    return energy.sum(dim=2), largest.amax(dim=2)
 
 
 @triton.jit
@@ -209,10 +240,10 @@ def size_edge(sizes, index):
     return total
 
 
-@kernel()
+@kernel("p_flag")
 def _state_kernel(
-    p_energy, p_count, p_query, p_balance, p_order, B, H, D: tl.constexpr, BLOCK_D: tl.constexpr, SIZES: tl.constexpr,
-    BALANCE: tl.constexpr, KNOWN: tl.constexpr,
+    p_energy, p_count, p_query, p_largest, p_flag, p_balance, p_order, B, H, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SIZES: tl.constexpr, BALANCE: tl.constexpr, KNOWN: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     b, h = head // H, head % H
@@ -224,6 +255,11 @@ def _state_kernel(
         pooled += tl.where(lent < float("inf"), lent, 0.0)
         pooled_count += tl.where(lent < float("inf"), tl.load(p_count + other), 0.0)
     energy = tl.load(p_energy + head * D + d, mask=d < D, other=0.0)
+    if LARGEST:
+        mean_square = tl.sum(energy, axis=0) / tl.maximum(tl.load(p_count + b) * D, 1.0)
+        top = tl.max(tl.load(p_largest + head * D + d, mask=d < D, other=0.0), axis=0)
+        beyond = (top > HALF / 2) | ((mean_square > 0.0) & (mean_square < SMALL * SMALL) & (top < SMALL))
+        tl.store(p_flag, tl.full((), 1, tl.int8), mask=beyond)
     key = borrowed(energy, tl.load(p_count + b), pooled, pooled_count)
     query = key
     if KNOWN:
@@ -238,6 +274,8 @@ def balance_channels(
     query_rms: torch.Tensor | None,
     sizes: tuple[int, ...],
     balance: str,
+    largest: torch.Tensor | None = None,
+    flag: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Equivalent to `reference.balance_channels`."""
     batch, heads, dim = energy.shape
@@ -245,8 +283,75 @@ def balance_channels(
     query = energy if query_rms is None else query_rms.float().contiguous()
     out = {"balance": torch.empty_like(energy), "order": torch.empty_like(energy, dtype=torch.int16)}
     if energy.numel():
+        flag = torch.empty(1, dtype=torch.int8, device=energy.device) if flag is None else flag
         _state_kernel[(batch * heads,)](
-            energy, count.contiguous(), query, out["balance"], out["order"], batch, heads, D=dim,
-            BLOCK_D=padded_size(dim), SIZES=tuple(sizes), BALANCE=balance, KNOWN=query_rms is not None,
+            energy, count.contiguous(), query, energy if largest is None else largest.contiguous(), flag,
+            out["balance"], out["order"], batch, heads, D=dim, BLOCK_D=padded_size(dim), SIZES=tuple(sizes),
+            BALANCE=balance, KNOWN=query_rms is not None, LARGEST=largest is not None,
         )  # fmt: skip
     return out
+
+
+@kernel()
+def _scale_kernel(p_energy, p_count, p_scale, B, H, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    d = tl.arange(0, BLOCK_D)
+    pooled, pooled_count = 0.0, 0.0
+    for other in range(0, B):
+        lent = tl.sum(tl.load(p_energy + (other * H + h) * D + d, mask=d < D, other=0.0), axis=0)
+        lends = tl.abs(lent) < float("inf")
+        pooled += tl.where(lends, lent, 0.0)
+        pooled_count += tl.where(lends, tl.load(p_count + other), 0.0)
+    energy = tl.sum(tl.load(p_energy + head * D + d, mask=d < D, other=0.0), axis=0)
+    scale = tl.sqrt(borrowed(energy, tl.load(p_count + b), pooled, pooled_count) / D)
+    tl.store(p_scale + head, tl.where(scale == 0.0, 1.0, scale))
+
+
+def typical_scale(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Equivalent to `reference.typical_scale`."""
+    batch, heads, dim = energy.shape
+    out = torch.empty((batch, heads), dtype=torch.float32, device=energy.device)
+    if energy.numel():
+        _scale_kernel[(batch * heads,)](
+            energy.contiguous(), count.contiguous(), out, batch, heads, D=dim, BLOCK_D=padded_size(dim)
+        )
+    return out
+
+
+@kernel()
+def _rank_kernel(
+    p_x, p_weight, p_rank, x_b: tl.int64, x_h: tl.int64, x_n: tl.int64, x_t: tl.int64, w_b: tl.int64, w_n, w_t, H, N, T,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    d = tl.arange(0, BLOCK_D)
+    moments = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    p_x += head_offset(b, h, x_b, x_h, D)
+    for n in range(0, N):
+        for low in range(0, T, BLOCK_T):
+            t = low + tl.arange(0, BLOCK_T)
+            seen = tl.load(p_weight + b * w_b + n * w_n + t * w_t, mask=t < T, other=0.0) > 0.0
+            p_rows = p_x + row_offset(n, x_n, D) + row_offset(t, x_t, D)[:, None] + d[None, :]
+            x = tl.load(p_rows, mask=seen[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            moments = tl.dot(tl.trans(x), x, moments, input_precision="tf32x3")
+    moments = moments / tl.max(tl.max(tl.abs(moments), axis=1), axis=0)
+    trace = tl.sum(tl.sum(tl.where(d[:, None] == d[None, :], moments, 0.0), axis=1), axis=0)
+    tl.store(p_rank + head, trace * trace / tl.sum(tl.sum(moments * moments, axis=1), axis=0))
+
+
+def effective_rank(tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Equivalent to `reference.effective_rank`."""
+    if tiles.shape[-1] > MOST_MOMENTS:
+        return reference.effective_rank(tiles, weight)
+    x, weight = reference.thinned(rows_contiguous(tiles), weight)
+    batch, heads, count, tile, dim = x.shape
+    rank = torch.full((batch, heads), torch.nan, dtype=torch.float32, device=x.device)
+    if x.numel():
+        block = max(16, padded_size(dim))
+        _rank_kernel[(batch * heads,)](
+            x, weight, rank, *x.stride()[:4], *weight.stride(), heads, count, tile,
+            D=dim, BLOCK_T=32, BLOCK_D=block, num_warps=max(4, block // 16),
+        )  # fmt: skip
+    return rank
