@@ -75,7 +75,7 @@ def draw_steps(axis: Axes, colors: dict[str, str]) -> None:
         axis.text(0, top - 4, title, va="center", fontsize=11, fontweight="bold", color=colors["ink"])
         for i, text in enumerate(steps):
             last = i == len(steps) - 1
-            edge = colors["codes"] if last else colors["line"]
+            edge = colors["words"] if last else colors["line"]
             left = 9 + 13.1 * i
             box(axis, left, top, 11.3, 8, text, facecolor=colors["box"], edgecolor=edge, ink=colors["ink"])
             if not last:
@@ -109,9 +109,9 @@ def draw_tiles(axis: Axes, colors: dict[str, str]) -> None:
 def draw_bytes(axis: Axes, colors: dict[str, str]) -> None:
     axis.text(0, 39.5, "Inside the codes", fontsize=11, fontweight="bold", color=colors["ink"])
     rows = (
-        ("codes", "5-bit codes of keys: 40 bytes per token, a plane of 4 bits and a plane of 1 bit",
-         [(64, "32 bytes: byte j has 4 bits of channel j and 4 bits of channel j + 32"),
-          (27, "8 bytes: the fifth bits")]),
+        ("words", "5-bit codes along a trellis: 20 bytes for 32 codes of the keys' first group",
+         [(66, "4 x 4 bytes: 4 plain bits of codes 0, 4, ..., of codes 1, 5, ..., and so on"),
+          (25, "4 bytes: the path")]),
         ("words", "3-bit codes along a trellis: 12 bytes for 32 codes of a group",
          [(30, "4 bytes: 2 plain bits, codes 0, 2, ..."), (30, "4 bytes: 2 plain bits, codes 1, 3, ..."),
           (31, "4 bytes: the path, 1 bit per code")]),

@@ -19,7 +19,7 @@ from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.decode import History, RawTokens, Scoring, cuda
 from turboquant_hf.kernels.decode.cuda import driver, geometry, kernel, source, support, workspace
 from turboquant_hf.kernels.decode.cuda.arguments import FIELDS, Arguments, declaration
-from turboquant_hf.primitives import Trellis, grid
+from turboquant_hf.primitives import Trellis, grid, lloyd_max
 from turboquant_hf.quantizers.rotated import RotatedQuantizer
 
 
@@ -40,8 +40,8 @@ def test_words_are_read_at_multiples_of_four(widths, dim, served):
 
 
 def test_words_that_the_kernel_cannot_read_are_refused():
-    """A table holds the levels of codes of up to 4 bits, and words of keys need values in words."""
-    (narrow,), (wide,) = groups_by_share(64, ((1.0, "w4"),)), groups_by_share(64, ((1.0, "w5"),))
+    """Tables hold the levels of codes of up to 5 bits, and words of keys need values in words."""
+    (narrow,), wide = groups_by_share(64, ((1.0, "w5"),)), CodeGroup(64, Trellis(tuple(lloyd_max(7).levels), "wide"))
     assert support.narrow(narrow) and not support.narrow(wide) and support.narrow(groups_by_share(64, ((1.0, 5),))[0])
     assert support.row_fits(64, narrow)
     steps = (-19, *range(-15, 15), 18)

@@ -23,8 +23,9 @@ from tests.support.cases import (
 )  # fmt: skip
 from turboquant_hf.config import load_preset
 from turboquant_hf.kernels import dispatch
+from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.decode import cpu, reference
-from turboquant_hf.primitives import grid, trellis_code
+from turboquant_hf.primitives import Trellis, grid, lloyd_max, trellis_code
 
 PRESETS = ["k8v4", "k4v4", "k3v3", "k2v2", "k4v4-scalar", "k3v3-scalar", "k2v2-scalar", "paper-mse-4", "paper-3.5"]
 
@@ -50,7 +51,7 @@ def test_every_width(bits, make, dtype):
 
 
 @pytest.mark.parametrize("size", [16, 48, 80, 128])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
 def test_words_beside_rows(bits, size):
     words = groups_of((size, bits), make=trellis_code)
     keys = (*groups_of((24, 3)), *words, *groups_of((16, 8), (32, 2)))
@@ -58,8 +59,8 @@ def test_words_beside_rows(bits, size):
 
 
 def test_wider_words_are_refused():
-    groups = groups_of((16, 5), make=trellis_code)
-    with pytest.raises(ValueError, match="words of 32 codes of 5 bits are not supported"):
+    groups = (CodeGroup(16, Trellis(tuple(lloyd_max(7).levels), "wide")),)
+    with pytest.raises(ValueError, match="words of 32 codes of 6 bits are not supported"):
         check(attention_inputs(dim=16, keys=groups, values=groups, tile=32))
 
 

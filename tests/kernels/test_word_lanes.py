@@ -7,7 +7,7 @@ import torch
 
 from tests.support.cases import groups_of
 from turboquant_hf.kernels.codes import TileCoding, tile_bytes
-from turboquant_hf.kernels.decode.cuda.source import WORD_CENTRE, level_bytes
+from turboquant_hf.kernels.decode.cuda.source import ROW_CENTRE, WORD_CENTRE, level_bytes
 from turboquant_hf.kernels.encode.reference import decode_rotated
 from turboquant_hf.primitives import Trellis, pack_words, trellis_code
 
@@ -33,6 +33,8 @@ class Word:
             self.parities = [select(EVEN, rotate_left(path, 2 - share), z1 * (2 - share) & 0xFFFFFFFF)]
             if bits > 2:
                 w[0] = w[share]
+            if bits == 5:
+                w[2] = w[2 + share]
             if bits % 2 == 0:
                 w[bits - 2] >>= share
         else:
@@ -45,13 +47,20 @@ class Word:
                 agree.append(EVEN & ~(plain >> 1 ^ third))
                 equal.append(agree[-1] & ~(plain >> 1 ^ plain))
             self.planes = [(self.plain, agree), (self.parities, equal)]
-        self.units = 8 // shares
+        self.units, self.wide = 8 // shares, w if bits == 5 else None
 
     def selectors(self, unit: int) -> list[tuple[int, ...]]:
         """Of the bytes of a unit, what the selectors of all look-ups say."""
         half = unit // 4
         phase = 2 * (unit // 2 % 2) + half
         found = []
+        if self.wide:
+            own, mask = self.wide[phase], 0xFFFFFFFF
+            outer = ((own >> 1 & own & own << 1) | ~(own >> 1 | own | own << 1)) & 0x44444444
+            subsets = self.parities[half] >> (0 if phase < 2 else 2)
+            for code in (own, own ^ 0x88888888, (subsets & FIELD | outer) & mask):
+                found.append([code >> 16 * (unit % 2) + 4 * j & 15 for j in range(4)])
+            return list(zip(*found, strict=True))
         for low, high in self.planes:
             code = select(FIELD, low[half], high[half] << 2) if phase < 2 else select(FIELD, low[half] >> 2, high[half])
             found.append([code >> 16 * (unit % 2) + 4 * j & 15 for j in range(4)])
@@ -62,6 +71,10 @@ def number_of(selectors: tuple[int, ...]) -> int:
     """The level number that the selectors of a byte stand for."""
     if len(selectors) == 1:
         return selectors[0]
+    if len(selectors) == 3:
+        own, other, second = selectors
+        assert other == own ^ 8 and second < 8 and second >> 2 == (own >> 1 in (0, 7))
+        return 4 * own + (second & 3)
     first, second = selectors
     agree, upper = first >> 2, first >> 1 & 1
     assert first < 8 and second < 8  # a set top bit would repeat a sign
@@ -72,8 +85,13 @@ def number_of(selectors: tuple[int, ...]) -> int:
 def looked_up(selectors: tuple[int, ...], code: Trellis) -> float:
     """`levels` of one byte, less the bias; levels are odd multiples of half a unit."""
     table = level_bytes(code.bits, code.steps)
-    if code.bits < 4:  # below 16 levels; tables of 16 are two addends
+    if code.bits < 4:
         return (table[selectors[0]] - WORD_CENTRE) * code.unit
+    if code.bits == 5:  # a selector with its top bit set gives eight copies of the byte's top bit
+        own, other, second = selectors
+        found = [table[8 * half + (s & 7)] if s < 8 else 255 * (table[8 * half + (s & 7)] >> 7)
+                 for half, s in enumerate((own, other))]  # fmt: skip
+        return ((found[0] & found[1]) + table[16 + second] - ROW_CENTRE[5]) * code.unit
     first, second = selectors
     assert 0 <= table[first] + table[8 + second] < 128
     return (table[first] + table[8 + second] - WORD_CENTRE) * code.unit
@@ -91,7 +109,7 @@ def as_words(packed: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shares", [1, 2])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
 def test_a_lane_decodes_a_word(bits, shares):
     """Byte j of unit u of a word is value 4 u + j for any path, and every level comes from the table."""
     code, generator = trellis_code(bits, 64), torch.Generator().manual_seed(bits)
@@ -109,7 +127,7 @@ def test_a_lane_decodes_a_word(bits, shares):
 
 
 @pytest.mark.parametrize("shares", [1, 2])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
 def test_a_lane_finds_its_values(bits, shares):
     """`ChannelWords`: unit u, byte j of lane part t is token 32 t + 4 u + j of the row's channel."""
     groups, channels = groups_of((16, bits), make=trellis_code), 16
@@ -129,7 +147,7 @@ def test_a_lane_finds_its_values(bits, shares):
 
 
 @pytest.mark.parametrize("size", [16, 32, 48, 64, 80, 96, 128, 192])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
 def test_a_lane_finds_its_keys(bits, size):
     """`TokenWords`: `Pair<I>` and `Token<I, R>` read the tokens that `OwnTokens` counts for a lane."""
     groups = groups_of((size, bits), make=trellis_code)

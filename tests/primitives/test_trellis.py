@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turboquant_hf.primitives import Trellis, distortion, lloyd_max, pack, packed_size, trellis, trellis_code, unpack
-from turboquant_hf.primitives.addends import addends, nearest_sums
+from turboquant_hf.primitives.addends import SUM_BITS, addends, nearest_sums
 from turboquant_hf.primitives.training import _means, sphere_words, train
 from turboquant_hf.primitives.trellis_codes import TRAINED
 
@@ -55,11 +55,11 @@ def test_error_on_the_sphere_is_below_lloyd_maxs_own(bits, dim):
 def test_shipped_levels_are_the_means_of_what_they_stand_for(bits, dim):
     """Lloyd's condition, but for the grid, which is coarse for 64 levels: moving levels to their means gains little.
 
-    Levels of 4 bits are moved to the sums nearest to their means.
+    Levels of 4 and 5 bits are moved to the sums nearest to their means.
     """
     code, x = trellis_code(bits, dim or None), sphere_words(dim or None, 8000, seed=4)
     means, mass = _means(bits, torch.tensor(code.levels)[2**bits :], x)
-    means = nearest_sums(means, mass) if bits == 4 else means
+    means = nearest_sums(means, mass) if bits in SUM_BITS else means
     moved = Trellis((*(-means.flip(0)).tolist(), *means.tolist()), "moved")
     assert error(code, x) < (1.03 if bits == 5 else 1.015) * error(moved, x)
     assert (mass > 0).all()
@@ -83,12 +83,13 @@ def test_levels_are_odd_multiples_of_half_a_unit(bits, dim):
 
 
 @pytest.mark.parametrize("dim", [None, 16, 32, 64])
-def test_levels_of_4_bits_are_sums_of_two_bytes(dim):
-    code = trellis_code(4, dim)
+@pytest.mark.parametrize(("bits", "outer"), [(4, (0, 7)), (5, (0, 1, 14, 15))], ids=["4-bit", "5-bit"])
+def test_levels_are_sums_of_two_bytes(bits, outer, dim):
+    code = trellis_code(bits, dim)
     first, second = addends(code.steps)
     for number, step in enumerate(code.steps):
         segment, subset = divmod(number, 4)
-        assert step == first[segment] + second[4 * (segment in (0, 7)) + subset]
+        assert step == first[segment] + second[4 * (segment in outer) + subset]
     assert min(second) == 0 and max(second) < 64
 
 

@@ -52,6 +52,7 @@ def test_bits_per_channel_counts_every_overhead(name, options, head_dim, bits):
         ("mse", "block", 1, "2 channels"),
         ("mse", "codebook", "nf4", "lloyd-max, grid, polynomial, uniform, trellis, trellis-64"),
         ("mse", "rotation", "dct", "hadamard"),
+        ("mse", "trellis_bits", 6, "1 to 5"),
         ("mse", "rounds", 0, "from 1"),
         ("mse", "scale", "max", "unbiased"),
         ("outlier", "bits", 0, "1 to 8"),
@@ -123,6 +124,12 @@ def test_groups_that_words_cannot_hold_use_the_grid(head_dim, bits, channel_majo
     (group,) = QUANTIZERS["mse"](bits=bits, codebook="trellis", channel_major=channel_major).groups(head_dim, 32)
     assert group.in_words == in_words
     assert in_words or group.codebook == grid(bits, head_dim)
+
+
+@pytest.mark.parametrize("most", [3, 4, 5])
+def test_codes_wider_than_trellis_bits_use_the_grid(most):
+    keys = QUANTIZERS["conditioned"](widths=((0.25, 5), (0.25, 4), (0.5, 3)), codebook="trellis", trellis_bits=most)
+    assert [group.in_words for group in keys.groups(64, 32)] == [most > 4, most > 3, True]
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

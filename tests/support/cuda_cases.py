@@ -17,7 +17,9 @@ KEYS = {
     "k4/2/1": ((0.125, 4), (0.625, 2), (0.25, 1)),
     "k8": ((1.0, 8),),
     "mixed": ((0.25, 5), (0.5, 3), (0.25, 2)),  # a group that does not begin at a multiple of its size
-    "5/w3": ((0.5, 5), (0.5, "w3")),  # "w": along a trellis, in words
+    "w5/w3": ((0.5, "w5"), (0.5, "w3")),  # "w": along a trellis, in words
+    "5/w3": ((0.5, 5), (0.5, "w3")),
+    "w5/w3/w2": ((0.25, "w5"), (0.25, "w3"), (0.5, "w2")),
     "5/w3/w2": ((0.25, 5), (0.25, "w3"), (0.5, "w2")),
     "5/w3/w2 d96": ((1 / 6, 5), (1 / 3, "w3"), (0.5, "w2")),  # groups that end inside the channels of a lane
     "w4/w2 quarter": ((0.25, "w4"), (0.75, "w2")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .addends import SUM_ROUNDS, nearest_sums, sums_on_grid
+from .addends import SUM_BITS, SUM_ROUNDS, nearest_sums, sums_on_grid
 from .codebook import GRID_STEPS, lloyd_max
 from .trellis import Trellis
 
@@ -25,15 +25,15 @@ def train(bits: int, dim: int | None = None, *, count: int = 16384, rounds: int 
 
     The levels are symmetric. At the end they are rounded to the grid. Several units are tried, so that the largest
     level uses between 3/4 and all of the grid, and the one with the least error on other words is kept. Levels of 4
-    bits first train for `SUM_ROUNDS` more as sums (`primitives.addends`). This takes up to a minute; `trellis_code` has
-    the results.
+    and 5 bits train for `SUM_ROUNDS` more as sums, and `addends.sums_on_grid` rounds them. This takes some minutes;
+    `trellis_code` has the results.
     """
     words, others = sphere_words(dim, count, seed), sphere_words(dim, count, seed + 1)
     levels = torch.tensor(lloyd_max(bits + 1).levels)[2**bits :]
-    for turn in range(rounds + SUM_ROUNDS * (bits == 4)):
+    for turn in range(rounds + SUM_ROUNDS * (bits in SUM_BITS)):
         means, mass = _means(bits, levels, words)
         levels = means if turn < rounds else nearest_sums(means, mass)
-    if bits == 4:
+    if bits in SUM_BITS:
         return _symmetric(*sums_on_grid(means, mass, GRID_STEPS))
     best = (torch.inf, levels, 1.0)
     for top in range(3 * GRID_STEPS // 4, GRID_STEPS + 1, 2):

@@ -22,11 +22,10 @@ TRAINED: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
     (4, 16): (0.0420973201, (0, 3, 6, 9, 11, 14, 17, 20, 23, 26, 29, 32, 37, 45, 53, 61)),
     (4, 32): (0.0490552777, (0, 3, 5, 8, 9, 12, 14, 17, 20, 23, 25, 28, 33, 40, 48, 55)),
     (4, 64): (0.0493779063, (0, 3, 5, 8, 9, 12, 14, 17, 20, 23, 25, 28, 33, 41, 49, 57)),
-    (5, 0): (0.0688663051, (*range(18), 19, 20, 21, 23, 24, 26, 28, 30, 32, 35, 38, 42, 47, 55)),
-    (5, 16): (0.0488166660, (0, 2, 3, 4, 5, 7, 8, 10, 11, 12, 14, 15, 17, 18, 20, 21, 23, 25, 26, 28, 30, 32,
-                           34, 36, 39, 41, 44, 47, 50, 53, 57, 63)),
-    (5, 32): (0.0689236149, (*range(18), 19, 20, 21, 23, 24, 26, 28, 30, 32, 34, 37, 40, 44, 49)),
-    (5, 64): (0.0685770884, (*range(18), 19, 20, 21, 23, 24, 26, 28, 30, 32, 35, 38, 41, 45, 51)),
+    (5, 0): (0.0630014922, (*range(16), 17, 18, 19, 20, 22, 23, 24, 25, 28, 31, 35, 38, 42, 45, 49, 52)),
+    (5, 16): (0.0642349977, (*range(20), 21, 22, 23, 24, 26, 28, 31, 33, 36, 38, 41, 43)),
+    (5, 32): (0.0627462434, (*range(16), 17, 18, 19, 20, 22, 23, 24, 25, 27, 30, 33, 36, 40, 43, 46, 49)),
+    (5, 64): (0.0629385336, (*range(16), 17, 18, 19, 20, 22, 23, 24, 25, 28, 31, 34, 37, 41, 44, 47, 50)),
 }  # fmt: skip
 """(bits, dim) -> unit and steps above zero of the levels that `training.train` made; dim 0: the Gaussian limit."""
 _CODES = {16: SIXTEEN_STATES, 64: (0o103, 0o024, 64)}
@@ -44,8 +43,8 @@ def trellis_code(bits: int, dim: int | None = None, states: int = 16) -> Trellis
         bits: 1..5.
         dim: the number of channels that are rotated together, or None for the Gaussian limit. Levels were trained for
             16, 32 and 64 channels and for the limit. Groups of up to 128 channels use the levels of the next smaller
-            size, which adds at most .6 % of error. Larger groups use those of the limit. Levels of 4 bits are sums of
-            two (`primitives.addends`), which adds 4 to 6 % of error.
+            size, which adds at most .6 % of error. Larger groups use those of the limit. Levels of 4 and 5 bits are
+            sums of two (`primitives.addends`), which adds 4 to 9 % of error.
         states: 16 in words of 32, or 64 in words of 64, with the same levels.
 
     Raises: ValueError for other widths or states, or a dim below 16, whose coordinates are too far from Gaussian.

@@ -21,9 +21,9 @@ from turboquant_hf.kernels.codes import (
     tile_bytes,
 )
 from turboquant_hf.kernels.decode import PackedSide
-from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles, tile_energy
+from turboquant_hf.kernels.dispatch import decode_tiles, encode_tiles, tile_energy, typical_scale
 from turboquant_hf.kernels.encode.reference import bad_heads, saturated_heads
-from turboquant_hf.kernels.statistics import power_of_two, typical_scale
+from turboquant_hf.kernels.statistics import power_of_two
 from turboquant_hf.primitives import (
     grid,
     head_rotations,
@@ -34,7 +34,7 @@ from turboquant_hf.primitives import (
     uniform,
 )
 from turboquant_hf.primitives.memo import once
-from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_choice
+from turboquant_hf.quantizers.base import Field, Packed, Quantizer, State, check_bits, check_choice
 
 CODEBOOKS = {
     "lloyd-max": lloyd_max, "grid": grid, "polynomial": polynomial, "uniform": uniform, "trellis": trellis_code,
@@ -56,10 +56,11 @@ class RotatedQuantizer(Quantizer):
         scale_format: "fp16", or one byte: "e4m4" or "e3m5" (`kernels.codes.store_scale`).
         codebook: "lloyd-max" for the exact sphere density in the rotated dimension, "grid" or "polynomial" (nearly as
             good, and made for kernels), "uniform", or "trellis": 13 to 30 % less error, in words of 32 values. Groups
-            that words do not serve have the "grid" instead: more than 4 bits, fewer than 16 channels, tiles that are no
-            multiple of 32 tokens (64 with 64 states), or, where the words do not run along tokens (`channel_major`), a
-            number of channels that is no multiple of 16. "trellis-64" has 64 states instead of 16, to compare. No
-            fast kernel knows it: plain torch encodes and reads it, on GPUs, too.
+            that words do not serve have the "grid" instead: more than `trellis_bits`, fewer than 16 channels, tiles
+            that are no multiple of 32 tokens (64 with 64 states), or, where the words do not run along tokens
+            (`channel_major`), a number of channels that is no multiple of 16. "trellis-64" has 64 states instead of
+            16, to compare. No fast kernel knows it: plain torch encodes and reads it, on GPUs, too.
+        trellis_bits: the widest codes along a trellis, 1 to 5. Wider codes have the grid, which is encoded sooner.
         rotation: "auto" (Hadamard with random signs where the order is known, else QR), or one by name.
         rounds: how many sign-and-Hadamard rounds.
         seed: of the rotation; the same for all layers, so that they share one matrix.
@@ -71,6 +72,7 @@ class RotatedQuantizer(Quantizer):
     scale: str = "norm"
     scale_format: str = "fp16"
     codebook: str = "lloyd-max"
+    trellis_bits: int = 4
     rotation: str = "auto"
     rounds: int = 1
     seed: int = 0
@@ -85,6 +87,7 @@ class RotatedQuantizer(Quantizer):
         check_choice(self.name, "scale", self.scale, SCALE_RULES)
         check_choice(self.name, "scale_format", self.scale_format, tuple(SCALE_FORMATS))
         check_choice(self.name, "codebook", self.codebook, tuple(CODEBOOKS))
+        check_bits(self.name, "trellis_bits", self.trellis_bits, 1, 5)
         check_choice(self.name, "rotation", self.rotation, ROTATIONS)
         if not isinstance(self.rounds, int) or self.rounds < 1:
             raise ValueError(f"{self.name}: rounds={self.rounds!r} is not supported; allowed: whole numbers from 1")
@@ -101,7 +104,7 @@ class RotatedQuantizer(Quantizer):
     def groups(self, head_dim: int, tile: int) -> tuple[CodeGroup, ...]:
         """The coded groups of a head of `head_dim` channels, in tiles of `tile` tokens."""
         codebook = "grid" if tile % TRELLISES.get(self.codebook, 1) else self.codebook
-        return _code_groups(self.group_sizes(head_dim), codebook, self.channel_major)
+        return _code_groups(self.group_sizes(head_dim), codebook, self.trellis_bits, self.channel_major)
 
     def validate(self, head_dim: int, tile: int) -> None:
         sizes = self.group_sizes(head_dim)
@@ -146,9 +149,14 @@ class RotatedQuantizer(Quantizer):
         return self.rotation_of(head_dim, num_heads, device).transpose(-1, -2)
 
     def fit(
-        self, tiles: torch.Tensor, weight: torch.Tensor, query_rms: torch.Tensor | None, *, waits: bool = True
+        self,
+        tiles: torch.Tensor,
+        weight: torch.Tensor,
+        query_rms: torch.Tensor | None,
+        *,
+        flag: torch.Tensor | None = None,
     ) -> State:
-        gain = typical_scale(tile_energy(tiles, weight, False), weight.sum(dim=(1, 2)))
+        gain = typical_scale(tile_energy(tiles, weight), weight.sum(dim=(1, 2)))
         return {"gain": power_of_two(gain) if self.gain_is_power else gain}
 
     @property
@@ -242,10 +250,12 @@ class RotatedQuantizer(Quantizer):
 
 
 @lru_cache(maxsize=256)
-def _code_groups(sizes: tuple[tuple[int, int], ...], codebook: str, channel_major: bool) -> tuple[CodeGroup, ...]:
+def _code_groups(
+    sizes: tuple[tuple[int, int], ...], codebook: str, widest: int, channel_major: bool
+) -> tuple[CodeGroup, ...]:
     groups = []
     for size, bits in sizes:
-        served = codebook not in TRELLISES or (bits <= 4 and size >= 16 and fills_words(size, channel_major))
+        served = codebook not in TRELLISES or (bits <= widest and size >= 16 and fills_words(size, channel_major))
         groups.append(CodeGroup(size, CODEBOOKS[codebook if served else "grid"](bits, size)))
     return tuple(groups)
 

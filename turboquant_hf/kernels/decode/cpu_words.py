@@ -16,8 +16,8 @@ from turboquant_hf.primitives.memo import once
 
 EVEN, PAIRS, ONES = 0x55555555, 0x33333333, 0x11111111
 """Every second bit, the lower two of every four, the lowest of every four."""
-MOST_BITS = 4
-"""The widest codes: their level numbers have a fifth bit, which is looked up beside a nibble."""
+MOST_BITS = 5
+"""The widest codes: their level numbers have a fifth and a sixth bit, which are looked up beside a nibble."""
 
 
 def word_levels(codes: torch.Tensor, group: CodeGroup, tile: int, channel_major: bool) -> torch.Tensor:
@@ -33,15 +33,21 @@ def word_levels(codes: torch.Tensor, group: CodeGroup, tile: int, channel_major:
     z1, z0 = _parity(path, book.h0), _parity(path, book.h1)
     # Of the codes with even and of those with odd numbers: pairs of bits (z1, z0).
     parities = (z0 & EVEN | z1 << 1 & ~EVEN, z0 >> 1 & EVEN | z1 & ~EVEN)
-    nibbles = []
-    for a in (0, 1):
+    nibbles, higher = [], []
+    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        subset = parities[a] >> 2 * b & PAIRS
+        if len(plain) == 4:  # one plane of four bits
+            nibbles.append(subset | (plain[2 * b + a] & PAIRS) << 2)
+            higher.append(plain[2 * b + a] >> 2 & PAIRS)
+            continue
         above = plain[a] if len(plain) > 1 else plain[0] >> a & EVEN if plain else torch.zeros_like(path)
-        nibbles += [parities[a] & PAIRS | above << 2 & ~PAIRS, parities[a] >> 2 & PAIRS | above & ~PAIRS]
+        nibbles.append(subset | (above >> 2 * b & PAIRS) << 2)
+        if len(plain) == 3:
+            higher.append(plain[2] >> 2 * b + a & ONES)
     index = torch.stack(nibbles, dim=-1).view(torch.uint8)
-    if len(plain) > 2:
-        fifth = [plain[2] >> 2 * b + a & ONES for a in (0, 1) for b in (0, 1)]
-        fifth = torch.stack(fifth, dim=-1).view(torch.uint8)
-        index = torch.stack([index, fifth], dim=-1).view(torch.int16).squeeze(-1)
+    if higher:
+        index = torch.stack([index, torch.stack(higher, dim=-1).view(torch.uint8)], dim=-1)
+        index = index.view(torch.int16).squeeze(-1)
     if not channel_major:  # pairs are neighbouring channels: here they are moved at an eighth of the levels' bytes
         index = from_places(index, tile, group.size, channel_major=False)
     lead, rows = codes.shape[:-1], group.size if channel_major else tile
@@ -62,10 +68,14 @@ def _parity(path: torch.Tensor, taps: int) -> torch.Tensor:
 @once(maxsize=64)
 @torch.inference_mode(False)
 def _pairs(codebook: Trellis) -> torch.Tensor:
-    """[1, 256 or 8192] float64, each the bytes of two levels: those of two nibbles, whose fifth bits are 8 higher."""
+    """[1, 256, 8192 or 16384] float64, each the bytes of two levels: those of two nibbles.
+
+    Bits 4 and 5 of a level's number stand 8 places above its nibble.
+    """
     if codebook.bits > MOST_BITS or codebook.word != 32:
         raise ValueError(f"{codebook.name}: words of {codebook.word} codes of {codebook.bits} bits are not supported")
-    index = torch.arange(1 << (13 if codebook.bits == MOST_BITS else 8), device="cpu")
-    numbers = torch.stack([index >> shift & 15 | index >> 4 + shift & 16 for shift in (0, 4)], dim=-1)
+    more = max(codebook.bits - 3, 0)
+    index, mask = torch.arange(1 << (12 + more if more else 8), device="cpu"), 16 * ((1 << more) - 1)
+    numbers = torch.stack([index >> shift & 15 | index >> 4 + shift & mask for shift in (0, 4)], dim=-1)
     levels = codebook.tensor()[numbers % len(codebook.levels)]
     return levels.contiguous().view(torch.float64).view(1, -1)

@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
         unrolled<0, KEY_GROUPS + 1>([&]<int I>() {
             if (w.lane == I)
 #pragma unroll
-                for (int i = 0; i < 6; i++) shared.books[I][i] = i == 4 ? 0x88888888u : i == 5 ? 0x7F7F7F7Fu : LEVELS[I][i];
+                for (int i = 0; i < 8; i++) shared.books[I][i] = i == 6 ? 0x88888888u : i == 7 ? 0x7F7F7F7Fu : LEVELS[I][i];
         });
     __syncthreads();
     previous_kernel_done();

@@ -34,7 +34,7 @@ __device__ __forceinline__ u32 lop3(u32 x, u32 y, u32 z) {
     return d;
 }
 constexpr int SELECT = 0xCA, XOR3 = 0x96, XNOR = 0xC3, XNOR3 = 0x69;  // x ? y : z; x ^ y ^ z; ~(x ^ y); ~(x ^ y ^ z)
-constexpr int AND_XNOR = 0x90;  // x & ~(y ^ z)
+constexpr int AND_XNOR = 0x90, ALIKE = 0x81, MASKED_OR = 0xEA;  // x & ~(y ^ z); x = y = z; x & y | z
 __device__ __forceinline__ float half_to_float(u16 x) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));

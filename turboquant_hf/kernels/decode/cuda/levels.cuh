@@ -1,9 +1,9 @@
 // From packed bytes to levels: rows of codes, the lane that owns each code, and the look-up of four levels at a time.
 
 __host__ __device__ constexpr int main_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
-// Twice the bias of a level's byte: byte - bias is the centred level. With 4 bits in words, the byte is a sum of two.
+// Twice the bias of a level's byte: byte - bias is the centred level. With 4 or 5 bits in words, the byte is a sum of two.
 __host__ __device__ constexpr int twice_bias(int bits, bool in_words) {
-    return in_words ? 127 : bits == 8 ? 255 : bits == 5 ? 383 : 127;
+    return bits == 8 && !in_words ? 255 : bits == 5 ? 383 : 127;
 }
 
 // Load BYTES from shared memory at `lane` + OFFSET, an address that is a multiple of ALIGN.
@@ -32,11 +32,11 @@ __device__ __forceinline__ void load_piece(u32* out, u32 lane) {
 // The table of one codebook, with two constants. They are read from shared memory so that they stay in registers: the
 // compiler copies values that it knows to be the same in all lanes before every permutation.
 struct Levels {
-    u32 table[4], top_bits, mirror;
+    u32 table[6], top_bits, mirror;
     __device__ __forceinline__ void read(u32 at) {
-        load_piece<16, 16, 0>(table, at);
-        load_piece<4, 4, 16>(&top_bits, at);
-        load_piece<4, 4, 20>(&mirror, at);
+        load_piece<24, 8, 0>(table, at);
+        load_piece<4, 4, 24>(&top_bits, at);
+        load_piece<4, 4, 28>(&mirror, at);
     }
 };
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from turboquant_hf.kernels.codes import SCALE_FORMATS
 from turboquant_hf.kernels.decode.cuda.arguments import declaration
 from turboquant_hf.primitives import packed_size
-from turboquant_hf.primitives.addends import addends
+from turboquant_hf.primitives.addends import SUM_BITS, addends
 
 FILES = (
     "instructions.cuh",
@@ -36,7 +36,7 @@ LARGE_ROOM = 13 * 1024
 ROW_CENTRE = {1: 63.5, 2: 63.5, 3: 63.5, 4: 63.5, 5: 191.5, 8: 127.5}
 """Width of a code in rows -> bias of its level's byte: byte = step + 1/2 + bias."""
 WORD_CENTRE = 63.5
-"""The same for codes in words. With 4 bits, the byte is the sum of two."""
+"""The same for codes in words of up to 4 bits; words of 5 bits have that of rows. From 4 bits on, the byte is a sum."""
 ARRIVALS = 1 << 16
 """Counters at the start of a workspace, one per query row: how many of the blocks that share the row's tiles are done.
 Blocks share tiles only where there are few heads (`geometry.splits`). The last counter is for `unread_tiles`."""
@@ -143,27 +143,30 @@ def level_bits(steps: tuple[int, ...]) -> int:
 
 
 def level_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
-    """The table of 16 bytes in which levels.cuh looks up the levels of codes of `bits` bits.
+    """The table of 24 bytes in which levels.cuh looks up the levels of codes of `bits` bits.
 
     Up to 16 levels, the table has all of them, below 128: byte = step + 1/2 + ROW_CENTRE (or WORD_CENTRE). With 5
-    bits it has the positive half, top bit set. With 4 bits in words it has both addends, in the order of selectors.
+    bits it has the positive half, top bit set. With 4 and 5 bits in words it has both addends, in the order of
+    selectors; the first ones of 5 bits have their top bit set.
     """
     if bits == 8:
-        return [0] * 16
-    if level_bits(steps) > bits:
-        if bits == 4:
-            return _addend_bytes(steps)
-        table = [int(step + 0.5 + WORD_CENTRE) for step in steps]
-    else:
+        table = []
+    elif level_bits(steps) == bits:
         table = [int(step + 0.5 + ROW_CENTRE[bits]) for step in (steps[16:] if bits == 5 else steps)]
-    return table + [0] * (16 - len(table))
+    elif bits in SUM_BITS:
+        table = _addend_bytes(bits, steps)
+    else:
+        table = [int(step + 0.5 + WORD_CENTRE) for step in steps]
+    return table + [0] * (24 - len(table))
 
 
-def _addend_bytes(steps: tuple[int, ...]) -> list[int]:
+def _addend_bytes(bits: int, steps: tuple[int, ...]) -> list[int]:
     sums = addends(steps)
     if sums is None:
         raise ValueError(f"steps={steps}: must be sums (primitives.addends)")
     first, second = sums
+    if bits == 5:
+        return [int(start + 0.5 + ROW_CENTRE[5]) for start in first] + list(second)
     # Selector (p2 = p1, p1, p0) of segment (p2, p1, p0), then (p2 = p1 = p0, z1, z0).
     segments = [4 * (p1 if agree else 1 - p1) + 2 * p1 + p0 for agree in (0, 1) for p1 in (0, 1) for p0 in (0, 1)]
     return [int(first[segment] + 0.5 + WORD_CENTRE) for segment in segments] + list(second)
@@ -181,7 +184,7 @@ def source_text(shape: Shape, warps: int) -> str:
         return f"__device__ constexpr {kind} {name}[] = {{{', '.join(map(str, items))}}};"
 
     def table(bits: int, steps: tuple[int, ...]) -> str:
-        words = struct.unpack("<4I", bytes(level_bytes(bits, steps)))
+        words = struct.unpack("<6I", bytes(level_bytes(bits, steps)))
         return "{" + ", ".join(f"0x{word:08X}u" for word in words) + "}"
 
     lines = [
@@ -202,7 +205,7 @@ def source_text(shape: Shape, warps: int) -> str:
         array("int", "KEY_OFFSET", offsets),
         array("float", "KEY_UNIT", [f"{group[2] * key_unit!r}f" for group in shape.keys]),
         f"constexpr int VALUE_BITS = {shape.values[1]}, VALUE_LEVEL_BITS = {level_bits(shape.values[3])};",
-        "__device__ constexpr unsigned int LEVELS[][4] = {"
+        "__device__ constexpr unsigned int LEVELS[][6] = {"
         + ", ".join(table(group[1], group[3]) for group in (*shape.keys, shape.values))
         + "};",
         f"constexpr float VALUE_UNIT = {shape.values[2] * value_unit!r}f;",

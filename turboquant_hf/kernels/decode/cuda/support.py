@@ -11,12 +11,12 @@ from turboquant_hf.kernels.codes import CodeGroup
 from turboquant_hf.kernels.decode.cuda import geometry, kernel
 from turboquant_hf.kernels.decode.cuda.source import TILE, Shape, main_width, piece_size, row_layout
 from turboquant_hf.kernels.decode.inputs import History, PackedSide, Scoring
-from turboquant_hf.primitives.addends import LEVELS, addends
+from turboquant_hf.primitives.addends import SUM_BITS, addends
 
 HEAD_DIMS = (64, 96, 128, 256)
 BITS = (1, 2, 3, 4, 5, 8)
 """Widths of key codes in rows. Value codes in rows have at least 2 bits."""
-WORD_BITS = 4
+WORD_BITS = 5
 """The widest codes in words."""
 
 
@@ -58,7 +58,7 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
             all(row_fits(x.size, x) for x in keys.groups),
             "key groups of no whole units (16 channels), or levels off a grid",
         ),
-        (all(narrow(x) for x in (*keys.groups, *values.groups)), "a trellis of more than 4 bits"),
+        (all(narrow(x) for x in (*keys.groups, *values.groups)), "a trellis of more than 5 bits"),
         (begin_at_words(keys.groups), "key groups that do not begin at whole words"),
         (owns_tokens(keys.groups, values.groups[0]), "keys of a trellis beside values without one"),
         (values_fit(values.groups[0]), "value levels off a grid, or of 1 bit in rows"),
@@ -72,19 +72,19 @@ def supports(query: torch.Tensor, history: History, scoring: Scoring, *, masked:
 def row_fits(size: int, group: CodeGroup) -> bool:
     """Whether the kernel can read rows of `size` codes of a group: whole units of 16 codes, and levels that are bytes.
 
-    In a group of a trellis, words are made of `size` codes, and 32 levels must be sums of two bytes.
+    In a group of a trellis, words are made of `size` codes, and 32 or 64 levels must be sums of two bytes.
     """
     if size % 16 or group.bits not in BITS or not group.codebook.unit:
         return False
     steps = group.codebook.steps
     fits = max(steps) < (128 if group.bits == 8 else 64) and steps[0] == -steps[-1] - 1
     if group.in_words:
-        return fits and (len(steps) != LEVELS or addends(steps) is not None)
+        return fits and (group.bits not in SUM_BITS or addends(steps) is not None)
     return fits and size * main_width(group.bits) % 32 == 0
 
 
 def narrow(group: CodeGroup) -> bool:
-    """Whether a table holds the levels: those of a trellis must have at most 5 bits."""
+    """Whether a table holds the levels: a trellis must have at most 5 bits."""
     return group.bits <= WORD_BITS or not group.in_words
 
 

@@ -21,6 +21,10 @@
 //     agree, beside `plain`        bits 0 and 2 of each four: whether p2 = p1. The table is ordered by (agree, p1, p0)
 //                                  instead of (p2, p1, p0)
 //     equal, beside `parities`     bits 0 and 2 of each four: whether p2 = p1 = p0
+//
+// With 5 bits, the four plain bits of a unit of phase P are a half of w[P], four bits per value. The first byte is one of
+// 16, which all have their top bit set: of two permutations, one gives the byte and the other 255; they are ANDed. The
+// second byte is for z1, z0 and whether p3 = p2 = p1.
 
 __device__ __forceinline__ u32 rotate_left(u32 x, int count) {
     u32 y;
@@ -34,7 +38,7 @@ struct Word {
     static constexpr int BYTES = 4 * BITS, PATH = BITS - 1, LEVEL_BITS = BITS + 1, UNITS = 8 / SHARES;
     static constexpr u32 EVEN = 0x55555555u;
     static constexpr int ADDENDS = BITS > 2 ? 2 : 1;
-    static_assert(BITS <= 4, "levels of 5 bits are the widest that are looked up");
+    static_assert(BITS <= 5, "the widest codes whose levels are looked up");
     u32 w[BITS], parities[2 / SHARES], plain[2 / SHARES], agree[2 / SHARES], equal[2 / SHARES];  // the last two: 4 bits
 
     // Load only the words of planes that the wanted units have bits in.
@@ -59,7 +63,8 @@ struct Word {
         const u32 path = w[PATH], z1 = lop3<XOR3>(path, rotate_left(path, 1), rotate_left(path, 4));
         if constexpr (SHARES > 1) {  // the bits of the second half move to the place of the first half
             parities[0] = lop3<SELECT>(EVEN, rotate_left(path, 2 - share), z1 * (2 - share));
-            if constexpr (BITS == 4) w[0] = share ? w[1] : w[0];
+            if constexpr (BITS >= 4) w[0] = share ? w[1] : w[0];
+            if constexpr (BITS == 5) w[2] = share ? w[3] : w[2];
             if constexpr (BITS % 2 == 0) w[PATH - 1] >>= share;
         } else {
             const u32 z0 = rotate_left(path, 2);
@@ -81,13 +86,23 @@ struct Word {
     __device__ __forceinline__ u32 levels(const Levels& book) const {
         constexpr u32 FIELD = 0x33333333u;
         constexpr int HALF = U / 4, PHASE = 2 * (U / 2 % 2) + HALF;
-        const u32 low = BITS == 4 && ADDEND == 0 ? plain[HALF] : parities[HALF];
-        const u32 high = BITS < 4 ? plain[HALF] : ADDEND ? equal[HALF] : agree[HALF];
-        const u32 code = PHASE < 2 ? lop3<SELECT>(FIELD, low, high << 2) : lop3<SELECT>(FIELD, low >> 2, high);
-        if constexpr (BITS == 4)
-            return permute(book.table[2 * ADDEND], book.table[2 * ADDEND + 1], U % 2 ? high_half(code) : code);
-        else
-            return look_up<LEVEL_BITS, ADDEND, U % 2>(book, code, 0);
+        if constexpr (BITS == 5 && ADDEND == 0) {
+            const u32 own = w[PHASE], other = own ^ book.top_bits;
+            return permute(book.table[0], book.table[1], U % 2 ? high_half(own) : own) &
+                   permute(book.table[2], book.table[3], U % 2 ? high_half(other) : other);
+        } else if constexpr (BITS == 5) {
+            const u32 outer = lop3<ALIKE>(w[PHASE] >> 1, w[PHASE], w[PHASE] << 1) & 0x44444444u;
+            const u32 code = lop3<MASKED_OR>(PHASE < 2 ? parities[HALF] : parities[HALF] >> 2, FIELD, outer);
+            return permute(book.table[4], book.table[5], U % 2 ? high_half(code) : code);
+        } else {
+            const u32 low = BITS == 4 && ADDEND == 0 ? plain[HALF] : parities[HALF];
+            const u32 high = BITS < 4 ? plain[HALF] : ADDEND ? equal[HALF] : agree[HALF];
+            const u32 code = PHASE < 2 ? lop3<SELECT>(FIELD, low, high << 2) : lop3<SELECT>(FIELD, low >> 2, high);
+            if constexpr (BITS == 4)
+                return permute(book.table[2 * ADDEND], book.table[2 * ADDEND + 1], U % 2 ? high_half(code) : code);
+            else
+                return look_up<LEVEL_BITS, ADDEND, U % 2>(book, code, 0);
+        }
     }
 };
 
