@@ -147,8 +147,7 @@ class Encoder:
         tiles = tiles.map(nan_for_inf, self.quantizers)
         packed = self._append(tiles, weight, stores, flag)
         if first is not None and first.flag.item():
-            fit = lambda quantizer, x: quantizer.fit(x, first.weight, first.rms)  # noqa: E731
-            self.states = self.quantizers.map(fit, first.tiles)
+            self.states = self.quantizers.map(lambda q, x: q.fit(x, first.weight, first.rms), first.tiles)
             for store in stores:
                 store.count -= tiles.keys.shape[2]
             packed = self._append(tiles, weight, stores, flag.zero_())

@@ -111,17 +111,10 @@ class Conditioned(RotatedQuantizer):
                 energy = centred_energy(_in_units(tiles, state), weight)[0] * state["unit"].square()
         return {**state, **balance_channels(energy, count, query_rms, sizes, self.balance, largest, flag)}
 
-    def _encode(
-        self,
-        tiles: torch.Tensor,
-        state: State,
-        weight: torch.Tensor | None,
-        out: Packed | None,
-        flag: torch.Tensor | None = None,
-    ) -> Packed:
+    def _encode(self, tiles: torch.Tensor, state: State, **options: Any) -> Packed:
         if "unit" in state:
             tiles, state = _in_units(tiles, state), {**state, "balance": state["balance"] * state["unit"]}
-        return super()._encode(tiles, state, weight, out, flag)
+        return super()._encode(tiles, state, **options)
 
     def decode(self, packed: Packed, state: State, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         return super().decode(_with_whole_mean(packed, state), state, head_dim, dtype)

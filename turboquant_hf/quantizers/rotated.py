@@ -165,7 +165,7 @@ class RotatedQuantizer(Quantizer):
         return self.scale_format == "fp16"
 
     def encode(self, tiles: torch.Tensor, state: State, weight: torch.Tensor | None = None) -> Packed:
-        return self._encode(tiles, state, weight, None)
+        return self._encode(tiles, state, weight=weight)
 
     def encode_into(
         self,
@@ -175,18 +175,11 @@ class RotatedQuantizer(Quantizer):
         out: Packed,
         flag: torch.Tensor | None = None,
     ) -> None:
-        self._encode(tiles, state, weight, out, flag)
+        self._encode(tiles, state, weight=weight, out=out, flag=flag)
 
-    def _encode(
-        self,
-        tiles: torch.Tensor,
-        state: State,
-        weight: torch.Tensor | None,
-        out: Packed | None,
-        flag: torch.Tensor | None = None,
-    ) -> Packed:
-        coding = self.coding(state, tiles.shape, tiles.device)
-        return encode_tiles(tiles, coding, weight=weight, out=out, flag=flag)
+    def _encode(self, tiles: torch.Tensor, state: State, **options: Any) -> Packed:
+        """`encode_tiles` with these options."""
+        return encode_tiles(tiles, self.coding(state, tiles.shape, tiles.device), **options)
 
     def make_room(self, tiles: torch.Tensor, state: State, weight: torch.Tensor, new: Packed, old: Packed) -> State:
         """Heads whose one-byte scales saturate get a larger gain, or NaN where no gain helps. Waits for the device."""
