@@ -122,7 +122,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from tests.support.compiling import CompilerOnly
 from turboquant_hf.kernels import progress
-from turboquant_hf.kernels.statistics.triton import _add_kernel
+from turboquant_hf.kernels.statistics.queries import _add_kernel
 import torch
 
 progress.SECONDS = 0.001

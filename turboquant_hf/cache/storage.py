@@ -11,7 +11,8 @@ from turboquant_hf.cache.encoder import Encoder
 from turboquant_hf.cache.offload import Offloader
 from turboquant_hf.cache.ring import STEP_TOKENS, RingTail
 from turboquant_hf.cache.sides import SIDES, Side, Sides
-from turboquant_hf.cache.store import SinkBuffer, TailBuffer, TileStore
+from turboquant_hf.cache.sinks import SinkBuffer
+from turboquant_hf.cache.store import TailBuffer, TileStore
 from turboquant_hf.config import CachePreset
 from turboquant_hf.quantizers import Quantizer
 
@@ -154,14 +155,12 @@ class Storage:
             self.tail.own()  # nothing is encoded now, so the tail must not stay a view of the caller's tensors
             return
         self.changed()
-        whole = self.tail.count // tile
-        weight = self.weight(stored, whole)
-        if not encoder.fitted or encoder.unsettled is not None:
-            seen = self._tail_tiles(whole), weight  # the recent window is measured too
-            if not encoder.fitted:
-                encoder.fit(*seen, self.tokens)
-            else:
-                encoder.fit_again(*seen, ready * tile, self.tiles, self.weight(0, stored // tile))
+        weight = self.weight(stored, self.tail.count // tile)
+        seen = self._tail_tiles(weight.shape[1]), weight  # the recent window is measured too
+        if not encoder.fitted:
+            encoder.fit(*seen, self.tokens)
+        elif encoder.unsettled is not None:
+            encoder.fit_again(*seen, ready * tile, self.tiles, self.weight(0, stored // tile))
         encoder.encode(self._tail_tiles(ready), weight[:, :ready], self.tiles)
         self.tail.drop_front(ready * tile)
 

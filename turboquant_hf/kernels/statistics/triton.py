@@ -1,11 +1,10 @@
 """Triton kernels of the statistics. Tensors are read once and summed in float32.
 
-_query_kernel    sums of squares of a prompt's queries       one program per KV head and 256 tokens
-_add_kernel      the same for the tokens of a step           one program per KV head
 _tile_kernel     sums of squares of tiles, centred or not    one program per run of tiles and 64 channels
 _state_kernel    balance and order from these sums           one program per KV head
 _scale_kernel    the typical scale from these sums           one program per KV head
-_rank_kernel     the effective rank of values                one program per KV head
+
+The kernels of queries and of the effective rank have files of their own.
 """
 
 from __future__ import annotations
@@ -20,102 +19,19 @@ from turboquant_hf.kernels.common.kernel import kernel
 from turboquant_hf.kernels.common.means import masked_mean
 from turboquant_hf.kernels.common.spec import padded_size
 from turboquant_hf.kernels.statistics import reference
+from turboquant_hf.kernels.statistics.queries import add_queries, query_energy
+from turboquant_hf.kernels.statistics.rank import effective_rank
 
 __all__ = [
     "add_queries", "balance_channels", "centred_energy", "effective_rank", "query_energy", "tile_energy",
     "typical_scale",
 ]  # fmt: skip
 
-QUERIES = 256
 PROGRAMS = 1024
-MOST_MOMENTS = 128
-"""The largest head dim whose second moments a program keeps: with 256, Triton 3.6 makes code that ptxas refuses."""
 PRIOR = tl.constexpr(float(reference.PRIOR_TOKENS))
 LEAST = tl.constexpr(reference.TINY)
 SMALL = tl.constexpr(reference.SMALL_MEAN)
 HALF = tl.constexpr(HALF_MAX)
-
-
-@triton.jit
-def sum_of_squares(
-    p_rows, first, last, row_stride, heads, head_stride, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Sums of squares [BLOCK_D] over rows first to last - 1 of several heads."""
-    d = tl.arange(0, BLOCK_D)
-    t = tl.arange(0, BLOCK_T)
-    sum = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for g in range(0, heads):
-        for low in range(first, last, BLOCK_T):
-            row = (low + t).to(tl.int64)
-            p_x = p_rows + row_offset(g, head_stride, D) + row_offset(row, row_stride, D)[:, None] + d[None, :]
-            x = tl.load(p_x, mask=(row < last)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            sum += x * x
-    return tl.sum(sum, axis=0)
-
-
-@kernel("p_starts")
-def _query_kernel(
-    p_query, p_starts, p_out, p_count, q_b: tl.int64, q_h: tl.int64, q_t, H, GROUP, TOKENS, POSITION, QUERIES, PARTS,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    b, h = head // H, head % H
-    d = tl.arange(0, BLOCK_D)
-    start = tl.load(p_starts + b).to(tl.int32) - POSITION
-    first = tl.maximum(part * QUERIES, start)
-    last = tl.minimum((part + 1) * QUERIES, TOKENS)
-    p_rows = p_query + head_offset(b, h * GROUP, q_b, q_h, D)
-    sum = sum_of_squares(p_rows, first, last, q_t, GROUP, q_h, D, BLOCK_T, BLOCK_D)
-    tl.store(p_out + (head * PARTS + part) * D + d, sum, mask=d < D)
-    count = tl.maximum(TOKENS - tl.maximum(start, 0), 0) * GROUP
-    tl.store(p_count + b, count.to(tl.float32), mask=(h == 0) & (part == 0))
-
-
-def query_energy(
-    query: torch.Tensor, heads: int, starts: torch.Tensor, position: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equivalent to `reference.query_energy`."""
-    query = rows_contiguous(query)
-    batch, query_heads, tokens, dim = query.shape
-    group = query_heads // heads
-    parts = max(1, triton.cdiv(tokens, QUERIES))
-    out = torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=query.device)
-    count = torch.empty((batch, 1, 1), dtype=torch.float32, device=query.device)
-    if out.numel():
-        _query_kernel[(batch * heads, parts)](
-            query, starts, out, count, *query.stride()[:3], heads, group, tokens, position, QUERIES, parts,
-            D=dim, BLOCK_T=max(16, min(64, 8192 // padded_size(dim))), BLOCK_D=padded_size(dim),
-        )  # fmt: skip
-    return (out[:, :, 0] if parts == 1 else out.sum(dim=2)), count
-
-
-@kernel("p_count", "p_counts", "p_starts")
-def _add_kernel(
-    p_query, p_energy, p_count, p_counts, p_starts, q_b: tl.int64, q_h: tl.int64, q_t, H, GROUP, TOKENS,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    b, h = head // H, head % H
-    d = tl.arange(0, BLOCK_D)
-    first = tl.maximum(tl.load(p_starts + b).to(tl.int32) - (tl.load(p_counts + 1) - TOKENS), 0)
-    p_rows = p_query + head_offset(b, h * GROUP, q_b, q_h, D)
-    sum = sum_of_squares(p_rows, first, TOKENS, q_t, GROUP, q_h, D, BLOCK_T, BLOCK_D)
-    p_sum = p_energy + head * D + d
-    tl.store(p_sum, tl.load(p_sum, mask=d < D, other=0.0) + sum, mask=d < D)
-    tl.store(p_count + head, tl.load(p_count + head) + tl.maximum(TOKENS - first, 0) * GROUP)
-
-
-def add_queries(
-    query: torch.Tensor, energy: torch.Tensor, count: torch.Tensor, counts: torch.Tensor, starts: torch.Tensor
-) -> None:
-    """Equivalent to `reference.add_queries`, but the host does not wait. Meant for the few tokens of a step."""
-    query = rows_contiguous(query)
-    (batch, query_heads, tokens, dim), heads = query.shape, energy.shape[1]
-    _add_kernel[(batch * heads,)](
-        query, energy, count, counts, starts, *query.stride()[:3], heads, query_heads // heads, tokens,
-        D=dim, BLOCK_T=16, BLOCK_D=padded_size(dim),
-    )  # fmt: skip
 
 
 @kernel()
@@ -317,41 +233,3 @@ def typical_scale(energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
             energy.contiguous(), count.contiguous(), out, batch, heads, D=dim, BLOCK_D=padded_size(dim)
         )
     return out
-
-
-@kernel()
-def _rank_kernel(
-    p_x, p_weight, p_rank, x_b: tl.int64, x_h: tl.int64, x_n: tl.int64, x_t: tl.int64, w_b: tl.int64, w_n, w_t, H, N, T,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    b, h = head // H, head % H
-    d = tl.arange(0, BLOCK_D)
-    moments = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-    p_x += head_offset(b, h, x_b, x_h, D)
-    for n in range(0, N):
-        for low in range(0, T, BLOCK_T):
-            t = low + tl.arange(0, BLOCK_T)
-            seen = tl.load(p_weight + b * w_b + n * w_n + t * w_t, mask=t < T, other=0.0) > 0.0
-            p_rows = p_x + row_offset(n, x_n, D) + row_offset(t, x_t, D)[:, None] + d[None, :]
-            x = tl.load(p_rows, mask=seen[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            moments = tl.dot(tl.trans(x), x, moments, input_precision="tf32x3")
-    moments = moments / tl.max(tl.max(tl.abs(moments), axis=1), axis=0)
-    trace = tl.sum(tl.sum(tl.where(d[:, None] == d[None, :], moments, 0.0), axis=1), axis=0)
-    tl.store(p_rank + head, trace * trace / tl.sum(tl.sum(moments * moments, axis=1), axis=0))
-
-
-def effective_rank(tiles: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Equivalent to `reference.effective_rank`."""
-    if tiles.shape[-1] > MOST_MOMENTS:
-        return reference.effective_rank(tiles, weight)
-    x, weight = reference.thinned(rows_contiguous(tiles), weight)
-    batch, heads, count, tile, dim = x.shape
-    rank = torch.full((batch, heads), torch.nan, dtype=torch.float32, device=x.device)
-    if x.numel():
-        block = max(16, padded_size(dim))
-        _rank_kernel[(batch * heads,)](
-            x, weight, rank, *x.stride()[:4], *weight.stride(), heads, count, tile,
-            D=dim, BLOCK_T=32, BLOCK_D=block, num_warps=max(4, block // 16),
-        )  # fmt: skip
-    return rank
